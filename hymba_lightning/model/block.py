@@ -1,0 +1,48 @@
+"""One block: the residual mix with x0, the hybrid mixer, the MLP."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
+from hymba_lightning.model.layers import Linear, rms_norm
+from hymba_lightning.model.mixer import HybridMixer, LayerState
+
+
+class MLP(nn.Module):
+    """W_2 (leaky_relu(W_1 x))², hidden width mlp_mult * d_model, W_2 zero-initialised."""
+
+    def __init__(self, d_model: int, mult: int, slope: float, qat_bits: int) -> None:
+        super().__init__()
+        self.slope = slope
+        self.fc = Linear(d_model, mult * d_model, qat_bits=qat_bits)
+        self.proj = Linear(mult * d_model, d_model, zero_init=True, qat_bits=qat_bits)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.proj(F.leaky_relu(self.fc(x_BTD), self.slope).square())
+
+
+class Block(nn.Module):
+    """x ← mix₀·x + mix₁·x0; x ← x + attn_scale·mixer(norm x); x ← x + mlp_scale·mlp(norm x)."""
+
+    def __init__(self, config: HymbaConfig, runtime: RuntimeConfig, window: int | None,
+                 shared_kv: Linear | None = None) -> None:
+        super().__init__()
+        d = config.d_model
+        self.attn = HybridMixer(config, runtime, window, shared_kv)
+        self.mlp = MLP(d, config.mlp_mult, config.mlp_slope, runtime.qat_bits)
+        self.attn_scale = nn.Parameter(torch.ones(d))
+        self.mlp_scale = nn.Parameter(torch.ones(d))
+        self.resid_mix = nn.Parameter(torch.stack([torch.ones(d), torch.zeros(d)]))
+
+    def forward(self, x_BTD: Tensor, x0_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None,
+                return_state: bool) -> tuple[Tensor, LayerState | None]:
+        """x and x0 (B, T, D) → x (B, T, D), and the mixer's new state when asked."""
+        mix = self.resid_mix.to(x_BTD.dtype)
+        x_BTD = mix[0] * x_BTD + mix[1] * x0_BTD
+        mixed_BTD, new_state = self.attn(rms_norm(x_BTD), rope, state, return_state)
+        x_BTD = x_BTD + self.attn_scale.to(x_BTD.dtype) * mixed_BTD
+        x_BTD = x_BTD + self.mlp_scale.to(x_BTD.dtype) * self.mlp(rms_norm(x_BTD))
+        return x_BTD, new_state

@@ -1,0 +1,197 @@
+"""What the network is (`HymbaConfig`) and how it is executed (`RuntimeConfig`). No torch here."""
+
+import dataclasses
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HymbaConfig:
+    """Architecture of a Hymba language model: everything an artifact needs to rebuild the network."""
+
+    vocab_size: int = 1024
+    """Number of token ids V; must equal the tokenizer's vocabulary size."""
+    n_layers: int = 7
+    """Number of blocks L. The first L//2 push U-Net skips, the later ones pop them."""
+    d_model: int = 512
+    """Width D of the residual stream."""
+    n_heads: int = 8
+    """Query heads H; d_model must be a multiple of it, and head_dim = d_model // n_heads must be even (RoPE)."""
+    n_kv_heads: int = 4
+    """Key/value heads G (grouped-query attention); must divide n_heads."""
+    window: int = 512
+    """Keys a token sees in sliding-window attention, itself included: 0 <= i - j < window."""
+    global_layers: str | list[int] = "none"
+    """Layers with full causal attention instead of the window: 'none', 'auto' (first, middle, last) or a list."""
+    mlp_mult: int = 4
+    """Hidden width of the MLP as a multiple of d_model."""
+    mlp_slope: float = 0.9
+    """Negative slope of the MLP's leaky ReLU, whose output is squared."""
+    expand: int = 1
+    """Width of the Mamba branch as a multiple of d_model: d_inner = expand * d_model."""
+    d_state: int = 8
+    """State size N of the selective scan, per channel."""
+    d_conv: int = 4
+    """Taps of the causal depthwise convolution in front of the scan."""
+    dt_rank: int = 0
+    """Rank of the time-step projection; 0 means max(d_model // 16, 1)."""
+    tie_embeddings: bool = True
+    """Use the token table as the output head; otherwise a separate zero-initialised head."""
+    tied_embed_std: float = 0.005
+    """Standard deviation of the tied token table at the start (an untied table starts at 1)."""
+    smear_gate: bool = True
+    """Blend each embedding with the previous token's: g*x_t + (1-g)*x_{t-1}, one learned g per channel."""
+    bigram_hash: bool = True
+    """Add an embedding of the hashed (previous id, id) pair."""
+    bigram_buckets: int = 4096
+    """Rows of the hashed bigram table."""
+    bigram_dim: int = 128
+    """Width of the hashed bigram table before its projection to d_model."""
+    reset_at_bos: bool = True
+    """Let SmearGate and BigramHash see nothing before a document's first token. False keeps the reference's
+    defect 10: both reach across document boundaries."""
+    bos_id: int = 1
+    """Token id that starts a document (used by reset_at_bos)."""
+    kv_share_every: int = 1
+    """Layers in groups of this size share one key/value projection; 1 shares nothing."""
+    meta_tokens: int = 0
+    """Learned vectors put before the embedded sequence and stripped before the head."""
+    rope_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    qk_gain: float = 1.5
+    """Starting value of the learned per-head gain on the normalised queries."""
+    logit_softcap: float = 30.0
+    """Logits are softcap * tanh(logits / softcap)."""
+    ortho_init: bool = True
+    """Orthogonal start for linears with both sides >= 16 (zero-initialised ones stay zero)."""
+    dt_init: str = "mamba"
+    """Start of the time-step bias: 'mamba' draws dt log-uniformly from [dt_min, dt_max]; 'linear' keeps the reference's
+    defect 3, a plain linear's bias, which makes dt about 0.7 so that the state forgets within a few tokens."""
+    dt_min: float = 0.001
+    """Smallest starting time step under dt_init 'mamba'."""
+    dt_max: float = 0.1
+    """Largest starting time step under dt_init 'mamba'."""
+    merge: str = "scalar"
+    """How the two branches are blended: one learned gate per block ('scalar') or one per channel ('channel')."""
+    branch_norm: bool = False
+    """RMS-normalise each branch's output before the merge (Hymba paper, arXiv:2411.13676, section 2)."""
+    dynamics_dtype: str = "float32"
+    """Storage of A_log and of the dt projection's weight. 'bfloat16' keeps the reference's defect 2 (it also stores
+    them in bfloat16, about 13 thousandths of a bit per byte in another's measurement)."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "window", "mlp_mult", "expand",
+                     "d_state", "d_conv", "bigram_buckets", "bigram_dim", "kv_share_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}: change either")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim = d_model/n_heads = {self.head_dim} is odd, and RoPE rotates pairs: change n_heads")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}: change either")
+        if self.dt_rank < 0 or self.meta_tokens < 0:
+            raise ValueError(f"dt_rank={self.dt_rank} and meta_tokens={self.meta_tokens} must not be negative")
+        if self.d_state > 64:
+            raise ValueError(f"d_state={self.d_state} is over 64, the most that the scan's kernels hold in registers")
+        for name, allowed in (("dt_init", ("mamba", "linear")), ("merge", ("scalar", "channel")),
+                              ("dynamics_dtype", ("float32", "bfloat16"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose from {', '.join(allowed)}")
+        if not 0 < self.dt_min <= self.dt_max:
+            raise ValueError(f"0 < dt_min <= dt_max is needed, got dt_min={self.dt_min}, dt_max={self.dt_max}")
+        if self.logit_softcap <= 0:
+            raise ValueError(f"logit_softcap must be positive, got {self.logit_softcap}")
+        if not 0 <= self.bos_id < self.vocab_size:
+            raise ValueError(f"bos_id={self.bos_id} is not a token id below vocab_size={self.vocab_size}")
+        if self.n_layers < 2:
+            raise ValueError("n_layers must be at least 2: the U-Net skips need a first and a second half")
+        self.global_layer_set()
+
+    @property
+    def head_dim(self) -> int:
+        """Width K of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def d_inner(self) -> int:
+        """Channels E of the Mamba branch."""
+        return self.expand * self.d_model
+
+    @property
+    def resolved_dt_rank(self) -> int:
+        """Rank R of the time-step projection after resolving 0."""
+        return self.dt_rank or max(self.d_model // 16, 1)
+
+    def global_layer_set(self) -> set[int]:
+        """Indices of the layers with full causal attention. Raises ValueError for an unknown word or a bad index."""
+        if isinstance(self.global_layers, str):
+            if self.global_layers == "none":
+                return set()
+            if self.global_layers == "auto":
+                return {0, self.n_layers // 2, self.n_layers - 1}
+            raise ValueError(f"global_layers={self.global_layers!r} is unknown: use 'none', 'auto' or a list of layers")
+        wrong = [i for i in self.global_layers if not 0 <= i < self.n_layers]
+        if wrong:
+            raise ValueError(f"global_layers names {wrong}, but the layers are 0 to {self.n_layers - 1}")
+        return set(self.global_layers)
+
+    def to_dict(self) -> dict:
+        """Plain values, for checkpoints and artifacts."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "HymbaConfig":
+        """Inverse of `to_dict`. Raises ValueError for a field this version does not know."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"the network's config has fields this version does not know: {', '.join(unknown)}")
+        return cls(**values)
+
+    def matmul_params(self) -> int:
+        """Weights that every token is multiplied with, the head included (the N of the 6·N FLOP rule)."""
+        d, e, r, n = self.d_model, self.d_inner, self.resolved_dt_rank, self.d_state
+        kv = 2 * self.n_kv_heads * self.head_dim
+        mixer = d * d + d * kv + d * 2 * e + e * (r + 2 * n) + r * e + e * d + d * d
+        mlp = 2 * self.mlp_mult * d * d
+        bigram = self.bigram_dim * d if self.bigram_hash else 0
+        return self.n_layers * (mixer + mlp) + bigram + d * self.vocab_size
+
+    def train_flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations a training token needs, forward and backward, without recomputation.
+
+        Matrix products 6·N, attention 12·D·(mean keys seen), the scan's recurrence and read-out about 3·9·E·N_state.
+        """
+        keys = 0.0
+        for layer in range(self.n_layers):
+            span = seq_len if layer in self.global_layer_set() else min(self.window, seq_len)
+            keys += span - span * (span - 1) / (2 * seq_len)
+        scan = 27 * self.d_inner * self.d_state * self.n_layers
+        return 6 * self.matmul_params() + 12 * self.d_model * keys + scan
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How a network is executed: changes speed, memory and rounding, never what it computes. Not part of an artifact."""
+
+    compute_dtype: str = "float32"
+    """Dtype of activations and matrix products: 'float32' or 'bfloat16'. Weights, the scan's state and the loss stay
+    float32 either way."""
+    scan_backend: str = "auto"
+    """Selective scan: auto, naive, chunked, numba, triton or mamba_ssm."""
+    conv_backend: str = "auto"
+    """Causal convolution: auto, naive, torch, triton or causal_conv1d."""
+    attention_backend: str = "auto"
+    """Sliding-window attention: auto, naive, blocked, flex or flash."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+    qat_bits: int = 0
+    """Fake-quantize the large matrices to this many bits once quantization-aware training is on; 0 leaves it out of
+    the graph."""
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"compute_dtype={self.compute_dtype!r} is unknown: choose float32 or bfloat16")
+        if self.qat_bits and not 2 <= self.qat_bits <= 8:
+            raise ValueError(f"qat_bits must be 0 (off) or 2 to 8, got {self.qat_bits}")

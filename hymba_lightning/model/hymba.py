@@ -1,0 +1,127 @@
+"""The network: embedding → blocks with U-Net skips → softcapped logits. B batch, T sequence, D d_model, V vocab_size."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hymba_lightning.model.attention import rope_table
+from hymba_lightning.model.block import Block
+from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
+from hymba_lightning.model.embedding import BigramHash, SmearGate, embed_tokens
+from hymba_lightning.model.init import initialise
+from hymba_lightning.model.layers import Embedding, Linear, rms_norm
+from hymba_lightning.model.mixer import LayerState
+
+
+class HymbaState(NamedTuple):
+    """What the network remembers of a sequence's earlier tokens: constant in size unless a layer is global."""
+
+    layers: list[LayerState]
+    last_id: Tensor  # (B, 1) the last token, for the bigram hash
+    last_vector: Tensor  # (B, 1, D) its embedding before smearing
+    position: int  # rotary position of the next token
+
+
+class Hymba(nn.Module):
+    """A Hymba language model (attention and Mamba in parallel in every block)."""
+
+    def __init__(self, config: HymbaConfig, runtime: RuntimeConfig | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.runtime = runtime or RuntimeConfig()
+        d, n_layers = config.d_model, config.n_layers
+        self.tok_emb = Embedding(config.vocab_size, d, std=config.tied_embed_std if config.tie_embeddings else 1.0)
+        self.bigram_hash = BigramHash(config.bigram_buckets, config.bigram_dim, d) if config.bigram_hash else None
+        self.smeargate = SmearGate(d) if config.smear_gate else None
+        self.n_skips = n_layers // 2
+        self.skip_weights = nn.Parameter(torch.ones(1, self.n_skips, d))
+        if config.meta_tokens:
+            self.meta_tokens = nn.Parameter(torch.randn(1, config.meta_tokens, d) * 0.02)
+        blocks: list[Block] = []
+        for layer in range(n_layers):
+            leader = layer - layer % config.kv_share_every
+            shared = blocks[leader].attn.kv_proj if leader != layer else None
+            window = None if layer in config.global_layer_set() else config.window
+            blocks.append(Block(config, self.runtime, window, shared))
+        self.blocks = nn.ModuleList(blocks)
+        self.lm_head = None if config.tie_embeddings else Linear(d, config.vocab_size, zero_init=True)
+        initialise(self, config)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the activations."""
+        return getattr(torch, self.runtime.compute_dtype)
+
+    def set_qat_strength(self, strength: float) -> None:
+        """Turns quantization-aware training on (1) or off (0). Raises ValueError if it was not built in."""
+        if not self.runtime.qat_bits:
+            raise ValueError("this network has no fake quantization in its graph: set runtime.qat_bits to 2..8")
+        for module in self.modules():
+            if isinstance(module, Linear) and module.qat_bits:
+                module.qat_strength.fill_(strength)
+
+    def forward(self, inputs: Tensor, targets: Tensor | None = None, *, state: HymbaState | None = None,
+                return_state: bool = False, reduction: str = "mean") -> Tensor | tuple[Tensor, HymbaState]:
+        """inputs (B, T) int64 → logits (B, T, V), or with targets (B, T) the cross-entropy in nats.
+
+        The loss is float32: a scalar for reduction 'mean' or 'sum', (B, T) for 'none'. `state` continues an earlier
+        call on the same sequences; `return_state` adds the new state to the result.
+        """
+        hidden_BTD, new_state = self.hidden(inputs, state, return_state)
+        logits_BTV = self.logits(hidden_BTD)
+        if targets is None:
+            out = logits_BTV
+        else:
+            loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
+            out = loss.view_as(targets) if reduction == "none" else loss
+        return (out, new_state) if return_state else out
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Softcapped logits (B, T, V) of the last block's output (B, T, D), in the compute dtype."""
+        head = self.tok_emb.weight.to(hidden_BTD.dtype) if self.lm_head is None else \
+            self.lm_head.cast_weight(hidden_BTD.dtype)
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(F.linear(rms_norm(hidden_BTD), head) / cap)
+
+    def hidden(self, inputs: Tensor, state: HymbaState | None = None,
+               return_state: bool = False) -> tuple[Tensor, HymbaState | None]:
+        """inputs (B, T) → the last block's output (B, T, D) and, when asked, the state after the last token."""
+        x_BTD, last_vector = embed_tokens(
+            inputs, self.tok_emb, self.bigram_hash, self.smeargate, dtype=self.compute_dtype,
+            bos_id=self.config.bos_id if self.config.reset_at_bos else None,
+            last_id_B1=None if state is None else state.last_id,
+            last_vector_B1D=None if state is None else state.last_vector)
+        x_BTD = rms_norm(x_BTD)
+        n_meta = self.config.meta_tokens if state is None else 0
+        if n_meta:
+            x_BTD = torch.cat([self.meta_tokens.to(x_BTD.dtype).expand(x_BTD.size(0), -1, -1), x_BTD], dim=1)
+        first = 0 if state is None else state.position
+        rope = rope_table(first, x_BTD.size(1), self.config.head_dim, self.config.rope_base, x_BTD.device)
+        x_BTD, layers = self.run_blocks(x_BTD, rope, state, return_state)
+        if n_meta:
+            x_BTD = x_BTD[:, n_meta:]
+        if not return_state:
+            return x_BTD, None
+        return x_BTD, HymbaState(layers, inputs[:, -1:], last_vector, first + n_meta + inputs.size(1))
+
+    def run_blocks(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: HymbaState | None,
+                   return_state: bool) -> tuple[Tensor, list[LayerState]]:
+        """Runs all blocks; each block of the second half first adds the weighted output of its mirror in the first."""
+        x0_BTD, skips, new_layers = x_BTD, [], []
+        recompute = self.runtime.activation_checkpointing and self.training and torch.is_grad_enabled()
+        for index, block in enumerate(self.blocks):
+            if index >= self.n_skips and skips:
+                x_BTD = x_BTD + self.skip_weights[0, index - self.n_skips].to(x_BTD.dtype) * skips.pop()
+            layer_state = None if state is None else state.layers[index]
+            args = (x_BTD, x0_BTD, rope, layer_state, return_state)
+            x_BTD, new_layer = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+            if index < self.n_skips:
+                skips.append(x_BTD)
+            if return_state:
+                new_layers.append(new_layer)
+        return x_BTD, new_layers

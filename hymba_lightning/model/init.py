@@ -1,0 +1,33 @@
+"""How a fresh network starts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from hymba_lightning.model.config import HymbaConfig
+from hymba_lightning.model.layers import Linear
+from hymba_lightning.model.mamba import TimeStepProjection
+
+# Smaller matrices keep the uniform start: too few rows or columns for an orthogonal one to mean much.
+ORTHO_MIN_SIDE = 16
+
+
+def initialise(net: nn.Module, config: HymbaConfig) -> None:
+    """Orthogonal and zero starts of the linears, the time-step bias, and the storage dtype of the dynamics.
+
+    Reads torch's global random state, so `torch.manual_seed` fixes it.
+    """
+    for module in net.modules():
+        if not isinstance(module, Linear | TimeStepProjection):
+            continue
+        if isinstance(module, Linear) and module.zero_init:
+            nn.init.zeros_(module.weight)
+        elif config.ortho_init and min(module.weight.shape) >= ORTHO_MIN_SIDE:
+            nn.init.orthogonal_(module.weight)
+        if isinstance(module, TimeStepProjection) and config.dt_init == "mamba":
+            module.draw_bias(config.dt_min, config.dt_max)
+    if config.dynamics_dtype == "bfloat16":
+        for name, parameter in net.named_parameters():
+            if name.endswith(("A_log", "dt_proj.weight")):
+                parameter.data = parameter.data.to(torch.bfloat16)

@@ -1,0 +1,69 @@
+"""The hybrid mixer: attention and Mamba in parallel on the same input (Hymba, arXiv:2411.13676)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hymba_lightning.model.attention import attention_branch
+from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
+from hymba_lightning.model.layers import Linear, fused_linear, rms_norm
+from hymba_lightning.model.mamba import DepthwiseConv, TimeStepProjection, mamba_branch
+
+
+class LayerState(NamedTuple):
+    """What one layer remembers of the tokens before: enough to cut a sequence anywhere."""
+
+    keys: Tensor  # (B, P, G, K), rotated; P <= window - 1, or all tokens in a global layer
+    values: Tensor  # (B, P, G, K)
+    conv: Tensor  # (B, E, W-1) last inputs of the convolution
+    scan: Tensor  # (B, E, N) float32
+
+
+class HybridMixer(nn.Module):
+    """sigmoid(α)·attention + (1-sigmoid(α))·mamba, then the zero-initialised output projection.
+
+    `shared_kv` is another layer's key/value projection to use instead of an own one.
+    """
+
+    def __init__(self, config: HymbaConfig, runtime: RuntimeConfig, window: int | None,
+                 shared_kv: Linear | None = None) -> None:
+        super().__init__()
+        d, e, n, rank = config.d_model, config.d_inner, config.d_state, config.resolved_dt_rank
+        bits = runtime.qat_bits
+        self.head_dim, self.window, self.runtime, self.branch_norm = config.head_dim, window, runtime, config.branch_norm
+        self.c_q = Linear(d, d, qat_bits=bits)
+        own_kv = Linear(d, 2 * config.n_kv_heads * config.head_dim, qat_bits=bits) if shared_kv is None else shared_kv
+        self.kv_proj = own_kv
+        self.mamba_proj = Linear(d, 2 * e, qat_bits=bits)
+        self.conv1d = DepthwiseConv(e, config.d_conv)
+        self.x_proj = Linear(e, rank + 2 * n, qat_bits=bits)
+        self.dt_proj = TimeStepProjection(rank, e)
+        self.A_log = nn.Parameter(torch.arange(1, n + 1, dtype=torch.float32).log().repeat(e, 1))
+        self.D = nn.Parameter(torch.ones(e))
+        self.mamba_out_proj = Linear(e, d, qat_bits=bits)
+        self.proj = Linear(d, d, zero_init=True, qat_bits=bits)
+        self.q_gain = nn.Parameter(torch.full((config.n_heads,), float(config.qk_gain)))
+        self.merge_alpha = nn.Parameter(torch.zeros(1 if config.merge == "scalar" else d))
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None,
+                return_state: bool) -> tuple[Tensor, LayerState | None]:
+        """x (B, T, D) → (B, T, D), and the layer's new state when asked."""
+        q_BTD, kv_BTC, uz_BTE2 = fused_linear(x_BTD, [self.c_q, self.kv_proj, self.mamba_proj])
+        k_BTC, v_BTC = kv_BTC.chunk(2, dim=-1)
+        u_BTE, z_BTE = uz_BTE2.chunk(2, dim=-1)
+        past = None if state is None else (state.keys, state.values)
+        attended_BTD, kept = attention_branch(q_BTD, k_BTC, v_BTC, self.q_gain, rope, head_dim=self.head_dim,
+                                              window=self.window, past=past, backend=self.runtime.attention_backend)
+        y_BTE, conv_state, scan_state = mamba_branch(
+            u_BTE, z_BTE, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D,
+            conv_state=None if state is None else state.conv, scan_state=None if state is None else state.scan,
+            return_state=return_state, conv_backend=self.runtime.conv_backend, scan_backend=self.runtime.scan_backend)
+        scanned_BTD = self.mamba_out_proj(y_BTE)
+        if self.branch_norm:
+            attended_BTD, scanned_BTD = rms_norm(attended_BTD), rms_norm(scanned_BTD)
+        weight = torch.sigmoid(self.merge_alpha).to(x_BTD.dtype)
+        out_BTD = self.proj(weight * attended_BTD + (1 - weight) * scanned_BTD)
+        return out_BTD, LayerState(*kept, conv_state, scan_state) if return_state else None
