@@ -1,0 +1,1 @@
+"""Text to batches: shards on disk, spans of tokens, bytes per target, the LightningDataModule."""
