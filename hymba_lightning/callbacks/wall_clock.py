@@ -1,0 +1,346 @@
+"""The only clock of a run: counts training seconds, drives the schedule, ends the training inside its budget.
+
+Time is rank 0's, sent to all ranks once per optimizer step over gloo, which needs no GPU synchronization. Every number
+that follows from it (learning rate, progress, the decision to stop) is therefore the same on all ranks.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+
+@dataclass(frozen=True)
+class ClockReading:
+    """What every rank agrees on before an optimizer step."""
+
+    step: int
+    """Optimizer steps done."""
+    elapsed: float
+    """Training seconds spent."""
+    mean_step: float | None
+    """Mean seconds per optimizer step so far, None before the first."""
+    budget: float | None
+    """Usable seconds in all (budget minus reserve), None without a budget."""
+    progress: float
+    """Share of the run done, 0 to 1: of the budget or of max_steps, whichever is further on."""
+    remaining: float | None
+    """Usable seconds left, not below 0, None without a budget."""
+    max_steps: int | None = None
+    """Step limit of the run, None without one."""
+
+    @property
+    def remaining_steps(self) -> int | None:
+        """Optimizer steps left to the step limit, None without one."""
+        return None if self.max_steps is None else max(self.max_steps - self.step, 0)
+
+
+class WallClock(Callback):
+    """Counts training time and stops every rank at the same optimizer step, before the budget is used up.
+
+    The clock starts with the first training batch (so after the compile warm-up), stands still during validation and
+    inside `paused()`, and its state goes into checkpoints, so that a resumed run spends the budget once.
+
+    After every optimizer step the end of the next one is predicted: `margin` times the larger of the mean step and the
+    longest of the last `recent_steps`, for that step and for those a GPU still works on. If it lies past
+    `budget_seconds - reserve_seconds`, training ends. The limit of this: one step that takes longer than `margin`
+    times every recent one, at the very end of the budget, overruns by the difference; a reserve covers that. The first
+    step has no prediction and always runs unless the budget is already spent.
+
+    Args:
+        budget_seconds: training seconds in all; None never stops.
+        reserve_seconds: seconds of the budget held back for work after training that counts, such as calibration.
+        margin: factor on the predicted duration of a step.
+        recent_steps: how many step durations the maximum looks back on.
+        time_fn: monotonic seconds; replaced in tests.
+
+    Raises:
+        ValueError: an argument is out of range, or the reserve leaves nothing of the budget.
+    """
+
+    def __init__(
+        self,
+        budget_seconds: float | None = None,
+        reserve_seconds: float = 0.0,
+        margin: float = 1.05,
+        recent_steps: int = 20,
+        time_fn: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if budget_seconds is not None and not budget_seconds > 0:
+            raise ValueError(f"budget_seconds is {budget_seconds}; it must be positive, or null for no budget")
+        if not reserve_seconds >= 0:
+            raise ValueError(f"reserve_seconds is {reserve_seconds}; it must be 0 or positive")
+        if budget_seconds is not None and reserve_seconds >= budget_seconds:
+            raise ValueError(
+                f"reserve_seconds ({reserve_seconds}) leaves nothing of budget_seconds ({budget_seconds}) to train in; "
+                "lower the reserve or raise the budget"
+            )
+        if not margin >= 1:
+            raise ValueError(f"margin is {margin}; it must be 1 or more, e.g. 1.05")
+        if recent_steps < 1:
+            raise ValueError(f"recent_steps is {recent_steps}; it must be 1 or more")
+        self.budget_seconds = budget_seconds
+        self.reserve_seconds = reserve_seconds
+        self.margin = margin
+        self.time_fn = time_fn
+        self.stop_reason: str | None = None
+        self._reading: ClockReading | None = None
+        self._steps = 0
+        self._recent: deque[float] = deque(maxlen=recent_steps)
+        self._counted = 0.0
+        self._since: float | None = None
+        self._counting = False
+        self._pause_depth = 0
+        self._boundary = 0.0
+        self._seen_step = 0
+        self._inside_step = False
+        self._stop_requested = False
+        self._group: dist.ProcessGroup | None = None
+        self._event: torch.cuda.Event | None = None
+
+    @property
+    def usable_seconds(self) -> float | None:
+        """Budget minus reserve."""
+        return None if self.budget_seconds is None else self.budget_seconds - self.reserve_seconds
+
+    @property
+    def reading(self) -> ClockReading:
+        """The latest reading that all ranks agreed on.
+
+        Raises:
+            RuntimeError: no fit has started.
+        """
+        if self._reading is None:
+            raise RuntimeError("the clock has no reading before training starts")
+        return self._reading
+
+    def elapsed(self) -> float:
+        """Training seconds so far, by this rank's clock (set to rank 0's after every optimizer step)."""
+        running = 0.0 if self._since is None else self.time_fn() - self._since
+        return self._counted + running
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count. May be nested, and used before the clock runs or after it stopped."""
+        self._pause()
+        try:
+            yield
+        finally:
+            self._resume()
+
+    @contextmanager
+    def charged(self) -> Iterator[None]:
+        """What happens inside counts, although training is over: for work that the reserve was held back for."""
+        was_counting, depth = self._counting, self._pause_depth
+        self._counting, self._pause_depth = True, 0
+        self._run_if_due()
+        try:
+            yield
+        finally:
+            self._halt()
+            self._counting, self._pause_depth = was_counting, depth
+            self._run_if_due()
+
+    def request_stop(self) -> None:
+        """End training on all ranks after the optimizer step in progress; safe to call in a signal handler."""
+        self._stop_requested = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._counting, self._since, self._pause_depth = False, None, 0
+        self._inside_step, self._stop_requested, self._event = False, False, None
+        self.stop_reason = None
+        if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._group is not None and dist.is_initialized():
+            dist.destroy_process_group(self._group)
+        self._group = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """
+        Raises:
+            ValueError: the Trainer has a lower limit on steps or epochs, against which no budget can be kept.
+        """
+        if self.budget_seconds is not None and (trainer.min_steps or trainer.min_epochs):
+            raise ValueError(
+                "a budget cannot be kept together with Trainer(min_steps=…) or Trainer(min_epochs=…); leave those out"
+            )
+        self._seen_step = trainer.global_step
+        self._boundary = self._counted
+        self._reading = self._read(trainer, self._counted)
+        usable = self.usable_seconds
+        if usable is not None and self._counted >= usable:
+            rank_zero_warn(
+                f"the budget of {usable:.1f} s is already spent ({self._counted:.1f} s, step {trainer.global_step}); "
+                "no step is run. Raise budget_seconds to train on."
+            )
+            self._stop(trainer, "budget")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Publish the reading at the first micro-batch of an optimizer step."""
+        if not self._counting and self.stop_reason is None:
+            self._counting = True
+            self._run_if_due()
+        if self._inside_step:
+            return
+        self._inside_step = True
+        if hasattr(pl_module, "on_clock"):
+            pl_module.on_clock(self.reading)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take a reading at the end of an optimizer step, and decide whether there is time for another one."""
+        if trainer.global_step == self._seen_step:
+            return
+        self._seen_step = trainer.global_step
+        self._inside_step = False
+        in_flight = self._wait_for_gpu(pl_module)
+        elapsed, requested = self._agree()
+        self._steps += 1
+        self._recent.append(elapsed - self._boundary)
+        self._boundary = elapsed
+        self._reading = self._read(trainer, elapsed)
+        usable = self.usable_seconds
+        if requested:
+            self._stop(trainer, "request")
+        elif usable is not None and elapsed + (in_flight + 1) * self._predicted_step() > usable:
+            self._stop(trainer, "budget")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._resume()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish()
+        usable = self.usable_seconds
+        if usable is not None and self.elapsed() > usable:
+            rank_zero_warn(
+                f"training took {self.elapsed():.2f} s of {usable:.2f} s: its last step took longer than predicted"
+                + (" (it was the only one; the budget does not fit one step)" if self._steps == 1 else "")
+            )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._halt()
+        self._counting = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"elapsed": self.elapsed(), "steps": self._steps, "recent": list(self._recent)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._counted = float(state_dict["elapsed"])
+        self._steps = int(state_dict["steps"])
+        self._recent.clear()
+        self._recent.extend(state_dict["recent"])
+
+    def _read(self, trainer: Trainer, elapsed: float) -> ClockReading:
+        max_steps = trainer.max_steps if trainer.max_steps > 0 else None
+        usable = self.usable_seconds
+        shares = [0.0]
+        if usable is not None:
+            shares.append(elapsed / usable)
+        if max_steps is not None:
+            shares.append(trainer.global_step / max_steps)
+        return ClockReading(
+            step=trainer.global_step,
+            elapsed=elapsed,
+            mean_step=elapsed / self._steps if self._steps else None,
+            budget=usable,
+            progress=min(max(shares), 1.0),
+            remaining=None if usable is None else max(usable - elapsed, 0.0),
+            max_steps=max_steps,
+        )
+
+    def _predicted_step(self) -> float:
+        return self.margin * max(self._boundary / self._steps, max(self._recent))
+
+    def _wait_for_gpu(self, pl_module: LightningModule) -> int:
+        """Keep the CPU at most one step ahead of the GPU, so that its clock tells the truth.
+
+        Returns:
+            number of steps still in the GPU's queue: 1, or 0 close to the end of the budget and on the CPU.
+        """
+        if pl_module.device.type != "cuda":
+            return 0
+        previous, self._event = self._event, torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(pl_module.device))
+        remaining = self.reading.remaining
+        # Agreed numbers of the step before, so that all ranks take the same branch.
+        if not self._recent or (remaining is not None and remaining < 5 * self._predicted_step()):
+            self._event.synchronize()
+            return 0
+        if previous is not None:
+            previous.synchronize()
+        return 1
+
+    def _agree(self) -> tuple[float, bool]:
+        """Rank 0's elapsed seconds, and whether any rank asked to stop."""
+        if self._group is None:
+            return self.elapsed(), self._stop_requested
+        own = self.elapsed() if dist.get_rank() == 0 else 0.0
+        message = torch.tensor([own, float(self._stop_requested)], dtype=torch.float64)
+        dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._group)
+        elapsed, requested = message.tolist()
+        self._counted = elapsed
+        if self._since is not None:
+            self._since = self.time_fn()
+        return elapsed, requested > 0
+
+    def _stop(self, trainer: Trainer, reason: str) -> None:
+        self._finish()
+        self.stop_reason = reason
+        trainer.should_stop = True
+        rank_zero_info(f"training stops after step {trainer.global_step} and {self.elapsed():.2f} s: {reason}")
+
+    def _finish(self) -> None:
+        self._halt()
+        self._counting = False
+
+    def _pause(self) -> None:
+        self._pause_depth += 1
+        self._halt()
+
+    def _resume(self) -> None:
+        self._pause_depth -= 1
+        self._run_if_due()
+
+    def _halt(self) -> None:
+        if self._since is None:
+            return
+        # Work that the GPU still has to do belongs to the time before.
+        if self._event is not None:
+            self._event.synchronize()
+        self._counted, self._since = self.elapsed(), None
+
+    def _run_if_due(self) -> None:
+        if self._counting and self._pause_depth == 0 and self._since is None:
+            self._since = self.time_fn()
+
+
+def find_clock(trainer: Trainer) -> WallClock | None:
+    """The Trainer's clock, if it has one."""
+    return next((callback for callback in trainer.callbacks if isinstance(callback, WallClock)), None)
+
+
+@contextmanager
+def clock_paused(trainer: Trainer) -> Iterator[None]:
+    """`paused()` of the Trainer's clock; without a clock it does nothing."""
+    clock = find_clock(trainer)
+    if clock is None:
+        yield
+        return
+    with clock.paused():
+        yield

@@ -1,0 +1,214 @@
+"""Muon: momentum, then orthogonalisation by Newton-Schulz; same-shape matrices in banks, banks shared out over ranks.
+
+Shapes: n matrices of a bank, R rows, C columns, R <= C after transposition.
+Sources: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), for the update and the
+quintic iteration; Amsel et al., "The Polar Express" (arXiv:2505.16932) for the coefficients that change per step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+# Minimax odd quintics for singular values in [1e-3, 1], one per step; the last repeats.
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    (1.875, -1.25, 0.375),
+)
+# bf16 rounding may lift a singular value above 1, where the polynomials diverge: leave room.
+POLAR_EXPRESS_SAFETY = 1.01
+
+EPS = 1e-7
+
+
+def iteration_coefficients(name: str, steps: int) -> list[tuple[float, float, float]]:
+    """`steps` triples (a, b, c) of x -> a x + b x³ + c x⁵.
+
+    Raises:
+        ValueError: `name` is neither "quintic" nor "polar_express".
+    """
+    if name == "quintic":
+        return [QUINTIC] * steps
+    if name == "polar_express":
+        s = POLAR_EXPRESS_SAFETY
+        damped = [(a / s, b / s**3, c / s**5) for a, b, c in POLAR_EXPRESS[:-1]] + [POLAR_EXPRESS[-1]]
+        return [damped[min(i, len(damped) - 1)] for i in range(steps)]
+    raise ValueError(f"muon_coefficients {name!r} is unknown; use 'quintic' or 'polar_express'")
+
+
+def orthogonalize(
+    bank_nRC: Tensor, coefficients: Sequence[tuple[float, float, float]], dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Push the singular values of every matrix of a bank towards 1.
+
+    Args:
+        bank_nRC: (n, R, C), R <= C, any floating dtype.
+        coefficients: (a, b, c) per step.
+        dtype: of the iteration and of the result.
+
+    Returns:
+        (n, R, C) in `dtype`.
+    """
+    norm_n11 = torch.linalg.vector_norm(bank_nRC, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    x_nRC = (bank_nRC / (norm_n11 + EPS)).to(dtype)
+    for a, b, c in coefficients:
+        gram_nRR = x_nRC @ x_nRC.mT
+        poly_nRR = torch.baddbmm(gram_nRR, gram_nRR, gram_nRR, beta=b, alpha=c)
+        x_nRC = torch.baddbmm(x_nRC, poly_nRR, x_nRC, beta=a)
+    return x_nRC
+
+
+@dataclass(frozen=True)
+class _Bank:
+    """Matrices with one shape after transposition; a rank works on `share` consecutive ones of them."""
+
+    rows: int
+    columns: int
+    members: tuple[int, ...]
+    """Indices into the parameter list: the ones stored as (R, C) first, then those to be transposed."""
+    n_upright: int
+    share: int
+    offset: int
+    """Where the bank's share starts in a rank's flat buffer of updates."""
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+
+def plan_banks(shapes: Sequence[torch.Size], world_size: int) -> tuple[list[_Bank], int]:
+    """Group matrices by shape and share every bank out over ranks.
+
+    Returns:
+        the banks, and the number of elements in a rank's flat buffer.
+
+    Raises:
+        ValueError: a parameter is not a matrix.
+    """
+    by_shape: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    for index, shape in enumerate(shapes):
+        if len(shape) != 2:
+            raise ValueError(f"Muon takes matrices; parameter {index} of its group has shape {tuple(shape)}")
+        upright, turned = by_shape.setdefault((min(shape), max(shape)), ([], []))
+        (upright if shape[0] <= shape[1] else turned).append(index)
+    banks, offset = [], 0
+    for (rows, columns), (upright, turned) in by_shape.items():
+        share = math.ceil((len(upright) + len(turned)) / world_size)
+        banks.append(_Bank(rows, columns, (*upright, *turned), len(upright), share, offset))
+        offset += share * rows * columns
+    return banks, offset
+
+
+class Muon:
+    """The update rule, without parameters of its own: `step` changes parameters and momentum in place.
+
+    Momentum is heavy-ball (m <- μ m + g) and replicated on every rank in float32: gradients already are the mean over
+    ranks, so that replicas agree and a checkpoint of rank 0 is complete. Only the Newton-Schulz work is shared out:
+    a rank orthogonalises its slice of every bank, then one all-gather hands out the updates.
+    """
+
+    def __init__(
+        self,
+        *,
+        ns_steps: int = 5,
+        coefficients: str = "quintic",
+        nesterov: bool = True,
+        row_normalize: bool = False,
+        shard: bool = True,
+    ) -> None:
+        self.coefficients = iteration_coefficients(coefficients, ns_steps)
+        self.nesterov = nesterov
+        self.row_normalize = row_normalize
+        self.shard = shard
+        self._plans: dict[tuple[tuple[torch.Size, ...], int], tuple[list[_Bank], int]] = {}
+
+    @torch.no_grad()
+    def step(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        momenta: list[Tensor],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        """One update: p <- (1 − lr·weight_decay) p − lr·max(1, rows/columns)^½ · orthogonalize(m or g + μ m).
+
+        Args:
+            params: matrices (rows, columns).
+            grads: their gradients.
+            momenta: their float32 momentum buffers.
+            lr: learning rate of this step.
+            momentum: μ of this step.
+            weight_decay: decoupled weight decay.
+        """
+        if not params:
+            return
+        grads = [g.float() for g in grads]
+        torch._foreach_mul_(momenta, momentum)
+        torch._foreach_add_(momenta, grads)
+        directions = list(torch._foreach_add(grads, momenta, alpha=momentum)) if self.nesterov else momenta
+        updates = self._orthogonal_updates(directions)
+        torch._foreach_mul_(params, 1.0 - lr * weight_decay)
+        scales = [-lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5 for p in params]
+        torch._foreach_mul_(updates, scales)
+        torch._foreach_add_(params, [u.to(p.dtype) for u, p in zip(updates, params, strict=True)])
+
+    def _orthogonal_updates(self, directions: list[Tensor]) -> list[Tensor]:
+        """Float32 updates, shaped like `directions`, the same on every rank."""
+        world_size, rank = 1, 0
+        if self.shard and dist.is_available() and dist.is_initialized():
+            world_size, rank = dist.get_world_size(), dist.get_rank()
+        key = (tuple(d.shape for d in directions), world_size)
+        if key not in self._plans:
+            self._plans[key] = plan_banks(key[0], world_size)
+        banks, flat_size = self._plans[key]
+
+        flat_S = torch.zeros(flat_size, dtype=torch.bfloat16, device=directions[0].device)
+        for bank in banks:
+            first = min(rank * bank.share, len(bank.members))
+            last = min(first + bank.share, len(bank.members))
+            if first < last:
+                x_nRC = orthogonalize(self._stack(directions, bank, first, last), self.coefficients)
+                end = bank.offset + (last - first) * bank.numel
+                flat_S[bank.offset : end].copy_(x_nRC.reshape(-1))
+        if world_size > 1:
+            flat_WS = torch.empty(world_size, flat_size, dtype=flat_S.dtype, device=flat_S.device)
+            # Bytes, because not every backend carries bf16.
+            dist.all_gather_into_tensor(flat_WS.view(torch.uint8), flat_S.view(torch.uint8))
+        else:
+            flat_WS = flat_S[None]
+        flat_WS = flat_WS.float()
+
+        updates: list[Tensor] = [flat_WS] * len(directions)
+        for bank in banks:
+            for position, index in enumerate(bank.members):
+                owner, slot = divmod(position, bank.share)
+                start = bank.offset + slot * bank.numel
+                update_RC = flat_WS[owner, start : start + bank.numel].view(bank.rows, bank.columns)
+                updates[index] = update_RC if position < bank.n_upright else update_RC.mT.contiguous()
+        return updates
+
+    def _stack(self, directions: list[Tensor], bank: _Bank, first: int, last: int) -> Tensor:
+        """(last − first, R, C): members `first` to `last` of a bank, tall ones transposed."""
+        matrices = []
+        for position in range(first, last):
+            matrix = directions[bank.members[position]]
+            if self.row_normalize:
+                matrix = matrix / (torch.linalg.vector_norm(matrix, dim=1, keepdim=True) + EPS)
+            matrices.append(matrix if position < bank.n_upright else matrix.mT)
+        return torch.stack(matrices)

@@ -1,0 +1,268 @@
+"""The optimizer of the network: Muon for matrices, Adam for the rest, as one `torch.optim.Optimizer`.
+
+One object, because Lightning's automatic optimization (gradient accumulation, clipping, resume, `global_step`) takes
+exactly one.
+"""
+
+from collections.abc import Callable, Iterable
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hymba_lightning.training.muon import Muon, iteration_coefficients
+from hymba_lightning.training.param_groups import assign_parameters, build_rules
+from hymba_lightning.training.schedule import WarmdownShape, muon_momentum, warmdown_lr_scale
+
+
+@dataclass
+class OptimizerConfig:
+    """Learning rates, momentum, decay and the choice of groups."""
+
+    embed_lr: float | None = None
+    """Adam's learning rate of the token table; None means 0.05 for a tied table, 0.6 for an untied one."""
+    head_lr: float = 0.008
+    """Adam's learning rate of an untied head."""
+    matrix_lr: float = 0.02
+    """Muon's learning rate of all projection matrices."""
+    scalar_lr: float = 0.02
+    """Adam's learning rate of vectors, gates, biases and the bigram table."""
+    dynamics_lr: float = 0.002
+    """Adam's learning rate of what sets the state's decay: A_log, dt bias and dt projection (no weight decay)."""
+    conv_lr: float = 0.02
+    """Adam's learning rate of the depthwise convolution's weights."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moment."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.02
+    """Decoupled weight decay, of Muon's matrices only."""
+    muon_momentum: float = 0.95
+    """Muon's momentum after its warm-up."""
+    muon_momentum_start: float = 0.85
+    """Muon's momentum at the first step."""
+    muon_momentum_warmup_steps: int = 500
+    """Optimizer steps over which Muon's momentum grows; 0 turns the warm-up off."""
+    muon_nesterov: bool = True
+    """Orthogonalise gradient + momentum * buffer instead of the buffer alone."""
+    ns_steps: int = 5
+    """Newton-Schulz steps."""
+    muon_coefficients: Literal["quintic", "polar_express"] = "quintic"
+    """Coefficients of the Newton-Schulz steps: one quintic for all, or Polar Express's one per step."""
+    muon_row_normalize: bool = False
+    """Scale every row to length 1 before Newton-Schulz (MuonEq-R)."""
+    muon_shard: bool = True
+    """Share the Newton-Schulz work out over ranks."""
+    warmdown_iters: int = 3000
+    """Length of the learning rate's warmdown, in optimizer steps at the mean step time so far; 0 turns it off."""
+    warmdown_shape: WarmdownShape = "cosine"
+    """Shape of the warmdown: "cosine" or "linear"."""
+    train_conv: bool = True
+    """False leaves the conv weights untrained, as the reference does by oversight."""
+    dynamics_in_muon: bool = False
+    """True puts A_log and the dt projection under Muon with weight decay, as the reference does by oversight."""
+
+    def __post_init__(self) -> None:
+        for name in ("embed_lr", "head_lr", "matrix_lr", "scalar_lr", "dynamics_lr", "conv_lr", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"optimizer.{name} is {value}; it must be 0 or positive")
+        for name in ("muon_momentum", "muon_momentum_start"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        self.adam_betas = tuple(self.adam_betas)
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"optimizer.adam_betas is {self.adam_betas}; it must be two numbers in [0, 1)")
+        if not self.adam_eps > 0:
+            raise ValueError(f"optimizer.adam_eps is {self.adam_eps}; it must be positive, e.g. 1e-8")
+        if not 1 <= self.ns_steps <= 20:
+            raise ValueError(f"optimizer.ns_steps is {self.ns_steps}; it must be between 1 and 20, usually 5")
+        for name in ("muon_momentum_warmup_steps", "warmdown_iters"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be 0 (off) or positive")
+        if self.warmdown_shape not in ("cosine", "linear"):
+            raise ValueError(f"optimizer.warmdown_shape is {self.warmdown_shape!r}; use 'cosine' or 'linear'")
+        iteration_coefficients(self.muon_coefficients, self.ns_steps)
+
+    def lr_scale(
+        self,
+        *,
+        remaining_seconds: float | None = None,
+        mean_step: float | None = None,
+        remaining_steps: int | None = None,
+    ) -> float:
+        """Learning-rate factor: `warmdown_lr_scale` with this config's length and shape."""
+        return warmdown_lr_scale(
+            warmdown_iters=self.warmdown_iters,
+            shape=self.warmdown_shape,
+            remaining_seconds=remaining_seconds,
+            mean_step=mean_step,
+            remaining_steps=remaining_steps,
+        )
+
+    def momentum(self, step: int) -> float:
+        """Muon's momentum at optimizer step `step` (0-based)."""
+        return muon_momentum(
+            step,
+            start=self.muon_momentum_start,
+            end=self.muon_momentum,
+            warmup_steps=self.muon_momentum_warmup_steps,
+        )
+
+
+class HymbaOptimizer(Optimizer):
+    """Muon and Adam behind one optimizer.
+
+    Every parameter group has `name`, `algorithm` ("muon", "adam" or "none"), `base_lr` and `lr`; Muon's also have
+    `momentum` and `weight_decay`. Groups of algorithm "none" are not updated but have their gradients cleared. The
+    Adam groups and their state are shared with a `torch.optim.Adam`, whose own kernels (fused on CUDA, foreach
+    elsewhere) do the work.
+
+    Args:
+        groups: dictionaries with the keys above and `params`.
+        config: the numbers that are the same for all groups.
+
+    Raises:
+        ValueError: a group lacks `name`, `algorithm` or `base_lr`, or a Muon parameter is not a matrix.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
+        for group in groups:
+            missing = {"name", "algorithm", "base_lr", "params"} - group.keys()
+            if missing:
+                raise ValueError(f"optimizer group {group.get('name')!r} lacks {sorted(missing)}")
+            group.setdefault("lr", group["base_lr"])
+            if group["algorithm"] == "muon":
+                group.setdefault("momentum", config.momentum(0))
+                not_matrices = [tuple(p.shape) for p in group["params"] if p.ndim != 2]
+                if not_matrices:
+                    raise ValueError(f"Muon group {group['name']!r} holds parameters of shape {not_matrices}")
+        self._muon = Muon(
+            ns_steps=config.ns_steps,
+            coefficients=config.muon_coefficients,
+            nesterov=config.muon_nesterov,
+            row_normalize=config.muon_row_normalize,
+            shard=config.muon_shard,
+        )
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": 0.0})
+        self._adam = torch.optim.Adam(self._groups_of("adam"), lr=0.0, betas=config.adam_betas, eps=config.adam_eps)
+        self._share_with_adam()
+
+    def set_schedule(self, lr_scale: float, momentum: float) -> None:
+        """Set every learning rate to `base_lr * lr_scale`, and Muon's momentum."""
+        for group in self.param_groups:
+            group["lr"] = group["base_lr"] * lr_scale
+            if group["algorithm"] == "muon":
+                group["momentum"] = momentum
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Run `closure` (forward and backward) if given, then update every trained parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._choose_kernels()
+        self._adam.step()
+        for group in self._groups_of("muon"):
+            params = [p for p in group["params"] if p.grad is not None]
+            self._muon.step(
+                params,
+                [p.grad for p in params],
+                [self._momentum_buffer(p) for p in params],
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=group["weight_decay"],
+            )
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore groups and state.
+
+        Raises:
+            ValueError: the groups' names or sizes are not those of this optimizer.
+        """
+        ours = [(group["name"], len(group["params"])) for group in self.param_groups]
+        theirs = [(group.get("name"), len(group["params"])) for group in state_dict["param_groups"]]
+        if ours != theirs:
+            raise ValueError(
+                f"the checkpoint's optimizer groups {theirs} are not this run's {ours}; "
+                "resume with the network and optimizer switches that the checkpoint was made with"
+            )
+        # The kernel belongs to this machine, not to the one that wrote the checkpoint.
+        state_dict = copy(state_dict)
+        state_dict["param_groups"] = [
+            {**saved, **{key: group[key] for key in ("fused", "foreach") if key in group}}
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+        ]
+        super().load_state_dict(state_dict)
+        # The base class casts state to the parameter's dtype; momentum stays float32.
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for parameter, index in zip(group["params"], saved["params"], strict=True):
+                buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
+                if buffer is not None:
+                    self.state[parameter]["momentum_buffer"] = buffer.detach().clone().to(parameter.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_adam" in self.__dict__:
+            self._share_with_adam()
+
+    def _groups_of(self, algorithm: str) -> list[dict[str, Any]]:
+        return [group for group in self.param_groups if group["algorithm"] == algorithm]
+
+    def _share_with_adam(self) -> None:
+        self._adam.param_groups = self._groups_of("adam")
+        self._adam.state = self.state
+
+    def _choose_kernels(self) -> None:
+        for group in self._adam.param_groups:
+            on_cuda = all(p.is_cuda for p in group["params"])
+            group["fused"], group["foreach"] = on_cuda, not on_cuda
+
+    def _momentum_buffer(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter, dtype=torch.float32)
+        return state["momentum_buffer"]
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, *, tied: bool
+) -> HymbaOptimizer:
+    """Group the network's parameters by name and build their optimizer.
+
+    Args:
+        named_parameters: of the network; a leading `net.` is ignored.
+        config: learning rates and switches.
+        tied: whether the head is the token table.
+
+    Raises:
+        ParameterGroupError: a parameter belongs to no group, or a group that must not be empty is.
+    """
+    rules = build_rules(tied=tied, train_conv=config.train_conv, dynamics_in_muon=config.dynamics_in_muon)
+    members = assign_parameters(named_parameters, rules)
+    embed_lr = config.embed_lr if config.embed_lr is not None else (0.05 if tied else 0.6)
+    base_lr = {
+        "embed": embed_lr,
+        "head": config.head_lr,
+        "conv": config.conv_lr,
+        "untrained": 0.0,
+        "dynamics": config.dynamics_lr,
+        "matrices": config.matrix_lr,
+        "scalars": config.scalar_lr,
+    }
+    groups = [
+        {
+            "name": rule.name,
+            "algorithm": rule.algorithm,
+            "base_lr": base_lr[rule.name],
+            "weight_decay": config.weight_decay if rule.algorithm == "muon" else 0.0,
+            "params": [parameter for _, parameter in members[rule.name]],
+        }
+        for rule in rules
+        if rule.name in members
+    ]
+    return HymbaOptimizer(groups, config)
