@@ -1,0 +1,1 @@
+"""Functions on tensors, no modules: one folder an op, one contract an op, several backends each."""

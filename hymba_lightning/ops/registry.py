@@ -1,0 +1,116 @@
+"""Which backend serves a call: a named one is honoured or refused; `auto` picks in order and logs its pick once."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+logger = logging.getLogger("hymba_lightning")
+
+
+class BackendUnavailableError(RuntimeError):
+    """An explicitly named backend cannot serve the call; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an op."""
+
+    missing: Callable[[str], str | None]
+    """Device type -> why this backend cannot run there, with the remedy; None where it can."""
+
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    """Feature of a call that this backend does not offer -> the reason and the remedy."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """The backends of one op and the order in which `auto` tries them."""
+
+    backends: Mapping[str, Backend]
+    order: Mapping[str, tuple[str, ...]]
+    """Device type -> names, best first; the key "other" stands for every device type not listed."""
+
+
+_operations: dict[str, Operation] = {}
+_announced: set[tuple[str, str, str]] = set()
+
+
+def register(op: str, operation: Operation) -> None:
+    """Makes `op` known to `choose`."""
+    _operations[op] = operation
+
+
+def anywhere(device_type: str) -> str | None:
+    """`missing` of a backend that runs on every device."""
+    return None
+
+
+@functools.cache
+def is_installed(package: str) -> bool:
+    """Whether `package` can be found, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def needs_package(package: str, install: str, device_type: str) -> Callable[[str], str | None]:
+    """`missing` of a backend that lives in an optional package and runs on one type of device."""
+
+    def missing(found: str) -> str | None:
+        if found != device_type:
+            return f"it runs on {device_type} tensors, these are on {found}"
+        if not is_installed(package):
+            return f"the package {package} is not installed: {install}"
+        return None
+
+    return missing
+
+
+def _objection(backend: Backend, device_type: str, features: tuple[str, ...]) -> str | None:
+    reason = backend.missing(device_type)
+    if reason is None:
+        reason = next((backend.refuses[feature] for feature in features if feature in backend.refuses), None)
+    return reason
+
+
+def available_backends(op: str, device: torch.device | str) -> tuple[str, ...]:
+    """Names of the backends of `op` that can run on `device` here, in the order of the table."""
+    device_type = torch.device(device).type
+    return tuple(name for name, backend in _operations[op].backends.items() if backend.missing(device_type) is None)
+
+
+# Under torch.compile this runs once, while tracing: the graph holds only the backend that was chosen.
+@torch.compiler.assume_constant_result
+def choose(op: str, backend: str, device_type: str, features: tuple[str, ...] = ()) -> str:
+    """The backend's name for one call.
+
+    `features` names what the call asks for beyond the plain case (an initial state, say). Raises ValueError for an
+    unknown name and BackendUnavailableError for a known one that cannot serve this call.
+    """
+    operation = _operations[op]
+    if backend == "auto":
+        return _choose_automatically(op, operation, device_type, features)
+    if backend not in operation.backends:
+        raise ValueError(f"{op} has no backend {backend!r}; choose auto or one of {', '.join(operation.backends)}")
+    reason = _objection(operation.backends[backend], device_type, features)
+    if reason is not None:
+        raise BackendUnavailableError(f"{op}: backend {backend!r} cannot serve this call: {reason}")
+    return backend
+
+
+def _choose_automatically(op: str, operation: Operation, device_type: str, features: tuple[str, ...]) -> str:
+    passed_over = []
+    for name in operation.order.get(device_type, operation.order["other"]):
+        reason = _objection(operation.backends[name], device_type, features)
+        if reason is None:
+            key = (op, device_type, name)
+            if key not in _announced:
+                _announced.add(key)
+                logger.info("%s on %s: backend %s%s", op, device_type, name, "".join(passed_over))
+            return name
+        passed_over.append(f"; not {name}: {reason}")
+    raise BackendUnavailableError(f"{op}: no backend serves this call on {device_type}{''.join(passed_over)}")

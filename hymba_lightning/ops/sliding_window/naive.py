@@ -1,0 +1,30 @@
+"""Sliding-window attention with a dense mask: the definition of what every backend must compute.
+
+B batch, T queries, S keys, H query heads, G kv heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def window_mask(n_queries: int, n_keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(T, S) bool, true where the query sees the key: 0 <= i-j < window, query t at key position i = S-T+t."""
+    i = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
+    j = torch.arange(n_keys, device=device)
+    seen = j <= i
+    return seen if window is None else seen & (i - j < window)
+
+
+def sliding_window_attention_naive(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None,
+                                   scale: float) -> Tensor:
+    """softmax(scale q·k over the keys seen) v in float32; head h reads kv head h // (H/G). Returns q's shape, dtype."""
+    batch, n_queries, n_heads, head_dim = q_BTHK.shape
+    n_keys, n_kv_heads = k_BSGK.shape[1:3]
+    q = q_BTHK.float().view(batch, n_queries, n_kv_heads, n_heads // n_kv_heads, head_dim)
+    scores_BGRTS = torch.einsum("btgrk,bsgk->bgrts", q, k_BSGK.float()) * scale
+    seen_TS = window_mask(n_queries, n_keys, window, q.device)
+    weights_BGRTS = scores_BGRTS.masked_fill(~seen_TS, float("-inf")).softmax(-1)
+    out = torch.einsum("bgrts,bsgk->btgrk", weights_BGRTS, v_BSGK.float())
+    return out.reshape(q_BTHK.shape).to(q_BTHK.dtype)
