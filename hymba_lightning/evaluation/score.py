@@ -1,0 +1,128 @@
+"""Tokens → nats. Scores a piece of a token stream without touching the weights, shared out over the ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hymba_lightning.data.sequences import Batch
+from hymba_lightning.model import Hymba
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over scored tokens. `bpb` and `loss` are ratios of sums, so scores of disjoint pieces add exactly."""
+
+    nats: float
+    n_tokens: int
+    n_bytes: int
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.nats + other.nats, self.n_tokens + other.n_tokens, self.n_bytes + other.n_bytes)
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.n_tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of the text: Σ nats / (ln 2 · Σ bytes)."""
+        return self.nats / (math.log(2) * self.n_bytes)
+
+
+def world() -> tuple[int, int]:
+    """(rank, world size); (0, 1) outside a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """`tensor` summed in place over all ranks."""
+    if world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@torch.no_grad()
+def score_batches(net: Hymba, batches: Iterator[Batch], device: torch.device) -> Score:
+    """Scores this rank's batches and adds up over all ranks. Every rank must call it, with however many batches."""
+    was_training = net.training
+    net.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for batch in batches:
+        nats_BT = net(batch.inputs.to(device), batch.targets.to(device), reduction="none")
+        sums += torch.stack([nats_BT.double().sum(), torch.tensor(float(nats_BT.numel()), device=device).double(),
+                             batch.target_bytes.to(device).double().sum()])
+    net.train(was_training)
+    nats, n_tokens, n_bytes = sum_over_ranks(sums).tolist()
+    return Score(nats, int(n_tokens), int(n_bytes))
+
+
+@dataclass(frozen=True)
+class Window:
+    """One forward pass of a scoring plan: feed tokens[start:stop], score the targets first … stop (token positions)."""
+
+    start: int
+    stop: int
+    first: int
+
+
+def plan_windows(n_tokens: int, n_context: int, seq_len: int, stride: int) -> list[Window]:
+    """Cuts n_tokens targets that follow n_context known tokens into forward passes of at most seq_len inputs.
+
+    stride == seq_len scores cold sequences; a smaller one gives each target at least seq_len - stride tokens of context
+    where the stream has them (sliding-window evaluation). Position 0 is the first context token; the target at
+    position p is predicted from inputs up to p-1. Every target is in exactly one window.
+    """
+    windows = []
+    for first in range(n_context, n_context + n_tokens, stride):
+        stop = min(first + stride, n_context + n_tokens)
+        # A full-length window even where the last stride is short: more context costs nothing.
+        start = first - 1 if stride == seq_len else max(stop - 1 - seq_len, 0)
+        windows.append(Window(start, stop, first))
+    return windows
+
+
+def group_by_shape(windows: list[Window], batch_size: int) -> Iterator[list[Window]]:
+    """Batches of consecutive windows of equal length."""
+    group: list[Window] = []
+    for window in windows:
+        same = group and (window.stop - window.start) == (group[0].stop - group[0].start)
+        if group and (not same or len(group) == batch_size):
+            yield group
+            group = []
+        group.append(window)
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def score_tokens(net: Hymba, tokens: Tensor, n_context: int, *, seq_len: int, stride: int, batch_size: int) -> Tensor:
+    """Nats (n,) float32 of tokens[n_context:], in order, on every rank.
+
+    tokens (n_context + n,) int64 on the network's device, n_context >= 1. Windows are shared out over the ranks; each
+    target is scored by one of them and the vectors are summed.
+    """
+    was_training = net.training
+    net.eval()
+    rank, size = world()
+    n_tokens = tokens.numel() - n_context
+    nats = torch.zeros(n_tokens, dtype=torch.float32, device=tokens.device)
+    windows = plan_windows(n_tokens, n_context, seq_len, stride)
+    mine = windows[len(windows) * rank // size: len(windows) * (rank + 1) // size]
+    for group in group_by_shape(mine, batch_size):
+        inputs = torch.stack([tokens[w.start:w.stop - 1] for w in group])
+        targets = torch.stack([tokens[w.start + 1:w.stop] for w in group])
+        nats_BT = net(inputs, targets, reduction="none")
+        for row, window in zip(nats_BT, group, strict=True):
+            scored = row[row.numel() - (window.stop - window.first):]
+            nats[window.first - n_context: window.stop - n_context] = scored
+    net.train(was_training)
+    return sum_over_ranks(nats)

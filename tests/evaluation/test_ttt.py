@@ -1,0 +1,182 @@
+"""Score-first test-time training: the reference's numbers, the rules of the score, and any number of ranks."""
+
+import copy
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from golden_vectors import arrays, network, settings, ttt_chunks, ttt_config
+
+from hymba_lightning.data.sequences import Chunk
+from hymba_lightning.evaluation import ScoreFirstTTT, TTTConfig, score_first_ttt
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return arrays("ttt"), settings("ttt")
+
+
+def total(scores):
+    result = scores[0].score
+    for other in scores[1:]:
+        result = result + other.score
+    return result
+
+
+def run(golden, chunks=None, **changes):
+    vectors, values = golden
+    net = network(values["cfg"], vectors)
+    chunks = chunks or ttt_chunks(vectors, values["chunk_tokens"])
+    scores = score_first_ttt(net, chunks, values["seq_len"], ttt_config(values, **changes))
+    return net, scores
+
+
+def test_equals_the_reference(golden):
+    vectors, values = golden
+    net, scores = run(golden)
+    assert total(scores).bpb == pytest.approx(values["ttt_val_bpb"], abs=1e-4)
+    assert total(scores).loss == pytest.approx(values["ttt_val_loss"], abs=1e-4)
+    state = net.state_dict()
+    for key, expected in vectors.items():
+        if key.startswith("after/"):
+            value = state[key.removeprefix("after/")]
+            assert float((value - expected).norm() / expected.norm().clamp_min(1e-12)) < 1e-4, key
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_no_epochs_only_scores(golden):
+    vectors, values = golden
+    net, scores = run(golden, epochs=0)
+    assert total(scores).bpb == pytest.approx(values["plain_val_bpb"], abs=1e-4)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, vectors[f"param/{key}"]), key
+
+
+def test_every_token_after_the_first_is_scored_once(golden):
+    vectors, values = golden
+    chunks = ttt_chunks(vectors, values["chunk_tokens"], n_tokens=1200)
+    _, scores = run(golden, chunks, drop_partial=False, epochs=0)
+    assert total(scores).n_tokens == 1199
+    assert total(scores).n_bytes == sum(int(chunk.target_bytes.long().sum()) for chunk in chunks)
+    _, dropped = run(golden, chunks, epochs=0)
+    assert total(dropped).n_tokens < 1199
+
+
+@pytest.mark.parametrize("stride", [0, 16])
+def test_a_later_token_changes_no_earlier_score(golden, stride):
+    """The rule that a probability depends on the artifact and the tokens before it alone: bit for bit, across chunks."""
+    vectors, values = golden
+    chunks = ttt_chunks(vectors, values["chunk_tokens"])
+    _, scores = run(golden, chunks, drop_partial=False, stride=stride, epochs=1)
+    before = torch.cat([score.nats for score in scores])
+    for position in (700, 1000):
+        changed_vectors = dict(vectors)
+        changed_vectors["tokens"] = vectors["tokens"].clone()
+        changed_vectors["tokens"][position] = (vectors["tokens"][position] + 3) % 1000
+        _, other = run(golden, ttt_chunks(changed_vectors, values["chunk_tokens"]), drop_partial=False, stride=stride,
+                       epochs=1)
+        after = torch.cat([score.nats for score in other])
+        assert torch.equal(before[:position - 1], after[:position - 1])
+        assert not torch.equal(before[position - 1:], after[position - 1:])
+
+
+def test_the_causality_check_catches_a_cheat(golden):
+    """Training on a chunk before scoring it, the forbidden order, does change earlier scores: the check above can fail."""
+    vectors, values = golden
+
+    def adapt_then_score(chunk_vectors):
+        net = network(values["cfg"], vectors)
+        config = ttt_config(values, epochs=1, drop_partial=False)
+        nats = []
+        for chunk in ttt_chunks(chunk_vectors, values["chunk_tokens"])[:3]:
+            peek = chunk._replace(index=0, n_chunks=2)
+            cheat = ScoreFirstTTT(net, values["seq_len"], config)
+            cheat.score_chunk(peek)
+            cheat.adapt_chunk(peek)
+            honest = ScoreFirstTTT(net, values["seq_len"], TTTConfig(epochs=0))
+            nats.append(honest.score_chunk(peek).nats)
+        return torch.cat(nats)
+
+    changed = dict(vectors)
+    changed["tokens"] = vectors["tokens"].clone()
+    changed["tokens"][700] = (vectors["tokens"][700] + 3) % 1000
+    assert not torch.equal(adapt_then_score(vectors)[:699], adapt_then_score(changed)[:699])
+
+
+def test_scores_are_final_before_the_weights_move(golden):
+    vectors, values = golden
+    net = network(values["cfg"], vectors)
+    chunks = ttt_chunks(vectors, values["chunk_tokens"])
+    ttt = ScoreFirstTTT(net, values["seq_len"], ttt_config(values))
+    untouched = copy.deepcopy(net)
+    first = ttt.score_chunk(chunks[0])
+    kept = first.nats.clone()
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), untouched.parameters(), strict=True))
+    ttt.adapt_chunk(chunks[0])
+    assert torch.equal(first.nats, kept)
+    assert not torch.equal(net.tok_emb.weight, untouched.tok_emb.weight)
+
+
+def test_order_is_enforced(golden):
+    vectors, values = golden
+    chunks = ttt_chunks(vectors, values["chunk_tokens"])
+    ttt = ScoreFirstTTT(network(values["cfg"], vectors), values["seq_len"], ttt_config(values))
+    with pytest.raises(ValueError, match="score first"):
+        ttt.adapt_chunk(chunks[0])
+    with pytest.raises(ValueError, match="left-to-right"):
+        ttt.score_chunk(chunks[1])
+    ttt.score_chunk(chunks[0])
+    with pytest.raises(ValueError, match="left-to-right"):
+        ttt.score_chunk(chunks[0])
+    with pytest.raises(ValueError, match="not adapted"):
+        ttt.score_chunk(chunks[1])
+    ttt.adapt_chunk(chunks[0])
+    with pytest.raises(ValueError, match="adapt once"):
+        ttt.adapt_chunk(chunks[0])
+
+
+def test_the_last_chunk_is_not_trained_on(golden):
+    vectors, values = golden
+    net = network(values["cfg"], vectors)
+    single = Chunk(0, 1, vectors["tokens"].long()[:257], torch.ones(256, dtype=torch.int16))
+    score_first_ttt(net, [single], values["seq_len"], ttt_config(values))
+    assert torch.equal(net.tok_emb.weight, vectors["param/tok_emb.weight"])
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def _rank(rank: int, size: int, port: int, n_tokens: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=size)
+    golden = arrays("ttt"), settings("ttt")
+    chunks = ttt_chunks(golden[0], 256, n_tokens)
+    net, scores = run(golden, chunks, drop_partial=False, batch_seqs=4 // size)
+    torch.save({"nats": torch.cat([s.nats for s in scores]), "weights": net.state_dict()}, f"{folder}/{size}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("n_tokens", [1200, 514 + 60])
+def test_any_number_of_ranks_gives_the_same_score(tmp_path: Path, n_tokens):
+    """Sequences that two ranks cannot share evenly, a partial one, and a chunk shorter than one sequence: no hang, the
+    same weights on both ranks, and one rank's score at the same global batch."""
+    for size in (1, 2):
+        mp.spawn(_rank, args=(size, _free_port(), n_tokens, str(tmp_path)), nprocs=size)
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert torch.equal(first["nats"], second["nats"])
+    for key, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][key]), key
+        assert torch.allclose(value, one["weights"][key], atol=1e-5), key
+    assert one["nats"].numel() == n_tokens - 1
+    bits = [float(result["nats"].double().sum()) for result in (one, first)]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-5)
+    assert one["nats"].dtype == torch.float32

@@ -1,0 +1,209 @@
+"""The network: parity with the reference's vectors, cut-anywhere state, options, starts, bfloat16."""
+
+import math
+
+import pytest
+import torch
+from golden_vectors import arrays, network, settings
+
+from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.model.layers import fake_quantize
+
+SMALL = {"vocab_size": 64, "n_layers": 4, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "window": 8, "d_state": 4,
+         "bigram_buckets": 32, "bigram_dim": 8}
+
+
+def small(runtime: RuntimeConfig | None = None, **changes) -> Hymba:
+    """A small network whose zero-initialised matrices are random, so that every path carries signal."""
+    torch.manual_seed(0)
+    net = Hymba(HymbaConfig(**(SMALL | changes)), runtime)
+    for parameter in net.parameters():
+        if not parameter.detach().any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def rms_ratio(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("name", ["model_seed_shape", "model_paper_options"])
+def test_logits_loss_and_every_gradient_equal_the_reference(name):
+    vectors = arrays(name)
+    net = network(settings(name), vectors)
+    inputs, targets = vectors["input_ids"], vectors["target_ids"]
+    assert rms_ratio(net(inputs).detach(), vectors["logits"]) < 2e-5
+    loss = net(inputs, targets)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(vectors["loss"]), rel=2e-5)
+    checked = 0
+    for key, parameter in net.named_parameters():
+        expected = vectors["grad/" + key.replace("meta_tokens", "_meta_tokens_param")]
+        if expected.any():
+            assert rms_ratio(parameter.grad, expected) < 1e-4, key
+        else:
+            assert not parameter.grad.any(), key
+        checked += 1
+    assert checked > 50
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"meta_tokens": 3}, {"global_layers": [1]}, {"kv_share_every": 2, "merge": "channel", "branch_norm": True},
+    {"expand": 2, "tie_embeddings": False, "smear_gate": False, "d_conv": 2}, {"window": 1},
+], ids=lambda changes: "-".join(changes) or "plain")
+def test_a_sequence_cut_anywhere_gives_the_logits_of_the_whole(changes):
+    net = small(**changes).eval()
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randint(0, 64, (2, 40), generator=generator)
+    inputs[:, 17] = net.config.bos_id
+    with torch.no_grad():
+        whole = net(inputs)
+        for cuts in ([1, 2, 17, 18, 39], [20], list(range(1, 40))):
+            pieces, state = [], None
+            for first, stop in zip([0, *cuts], [*cuts, 40], strict=True):
+                logits, state = net(inputs[:, first:stop], state=state, return_state=True)
+                pieces.append(logits)
+            assert rms_ratio(torch.cat(pieces, dim=1), whole) < 1e-5
+    sizes = {layer.keys.size(1) for i, layer in enumerate(state.layers) if i not in net.config.global_layer_set()}
+    assert sizes == {net.config.window - 1}
+
+
+def test_the_future_does_not_reach_the_past():
+    net = small().eval()
+    inputs = torch.randint(2, 64, (1, 30))
+    changed = inputs.clone()
+    changed[0, 20] = (changed[0, 20] + 1) % 64
+    with torch.no_grad():
+        before, after = net(inputs), net(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.equal(before[:, 20], after[:, 20])
+
+
+def test_probabilities_sum_to_one():
+    with torch.no_grad():
+        logits = small()(torch.randint(0, 64, (1, 16)))
+    assert torch.allclose(logits.softmax(-1).sum(-1), torch.ones(1, 16), atol=1e-6)
+
+
+def test_embeddings_do_not_reach_across_a_document_start_unless_asked():
+    inputs = torch.randint(2, 64, (1, 12))
+    inputs[0, 6] = 1
+    other = inputs.clone()
+    other[0, 5] = (inputs[0, 5] + 7) % 60 + 2
+    for reset in (True, False):
+        net = small(reset_at_bos=reset)
+        from hymba_lightning.model.embedding import embed_tokens
+
+        def embed(ids, net=net, reset=reset):
+            return embed_tokens(ids, net.tok_emb, net.bigram_hash, net.smeargate, dtype=torch.float32,
+                                bos_id=1 if reset else None)[0][0, 6]
+
+        assert torch.equal(embed(inputs), embed(other)) is reset
+
+
+def test_only_the_window_is_seen():
+    """With the Mamba branch and the smear silenced, a key `window` back does not matter and one closer does."""
+    net = small(n_layers=2, smear_gate=False, bigram_hash=False).eval()
+    with torch.no_grad():
+        for block in net.blocks:
+            block.attn.mamba_out_proj.weight.zero_()
+        net.blocks[1].attn.proj.weight.zero_()  # one layer of attention left: no relaying
+        inputs = torch.randint(2, 64, (1, 20))
+        base = net(inputs)[0, 19]
+        for distance, seen in ((7, True), (8, False)):
+            changed = inputs.clone()
+            changed[0, 19 - distance] = 1
+            assert torch.equal(net(changed)[0, 19], base) is not seen
+
+
+def test_the_full_network_has_the_reference_size():
+    with torch.device("meta"):
+        net = Hymba(HymbaConfig(ortho_init=False, dt_init="linear"))
+    assert sum(p.numel() for p in net.parameters()) == 27_161_151
+
+
+def test_the_time_step_starts_log_uniform_between_its_bounds():
+    dt = torch.nn.functional.softplus(small(d_model=256, n_heads=4).blocks[0].attn.dt_proj.bias.detach())
+    assert float(dt.min()) >= 0.001 * 0.999
+    assert float(dt.max()) <= 0.1 * 1.001
+    assert abs(float(dt.log().mean()) - math.log(0.01)) < 0.35
+    plain = torch.nn.functional.softplus(small(dt_init="linear", d_model=256).blocks[0].attn.dt_proj.bias.detach())
+    assert 0.5 < float(plain.mean()) < 0.9
+
+
+def test_starts_orthogonal_and_zero():
+    torch.manual_seed(0)
+    net = Hymba(HymbaConfig(**SMALL))
+    weight = net.blocks[0].attn.c_q.weight.detach()
+    assert torch.allclose(weight @ weight.T, torch.eye(32), atol=1e-5)
+    for block in net.blocks:
+        assert not block.attn.proj.weight.any()
+        assert not block.mlp.proj.weight.any()
+    loss = net(torch.randint(0, 64, (1, 8)), torch.randint(0, 64, (1, 8)))
+    assert float(loss.detach()) == pytest.approx(math.log(64), abs=0.05)
+
+
+def test_bfloat16_stays_close_and_keeps_float32_weights_and_loss():
+    inputs, targets = torch.randint(0, 64, (2, 33)), torch.randint(0, 64, (2, 33))
+    exact, rounded = small(), small(RuntimeConfig(compute_dtype="bfloat16"))
+    assert {p.dtype for p in rounded.parameters()} == {torch.float32}
+    loss = rounded(inputs, targets)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    exact(inputs, targets).backward()
+    assert float(loss.detach()) == pytest.approx(float(exact(inputs, targets).detach()), rel=5e-3)
+    for (name, a), (_, b) in zip(rounded.named_parameters(), exact.named_parameters(), strict=True):
+        assert rms_ratio(a.grad, b.grad) < 0.15, name
+
+
+def test_recomputation_changes_no_gradient():
+    inputs, targets = torch.randint(0, 64, (1, 24)), torch.randint(0, 64, (1, 24))
+    plain, recomputed = small(), small(RuntimeConfig(activation_checkpointing=True))
+    plain(inputs, targets).backward()
+    recomputed(inputs, targets).backward()
+    for (name, a), (_, b) in zip(plain.named_parameters(), recomputed.named_parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+
+
+def test_quantization_aware_training_acts_when_turned_on_and_passes_gradients():
+    runtime = RuntimeConfig(qat_bits=4)
+    net = small(runtime, d_model=256, n_heads=4, n_layers=2)  # W_q has 65,536 entries: the MLP's are larger
+    inputs, targets = torch.randint(0, 64, (1, 12)), torch.randint(0, 64, (1, 12))
+    before = net(inputs, targets).detach()
+    net.set_qat_strength(1.0)
+    during = net(inputs, targets)
+    during.backward()
+    assert abs(float(during.detach() - before)) > 1e-5
+    assert net.blocks[0].mlp.fc.weight.grad.norm() > 0
+    rounded = {float(v) for v in fake_quantize(net.blocks[0].mlp.fc.weight.detach(), 4)[0]}
+    assert len(rounded) <= 15
+    net.set_qat_strength(0.0)
+    assert torch.equal(net(inputs, targets).detach(), before)
+    with pytest.raises(ValueError, match="qat_bits"):
+        small().set_qat_strength(1.0)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"n_heads": 3}, "n_heads"), ({"n_kv_heads": 3}, "n_kv_heads"), ({"window": 0}, "window"),
+    ({"d_model": 36, "n_heads": 4}, "odd"), ({"global_layers": "all"}, "global_layers"),
+    ({"global_layers": [9]}, "global_layers"), ({"merge": "sum"}, "merge"), ({"dt_min": 0.2}, "dt_min"),
+    ({"d_state": 65}, "d_state"), ({"bos_id": 64}, "bos_id"), ({"n_layers": 1}, "n_layers"),
+    ({"logit_softcap": 0.0}, "logit_softcap"),
+])
+def test_a_config_that_cannot_be_names_its_field(changes, message):
+    with pytest.raises(ValueError, match=message):
+        HymbaConfig(**(SMALL | changes))
+
+
+def test_config_survives_a_round_trip_and_names_unknown_fields():
+    config = HymbaConfig(**SMALL, global_layers=[0, 3])
+    assert HymbaConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="n_experts"):
+        HymbaConfig.from_dict(config.to_dict() | {"n_experts": 2})
+
+
+def test_flops_follow_the_parameters():
+    config = HymbaConfig()
+    assert config.matmul_params() < 27_161_151
+    assert config.train_flops_per_token(32768) == pytest.approx(6 * config.matmul_params(), rel=0.25)
+    assert config.train_flops_per_token(65536) == pytest.approx(config.train_flops_per_token(32768), rel=1e-3)
