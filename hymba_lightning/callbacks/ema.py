@@ -2,12 +2,12 @@
 
 The average is what gets validated, tested and exported; the trained ("raw") weights are kept for an exact resume.
 Checkpoints use the key names of Lightning's WeightAveraging: `state_dict` holds the average, `current_model_state`
-the raw weights, `averaging_state` the count.
+the raw weights, `averaging_state` the count. Sources: Izmailov et al., arXiv:1803.05407, for the uniform average.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -20,76 +20,78 @@ class EMA(Callback):
     """Keeps a float32 average of all floating-point parameters, updated after every optimizer step.
 
     Args:
-        decay: of the exponential average, per optimizer step; None turns averaging off altogether.
-        mode: "ema", which starts from the initial weights, or "swa": the uniform mean of the weights at every
-            `swa_every`-th step from the point where the learning-rate factor is below `swa_start`.
-        swa_start: learning-rate factor in (0, 1] below which SWA collects.
-        swa_every: optimizer steps between two SWA samples.
+        decay: of the exponential average, per optimizer step, started from the initial weights; null turns it off.
+        swa_start: average uniformly instead, from where the learning-rate factor falls below this; null for EMA.
+        swa_every: optimizer steps between two weights that the uniform average takes in.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
-    def __init__(
-        self,
-        decay: float | None = 0.997,
-        mode: Literal["ema", "swa"] = "ema",
-        swa_start: float = 0.2,
-        swa_every: int = 50,
-    ) -> None:
+    def __init__(self, decay: float | None = 0.997, swa_start: float | None = None, swa_every: int = 50) -> None:
         if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"ema decay is {decay}; it must be in [0, 1), or null to turn averaging off")
-        if mode not in ("ema", "swa"):
-            raise ValueError(f"averaging mode {mode!r} is unknown; use 'ema' or 'swa'")
-        if not 0 < swa_start <= 1:
-            raise ValueError(f"swa_start is {swa_start}; it must be in (0, 1]")
+            raise ValueError(f"ema_decay is {decay}; it must be in [0, 1), or null to turn averaging off")
+        if swa_start is not None and not 0 < swa_start <= 1:
+            raise ValueError(f"swa_start is {swa_start}; it must be a learning-rate factor in (0, 1], or null for EMA")
         if swa_every < 1:
             raise ValueError(f"swa_every is {swa_every}; it must be 1 or more optimizer steps")
         self.decay = decay
-        self.mode = mode
         self.swa_start = swa_start
         self.swa_every = swa_every
         self.n_averaged = 0
         self._last_step = 0
         self._shadow: dict[str, Tensor] = {}
         self._raw: list[Tensor] | None = None
-        self._restored: dict[str, Tensor] | None = None
+        self._restored: dict[str, Tensor] = {}
 
     @property
     def enabled(self) -> bool:
-        """Whether averaging is on."""
-        return self.decay is not None
+        """Whether this run averages at all."""
+        return self.decay is not None or self.swa_start is not None
 
     @property
-    def active(self) -> bool:
-        """Whether there is an average that differs from the raw weights."""
-        return bool(self._shadow) and (self.mode == "ema" or self.n_averaged > 0)
+    def has_average(self) -> bool:
+        """Whether there is an average of the weights being, or just having been, trained."""
+        return bool(self._shadow) and (self.swa_start is None or self.n_averaged > 0)
 
-    def averaged_state(self) -> dict[str, Tensor]:
-        """Parameter name -> averaged float32 tensor (no copies); empty while there is no average."""
-        return dict(self._shadow) if self.active else {}
+    @property
+    def averaged_inside(self) -> bool:
+        """Whether the module holds the averaged weights right now."""
+        return self._raw is not None
 
     @contextmanager
     def swapped(self, pl_module: LightningModule) -> Iterator[None]:
-        """Averaged weights inside, raw ones outside. Inside another swap, or without an average, it does nothing."""
-        if self._raw is not None or not self.active:
-            yield
-            return
-        self._swap_in(pl_module)
+        """The averaged weights are in the module inside, and whatever was there before afterwards."""
+        change = self.has_average and not self.averaged_inside
+        if change:
+            self._swap_in(pl_module)
         try:
             yield
         finally:
+            if change:
+                self._swap_out(pl_module)
+
+    @contextmanager
+    def raw_weights(self, pl_module: LightningModule) -> Iterator[None]:
+        """The trained weights are in the module inside, and whatever was there before afterwards."""
+        change = self.averaged_inside
+        if change:
             self._swap_out(pl_module)
+        try:
+            yield
+        finally:
+            if change:
+                self._swap_in(pl_module)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._shadow, self._raw, self._restored = {}, None, None
+            self._shadow, self._raw, self._restored = {}, None, {}
             self.n_averaged = self._last_step = 0
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lightning has already loaded `state_dict`, the average, into the module: right for testing, not to resume."""
+        """Lightning has already put `state_dict`, the average, into the module: right to test, wrong to train on."""
         if trainer.state.fn != TrainerFn.FITTING:
-            # The module now holds other weights than the ones averaged here.
+            # The module now holds other weights than those averaged here.
             self._shadow, self._raw = {}, None
             return
         if "current_model_state" not in checkpoint:
@@ -97,7 +99,7 @@ class EMA(Callback):
         self.n_averaged = int(checkpoint.get("averaging_state", {}).get("n_averaged", 0))
         self._restored = {
             name: checkpoint["state_dict"][name].detach().to(torch.float32, copy=True)
-            for name, _ in self._averaged_parameters(pl_module)
+            for name, _ in self._parameters(pl_module)
         }
         pl_module.load_state_dict(checkpoint["current_model_state"], strict=pl_module.strict_loading)
 
@@ -108,69 +110,67 @@ class EMA(Callback):
         return {"last_step": self._last_step}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.enabled:
-            return
-        source = self._restored or {}
-        with torch.no_grad():
+        """Start from the weights that training starts from, or from the checkpoint's average."""
+        if self.enabled:
             self._shadow = {
-                name: source.get(name, p.detach()).to(device=p.device, dtype=torch.float32, copy=True)
-                for name, p in self._averaged_parameters(pl_module)
+                name: self._restored.get(name, p.detach()).to(device=p.device, dtype=torch.float32, copy=True)
+                for name, p in self._parameters(pl_module)
             }
-        self._restored = None
+        self._restored = {}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update once per optimizer step; micro-batches that only accumulate gradients leave `global_step` as it is."""
+        """Update once per optimizer step; micro-batches that only accumulate gradients leave `global_step` alone."""
         if not self._shadow or trainer.global_step <= self._last_step:
             return
         self._last_step = trainer.global_step
-        if self.mode == "ema":
+        if self.swa_start is None:
             weight = 1.0 - self.decay
         elif self._last_step % self.swa_every == 0 and self._lr_scale(trainer) < self.swa_start:
             weight = 1.0 / (self.n_averaged + 1)
         else:
             return
         with torch.no_grad():
-            current = [p.detach().float() for _, p in self._averaged_parameters(pl_module)]
+            current = [p.detach().float() for _, p in self._parameters(pl_module)]
             torch._foreach_lerp_(list(self._shadow.values()), current, weight)
         self.n_averaged += 1
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and self._raw is None and self.active:
+        if trainer.state.fn == TrainerFn.FITTING and self.has_average and not self.averaged_inside:
             self._swap_in(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and self._raw is not None:
+        if trainer.state.fn == TrainerFn.FITTING and self.averaged_inside:
             self._swap_out(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """An exception during validation must not leave the average where the raw weights belong."""
-        if trainer.state.fn == TrainerFn.FITTING and self._raw is not None:
+        """An exception during validation must not leave the average where the trained weights belong."""
+        if trainer.state.fn == TrainerFn.FITTING and self.averaged_inside:
             self._swap_out(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Install the average for good; the raw weights stay here for checkpoints written afterwards."""
-        if self._raw is None and self.active:
+        """Install the average for good; the trained weights stay here for checkpoints written afterwards."""
+        if self.has_average and not self.averaged_inside:
             self._swap_in(pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self._shadow:
             return
-        parameters = self._averaged_parameters(pl_module)
+        parameters = self._parameters(pl_module)
         raw = self._raw if self._raw is not None else [p.detach() for _, p in parameters]
         names = self._aliases(pl_module)
         current, averaged = dict(checkpoint["state_dict"]), dict(checkpoint["state_dict"])
         for (name, _), value in zip(parameters, raw, strict=True):
             for alias in names[name]:
                 current[alias] = value
-                averaged[alias] = self._shadow[name] if self.active else value
+                averaged[alias] = self._shadow[name] if self.has_average else value
         checkpoint["current_model_state"] = current
         checkpoint["state_dict"] = averaged
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self.n_averaged)}
 
     @staticmethod
-    def _averaged_parameters(pl_module: LightningModule) -> list[tuple[str, Tensor]]:
+    def _parameters(pl_module: LightningModule) -> list[tuple[str, Tensor]]:
         return [(name, p) for name, p in pl_module.named_parameters() if p.is_floating_point()]
 
     @staticmethod
@@ -189,11 +189,11 @@ class EMA(Callback):
 
     @torch.no_grad()
     def _swap_in(self, pl_module: LightningModule) -> None:
-        parameters = [p for _, p in self._averaged_parameters(pl_module)]
+        parameters = [p for _, p in self._parameters(pl_module)]
         self._raw = [p.detach().clone() for p in parameters]
         torch._foreach_copy_(parameters, list(self._shadow.values()))
 
     @torch.no_grad()
     def _swap_out(self, pl_module: LightningModule) -> None:
-        torch._foreach_copy_([p for _, p in self._averaged_parameters(pl_module)], self._raw)
+        torch._foreach_copy_([p for _, p in self._parameters(pl_module)], self._raw)
         self._raw = None
