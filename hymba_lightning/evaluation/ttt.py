@@ -62,8 +62,8 @@ class ChunkScore:
 class ScoreFirstTTT:
     """Scores chunks in order and trains `net` in between. Every rank calls each method with the same chunks.
 
-    Usage: for each chunk `score_chunk`, then `adapt_chunk`. Raises ValueError if a chunk comes out of turn, comes twice,
-    or is adapted to before it was scored.
+    Usage: for each chunk `score_chunk`, then `adapt_chunk`. Raises ValueError if a chunk comes out of turn, comes
+    twice, or is adapted to before it was scored.
     """
 
     net: Hymba
@@ -93,7 +93,7 @@ class ScoreFirstTTT:
     def score_chunk(self, chunk: Chunk) -> ChunkScore:
         """Scores every target of the chunk with the weights as they are. The result is never revised."""
         if chunk.index != self.n_scored:
-            raise ValueError(f"chunk {chunk.index} came where chunk {self.n_scored} is due: one left-to-right pass only")
+            raise ValueError(f"chunk {chunk.index} came where {self.n_scored} is due: one left-to-right pass only")
         if self.config.epochs and self.n_adapted != self.n_scored:
             raise ValueError(f"chunk {chunk.index - 1} was scored but not adapted to before chunk {chunk.index}")
         tokens = chunk.tokens.to(self.device)

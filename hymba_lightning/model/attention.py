@@ -1,4 +1,7 @@
-"""The attention branch of the mixer. B batch, T new tokens, S keys (kept ones + T), H query heads, G kv heads, K head_dim."""
+"""The attention branch of the mixer.
+
+B batch, T new tokens, S keys (kept ones + T), H query heads, G key/value heads, K head_dim.
+"""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ class HymbaConfig:
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """How a network is executed: changes speed, memory and rounding, never what it computes. Not part of an artifact."""
+    """How a network is executed: speed, memory and rounding, never what it computes. Not part of an artifact."""
 
     compute_dtype: str = "float32"
     """Dtype of activations and matrix products: 'float32' or 'bfloat16'. Weights, the scan's state and the loss stay

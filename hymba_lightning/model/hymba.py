@@ -1,4 +1,7 @@
-"""The network: embedding → blocks with U-Net skips → softcapped logits. B batch, T sequence, D d_model, V vocab_size."""
+"""The network: embedding → blocks with U-Net skips → softcapped logits.
+
+B batch, T sequence, D d_model, V vocab_size.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ class HybridMixer(nn.Module):
         super().__init__()
         d, e, n, rank = config.d_model, config.d_inner, config.d_state, config.resolved_dt_rank
         bits = runtime.qat_bits
-        self.head_dim, self.window, self.runtime, self.branch_norm = config.head_dim, window, runtime, config.branch_norm
+        self.head_dim, self.window, self.runtime = config.head_dim, window, runtime
+        self.branch_norm = config.branch_norm
         self.c_q = Linear(d, d, qat_bits=bits)
         own_kv = Linear(d, 2 * config.n_kv_heads * config.head_dim, qat_bits=bits) if shared_kv is None else shared_kv
         self.kv_proj = own_kv

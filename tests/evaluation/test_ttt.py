@@ -68,7 +68,7 @@ def test_every_token_after_the_first_is_scored_once(golden):
 
 @pytest.mark.parametrize("stride", [0, 16])
 def test_a_later_token_changes_no_earlier_score(golden, stride):
-    """The rule that a probability depends on the artifact and the tokens before it alone: bit for bit, across chunks."""
+    """A probability depends on the artifact and the tokens before it alone: bit for bit, across chunks."""
     vectors, values = golden
     chunks = ttt_chunks(vectors, values["chunk_tokens"])
     _, scores = run(golden, chunks, drop_partial=False, stride=stride, epochs=1)
@@ -85,7 +85,7 @@ def test_a_later_token_changes_no_earlier_score(golden, stride):
 
 
 def test_the_causality_check_catches_a_cheat(golden):
-    """Training on a chunk before scoring it, the forbidden order, does change earlier scores: the check above can fail."""
+    """Training on a chunk before scoring it does change earlier scores: the check above can fail."""
     vectors, values = golden
 
     def adapt_then_score(chunk_vectors):

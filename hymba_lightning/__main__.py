@@ -1,0 +1,43 @@
+"""Entry point of the `hymba` command. Imports nothing heavy until it knows what is asked."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+OVERVIEW = """usage: hymba <command> [options]
+
+Train a Hymba language model against the clock, export it, score it.
+
+commands:
+  prepare            text → tokenizer and token shards
+  fit                train inside the budget, export the artifact, score every stage
+  validate           score a checkpoint or an artifact
+  test               score-first test-time training on a checkpoint or an artifact
+  import-reference   take over the public reference run's checkpoint or quantized file
+
+`hymba <command> --help` explains every option.
+"""
+
+
+def main() -> None:
+    """Runs the command line in sys.argv."""
+    args = sys.argv[1:]
+    if not args or args[0] in ("-h", "--help"):
+        print(OVERVIEW, end="")
+        return
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hymba_lightning").setLevel(logging.INFO)
+    command, rest = args[0], args[1:]
+    if command in ("prepare", "import-reference"):
+        from hymba_lightning.commands import run_command
+
+        run_command(command, rest)
+        return
+    from hymba_lightning.cli import run
+
+    run(args)
+
+
+if __name__ == "__main__":
+    main()

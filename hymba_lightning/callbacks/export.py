@@ -1,0 +1,115 @@
+"""After training: weights → artifact on disk → reloaded → scored, each stage's bits per byte by itself."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from hymba_lightning import __version__
+from hymba_lightning.callbacks.ema import EMA
+from hymba_lightning.evaluation.score import Score, score_batches
+from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.quantization.artifact import (
+    ArtifactReport,
+    check_limit,
+    evaluation_code_bytes,
+    load_artifact,
+    save_artifact,
+)
+from hymba_lightning.quantization.config import QuantizationConfig
+
+log = logging.getLogger("hymba_lightning")
+
+
+def run_folder(trainer: pl.Trainer) -> Path:
+    """The run's folder on every rank: the logger's, else the trainer's root."""
+    return Path(trainer.strategy.broadcast(str(trainer.log_dir or trainer.default_root_dir)))
+
+
+class ExportArtifact(pl.Callback):
+    """Quantizes the averaged weights, writes one file, reloads it and scores what was reloaded.
+
+    Runs at the end of `fit`, after EMA's last swap and outside the budget. Scores the raw last-step weights, the
+    averaged weights and the reloaded artifact on the validation stream.
+
+    Args:
+        enabled: Export at the end of training.
+        filename: The artifact's name in the run's folder, or an absolute path.
+        quantization: How the weights are stored, and the limit in bytes.
+        score_stages: Score raw, averaged and reloaded weights; each takes one pass over the validation stream.
+    """
+
+    def __init__(self, enabled: bool = True, filename: str = "artifact.hymba",
+                 quantization: QuantizationConfig = QuantizationConfig(),  # noqa: B008 - frozen
+                 score_stages: bool = True) -> None:
+        self.enabled = enabled
+        self.filename = filename
+        self.quantization = quantization
+        self.score_stages = score_stages
+        self.stages: dict[str, Score] = {}
+        self.report: ArtifactReport | None = None
+        self.code_bytes = 0
+        self.path: Path | None = None
+        self.on_stage: Any = None
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.enabled or trainer.fast_dev_run or trainer.interrupted:
+            return
+        self.path = run_folder(trainer) / self.filename
+        if self.score_stages:
+            ema = next(callback for callback in trainer.callbacks if isinstance(callback, EMA))
+            if ema.active:
+                with ema.raw_weights(pl_module):
+                    self._score("raw", trainer, pl_module.net)
+                if pl_module.validated_at_step == trainer.global_step:
+                    self.stages["ema"] = pl_module.last_validation  # the last validation scored these very weights
+                else:
+                    self._score("ema", trainer, pl_module.net)
+            else:
+                self._score("raw", trainer, pl_module.net)
+        self._announce("quantizing and compressing")
+        # Only rank 0 writes; its outcome, good or bad, is everyone's, so that no rank waits for a dead one.
+        outcome: Any = None
+        if trainer.is_global_zero:
+            try:
+                outcome = self._write(trainer, pl_module)
+            except (OSError, ValueError) as error:
+                outcome = error
+        outcome = trainer.strategy.broadcast(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        self.report, self.code_bytes = outcome
+        if self.score_stages:
+            artifact = load_artifact(self.path)
+            net = Hymba(HymbaConfig.from_dict(artifact.config), pl_module.net.runtime)
+            net.load_state_dict(artifact.state_dict)
+            self._score("artifact", trainer, net.to(pl_module.device))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.stages.clear()
+
+    def check(self) -> None:
+        """Raises ArtifactTooLargeError when the artifact and the evaluation code are over the limit."""
+        if self.report is not None:
+            check_limit(self.report, self.code_bytes, self.quantization.limit_bytes)
+
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[ArtifactReport, int]:
+        data = trainer.datamodule
+        report = save_artifact(
+            self.path, pl_module.net.state_dict(), config=pl_module.net.config.to_dict(),
+            tokenizer={"sha256": data.tokenizer_fingerprint(), "vocab_size": data.vocab_size},
+            metadata={"hymba_lightning": __version__, "steps": trainer.global_step, "seq_len": data.seq_len,
+                      "train_seconds": round(pl_module.clock.elapsed(), 3)},
+            scheme=self.quantization)
+        return report, evaluation_code_bytes()
+
+    def _score(self, stage: str, trainer: pl.Trainer, net: Hymba) -> None:
+        self._announce(f"scoring {stage} weights")
+        device = trainer.lightning_module.device
+        self.stages[stage] = score_batches(net, iter(trainer.datamodule.val_dataloader()), device)
+        log.info("%s weights: %.4f bits per byte", stage, self.stages[stage].bpb)
+
+    def _announce(self, text: str) -> None:
+        if self.on_stage is not None:
+            self.on_stage(text)

@@ -1,0 +1,124 @@
+"""The `hymba` command: LightningCLI with the callbacks of a run, and artifacts wherever a checkpoint is taken."""
+
+import datetime
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from hymba_lightning.callbacks.checkpoint import TrainingCheckpoint
+from hymba_lightning.callbacks.export import ExportArtifact
+from hymba_lightning.callbacks.progress import BudgetProgressBar
+from hymba_lightning.callbacks.summary import RunSummary
+from hymba_lightning.data.datamodule import HymbaDataModule
+from hymba_lightning.model import HymbaConfig
+from hymba_lightning.quantization.artifact import is_artifact, load_artifact
+from hymba_lightning.training.module import HymbaModule
+
+log = logging.getLogger("hymba_lightning")
+
+# Ranks that Lightning starts inherit the environment: it tells them the folder that rank 0 named after its start time.
+RUN_DIR_VARIABLE = "HYMBA_RUN_DIR"
+
+
+class RunConfig(SaveConfigCallback):
+    """Saves the resolved config into the run's folder: config.yaml for fit, <subcommand>_config.yaml otherwise."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        subcommand = self.config.get("subcommand") or stage
+        self.config_filename = "config.yaml" if subcommand == "fit" else f"{subcommand}_config.yaml"
+        super().setup(trainer, pl_module, stage)
+
+
+class HymbaCLI(LightningCLI):
+    """fit, validate and test on a HymbaModule and a HymbaDataModule."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
+                for name in ("fit", "validate", "test")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str | None, default=None,
+                            help="Folder of the run: config, checkpoints, logs, artifact, summary, plots "
+                                 "(default: runs/<date>-<time>)")
+        parser.add_argument("--overwrite", type=bool, default=False,
+                            help="Let fit start anew in a folder that holds a run already")
+        parser.add_lightning_class_args(TrainingCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(ExportArtifact, "export")
+        parser.add_lightning_class_args(BudgetProgressBar, "progress")
+        parser.add_lightning_class_args(RunSummary, "summary")
+        # One endless pass over the data: the clock or max_steps ends a run, not an epoch.
+        parser.set_defaults({"trainer.max_epochs": 1, "trainer.use_distributed_sampler": False,
+                             "trainer.num_sanity_val_steps": 0, "trainer.enable_model_summary": False,
+                             "trainer.check_val_every_n_epoch": None})
+
+    def _parse_ckpt_path(self) -> None:
+        """LightningCLI would let a checkpoint's hyper-parameters override explicit flags; here flags win, and
+        HymbaModule.on_load_checkpoint refuses a checkpoint that does not fit them."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        folder = self._get(self.config_init, "run_dir") or os.environ.get(RUN_DIR_VARIABLE)
+        if folder is None:
+            folder = str(Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S"))
+        os.environ[RUN_DIR_VARIABLE] = folder
+        self.run_dir = Path(folder)
+        trainer_config = self._get(self.config_init, "trainer", default={})
+        if trainer_config.get("logger") in (None, True):
+            kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
+        kwargs["default_root_dir"] = folder
+        return super().instantiate_trainer(**kwargs)
+
+    # What the subcommands do beyond Trainer.fit/validate/test --------------------------------------------------------
+
+    def fit(self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        """Trains. `--ckpt_path last` goes on from the run folder's last checkpoint."""
+        last = self.run_dir / "checkpoints" / "last.ckpt"
+        if ckpt_path == "last":
+            if not last.is_file():
+                raise FileNotFoundError(f"{last} does not exist: --ckpt_path last needs the --run_dir of a run with one")
+            ckpt_path = str(last)
+        held = [name for name in ("summary.json", "checkpoints") if (self.run_dir / name).exists()]
+        if ckpt_path is None and held and not self._get(self.config_init, "overwrite"):
+            raise FileExistsError(f"{self.run_dir} already holds a run ({', '.join(held)}): go on with --ckpt_path "
+                                  "last, choose another --run_dir, or give --overwrite true")
+        self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
+
+    def validate(self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None,
+                 **kwargs: Any) -> None:
+        """Scores a checkpoint or an artifact on the validation stream."""
+        ckpt_path = self._load_weights(model, datamodule, ckpt_path)
+        self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
+
+    def test(self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None,
+             **kwargs: Any) -> None:
+        """Scores a checkpoint or an artifact chunk by chunk with test-time training in between."""
+        ckpt_path = self._load_weights(model, datamodule, ckpt_path)
+        self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
+
+    def _load_weights(self, model: HymbaModule, data: HymbaDataModule, path: str | None) -> str | None:
+        """Takes an artifact's network into `model`; a checkpoint's path goes back for Lightning to load."""
+        if path is None:
+            raise ValueError("nothing to score: give --ckpt_path with an artifact or a checkpoint")
+        if path == "last":
+            path = str(self.run_dir / "checkpoints" / "last.ckpt")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--ckpt_path {path} does not exist")
+        model.weights_from = path
+        if not is_artifact(path):
+            return path
+        artifact = load_artifact(path)
+        if artifact.tokenizer.get("sha256") != data.tokenizer_fingerprint():
+            raise ValueError(f"{path} was made for another tokenizer (sha256 {artifact.tokenizer.get('sha256')}) than "
+                             f"the data's ({data.tokenizer_fingerprint()}): give --data.tokenizer the right one")
+        model.use_network(HymbaConfig.from_dict(artifact.config), artifact.state_dict)
+        return None
+
+
+def run(args: list[str]) -> None:
+    """Runs one of LightningCLI's subcommands."""
+    HymbaCLI(HymbaModule, HymbaDataModule, args=args, seed_everything_default=1337, save_config_callback=RunConfig,
+             save_config_kwargs={"overwrite": True})
