@@ -1,39 +1,16 @@
 """Training steps before the clock starts, undone afterwards: compilation and autotuning cost no budget."""
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-
-def random_states() -> dict[str, Any]:
-    """States of torch's, CUDA's, numpy's and Python's generators, as tensors and plain values."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
-        "python": list(random.getstate()),
-    }
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Inverse of `random_states`. CUDA states are put back on as many devices as there are now."""
-    torch.set_rng_state(states["torch"].cpu())
-    for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state.cpu(), device)
-    kind, keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = states["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+from hymba_lightning.callbacks.random_state import random_states, restore_random_states
 
 
 @contextmanager

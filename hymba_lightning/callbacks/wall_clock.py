@@ -92,6 +92,7 @@ class WallClock(Callback):
         self.margin = margin
         self.time_fn = time_fn
         self.stop_reason: str | None = None
+        self.stop_code = 0
         self._reading: ClockReading | None = None
         self._steps = 0
         self._recent: deque[float] = deque(maxlen=recent_steps)
@@ -102,7 +103,7 @@ class WallClock(Callback):
         self._boundary = 0.0
         self._seen_step = 0
         self._inside_step = False
-        self._stop_requested = False
+        self._requested_code = 0
         self._group: dist.ProcessGroup | None = None
         self._event: torch.cuda.Event | None = None
 
@@ -149,16 +150,25 @@ class WallClock(Callback):
             self._counting, self._pause_depth = was_counting, depth
             self._run_if_due()
 
-    def request_stop(self) -> None:
-        """End training on all ranks after the optimizer step in progress; safe to call in a signal handler."""
-        self._stop_requested = True
+    def request_stop(self, code: int = 1) -> None:
+        """End training on all ranks after the optimizer step in progress; safe to call in a signal handler.
+
+        Args:
+            code: a positive number, such as the signal's, that `stop_code` has on all ranks afterwards.
+        """
+        self._requested_code = code
+
+    @property
+    def request_pending(self) -> bool:
+        """Whether this rank asked to stop."""
+        return self._requested_code > 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self._counting, self._since, self._pause_depth = False, None, 0
-        self._inside_step, self._stop_requested, self._event = False, False, None
-        self.stop_reason = None
+        self._inside_step, self._event = False, None
+        self.stop_reason, self.stop_code, self._requested_code = None, 0, 0
         if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
 
@@ -207,13 +217,13 @@ class WallClock(Callback):
         self._seen_step = trainer.global_step
         self._inside_step = False
         in_flight = self._wait_for_gpu(pl_module)
-        elapsed, requested = self._agree()
+        elapsed, self.stop_code = self._agree()
         self._steps += 1
         self._recent.append(elapsed - self._boundary)
         self._boundary = elapsed
         self._reading = self._read(trainer, elapsed)
         usable = self.usable_seconds
-        if requested:
+        if self.stop_code:
             self._stop(trainer, "request")
         elif usable is not None and elapsed + (in_flight + 1) * self._predicted_step() > usable:
             self._stop(trainer, "budget")
@@ -286,18 +296,18 @@ class WallClock(Callback):
             previous.synchronize()
         return 1
 
-    def _agree(self) -> tuple[float, bool]:
-        """Rank 0's elapsed seconds, and whether any rank asked to stop."""
+    def _agree(self) -> tuple[float, int]:
+        """Rank 0's elapsed seconds, and the highest code that any rank asked to stop with, else 0."""
         if self._group is None:
-            return self.elapsed(), self._stop_requested
+            return self.elapsed(), self._requested_code
         own = self.elapsed() if dist.get_rank() == 0 else 0.0
-        message = torch.tensor([own, float(self._stop_requested)], dtype=torch.float64)
+        message = torch.tensor([own, float(self._requested_code)], dtype=torch.float64)
         dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._group)
-        elapsed, requested = message.tolist()
+        elapsed, code = message.tolist()
         self._counted = elapsed
         if self._since is not None:
             self._since = self.time_fn()
-        return elapsed, requested > 0
+        return elapsed, int(code)
 
     def _stop(self, trainer: Trainer, reason: str) -> None:
         self._finish()

@@ -1,0 +1,210 @@
+"""Checkpoints to resume from: whole or absent, never at the budget's cost, always between two optimizer steps."""
+
+import io
+import signal
+import threading
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from weakref import proxy
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from hymba_lightning.callbacks.random_state import random_states, restore_random_states
+from hymba_lightning.callbacks.wall_clock import clock_paused, find_clock
+from hymba_lightning.files import write_atomic
+
+
+class CheckpointWriteError(OSError):
+    """The last checkpoint of a run could not be written."""
+
+
+class TrainingCheckpoint(ModelCheckpoint):
+    """Keeps one file, `last.ckpt`, from which `fit` goes on exactly.
+
+    It is written at an interval, after the last step, and on SIGINT or SIGTERM, which end the run after the step in
+    progress on all ranks (a second SIGINT ends it at once). Writing stops the training clock. The file is replaced in
+    one move, so that a crash or a full disk leaves the one before it whole; a failed write in the middle of training
+    is a warning, the last one an error.
+
+    Holds what Lightning's checkpoints lack: the state of the random generators. It is rank 0's, which every rank takes
+    over on resume: with one seed for all ranks, as Lightning sets it, and equal work their states are equal.
+
+    Args:
+        dirpath: Folder of last.ckpt; null puts it beside the logs.
+        every_n_seconds: Training seconds between two checkpoints; null for none. Needs a WallClock.
+        every_n_steps: Optimizer steps between two checkpoints; null for none.
+        on_signal: Save and end on SIGINT and SIGTERM. Needs a WallClock, without which Lightning's handling stays.
+
+    Raises:
+        ValueError: an interval is not positive.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        every_n_seconds: float | None = 300.0,
+        every_n_steps: int | None = None,
+        on_signal: bool = True,
+    ) -> None:
+        if every_n_seconds is not None and not every_n_seconds > 0:
+            raise ValueError(f"checkpoint.every_n_seconds is {every_n_seconds}; it must be positive, or null for none")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"checkpoint.every_n_steps is {every_n_steps}; it must be 1 or more, or null for none")
+        # The interval only tells the base class not to save at the end of an epoch; this class decides by itself.
+        super().__init__(
+            dirpath=dirpath,
+            save_last=True,
+            save_top_k=0,
+            train_time_interval=timedelta(days=365),
+            enable_version_counter=False,
+        )
+        self.every_n_seconds = every_n_seconds
+        self.every_n_steps = every_n_steps
+        self.on_signal = on_signal
+        self._saved_at = 0.0
+        self._seen_step = 0
+        self._restored_randomness: dict[str, Any] | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    @property
+    def state_key(self) -> str:
+        """Independent of the intervals, so that a resumed run may change them."""
+        return type(self).__qualname__
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """
+        Raises:
+            ValueError: an interval in seconds, but no clock among the callbacks.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if self.every_n_seconds is not None and find_clock(trainer) is None:
+            raise ValueError("checkpoint.every_n_seconds needs a WallClock callback; add one, or use every_n_steps")
+        self._last_global_step_saved = -1
+        if trainer.is_global_zero:
+            for leftover in Path(self.dirpath).glob(f".{self._path.name}.*"):
+                leftover.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        clock = find_clock(trainer)
+        self._seen_step = trainer.global_step
+        self._saved_at = 0.0 if clock is None else clock.elapsed()
+        if self._restored_randomness is not None:
+            # Only now: loaders, sanity checks and warm-up steps have drawn their numbers.
+            restore_random_states(self._restored_randomness)
+            self._restored_randomness = None
+        if self.on_signal and clock is not None and threading.current_thread() is threading.main_thread():
+
+            def handle(signum: int, frame: FrameType | None) -> None:
+                if signum == signal.SIGINT and clock.request_pending:
+                    raise KeyboardInterrupt
+                clock.request_stop(signum)
+
+            self._handlers = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """
+        Raises:
+            KeyboardInterrupt, SIGTERMException: a signal asked for it, and the state is saved.
+        """
+        if trainer.global_step == self._seen_step:
+            return
+        self._seen_step = trainer.global_step
+        clock = find_clock(trainer)
+        code = 0 if clock is None else clock.stop_code
+        if code or self._due(trainer):
+            self._save(trainer, final=bool(code))
+        if code == signal.SIGINT:
+            raise KeyboardInterrupt
+        if code == signal.SIGTERM:
+            raise SIGTERMException(128 + code)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Epochs mean nothing here."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validation has no say in when to save."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """
+        Raises:
+            CheckpointWriteError: the last checkpoint cannot be written.
+        """
+        self._release_signals()
+        if trainer.global_step != self._last_global_step_saved:
+            self._save(trainer, final=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Nothing is saved: weights in the middle of a step, or full of NaN, must not replace a good checkpoint."""
+        self._release_signals()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "random_states": random_states()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored_randomness = state_dict.get("random_states")
+
+    @property
+    def _path(self) -> Path:
+        return Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+
+    def _due(self, trainer: Trainer) -> bool:
+        """The same on all ranks: from the step and from the reading that they agreed on."""
+        by_steps = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if self.every_n_seconds is None:
+            return by_steps
+        return by_steps or find_clock(trainer).reading.elapsed - self._saved_at >= self.every_n_seconds
+
+    def _save(self, trainer: Trainer, *, final: bool) -> None:
+        if trainer.fast_dev_run or trainer.sanity_checking:
+            return
+        with clock_paused(trainer):
+            path = self._path
+            # Part of the state that is saved.
+            self.last_model_path = self.best_model_path = str(path)
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            error: str | None = None
+            if trainer.is_global_zero:
+                try:
+                    _write(path, checkpoint)
+                except OSError as failure:
+                    error = str(failure)
+            # Rank 0's outcome is everyone's, so that no rank waits for one that failed.
+            error = trainer.strategy.broadcast(error)
+        clock = find_clock(trainer)
+        self._saved_at = 0.0 if clock is None else clock.reading.elapsed
+        if error is not None:
+            text = f"checkpoint {path} of step {trainer.global_step} not written: {error}. "
+            text += "The one before it, if any, is untouched"
+            if final:
+                raise CheckpointWriteError(text)
+            rank_zero_warn(text)
+            return
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = str(path)
+        if final:
+            rank_zero_info(f"saved {path} at step {trainer.global_step}")
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+    def _release_signals(self) -> None:
+        for signum, handler in self._handlers.items():
+            signal.signal(signum, handler)
+        self._handlers = {}
+
+
+def _write(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Serialize first: torch's writer turns a full disk into other errors than OSError."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_atomic(path, buffer.getvalue())
