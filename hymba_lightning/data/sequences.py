@@ -96,6 +96,101 @@ class TokenStream:
         return self._shards[index].path, position - self._starts[index]
 
 
+class TrainSpans:
+    """The training stream cut into spans of seq_len + 1 tokens, numbered from 0 without end.
+
+    In order, span s begins at token s·(seq_len+1) of the endlessly repeated stream. With a shuffle seed, every pass
+    over the data takes its spans in an order and from a first token of its own, drawn from (seed, pass).
+
+    Args:
+        stream: Training tokens, at least seq_len + 1.
+        seq_len: T.
+        shuffle_seed: None keeps the order of the shards.
+    """
+
+    def __init__(self, stream: TokenStream, seq_len: int, shuffle_seed: int | None = None) -> None:
+        self.stream = stream
+        self.span_tokens = seq_len + 1
+        self.shuffle_seed = shuffle_seed
+        self.spans_per_pass = stream.n_tokens // self.span_tokens
+        """Whole spans of one pass over the data."""
+        self._order: tuple[int, int, np.ndarray] | None = None
+
+    def start(self, span: int) -> int:
+        """Position in the endless stream of the span's first token."""
+        if self.shuffle_seed is None:
+            return span * self.span_tokens
+        epoch, place = divmod(span, self.spans_per_pass)
+        # One assignment of a whole tuple: the reading thread and the training loop may both be here.
+        order = self._order
+        if order is None or order[0] != epoch:
+            # RandomState, because numpy keeps its stream the same in every version.
+            random = np.random.RandomState([self.shuffle_seed, epoch])
+            order = self._order = (
+                epoch,
+                int(random.randint(self.span_tokens)),
+                random.permutation(self.spans_per_pass),
+            )
+        return order[1] + int(order[2][place]) * self.span_tokens
+
+    def batch(self, first_span: int, micro_batch_size: int) -> Batch:
+        """Spans first_span … first_span + micro_batch_size - 1 as a training batch."""
+        rows = [self.stream.read(self.start(first_span + row), self.span_tokens) for row in range(micro_batch_size)]
+        tokens = torch.from_numpy(np.stack(rows))
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.empty(0, dtype=torch.int16))
+
+
+def first_span(micro_step: int, micro_batch_size: int, rank: int, world_size: int) -> int:
+    """First of the micro_batch_size spans that `rank` reads in the global micro-step, counted from span 0."""
+    return (micro_step * world_size + rank) * micro_batch_size
+
+
+class ValSequences:
+    """The validation stream cut into sequences: every token after the first is a target exactly once, no padding.
+
+    Sequence k has inputs kT … kT+T-1 and the tokens one later as targets; the last one ends with the stream. Batches
+    hold consecutive full-length sequences; a shorter last sequence is a batch by itself. Rank r takes batches
+    r, r+W, r+2W, …; where its share is one short it ends with a batch of no sequences (B = 0), so that all ranks make
+    the same number of steps and none waits for another in a collective.
+
+    Args:
+        stream: Validation tokens, at least 2.
+        token_bytes: Byte tables of the tokenizer.
+        seq_len: T.
+        batch_size: Sequences per batch.
+    """
+
+    def __init__(self, stream: TokenStream, token_bytes: TokenBytes, seq_len: int, batch_size: int) -> None:
+        self.stream = stream
+        self.token_bytes = token_bytes
+        self.seq_len = seq_len
+        n_full, tail = divmod(stream.n_tokens - 1, seq_len)
+        # (first sequence, sequences, tokens of each) per batch.
+        self._batches = [
+            (first, min(batch_size, n_full - first), seq_len) for first in range(0, n_full, batch_size)
+        ] + ([(n_full, 1, tail)] if tail else [])
+
+    @property
+    def n_batches(self) -> int:
+        """Batches of the whole stream, all ranks together."""
+        return len(self._batches)
+
+    def batches_per_rank(self, world_size: int) -> int:
+        """Batches every rank is given, empty ones included."""
+        return -(-self.n_batches // world_size)
+
+    def batch(self, index: int) -> Batch:
+        """Batch `index` of the stream; past the last one a batch with B = 0."""
+        first, n_sequences, length = self._batches[index] if index < self.n_batches else (0, 0, self.seq_len)
+        if n_sequences == 0:
+            no_tokens = torch.empty((0, length), dtype=torch.int64)
+            return Batch(no_tokens, no_tokens, torch.empty((0, length), dtype=torch.int16))
+        start = first * self.seq_len
+        tokens = self.stream[start : start + n_sequences * length + 1]
+        inputs, targets = tokens[:-1].view(n_sequences, length), tokens[1:].view(n_sequences, length)
+        return Batch(inputs, targets.clone(), _target_bytes(self.token_bytes, inputs, targets))
+
+
 def n_chunks(stream: TokenStream, chunk_tokens: int) -> int:
     """Chunks of `chunk_tokens` targets that cover every token after the first; the last may be shorter."""
     return -(-(stream.n_tokens - 1) // chunk_tokens)

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 
-SPACE = "▁"
-
-
-class ByteAudit(NamedTuple):
-    """Bytes counted token by token against the text's own length."""
-
-    counted_bytes: int
-    text_bytes: int
-    unknown_tokens: int
-
-    @property
-    def exact(self) -> bool:
-        return self.counted_bytes == self.text_bytes
+from hymba_lightning.data.tokenizer import SPACE, load_tokenizer
 
 
 class TokenBytes:
@@ -32,7 +19,8 @@ class TokenBytes:
 
     Over a document the counts sum to the text's UTF-8 length when the tokenizer has byte fallback, a dummy prefix and
     neither rewrites characters nor drops whitespace; `prepare` trains such tokenizers. The challenge's 1,024-piece one
-    has no byte fallback and collapses runs of spaces: what it drops counts 0. `audit` measures it on a text.
+    has no byte fallback and collapses runs of spaces: what it drops counts 0. `TextEncoder.audit`
+    measures it on a text.
 
     Args:
         base_bytes: (V,) int16, bytes of each piece without its leading space.
@@ -76,28 +64,3 @@ class TokenBytes:
         """Bytes of each target given the token before it: integer arrays of one shape in, int16 of that shape out."""
         space = self.has_leading_space[target_ids] & ~self.is_boundary[previous_ids]
         return self.base_bytes[target_ids] + space.astype(np.int16)
-
-    def audit(self, processor: sentencepiece.SentencePieceProcessor, text: str) -> ByteAudit:
-        """Count the bytes of `text` as one document and compare with its UTF-8 length."""
-        ids = np.array([processor.bos_id(), *processor.encode(text)], dtype=np.int64)
-        unknown = int((ids == processor.unk_id()).sum())
-        return ByteAudit(int(self.count(ids[:-1], ids[1:]).sum()), len(text.encode()), unknown)
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> sentencepiece.SentencePieceProcessor:
-    """Load a SentencePiece model.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is no SentencePiece model, or has no BOS piece.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no tokenizer at {path}; `hymba prepare` makes one, or set `tokenizer` to its path")
-    processor = sentencepiece.SentencePieceProcessor()
-    try:
-        processor.load(os.fspath(path))
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is not a SentencePiece model ({error}); set `tokenizer` to a .model file") from error
-    if processor.bos_id() < 0:
-        raise ValueError(f"{path} has no BOS piece, which must begin every document; use a tokenizer with bos_id ≥ 0")
-    return processor

@@ -1,0 +1,313 @@
+"""The LightningDataModule: shards in, batches out, each a pure function of the position in the data and the rank.
+
+B is the micro-batch of one rank, T = seq_len, W the number of ranks.
+"""
+
+import logging
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import sentencepiece
+import torch
+
+from hymba_lightning.data.loader import Loader, ResumableLoader, read_ahead
+from hymba_lightning.data.manifest import check_manifest, read_manifest
+from hymba_lightning.data.position import ReadPosition
+from hymba_lightning.data.sequences import Batch, Chunk, TokenStream, TrainSpans, ValSequences, chunk_at, first_span
+from hymba_lightning.data.sequences import n_chunks as count_chunks
+from hymba_lightning.data.shards import find_shards
+from hymba_lightning.data.token_bytes import TokenBytes
+from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
+
+log = logging.getLogger("hymba_lightning")
+
+# Training ends by clock or step limit, never by running out of batches; the length only has to be out of reach.
+ENDLESS = 1 << 40
+
+
+class HymbaDataModule(pl.LightningDataModule):
+    """Token shards as training batches, validation sequences and test-time training chunks.
+
+    Args:
+        data_dir: Folder of the shards, as `hymba prepare` writes it. Relative file patterns are looked up in it.
+        tokenizer: SentencePiece model; by default tokenizer.model in data_dir.
+        train_files: Glob pattern of the training shards, relative to data_dir or absolute.
+        val_files: Glob pattern of the validation shards, relative to data_dir or absolute.
+        seq_len: Tokens of context T in training and validation sequences.
+        micro_batch_size: Training sequences per rank and micro-step.
+        val_micro_batch_size: Validation sequences per rank and batch; by default micro_batch_size.
+        ttt_chunk_tokens: Target tokens of one score-first test-time training chunk.
+        val_tokens_limit: Score only the first so many tokens of the validation stream, in validation and test alike.
+            By default all.
+        shuffle_seed: Read the training spans in an order drawn anew for every pass over the data. By default they are
+            read in the order of the shards.
+        prefetch_batches: Batches that a background thread reads ahead (into pinned memory where a GPU is used).
+
+    Raises:
+        ValueError: A number that cannot be.
+    """
+
+    def __init__(
+        self,
+        data_dir: str = "data",
+        tokenizer: str | None = None,
+        train_files: str = "*_train_*.bin",
+        val_files: str = "*_val_*.bin",
+        seq_len: int = 32768,
+        micro_batch_size: int = 2,
+        val_micro_batch_size: int | None = None,
+        ttt_chunk_tokens: int = 524288,
+        val_tokens_limit: int | None = None,
+        shuffle_seed: int | None = None,
+        prefetch_batches: int = 4,
+    ) -> None:
+        super().__init__()
+        self.data_dir = Path(data_dir).expanduser()
+        self.tokenizer = Path(tokenizer).expanduser() if tokenizer else self.data_dir / TOKENIZER_FILE
+        self.train_files = train_files
+        self.val_files = val_files
+        self.seq_len = seq_len
+        self.micro_batch_size = micro_batch_size
+        self.val_micro_batch_size = micro_batch_size if val_micro_batch_size is None else val_micro_batch_size
+        self.ttt_chunk_tokens = ttt_chunk_tokens
+        self.val_tokens_limit = val_tokens_limit
+        self.shuffle_seed = shuffle_seed
+        self.prefetch_batches = prefetch_batches
+        positive = ("seq_len", "micro_batch_size", "val_micro_batch_size", "ttt_chunk_tokens", "prefetch_batches")
+        for field in (*positive, *(["val_tokens_limit"] if val_tokens_limit is not None else [])):
+            if getattr(self, field) < 1:
+                raise ValueError(f"data.{field} is {getattr(self, field)}; it must be at least 1")
+        if shuffle_seed is not None and not 0 <= shuffle_seed < 1 << 32:
+            raise ValueError(f"data.shuffle_seed is {shuffle_seed}; it must lie in 0 … 2^32 - 1")
+        # Lightning would refuse a rank without batches; here every rank has as many as the others.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self._position = ReadPosition()
+        self._resuming = False
+
+    # What the tokenizer says --------------------------------------------------------------------------------------
+
+    @cached_property
+    def processor(self) -> sentencepiece.SentencePieceProcessor:
+        """The loaded tokenizer. Raises FileNotFoundError or ValueError, with the remedy, where there is none."""
+        return load_tokenizer(self.tokenizer)
+
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """UTF-8 bytes of each target token."""
+        return TokenBytes.from_processor(self.processor)
+
+    @property
+    def vocab_size(self) -> int:
+        """Pieces of the tokenizer."""
+        return self.processor.get_piece_size()
+
+    @property
+    def bos_id(self) -> int:
+        """Id that begins every document."""
+        return self.processor.bos_id()
+
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 of the tokenizer file, in hexadecimal."""
+        load_tokenizer(self.tokenizer)
+        return file_sha256(self.tokenizer)
+
+    # Opening ------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Open and check everything that the stage reads, before any work.
+
+        Raises:
+            FileNotFoundError: No tokenizer, or no shard matches a pattern.
+            ValueError: A damaged shard, ids beyond the tokenizer's vocabulary, data shorter than seq_len, a tokenizer
+                other than the one that made the shards.
+        """
+        val_paths = find_shards(self.val_files, self.data_dir)
+        train_paths = find_shards(self.train_files, self.data_dir) if stage == "fit" else []
+        both = sorted(set(train_paths) & set(val_paths))
+        if both:
+            raise ValueError(
+                f"{both[0]} matches data.train_files={self.train_files!r} and data.val_files={self.val_files!r}; "
+                "training on validation text makes its score worthless: narrow the patterns"
+            )
+        check_manifest(self.data_dir, [*train_paths, *val_paths], self.tokenizer)
+        self.val_stream()
+        if stage == "fit":
+            self._check_training_size()
+
+    def _check_training_size(self) -> None:
+        n_tokens, rank_spans = self.train_spans.stream.n_tokens, self._rank_and_world()[1] * self.micro_batch_size
+        if self.train_spans.spans_per_pass < rank_spans:
+            log.warning(
+                "one micro-step of all ranks reads %s tokens, more than the %s there are: sequences repeat in it",
+                f"{rank_spans * (self.seq_len + 1):,}",
+                f"{n_tokens:,}",
+            )
+
+    @cached_property
+    def train_spans(self) -> TrainSpans:
+        """The training stream, cut into spans."""
+        stream = TokenStream(find_shards(self.train_files, self.data_dir), self.vocab_size)
+        if stream.n_tokens <= self.seq_len:
+            raise ValueError(
+                f"data.seq_len={self.seq_len} needs at least {self.seq_len + 1:,} training tokens, but the shards that "
+                f"match {self.train_files!r} hold {stream.n_tokens:,}; lower data.seq_len or prepare more text"
+            )
+        return TrainSpans(stream, self.seq_len, self.shuffle_seed)
+
+    @cached_property
+    def _val_stream(self) -> TokenStream:
+        # The first token is context only, hence one more than the tokens to score.
+        limit = None if self.val_tokens_limit is None else self.val_tokens_limit + 1
+        stream = TokenStream(find_shards(self.val_files, self.data_dir), self.vocab_size, limit)
+        if stream.n_tokens < 2:
+            raise ValueError(
+                f"the shards that match data.val_files={self.val_files!r} hold {stream.n_tokens} token; scoring needs "
+                "at least 2, one of them as context"
+            )
+        if limit is not None:
+            log.info("validation and test score the first %s tokens only", f"{stream.n_tokens - 1:,}")
+        return stream
+
+    def val_stream(self) -> TokenStream:
+        """The validation tokens (the first val_tokens_limit + 1 of them), as one stream."""
+        return self._val_stream
+
+    @cached_property
+    def unigram_bpb(self) -> float | None:
+        """Bits per byte of the scored validation tokens under training frequencies (add-one smoothed).
+
+        What a model reaches that knows how frequent each token is and nothing else. None where no manifest counts the
+        training tokens.
+        """
+        manifest = read_manifest(self.data_dir)
+        if manifest is None or len(manifest["splits"]["train"]["token_counts"]) != self.vocab_size:
+            return None
+        counts = np.array(manifest["splits"]["train"]["token_counts"], dtype=np.float64) + 1
+        nats = np.log(counts.sum()) - np.log(counts)
+        total_nats = total_bytes = 0.0
+        stream = self.val_stream()
+        for index in range(count_chunks(stream, self.ttt_chunk_tokens)):
+            chunk = chunk_at(stream, self.token_bytes, self.ttt_chunk_tokens, index)
+            total_nats += float(nats[chunk.tokens[1:].numpy()].sum())
+            total_bytes += int(chunk.target_bytes.sum(dtype=torch.int64))
+        return total_nats / (np.log(2) * total_bytes)
+
+    # Training -----------------------------------------------------------------------------------------------------
+
+    def train_batch(self, i: int) -> Batch:
+        """This rank's batch of the global micro-step i of a run from the start of the data. Moves nothing on."""
+        rank, world_size = self._rank_and_world()
+        return self.train_spans.batch(first_span(i, self.micro_batch_size, rank, world_size), self.micro_batch_size)
+
+    def locate_train_batch(self, i: int) -> list[tuple[Path, int]]:
+        """Shard and offset of the first token of each of this rank's sequences in the global micro-step i."""
+        first = first_span(i, self.micro_batch_size, *self._rank_and_world())
+        spans = self.train_spans
+        return [spans.stream.locate(spans.start(first + row)) for row in range(self.micro_batch_size)]
+
+    def calibration_batches(self, n: int) -> Iterator[Batch]:
+        """n batches of this rank from all over the training stream, the same ones every time."""
+        _, world_size = self._rank_and_world()
+        steps_per_pass = max(self.train_spans.spans_per_pass // (self.micro_batch_size * world_size), 1)
+        for index in range(n):
+            yield self.train_batch(index * steps_per_pass // n if steps_per_pass > n else index)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Endless training batches, from the first span that no finished optimizer step has used."""
+        if self.trainer is not None:
+            self._resuming = self.trainer.fit_loop.restarting
+            if not self._resuming and self.trainer.global_step == 0:
+                self._position.restart(0)
+        return ResumableLoader(ENDLESS, self._training_batches)
+
+    def _training_batches(self) -> Iterator[Batch]:
+        if self._resuming:
+            self._resuming = False
+            self._rewind_to_accumulation_window()
+        rank, world_size = self._rank_and_world()
+        per_step = self.micro_batch_size * world_size
+        start = self._position.spans(self._global_step())
+        self._position.restart(start)
+        indices = (start + step * per_step + rank * self.micro_batch_size for step in count())
+        batches = read_ahead(self._load_training, indices, self.prefetch_batches, self._device())
+        for batch in batches:
+            self._position.deliver(per_step, self._global_step())
+            yield batch
+
+    def _load_training(self, span: int) -> Batch:
+        return self.train_spans.batch(span, self.micro_batch_size)
+
+    def _rewind_to_accumulation_window(self) -> None:
+        """Let Lightning count from the first micro-batch of the accumulation window it was interrupted in.
+
+        A checkpoint holds no half-accumulated gradient, so the window's batches are read again; its batch counter must
+        go back with them, or the first optimizer step would see fewer micro-batches than the others.
+        """
+        fit_loop = self.trainer.fit_loop
+        progress = fit_loop.epoch_loop.batch_progress
+        surplus = progress.current.ready % self.trainer.accumulate_grad_batches
+        progress.total.increment_by(-surplus)
+        progress.current.increment_by(-surplus)
+        # The fetcher ends a run of limit_train_batches; it counts the batches before the restart too.
+        fit_loop._data_fetcher.fetched -= surplus
+
+    # Validation and test ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def val_sequences(self) -> ValSequences:
+        """The validation stream, cut into sequences and batches."""
+        return ValSequences(self.val_stream(), self.token_bytes, self.seq_len, self.val_micro_batch_size)
+
+    def val_dataloader(self) -> Loader:
+        """This rank's share of the validation sequences; a batch with B = 0 ends a share that is one short."""
+        rank, world_size = self._rank_and_world()
+        n_batches = self.val_sequences.batches_per_rank(world_size)
+        indices = range(rank, n_batches * world_size, world_size)
+        return Loader(n_batches, lambda: read_ahead(self.val_sequences.batch, indices, self._ahead(), self._device()))
+
+    def test_dataloader(self) -> Loader:
+        """All chunks of the validation stream, in order, on every rank."""
+        n_chunks = count_chunks(self.val_stream(), self.ttt_chunk_tokens)
+        return Loader(n_chunks, lambda: read_ahead(self._load_chunk, range(n_chunks), self._ahead(), self._device()))
+
+    def _load_chunk(self, index: int) -> Chunk:
+        return chunk_at(self.val_stream(), self.token_bytes, self.ttt_chunk_tokens, index)
+
+    # Checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the data that the finished optimizer steps have reached, over all ranks."""
+        return {"spans": self._position.spans(self._global_step()), "seq_len": self.seq_len}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` says, with whatever number of ranks and sequences per rank there are now."""
+        spans = state_dict["spans"]
+        if state_dict["seq_len"] != self.seq_len:
+            spans = -(-spans * (state_dict["seq_len"] + 1) // (self.seq_len + 1))
+            log.info(
+                "the checkpoint was trained with seq_len %s; reading goes on with span %s of seq_len %s",
+                state_dict["seq_len"],
+                f"{spans:,}",
+                self.seq_len,
+            )
+        self._position.restart(spans)
+
+    # Who asks -----------------------------------------------------------------------------------------------------
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _global_step(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_step
+
+    def _device(self) -> torch.device | None:
+        return None if self.trainer is None else self.trainer.strategy.root_device
+
+    def _ahead(self) -> int:
+        # Validation batches and chunks are few and big: two in flight hide the reading.
+        return min(self.prefetch_batches, 2)
