@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from hymba_lightning.help_text import kept_help
+
 OVERVIEW = """usage: hymba <command> [options]
 
 Train a Hymba language model against the clock, export it, score it.
@@ -25,6 +27,10 @@ def main() -> None:
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         print(OVERVIEW, end="")
+        return
+    kept = kept_help(args)
+    if kept is not None:
+        print(kept, end="")
         return
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hymba_lightning").setLevel(logging.INFO)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -19,6 +20,9 @@ from hymba_lightning.quantization.artifact import is_artifact, load_artifact
 from hymba_lightning.training.module import HymbaModule
 
 log = logging.getLogger("hymba_lightning")
+
+# The docstring below each field of a config is its help.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # Ranks that Lightning starts inherit the environment: it tells them the folder that rank 0 named after its start time.
 RUN_DIR_VARIABLE = "HYMBA_RUN_DIR"
@@ -79,7 +83,7 @@ class HymbaCLI(LightningCLI):
         last = self.run_dir / "checkpoints" / "last.ckpt"
         if ckpt_path == "last":
             if not last.is_file():
-                raise FileNotFoundError(f"{last} does not exist: --ckpt_path last needs the --run_dir of a run with one")
+                raise FileNotFoundError(f"{last} does not exist: --ckpt_path last needs the --run_dir of a run")
             ckpt_path = str(last)
         held = [name for name in ("summary.json", "checkpoints") if (self.run_dir / name).exists()]
         if ckpt_path is None and held and not self._get(self.config_init, "overwrite"):

@@ -59,7 +59,7 @@ class ExportArtifact(pl.Callback):
         self.path = run_folder(trainer) / self.filename
         if self.score_stages:
             ema = next(callback for callback in trainer.callbacks if isinstance(callback, EMA))
-            if ema.active:
+            if ema.has_average:
                 with ema.raw_weights(pl_module):
                     self._score("raw", trainer, pl_module.net)
                 if pl_module.validated_at_step == trainer.global_step:

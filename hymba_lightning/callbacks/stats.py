@@ -1,6 +1,8 @@
 """What a training run reports: losses, rates, clock and memory, to the logger and into a history for the plots."""
 
 import dataclasses
+import resource
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,14 @@ def device_peak_tflops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory used so far, in 10^9 bytes: the allocator's on a GPU, the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    # Kilobytes, except on macOS, which reports bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 @dataclass(frozen=True)
@@ -92,8 +102,7 @@ class TrainingStats(pl.Callback):
             if self.peak_tflops:
                 flops = rate * pl_module.net.config.train_flops_per_token(batch.inputs.size(1))
                 values["perf/mfu"] = flops / (self.peak_tflops * 1e12 * world()[1])
-        if pl_module.device.type == "cuda":
-            values["perf/peak_memory_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / 1e9
+        values["perf/peak_memory_gb"] = peak_memory_gb(pl_module.device)
         self._log(trainer, values, step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -57,6 +57,8 @@ def score_batches(net: Hymba, batches: Iterator[Batch], device: torch.device) ->
     net.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
+        if not batch.inputs.numel():
+            continue
         nats_BT = net(batch.inputs.to(device), batch.targets.to(device), reduction="none")
         sums += torch.stack([nats_BT.double().sum(), torch.tensor(float(nats_BT.numel()), device=device).double(),
                              batch.target_bytes.to(device).double().sum()])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -38,8 +38,7 @@ class HymbaModule(pl.LightningModule):
         budget_seconds: float | None = None,
         reserve_seconds: float = 0.0,
         ema_decay: float | None = 0.997,
-        averaging: Literal["ema", "swa"] = "ema",
-        swa_start: float = 0.4,
+        swa_start: float | None = None,
         swa_every: int = 50,
         qat_start: float = 1.0,
         compile: bool = False,
@@ -57,9 +56,8 @@ class HymbaModule(pl.LightningModule):
                 trainer.max_steps instead.
             reserve_seconds: Part of the budget held back for the export's calibration on training data.
             ema_decay: Decay of the exponential moving average of the weights, per step; null averages nothing.
-            averaging: 'ema', or 'swa' for the uniform mean of the weights late in the warmdown.
-            swa_start: Learning-rate scale below which 'swa' collects weights.
-            swa_every: Optimizer steps between two weights that 'swa' takes in.
+            swa_start: Average the weights uniformly instead, from where the lr scale falls below this; null for EMA.
+            swa_every: Optimizer steps between two weights that the uniform average takes in.
             qat_start: Fraction of training after which quantization-aware training is on (needs runtime.qat_bits).
             compile: Compile the network with torch.compile.
             compile_warmup_steps: Steps run and undone before the clock starts, so that compilation costs no budget.
@@ -70,7 +68,7 @@ class HymbaModule(pl.LightningModule):
         self.net = Hymba(net, runtime)
         self.optimizer_config, self.ttt_config = optimizer, ttt
         self.budget_seconds, self.reserve_seconds = budget_seconds, reserve_seconds
-        self.ema_decay, self.averaging, self.swa_start, self.swa_every = ema_decay, averaging, swa_start, swa_every
+        self.ema_decay, self.swa_start, self.swa_every = ema_decay, swa_start, swa_every
         self.qat_start = qat_start
         self.compile_net, self.compile_warmup_steps = compile, compile_warmup_steps
         self.log_every_n_steps, self.peak_tflops = log_every_n_steps, peak_tflops
@@ -92,7 +90,7 @@ class HymbaModule(pl.LightningModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         wanted: list[pl.Callback] = [
             WallClock(self.budget_seconds, self.reserve_seconds),
-            EMA(self.ema_decay, self.averaging, self.swa_start, self.swa_every),
+            EMA(self.ema_decay, self.swa_start, self.swa_every),
             TrainingStats(self.log_every_n_steps, self.peak_tflops),
         ]
         if self.compile_net and self.compile_warmup_steps:
@@ -110,8 +108,11 @@ class HymbaModule(pl.LightningModule):
         if bos_id is not None and self.net.config.reset_at_bos and bos_id != self.net.config.bos_id:
             raise ValueError(f"the tokenizer starts documents with id {bos_id}, but model.net.bos_id is "
                              f"{self.net.config.bos_id}: set it to {bos_id}")
-        if self.compile_net and stage == "fit":
-            self.net.compile()
+        if stage == "fit":
+            if self.budget_seconds is None and self.trainer.max_steps < 0:
+                raise ValueError("nothing ends this run: set model.budget_seconds or trainer.max_steps")
+            if self.compile_net:
+                self.net.compile()
 
     def use_network(self, config: HymbaConfig, state_dict: dict[str, Tensor]) -> None:
         """Replaces the network by another one, such as an artifact's, executed as this module's runtime says."""
@@ -153,6 +154,11 @@ class HymbaModule(pl.LightningModule):
         self._loss_sum, self._loss_count = None, 0
         return mean
 
+    def on_train_end(self) -> None:
+        """What is scored and exported from here on is the plain network."""
+        if self.net.runtime.qat_bits:
+            self.net.set_qat_strength(0.0)
+
     @property
     def tokens_per_step(self) -> int:
         """Tokens of one optimizer step over all ranks and accumulated batches."""
@@ -165,6 +171,8 @@ class HymbaModule(pl.LightningModule):
         self.bpb.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if not batch.inputs.numel():
+            return  # a rank whose share of the sequences is one short
         nats_BT = self.net(batch.inputs, batch.targets, reduction="none")
         self.bpb.update(nats_BT, batch.target_bytes)
 

@@ -1,0 +1,147 @@
+"""The LightningModule under a plain Trainer, as from a notebook."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from tiny import tiny_data, tiny_module, tiny_trainer, write_data
+
+from hymba_lightning.callbacks.ema import EMA
+from hymba_lightning.callbacks.wall_clock import WallClock
+from hymba_lightning.evaluation import score_tokens
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+class Recorder(pl.Callback):
+    """Keeps what each optimizer step used."""
+
+    def __init__(self) -> None:
+        self.lr_scale, self.momentum, self.loss = [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.lr_scale.append(pl_module.lr_scale)
+        self.loss.append(float(outputs["loss"]))
+        muon = next(g for g in trainer.optimizers[0].param_groups if g["algorithm"] == "muon")
+        self.momentum.append(muon["momentum"])
+
+
+@pytest.fixture(scope="module")
+def fitted(folder, tmp_path_factory):
+    """A run of 40 steps: trainer, module, data, recorder."""
+    module, recorder = tiny_module(), Recorder()
+    data = tiny_data(folder)
+    trainer = tiny_trainer(tmp_path_factory.mktemp("run"), max_steps=40, callbacks=[recorder])
+    trainer.fit(module, data)
+    return trainer, module, data, recorder
+
+
+def test_a_plain_trainer_has_warmdown_momentum_warmup_and_ema(fitted):
+    trainer, module, _, recorder = fitted
+    assert len(recorder.lr_scale) == 40
+    assert recorder.lr_scale[:35] == [1.0] * 35
+    expected = [0.5 * (1 + math.cos(math.pi * (1 - left / 5))) for left in (5, 4, 3, 2, 1)]
+    assert recorder.lr_scale[35:] == pytest.approx(expected)
+    assert recorder.momentum[:6] == pytest.approx([0.85, 0.87, 0.89, 0.91, 0.93, 0.95])
+    ema = next(c for c in trainer.callbacks if isinstance(c, EMA))
+    assert any(isinstance(c, WallClock) for c in trainer.callbacks)
+    with ema.raw_weights(module):
+        raw = module.net.tok_emb.weight.detach().clone()
+    assert not torch.equal(raw, module.net.tok_emb.weight)
+
+
+def test_it_learns(fitted):
+    _, _, _, recorder = fitted
+    assert recorder.loss[-1] < 0.75 * recorder.loss[0]
+
+
+def test_validation_scores_every_token_after_the_first_with_averaged_weights(fitted, folder):
+    trainer, module, data, _ = fitted
+    result = trainer.validate(module, data, verbose=False)[0]
+    assert module.last_validation.n_tokens == 699
+    tokens = data.val_stream()[:]
+    assert module.last_validation.n_bytes == int(data.token_bytes.count(tokens[:-1].numpy(), tokens[1:].numpy()).sum())
+    nats = 0.0
+    with torch.no_grad():
+        for first in range(0, 699, 64):
+            piece = tokens[first:first + 65][None]
+            nats += float(module.net(piece[:, :-1], piece[:, 1:], reduction="sum"))
+    assert result["val/loss"] == pytest.approx(nats / 699, rel=1e-5)
+    assert result["val/bpb"] == pytest.approx(nats / math.log(2) / module.last_validation.n_bytes, rel=1e-5)
+
+
+def test_test_scores_the_stream_adapts_and_gives_the_weights_back(fitted):
+    trainer, module, data, _ = fitted
+    before = {name: p.detach().clone() for name, p in module.net.named_parameters()}
+    plain = trainer.validate(module, data, verbose=False)[0]["val/loss"]
+    result = trainer.test(module, data, verbose=False)[0]
+    assert module.test_score().n_tokens == 699
+    assert len(module.test_scores) == 4
+    cold = score_tokens(module.net, data.val_stream()[:193], 1, seq_len=64, stride=64, batch_size=4)
+    assert torch.allclose(module.test_scores[0].nats, cold, atol=1e-5)
+    assert module.ttt.n_adapted == 4
+    assert result["ttt/loss"] != pytest.approx(plain, rel=1e-7)  # chunks of 192 = 3 sequences: only adaptation differs
+    for name, parameter in module.net.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_gradient_accumulation_equals_the_larger_batch(folder, tmp_path):
+    weights = []
+    for micro, accumulate in ((4, 1), (2, 2)):
+        module = tiny_module(optimizer={"muon_momentum_warmup_steps": 3})
+        trainer = tiny_trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate)
+        trainer.fit(module, tiny_data(folder, micro_batch_size=micro))
+        assert trainer.global_step == 3
+        weights.append(module.net.blocks[0].mlp.fc.weight.detach())
+    assert float((weights[0] - weights[1]).norm() / weights[0].norm()) < 2e-3  # Newton–Schulz works in bfloat16
+
+
+def test_the_reference_switches_act(folder, tmp_path):
+    module = tiny_module(optimizer={"train_conv": False})
+    start = module.net.blocks[0].attn.conv1d.weight.detach().clone()
+    trainer = tiny_trainer(tmp_path, max_steps=3)
+    trainer.fit(module, tiny_data(folder))
+    ema = next(c for c in trainer.callbacks if isinstance(c, EMA))
+    with ema.raw_weights(module):
+        assert torch.equal(module.net.blocks[0].attn.conv1d.weight, start)
+    repaired = tiny_module()
+    tiny_trainer(tmp_path, max_steps=3).fit(repaired, tiny_data(folder))
+    assert not torch.equal(repaired.net.blocks[0].attn.conv1d.weight, start)
+
+
+def test_quantization_aware_training_turns_on_at_its_share_of_the_run(folder, tmp_path):
+    module = tiny_module(net={"d_model": 256, "n_heads": 4}, runtime={"qat_bits": 6}, qat_start=0.5)
+    strengths = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            strengths.append(float(pl_module.net.blocks[0].mlp.fc.qat_strength))
+
+    tiny_trainer(tmp_path, max_steps=4, callbacks=[Watch()]).fit(module, tiny_data(folder))
+    assert strengths == [0.0, 0.0, 1.0, 1.0]
+    assert float(module.net.blocks[0].mlp.fc.qat_strength) == 0.0  # what is exported is quantized for real
+
+
+def test_another_vocabulary_or_document_start_is_refused_before_any_work(folder, tmp_path):
+    with pytest.raises(ValueError, match="vocab_size is 512: set it to 1024"):
+        tiny_trainer(tmp_path).fit(tiny_module(net={"vocab_size": 512}), tiny_data(folder))
+    with pytest.raises(ValueError, match="bos_id is 2: set it to 1"):
+        tiny_trainer(tmp_path).fit(tiny_module(net={"bos_id": 2}), tiny_data(folder))
+
+
+def test_a_run_without_end_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="budget_seconds"):
+        tiny_trainer(tmp_path, max_steps=-1, max_epochs=1).fit(tiny_module(), tiny_data(folder))
+
+
+def test_a_checkpoint_of_another_network_is_refused_with_the_fields(folder, tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.fit(tiny_module(), tiny_data(folder))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="window: checkpoint 16, config 32"):
+        tiny_trainer(tmp_path).validate(tiny_module(net={"window": 32}), tiny_data(folder),
+                                        ckpt_path=tmp_path / "a.ckpt")
