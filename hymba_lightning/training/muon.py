@@ -189,7 +189,7 @@ class Muon:
         if world_size > 1:
             flat_WS = torch.empty(world_size, flat_size, dtype=flat_S.dtype, device=flat_S.device)
             # Bytes, because not every backend carries bf16.
-            dist.all_gather_into_tensor(flat_WS.view(torch.uint8), flat_S.view(torch.uint8))
+            dist.all_gather(list(flat_WS.view(torch.uint8)), flat_S.view(torch.uint8))
         else:
             flat_WS = flat_S[None]
         flat_WS = flat_WS.float()

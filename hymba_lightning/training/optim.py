@@ -205,6 +205,9 @@ class HymbaOptimizer(Optimizer):
                 if buffer is not None:
                     self.state[parameter]["momentum_buffer"] = buffer.detach().clone().to(parameter.device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_muon": self._muon, "_adam": self._adam}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_adam" in self.__dict__:

@@ -1,0 +1,185 @@
+"""A LightningModule and a datamodule of a few hundred parameters, with the parameter names of the real network."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from hymba_lightning.callbacks.wall_clock import ClockReading
+from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
+
+VOCAB, WIDTH = 16, 8
+
+
+class TinyMixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_q = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+        self.proj = nn.Linear(2 * WIDTH, WIDTH, bias=False)
+        self.conv1d = nn.Conv1d(WIDTH, WIDTH, 2, groups=WIDTH)
+        self.dt_proj = nn.Linear(2, WIDTH)
+        self.A_log = nn.Parameter(torch.zeros(WIDTH, 3))
+        self.D = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_BTD = self.proj(F.silu(self.c_q(x_BTD)))
+        conv_BTD = self.conv1d(F.pad(x_BTD.mT, (1, 0))).mT
+        dt_BTD = F.softplus(self.dt_proj(x_BTD[..., :2]))
+        return self.D * conv_BTD + dt_BTD * torch.exp(-self.A_log.exp()).sum(-1)
+
+
+class TinyBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = TinyMixer()
+        self.attn_scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD + self.attn_scale * self.attn(x_BTD)
+
+
+class TinyNet(nn.Module):
+    """Embedding, two blocks with dropout between, tied head; `c_q` of the first block is shared with the second."""
+
+    def __init__(self, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.tok_emb = nn.Embedding(VOCAB, WIDTH)
+        self.blocks = nn.ModuleList([TinyBlock(), TinyBlock()])
+        self.blocks[1].attn.c_q = self.blocks[0].attn.c_q
+        self.dropout = nn.Dropout(dropout)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, inputs_BT: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        x_BTD = self.tok_emb(inputs_BT)
+        for block in self.blocks:
+            x_BTD = self.dropout(block(x_BTD))
+        return x_BTD @ self.tok_emb.weight.T
+
+
+class TinyModule(pl.LightningModule):
+    """Records what the callbacks tell it."""
+
+    def __init__(self, config: OptimizerConfig | None = None, dropout: float = 0.1, step_seconds: float = 0.0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = TinyNet(dropout)
+        self.optimizer_config = config or OptimizerConfig(warmdown_iters=4)
+        self.step_seconds = step_seconds
+        self.warming_up = False
+        self.readings: list[ClockReading] = []
+        self.losses: list[float] = []
+        self.val_weights: list[Tensor] = []
+        self.test_weights: list[Tensor] = []
+
+    def configure_optimizers(self) -> HymbaOptimizer:
+        return build_optimizer(self.net.named_parameters(), self.optimizer_config, tied=True)
+
+    def on_clock(self, reading: ClockReading) -> None:
+        self.readings.append(reading)
+        config = self.optimizer_config
+        scale = config.lr_scale(
+            remaining_seconds=reading.remaining, mean_step=reading.mean_step, remaining_steps=reading.remaining_steps
+        )
+        self.trainer.optimizers[0].set_schedule(scale, config.momentum(reading.step))
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return F.cross_entropy(self.net(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.step_seconds:
+            time.sleep(self.step_seconds)
+        loss = self.loss(batch)
+        self.log("train/loss", loss)
+        if not self.warming_up:
+            self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.val_weights.append(self.net.tok_emb.weight.detach().clone())
+        self.log("val/loss", self.loss(batch))
+
+    def test_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.test_weights.append(self.net.tok_emb.weight.detach().clone())
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.net.state_dict().items()}
+
+
+def make_batch(index: int) -> Tensor:
+    """(4, 7) token ids: a pure function of the index."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    return torch.randint(VOCAB, (4, 7), generator=generator)
+
+
+class Batches(Dataset):
+    def __init__(self, start: int, n: int) -> None:
+        self.start, self.n = start, n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Tensor:
+        return make_batch(self.start + index)
+
+
+class TinyData(pl.LightningDataModule):
+    """Batch i of the run is `make_batch(i)`, whether the run was resumed or not."""
+
+    def __init__(self, val_batches: int = 2) -> None:
+        super().__init__()
+        self.position = 0
+        self.val_batches = val_batches
+
+    def train_batch(self, index: int) -> Tensor:
+        return make_batch(index)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Batches(self.position, 10_000), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(Batches(50_000, self.val_batches), batch_size=None)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(Batches(60_000, 1), batch_size=None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.trainer.fit_loop.epoch_loop.batch_progress.total.ready}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.position = state_dict["position"]
+
+
+def make_trainer(folder: Path, callbacks: list[pl.Callback], **options: Any) -> pl.Trainer:
+    """A CPU Trainer without bars, logs and, unless asked for, validation."""
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "check_val_every_n_epoch": None,
+        "use_distributed_sampler": False,
+        "default_root_dir": folder,
+    }
+    return pl.Trainer(callbacks=callbacks, **(defaults | options))
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Bit for bit, names included."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name

@@ -1,0 +1,159 @@
+"""Muon against the reference's vectors, torch's own Muon and the singular value decomposition; sharding over ranks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from hymba_lightning.training.muon import POLAR_EXPRESS, Muon, iteration_coefficients, orthogonalize, plan_banks
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "muon.npz"
+SHAPES = [(16, 32), (32, 16), (24, 24), (16, 32), (16, 32), (24, 24), (8, 40)]
+
+
+def rms(x):
+    return x.float().pow(2).mean().sqrt()
+
+
+def test_reference_vectors():
+    vectors = np.load(GOLDEN, allow_pickle=False)
+    muon = Muon()
+    momenta = [torch.zeros(vectors[f"p0_{i}"].shape) for i in range(3)]
+    for t in range(6):
+        before = [torch.tensor(vectors[f"p{t}_{i}"]) for i in range(3)]
+        params = [p.clone() for p in before]
+        grads = [torch.tensor(vectors[f"g{t}_{i}"]) for i in range(3)]
+        f = min(t / 4, 1.0)
+        muon.step(
+            params, grads, momenta, lr=0.02 * (1 - t / 10), momentum=(1 - f) * 0.85 + f * 0.95, weight_decay=0.02
+        )
+        for i in range(3):
+            expected = torch.tensor(vectors[f"p{t + 1}_{i}"])
+            assert rms(params[i] - expected) < 2e-2 * rms(expected)
+            # The update by itself agrees up to what bf16 leaves of it after five steps.
+            change, expected_change = params[i] - before[i], expected - before[i]
+            assert rms(change - expected_change) < 6e-2 * rms(expected_change)
+
+
+def test_torch_muon_at_constant_momentum():
+    # torch keeps an average (lerp) instead of a sum: the same direction when momentum is constant.
+    torch.manual_seed(0)
+    ours = [torch.randn(s) for s in SHAPES]
+    theirs = [torch.nn.Parameter(p.clone()) for p in ours]
+    reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
+    muon, momenta = Muon(), [torch.zeros(s) for s in SHAPES]
+    start = [p.clone() for p in ours]
+    for _ in range(4):
+        grads = [torch.randn(s) for s in SHAPES]
+        for p, g in zip(theirs, grads, strict=True):
+            p.grad = g.clone()
+        reference.step()
+        muon.step(ours, grads, momenta, lr=0.02, momentum=0.95, weight_decay=0.1)
+    for p, q, p0 in zip(ours, theirs, start, strict=True):
+        assert rms(p - q.detach()) < 5e-2 * rms(p - p0)
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("quintic", 0.6, 1.3), ("polar_express", 0.87, 1.13)])
+def test_orthogonalize_brings_singular_values_to_one(name, low, high):
+    torch.manual_seed(0)
+    bank = torch.randn(3, 24, 64)
+    result = orthogonalize(bank, iteration_coefficients(name, 5), torch.float32)
+    for g, x in zip(bank, result, strict=True):
+        u, _, v = torch.linalg.svd(g, full_matrices=False)
+        values = torch.linalg.diagonal(u.T @ x @ v.T)
+        assert values.min() > low
+        assert values.max() < high
+        # The singular vectors stay: nothing off the diagonal.
+        assert (u.T @ x @ v.T - values.diag()).abs().max() < 1e-3
+
+
+def test_polar_express_steps_spread_their_error_evenly():
+    # A minimax odd quintic on [l, u] reaches its largest error at both ends, with alternating sign in between; the
+    # next step's interval is what this one leaves. The first three steps are fitted to a cushioned lower bound, so
+    # that their inner extremes are not all equal.
+    low, high = 1e-3, 1.0
+    for step, (a, b, c) in enumerate(POLAR_EXPRESS[:6]):
+        x = torch.linspace(low, high, 200_001, dtype=torch.float64)
+        error = a * x + b * x**3 + c * x**5 - 1
+        turns = torch.nonzero((error[1:-1] - error[:-2]) * (error[2:] - error[1:-1]) < 0).flatten() + 1
+        extremes = torch.cat([error[:1], error[turns], error[-1:]])
+        assert extremes.sign().tolist() == [-1, 1, -1, 1]
+        even = extremes if step >= 3 else extremes[[0, 1, 3]]
+        assert even.abs().max() - even.abs().min() < 1e-6
+        low, high = 1 + error.min().item(), 1 + error.max().item()
+
+
+def test_row_normalize_makes_row_lengths_irrelevant():
+    torch.manual_seed(0)
+    grads = [torch.randn(s) for s in SHAPES]
+    scaled = [g * torch.logspace(-2, 2, g.shape[0])[:, None] for g in grads]
+    for row_normalize, same in ((True, True), (False, False)):
+        results = []
+        for given in (grads, scaled):
+            params = [torch.zeros(s) for s in SHAPES]
+            Muon(row_normalize=row_normalize).step(
+                params, given, [torch.zeros(s) for s in SHAPES], lr=1.0, momentum=0.9, weight_decay=0.0
+            )
+            results.append(params)
+        for p, q in zip(*results, strict=True):
+            assert (rms(p - q) < 3e-2 * rms(p)) == same
+
+
+def test_plain_momentum_orthogonalizes_the_buffer():
+    torch.manual_seed(0)
+    m0, g = torch.randn(8, 8), torch.randn(8, 8)
+    for nesterov in (False, True):
+        p, m = torch.zeros(8, 8), m0.clone()
+        Muon(nesterov=nesterov).step([p], [g], [m], lr=1.0, momentum=0.5, weight_decay=0.0)
+        assert torch.allclose(m, 0.5 * m0 + g)
+        direction = g + 0.5 * m if nesterov else m
+        expected = orthogonalize(direction[None], iteration_coefficients("quintic", 5))[0].float()
+        assert torch.equal(p, -expected)
+
+
+def test_unknown_coefficients_and_shapes_are_errors():
+    with pytest.raises(ValueError, match="'cubic' is unknown; use 'quintic' or 'polar_express'"):
+        Muon(coefficients="cubic")
+    with pytest.raises(ValueError, match=r"shape \(3, 1, 4\)"):
+        plan_banks([torch.Size((3, 1, 4))], 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_banks_give_every_matrix_one_owner(world_size):
+    banks, flat_size = plan_banks([torch.Size(s) for s in SHAPES], world_size)
+    slots = [(p // b.share, b.offset + p % b.share * b.numel, b.numel) for b in banks for p in range(len(b.members))]
+    assert sorted(i for b in banks for i in b.members) == list(range(len(SHAPES)))
+    assert len(set(slots)) == len(SHAPES)
+    assert all(owner < world_size and start + size <= flat_size for owner, start, size in slots)
+
+
+def _train_sharded(rank: int, world_size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    torch.manual_seed(0)
+    params, momenta = [torch.randn(s) for s in SHAPES], [torch.zeros(s) for s in SHAPES]
+    muon = Muon(shard=world_size > 1)
+    for _ in range(3):
+        muon.step(params, [torch.randn(s) for s in SHAPES], momenta, lr=0.02, momentum=0.9, weight_decay=0.02)
+    torch.save([params, momenta], f"{folder}/{world_size}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.ddp
+def test_sharding_changes_nothing(tmp_path):
+    for world_size in (1, 2, 3):
+        (tmp_path / "store").unlink(missing_ok=True)
+        mp.spawn(_train_sharded, args=(world_size, str(tmp_path)), nprocs=world_size)
+    alone = torch.load(tmp_path / "1_0.pt")
+    for world_size in (2, 3):
+        for rank in range(world_size):
+            shared = torch.load(tmp_path / f"{world_size}_{rank}.pt")
+            first = torch.load(tmp_path / f"{world_size}_0.pt")
+            for kind in (0, 1):
+                for a, b, c in zip(alone[kind], shared[kind], first[kind], strict=True):
+                    assert torch.equal(b, c)  # replicas never drift
+                    # Another batch size may round differently in bf16.
+                    assert rms(a - b) < 3e-3 * rms(a)

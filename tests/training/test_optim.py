@@ -1,0 +1,187 @@
+"""The composite optimizer: torch's Adam, exact state, schedule, clipping and accumulation under Lightning."""
+
+import copy
+
+import pytest
+import torch
+from tiny_lightning import TinyData, TinyModule, TinyNet, assert_same, make_batch, make_trainer
+
+from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
+
+CONFIG = OptimizerConfig(warmdown_iters=4)
+
+
+def gradients(net: TinyNet, index: int) -> None:
+    net.zero_grad()
+    logits = net(make_batch(index)[:, :-1])
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), make_batch(index)[:, 1:].flatten()).backward()
+
+
+def make(config: OptimizerConfig = CONFIG) -> tuple[TinyNet, HymbaOptimizer]:
+    torch.manual_seed(0)
+    net = TinyNet(dropout=0.0)
+    return net, build_optimizer(net.named_parameters(), config, tied=True)
+
+
+def test_adam_groups_move_exactly_as_torch_adam():
+    net, optimizer = make()
+    twin = copy.deepcopy(net)
+    names = [n for n, _ in net.named_parameters() if not n.endswith(("c_q.weight", "attn.proj.weight"))]
+    lr = {"tok_emb.weight": 0.05, "A_log": 0.002, "dt_proj.weight": 0.002, "dt_proj.bias": 0.002}
+    theirs = [
+        {"params": [p], "lr": next((v for k, v in lr.items() if n.endswith(k)), 0.02)}
+        for n, p in twin.named_parameters()
+        if n in names
+    ]
+    adam = torch.optim.Adam(theirs, betas=(0.9, 0.95), eps=1e-8, foreach=True)
+    for index in range(3):
+        gradients(net, index)
+        for p, q in zip(net.parameters(), twin.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        optimizer.step()
+        adam.step()
+    weights, expected = dict(net.named_parameters()), dict(twin.named_parameters())
+    for name in names:
+        assert torch.equal(weights[name], expected[name]), name
+
+
+def test_resume_is_bit_exact_through_the_state_dict():
+    net, optimizer = make()
+    for index in range(3):
+        gradients(net, index)
+        optimizer.step()
+    saved = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    for index in range(3, 6):
+        gradients(net, index)
+        optimizer.step()
+    other, resumed = make()
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for index in range(3, 6):
+        gradients(other, index)
+        resumed.step()
+    assert_same(
+        {k: v for k, v in net.state_dict().items() if k != "calls"},
+        {k: v for k, v in other.state_dict().items() if k != "calls"},
+    )
+    ours, theirs = optimizer.state_dict(), resumed.state_dict()
+    assert ours["param_groups"] == theirs["param_groups"]
+    for index, state in ours["state"].items():
+        assert_same(state, theirs["state"][index])
+
+
+def test_momentum_of_bfloat16_weights_survives_a_resume_in_float32():
+    net, optimizer = make()
+    net.bfloat16()
+    gradients(net, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    weight = net.blocks[0].attn.proj.weight
+    buffer = optimizer.state[weight]["momentum_buffer"]
+    index = next(i for g in saved["param_groups"] if g["name"] == "matrices" for i in g["params"])
+    assert buffer.dtype == torch.float32
+    assert any(torch.equal(buffer, s["momentum_buffer"]) for s in saved["state"].values() if "momentum_buffer" in s)
+    assert saved["state"][index]["momentum_buffer"].dtype == torch.float32
+
+
+def test_a_copy_of_the_optimizer_trains_its_own_parameters():
+    net, optimizer = make()
+    gradients(net, 0)
+    optimizer.step()
+    net2, optimizer2 = copy.deepcopy((net, optimizer))
+    gradients(net2, 1)
+    before = net.tok_emb.weight.detach().clone()
+    optimizer2.step()
+    assert torch.equal(net.tok_emb.weight, before)
+    assert not torch.equal(net2.tok_emb.weight, before)
+
+
+def test_other_groups_are_refused():
+    _, optimizer = make()
+    _, defective = make(OptimizerConfig(train_conv=False))
+    with pytest.raises(ValueError, match=r"'untrained'.*'conv'"):
+        optimizer.load_state_dict(defective.state_dict())
+
+
+def test_schedule_scales_every_group_and_sets_only_muons_momentum():
+    _, optimizer = make()
+    optimizer.set_schedule(0.25, 0.9)
+    for group in optimizer.param_groups:
+        assert group["lr"] == 0.25 * group["base_lr"]
+        assert group["momentum"] == (0.9 if group["algorithm"] == "muon" else 0.0)
+
+
+def test_untrained_group_stays_but_its_gradients_are_cleared():
+    net, optimizer = make(OptimizerConfig(train_conv=False))
+    before = net.blocks[0].attn.conv1d.weight.detach().clone()
+    gradients(net, 0)
+    assert net.blocks[0].attn.conv1d.weight.grad.abs().sum() > 0
+    optimizer.step()
+    optimizer.zero_grad()
+    assert torch.equal(net.blocks[0].attn.conv1d.weight, before)
+    assert net.blocks[0].attn.conv1d.weight.grad is None
+    assert not torch.equal(net.blocks[0].attn.conv1d.bias, torch.zeros(8))
+
+
+def test_only_matrices_decay():
+    net, optimizer = make(OptimizerConfig(weight_decay=0.5))
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    optimizer.step()
+    for name, p in net.named_parameters():
+        factor = 1 - 0.02 * 0.5 if name.endswith(("c_q.weight", "attn.proj.weight")) else 1.0
+        assert torch.allclose(p, factor * before[name], atol=1e-7), name
+
+
+def test_closure_runs_with_gradients_and_returns_its_loss():
+    net, optimizer = make()
+
+    def closure():
+        assert torch.is_grad_enabled()
+        gradients(net, 0)
+        return torch.tensor(3.0)
+
+    before = net.tok_emb.weight.detach().clone()
+    with torch.no_grad():
+        assert optimizer.step(closure).item() == 3.0
+    assert not torch.equal(before, net.tok_emb.weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.1}])
+def test_lightning_counts_steps_accumulates_and_clips(tmp_path, options):
+    module, data = TinyModule(dropout=0.0), TinyData()
+    trainer = make_trainer(tmp_path, [], max_steps=4, **options)
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == 4
+    twin = TinyModule(dropout=0.0)
+    optimizer = build_optimizer(twin.net.named_parameters(), CONFIG, tied=True)
+    micro = options.get("accumulate_grad_batches", 1)
+    for step in range(4):
+        optimizer.zero_grad()
+        for i in range(micro):
+            (twin.loss(make_batch(step * micro + i)) / micro).backward()
+        if "gradient_clip_val" in options:
+            torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 0.1)
+        optimizer.step()
+    assert_same(dict(module.net.named_parameters()), dict(twin.net.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("matrix_lr", -1.0),
+        ("embed_lr", float("nan")),
+        ("muon_momentum", 1.0),
+        ("adam_betas", (0.9,)),
+        ("adam_eps", 0.0),
+        ("ns_steps", 0),
+        ("warmdown_iters", -1),
+        ("warmdown_shape", "sqrt"),
+        ("muon_coefficients", "cubic"),
+    ],
+)
+def test_config_errors_name_the_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        OptimizerConfig(**{field: value})
