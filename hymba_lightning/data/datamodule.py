@@ -185,9 +185,9 @@ class HymbaDataModule(pl.LightningDataModule):
         training tokens.
         """
         manifest = read_manifest(self.data_dir)
-        if manifest is None or len(manifest["splits"]["train"]["token_counts"]) != self.vocab_size:
+        if manifest is None or len(manifest["train_token_counts"]) != self.vocab_size:
             return None
-        counts = np.array(manifest["splits"]["train"]["token_counts"], dtype=np.float64) + 1
+        counts = np.array(manifest["train_token_counts"], dtype=np.float64) + 1
         nats = np.log(counts.sum()) - np.log(counts)
         total_nats = total_bytes = 0.0
         stream = self.val_stream()

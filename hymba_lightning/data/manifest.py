@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hymba_lightning.data.tokenizer import file_sha256
+from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
+from hymba_lightning.files import write_atomic
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "hymba-tokens"
 VERSION = 1
+SPLITS = ("train", "val")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -61,3 +64,56 @@ def check_manifest(folder: Path, shards: Sequence[Path], tokenizer: Path) -> Non
             f"{tokenizer} is not the tokenizer that made the shards in {folder}; "
             f"use {folder / manifest['tokenizer']['file']}, or prepare the data again with this one"
         )
+
+
+def is_whole(folder: Path, manifest: dict[str, Any]) -> bool:
+    """Whether all files that the manifest lists are there, in the right size."""
+    sizes = {
+        folder / shard["file"]: shard["bytes"] for split in manifest["splits"].values() for shard in split["shards"]
+    }
+    model = folder / manifest["tokenizer"]["file"]
+    whole = all(path.is_file() and path.stat().st_size == size for path, size in sizes.items())
+    return whole and model.is_file() and file_sha256(model) == manifest["tokenizer"]["sha256"]
+
+
+def check_may_write(
+    folder: Path, name: str, existing: dict[str, Any] | None, arguments: dict[str, Any], overwrite: bool
+) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"out={folder} is a file; name a folder")
+    listed = _listed_files(existing)
+    foreign = sorted(
+        path.name for split in SPLITS for path in folder.glob(f"*_{split}_*.bin")
+        if path.name not in listed and not path.name.startswith(tuple(f"{name}_{split}_" for split in SPLITS))
+    )  # fmt: skip
+    if foreign:
+        raise FileExistsError(f"out={folder} holds shards of other data ({foreign[0]}); choose another folder")
+    if overwrite:
+        return
+    if existing is not None:
+        changed = sorted(key for key, value in arguments.items() if existing["arguments"].get(key) != value)
+        what = f"made with another {', '.join(changed)}" if changed else "of which files are damaged or missing"
+        raise FileExistsError(f"out={folder} holds data {what}; choose another folder, or pass overwrite to replace it")
+    if any(folder.glob(f"{name}_*.bin")) or (folder / TOKENIZER_FILE).exists():
+        raise FileExistsError(
+            f"out={folder} holds data without a manifest; choose another folder, or pass overwrite to replace it"
+        )
+
+
+def install(work: Path, folder: Path, name: str, existing: dict[str, Any] | None, manifest: dict[str, Any]) -> None:
+    """Move the finished files into place: the old manifest goes first, the new one, which says "complete", comes last."""
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    new = _listed_files(manifest)
+    stale = _listed_files(existing) | {path.name for split in SPLITS for path in folder.glob(f"{name}_{split}_*.bin")}
+    for file in sorted(stale - new):
+        (folder / file).unlink(missing_ok=True)
+    for file in sorted(new):
+        os.replace(work / file, folder / file)
+    write_atomic(folder / MANIFEST_FILE, json.dumps(manifest, indent=1) + "\n")
+
+
+def _listed_files(manifest: dict[str, Any] | None) -> set[str]:
+    if manifest is None:
+        return set()
+    shards = {shard["file"] for split in manifest["splits"].values() for shard in split["shards"]}
+    return shards | {manifest["tokenizer"]["file"]}

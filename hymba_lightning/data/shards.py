@@ -6,6 +6,7 @@ shrunk would otherwise end the process with a bus error and no message.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 from collections.abc import Sequence
@@ -92,22 +93,96 @@ def write_shard(path: str | os.PathLike[str], tokens: np.ndarray) -> None:
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.size == 0:
         raise ValueError(f"{path}: a shard holds a non-empty vector of tokens, not an array of shape {tokens.shape}")
-    if tokens.dtype != TOKEN_DTYPE and (int(tokens.min()) < 0 or int(tokens.max()) >= MAX_VOCAB_SIZE):
-        raise ValueError(f"{path}: ids must lie in 0 … {MAX_VOCAB_SIZE - 1} to fit the format's uint16")
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, VERSION, tokens.size
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    file = _ShardFile(Path(path))
     try:
-        with open(temporary, "wb") as file:
-            file.write(header.tobytes())
-            file.write(np.ascontiguousarray(tokens, dtype=TOKEN_DTYPE).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        file.append(tokens)
+        file.commit()
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        file.discard()
         raise
+
+
+class ShardWriter:
+    """Writes a stream of tokens to {prefix}_000000.bin, {prefix}_000001.bin, …, in constant memory.
+
+    A context manager: leaving it normally completes the last shard, leaving it by an exception removes the unfinished
+    one.
+
+    Args:
+        folder: Where the shards go.
+        prefix: Begin of the files' names.
+        shard_tokens: Tokens of every shard but the last.
+    """
+
+    def __init__(self, folder: Path, prefix: str, shard_tokens: int) -> None:
+        self.paths: list[Path] = []
+        """Completed shards."""
+        self.n_tokens = 0
+        """Tokens given so far."""
+        self._folder = folder
+        self._prefix = prefix
+        self._shard_tokens = shard_tokens
+        self._file: _ShardFile | None = None
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Add tokens (n,). Raises ValueError or OSError as `write_shard` does."""
+        self.n_tokens += tokens.size
+        while tokens.size:
+            if self._file is None:
+                self._file = _ShardFile(self._folder / f"{self._prefix}_{len(self.paths):06d}.bin")
+            room = self._shard_tokens - self._file.n_tokens
+            self._file.append(tokens[:room])
+            tokens = tokens[room:]
+            if self._file.n_tokens == self._shard_tokens:
+                self._complete()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, error: object, traceback: object) -> None:
+        if self._file is not None and error_type is None:
+            self._complete()
+        elif self._file is not None:
+            self._file.discard()
+
+    def _complete(self) -> None:
+        if self._file is not None:
+            self._file.commit()
+            self.paths.append(self._file.path)
+            self._file = None
+
+
+class _ShardFile:
+    """A shard being written beside its final name, which it takes when complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.n_tokens = 0
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by commit or discard)
+        self._file.write(bytes(HEADER_BYTES))
+
+    def append(self, tokens: np.ndarray) -> None:
+        if tokens.dtype != TOKEN_DTYPE and (int(tokens.min()) < 0 or int(tokens.max()) >= MAX_VOCAB_SIZE):
+            raise ValueError(f"{self.path}: ids must lie in 0 … {MAX_VOCAB_SIZE - 1} to fit the format's uint16")
+        self._file.write(np.ascontiguousarray(tokens, dtype=TOKEN_DTYPE).data)
+        self.n_tokens += tokens.size
+
+    def commit(self) -> None:
+        header = np.zeros(HEADER_INTS, dtype="<i4")
+        header[:3] = MAGIC, VERSION, self.n_tokens
+        self._file.seek(0)
+        self._file.write(header.tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self.path)
+
+    def discard(self) -> None:
+        self._temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            # Closing flushes what a full disk has already refused.
+            self._file.close()
 
 
 def find_shards(files: str | Sequence[str], data_dir: str | os.PathLike[str] = ".") -> list[Path]:

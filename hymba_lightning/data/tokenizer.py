@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import sentencepiece
 
@@ -14,6 +14,9 @@ TOKENIZER_FILE = "tokenizer.model"
 
 # pad, BOS, EOS, unknown and one piece per byte: no byte-fallback vocabulary can be smaller.
 N_SPECIAL = 4 + 256
+
+# SentencePiece writes the number into the model: one that followed the machine would change the fingerprint.
+TRAINING_THREADS = 4
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> sentencepiece.SentencePieceProcessor:
@@ -37,9 +40,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> sentencepiece.SentencePieceP
     return processor
 
 
-def train_tokenizer(
-    texts: Iterator[str], vocab_size: int, *, character_coverage: float = 0.9995, threads: int = 1
-) -> bytes:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, character_coverage: float = 0.9995) -> bytes:
     """Train a byte-pair encoding that decodes to exactly the text it was given; returns the serialized model.
 
     Characters outside the vocabulary become byte pieces, nothing is normalised, every whitespace is kept. Ids: pad 0,
@@ -49,7 +50,6 @@ def train_tokenizer(
         texts: The sample, in pieces of a few kilobytes (a piece over 16 KiB is ignored by SentencePiece).
         vocab_size: Pieces, 261 … 65,536.
         character_coverage: Share of the sample's characters that get pieces of their own.
-        threads: CPU threads.
 
     Raises:
         ValueError: The size is out of range, or the sample is too small or too varied for it.
@@ -76,7 +76,7 @@ def train_tokenizer(
             eos_id=2,
             unk_id=3,
             pad_piece="<pad>",
-            num_threads=threads,
+            num_threads=TRAINING_THREADS,
             minloglevel=2,
         )
     except RuntimeError as error:

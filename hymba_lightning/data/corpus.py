@@ -1,0 +1,135 @@
+"""Documents → token shards: the tokenizer's sample, and parallel encoding in constant memory."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hymba_lightning.data.documents import DocumentReader, split_rank
+from hymba_lightning.data.manifest import SPLITS
+from hymba_lightning.data.shards import ShardWriter
+from hymba_lightning.data.text_encoder import EncoderPool, TextEncoder, TextPiece
+from hymba_lightning.data.tokenizer import load_tokenizer
+
+# Characters per request to an encoder process, and requests in flight per process: memory stays constant.
+TASK_CHARS = 500_000
+TASKS_PER_WORKER = 3
+SAMPLE_PIECE_CHARS = 2000
+
+
+@dataclass
+class SplitTotals:
+    """What one split holds."""
+
+    writer: ShardWriter
+    token_counts: np.ndarray
+    documents: int = 0
+    text_bytes: int = 0
+
+
+def encode_documents(
+    reader: DocumentReader,
+    model: Path,
+    work: Path,
+    *,
+    name: str,
+    shard_tokens: int,
+    val_fraction: float,
+    seed: int,
+    workers: int,
+    report: Callable[[int], None],
+) -> dict[str, SplitTotals]:
+    """Read, encode in parallel and write, in the documents' order whatever the number of workers."""
+    processor = load_tokenizer(model)
+    encoder = TextEncoder(processor)
+    lowest_rank, highest_rank = 1.0, 0.0
+    with (
+        ShardWriter(work, f"{name}_train", shard_tokens) as train,
+        ShardWriter(work, f"{name}_val", shard_tokens) as val,
+        EncoderPool(model, workers) as pool,
+    ):
+        splits = {
+            split: SplitTotals(writer, np.zeros(processor.get_piece_size(), dtype=np.int64))
+            for split, writer in (("train", train), ("val", val))
+        }
+        waiting: dict[str, list[TextPiece]] = {split: [] for split in SPLITS}
+        waiting_chars = dict.fromkeys(SPLITS, 0)
+        in_flight: deque[tuple[str, Future[np.ndarray]]] = deque()
+
+        def write_oldest() -> None:
+            split, future = in_flight.popleft()
+            tokens = future.result()
+            splits[split].writer.append(tokens)
+            splits[split].token_counts += np.bincount(tokens, minlength=processor.get_piece_size())
+
+        def submit(split: str) -> None:
+            in_flight.append((split, pool.submit(waiting[split])))
+            waiting[split], waiting_chars[split] = [], 0
+            while len(in_flight) > TASKS_PER_WORKER * workers:
+                write_oldest()
+
+        for document in reader:
+            rank = split_rank(document, seed)
+            lowest_rank, highest_rank = min(lowest_rank, rank), max(highest_rank, rank)
+            split = "val" if rank < val_fraction else "train"
+            splits[split].documents += 1
+            splits[split].text_bytes += len(document.utf8)
+            for piece in encoder.cut(document.text):
+                waiting[split].append(piece)
+                waiting_chars[split] += len(piece.text)
+                if waiting_chars[split] >= TASK_CHARS:
+                    submit(split)
+            report(reader.bytes_read)
+        for split in SPLITS:
+            if waiting[split]:
+                submit(split)
+        while in_flight:
+            write_oldest()
+        report(reader.total_bytes)
+    _check_split(splits, lowest_rank, highest_rank, val_fraction)
+    return splits
+
+
+def _check_split(splits: dict[str, SplitTotals], lowest_rank: float, highest_rank: float, val_fraction: float) -> None:
+    n_documents = sum(split.documents for split in splits.values())
+    if n_documents < 2:
+        raise ValueError(
+            f"the inputs hold {n_documents} document that can be read; training and validation need one each: "
+            "give more files, or cut a text file into documents with separator"
+        )
+    if splits["val"].documents == 0:
+        raise ValueError(
+            f"none of the {n_documents} documents fell to validation at val_fraction={val_fraction}; "
+            f"raise it to {math.ceil(lowest_rank * 1e4 + 1) / 1e4} or more, or give more documents"
+        )
+    if splits["train"].documents == 0:
+        raise ValueError(
+            f"all {n_documents} documents fell to validation at val_fraction={val_fraction}; "
+            f"lower it to {math.floor(highest_rank * 1e4) / 1e4} or less, or give more documents"
+        )
+
+
+def tokenizer_sample(reader: DocumentReader, sample_bytes: int, val_fraction: float, seed: int) -> list[str]:
+    """Up to `sample_bytes` of training text in pieces that SentencePiece takes."""
+    sample: list[str] = []
+    left = sample_bytes
+    for document in reader:
+        if split_rank(document, seed) < val_fraction:
+            continue
+        # A character has at least one byte: no more than `left` characters can be wanted.
+        text = document.utf8[:left].decode("utf-8", errors="ignore") if len(document.utf8) > left else document.text
+        sample += [text[start : start + SAMPLE_PIECE_CHARS] for start in range(0, len(text), SAMPLE_PIECE_CHARS)]
+        left -= len(document.utf8)
+        if left <= 0:
+            break
+    if not sample:
+        raise ValueError(
+            "there is no training document to train a tokenizer on; give more documents, or lower val_fraction"
+        )
+    return sample

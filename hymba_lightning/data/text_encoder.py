@@ -1,0 +1,204 @@
+"""Text → token ids that decode to exactly that text, and the processes that do it in parallel.
+
+A long text is encoded in pieces of a few kilobytes: SentencePiece takes half the time on them, and the ids are those
+of the whole, because no piece of the vocabulary reaches across the single spaces where the text is cut.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import IO, NamedTuple
+
+import numpy as np
+import sentencepiece
+
+from hymba_lightning.data.token_bytes import TokenBytes
+from hymba_lightning.data.tokenizer import SPACE, load_tokenizer
+
+PIECE_CHARS = 2000
+CUT = re.compile(r"(?<=[!-~]) (?=[!-~])")
+SPACE_BYTES = SPACE.encode()
+
+# Encoded in front of a piece that begins with a space, so that neither a dummy prefix nor stripping changes it.
+ANCHOR = "."
+
+
+class TextPiece(NamedTuple):
+    """Part of a document, as `TextEncoder.cut` makes it."""
+
+    first: bool
+    """The document's first part; gets the BOS."""
+    text: str
+
+
+class ByteAudit(NamedTuple):
+    """Bytes counted token by token against the text's own length."""
+
+    counted_bytes: int
+    text_bytes: int
+    unknown_tokens: int
+
+    @property
+    def exact(self) -> bool:
+        """Bits per byte of this text divide by its true length."""
+        return self.counted_bytes == self.text_bytes
+
+
+class TextEncoder:
+    """Encodes documents with a SentencePiece model.
+
+    SentencePiece writes a space as "▁" and so loses the difference to a "▁" (U+2581) in the text. With byte fallback
+    such a character is encoded as its three bytes, which decode to itself.
+
+    Args:
+        processor: The loaded model.
+    """
+
+    def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
+        self.processor = processor
+        vocab_size = processor.get_piece_size()
+        self._byte_ids = {
+            int(processor.id_to_piece(token)[3:5], 16): token for token in range(vocab_size) if processor.is_byte(token)
+        }
+        self._can_cut = not any(re.search(f"[^{SPACE}]{SPACE}", processor.id_to_piece(i)) for i in range(vocab_size))
+        self._n_anchor = len(processor.encode(ANCHOR))
+
+    def cut(self, text: str) -> list[TextPiece]:
+        """Pieces of about PIECE_CHARS characters, whose ids in a row are those of the whole text."""
+        pieces = []
+        start = 0
+        while self._can_cut and len(text) - start > PIECE_CHARS:
+            space = CUT.search(text, start + PIECE_CHARS)
+            if space is None:
+                break
+            pieces.append(TextPiece(start == 0, text[start : space.start()]))
+            start = space.start()
+        pieces.append(TextPiece(start == 0, text[start:]))
+        return pieces
+
+    def encode_pieces(self, pieces: list[TextPiece]) -> np.ndarray:
+        """Ids (n,) uint16 of consecutive pieces, BOS before every first one."""
+        rows = self.processor.encode([piece.text if piece.first else ANCHOR + piece.text for piece in pieces])
+        bos = [self.processor.bos_id()]
+        for index, piece in enumerate(pieces):
+            if SPACE in piece.text and self._byte_ids:
+                rows[index] = self._encode_with_spaces_of_text(piece.text if piece.first else ANCHOR + piece.text)
+            rows[index] = bos + rows[index] if piece.first else rows[index][self._n_anchor :]
+        return np.fromiter(chain.from_iterable(rows), dtype=np.uint16)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids (n,) uint16 of a document, without BOS."""
+        return self.encode_pieces(self.cut(text))[1:]
+
+    def audit(self, text: str) -> ByteAudit:
+        """Bytes that bits per byte would divide by, against the UTF-8 length of `text`.
+
+        They differ where the tokenizer rewrites the text (normalisation, collapsed spaces) or does not know a
+        character and has no byte fallback, as the challenge's 1,024-piece one does.
+        """
+        ids = self.encode_pieces(self.cut(text)).astype(np.int64)
+        counted = TokenBytes.from_processor(self.processor).count(ids[:-1], ids[1:])
+        return ByteAudit(int(counted.sum()), len(text.encode()), int((ids == self.processor.unk_id()).sum()))
+
+    def _encode_with_spaces_of_text(self, text: str) -> list[int]:
+        """Encode with a private-use character that the text lacks in place of U+2581, then put that one's bytes in."""
+        stand_in = next(chr(code) for code in range(0x10FFFD, 0, -1) if chr(code) not in text)
+        stand_in_ids = [self._byte_ids[byte] for byte in stand_in.encode()]
+        space_ids = [self._byte_ids[byte] for byte in SPACE_BYTES]
+        encoded = self.processor.encode(text.replace(SPACE, stand_in))
+        ids: list[int] = []
+        position = 0
+        while position < len(encoded):
+            found = encoded[position : position + len(stand_in_ids)] == stand_in_ids
+            ids += space_ids if found else encoded[position : position + 1]
+            position += len(stand_in_ids) if found else 1
+        return ids
+
+
+class EncoderPool:
+    """Encodes lists of pieces in `workers` processes (in this one if there is only one worker).
+
+    The processes are plain Python ones that import numpy and SentencePiece only: unlike multiprocessing's they start
+    neither with a copy of this process's threads nor by importing its main module, so that this works from a notebook
+    or a script without a guard too.
+
+    Args:
+        model: SentencePiece model file.
+        workers: Processes.
+    """
+
+    def __init__(self, model: Path, workers: int) -> None:
+        self._model = model
+        self._encoder = TextEncoder(load_tokenizer(model)) if workers == 1 else None
+        self._threads = ThreadPoolExecutor(workers, "hymba-encode")
+        self._local = threading.local()
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def submit(self, pieces: list[TextPiece]) -> Future[np.ndarray]:
+        """Start encoding; the future's result is what `TextEncoder.encode_pieces` returns."""
+        if self._encoder is not None:
+            return self._threads.submit(self._encoder.encode_pieces, pieces)
+        return self._threads.submit(self._encode_in_process, pieces)
+
+    def __enter__(self) -> EncoderPool:
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for process in self._processes:
+            process.stdin.close()
+            process.wait()
+            process.stdout.close()
+
+    def _encode_in_process(self, pieces: list[TextPiece]) -> np.ndarray:
+        process = getattr(self._local, "process", None)
+        if process is None:
+            process = self._local.process = self._start()
+        try:
+            pickle.dump([tuple(piece) for piece in pieces], process.stdin, pickle.HIGHEST_PROTOCOL)
+            process.stdin.flush()
+            return pickle.load(process.stdout)
+        except (EOFError, BrokenPipeError) as error:
+            raise RuntimeError(
+                f"an encoder process ended with status {process.wait()}; if it was killed for memory, use fewer workers"
+            ) from error
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        package_parent = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(self._model)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        self._processes.append(process)
+        return process
+
+
+def serve(model: str, requests: IO[bytes], answers: IO[bytes]) -> None:
+    """Encode pickled lists of pieces from `requests` until it ends; the parent process is the only one to send them."""
+    encoder = TextEncoder(load_tokenizer(model))
+    while True:
+        try:
+            pieces = pickle.load(requests)
+        except EOFError:
+            return
+        ids = encoder.encode_pieces([TextPiece(*piece) for piece in pieces])
+        pickle.dump(ids, answers, pickle.HIGHEST_PROTOCOL)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], sys.stdin.buffer, sys.stdout.buffer)
