@@ -164,7 +164,7 @@ def make_trainer(folder: Path, callbacks: list[pl.Callback], **options: Any) -> 
     defaults = {
         "accelerator": "cpu",
         "devices": 1,
-        "max_epochs": 1,
+        "max_epochs": -1,
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
@@ -183,3 +183,14 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+class StopAt(pl.Callback):
+    """Ends training after an optimizer step, as a budget would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step >= self.step:
+            trainer.should_stop = True

@@ -121,8 +121,11 @@ class TrainingCheckpoint(ModelCheckpoint):
         self._seen_step = trainer.global_step
         clock = find_clock(trainer)
         code = 0 if clock is None else clock.stop_code
-        if code or self._due(trainer):
-            self._save(trainer, final=bool(code))
+        # The end of training is saved here, not in on_train_end: there Lightning counts the epoch as finished, and a
+        # resumed run with a larger budget would have nothing left to do.
+        ending = trainer.should_stop or trainer.global_step == trainer.max_steps
+        if ending or self._due(trainer):
+            self._save(trainer, must_succeed=bool(code))
         if code == signal.SIGINT:
             raise KeyboardInterrupt
         if code == signal.SIGTERM:
@@ -141,7 +144,7 @@ class TrainingCheckpoint(ModelCheckpoint):
         """
         self._release_signals()
         if trainer.global_step != self._last_global_step_saved:
-            self._save(trainer, final=True)
+            self._save(trainer, must_succeed=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Nothing is saved: weights in the middle of a step, or full of NaN, must not replace a good checkpoint."""
@@ -164,7 +167,7 @@ class TrainingCheckpoint(ModelCheckpoint):
             return by_steps
         return by_steps or find_clock(trainer).reading.elapsed - self._saved_at >= self.every_n_seconds
 
-    def _save(self, trainer: Trainer, *, final: bool) -> None:
+    def _save(self, trainer: Trainer, *, must_succeed: bool) -> None:
         if trainer.fast_dev_run or trainer.sanity_checking:
             return
         with clock_paused(trainer):
@@ -185,14 +188,13 @@ class TrainingCheckpoint(ModelCheckpoint):
         if error is not None:
             text = f"checkpoint {path} of step {trainer.global_step} not written: {error}. "
             text += "The one before it, if any, is untouched"
-            if final:
+            if must_succeed:
                 raise CheckpointWriteError(text)
             rank_zero_warn(text)
             return
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = str(path)
-        if final:
-            rank_zero_info(f"saved {path} at step {trainer.global_step}")
+        rank_zero_info(f"saved {path} at step {trainer.global_step}")
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))

@@ -1,0 +1,217 @@
+"""Averaged weights: the formula, what validation and test see, and exact resume from every kind of checkpoint."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from tiny_lightning import StopAt, TinyData, TinyModule, assert_same, make_trainer
+
+from hymba_lightning.callbacks.ema import EMA
+from hymba_lightning.callbacks.wall_clock import WallClock
+from hymba_lightning.training.optim import OptimizerConfig
+
+FLAT = OptimizerConfig(warmdown_iters=0)
+
+
+class Recorder(Callback):
+    """Weights after every optimizer step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.steps.append(parameters(pl_module))
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step == len(self.steps):
+            self.steps.append(parameters(pl_module))
+
+
+def parameters(module):
+    return {n: p.detach().clone() for n, p in module.named_parameters()}
+
+
+def optimizer_state(trainer):
+    state = copy.deepcopy(trainer.optimizers[0].state_dict())
+    return {f"{i}.{k}": v for i, s in state["state"].items() for k, v in s.items()}
+
+
+def test_average_starts_from_the_initial_weights_and_follows_the_formula(tmp_path):
+    module, recorder, ema = TinyModule(), Recorder(), EMA(0.9)
+    make_trainer(tmp_path, [ema, recorder], max_steps=5).fit(module, datamodule=TinyData())
+    expected = {n: w.double() for n, w in recorder.steps[0].items()}
+    for weights in recorder.steps[1:]:
+        expected = {n: 0.9 * e + 0.1 * weights[n].double() for n, e in expected.items()}
+    for name, p in module.named_parameters():
+        assert torch.allclose(p.double(), expected[name], rtol=1e-6, atol=1e-7), name
+    assert module.net.calls == 5  # a counter is not averaged
+
+
+def test_only_optimizer_steps_count(tmp_path):
+    ema = EMA(0.9)
+    make_trainer(tmp_path, [ema], max_steps=3, accumulate_grad_batches=4).fit(TinyModule(), datamodule=TinyData())
+    assert ema.n_averaged == 3
+
+
+def test_bfloat16_weights_have_a_float32_average_that_moves(tmp_path):
+    module, ema = TinyModule(), EMA(0.999)
+    module.net.bfloat16()
+    before = parameters(module)
+    make_trainer(tmp_path, [ema], max_steps=3).fit(module, datamodule=TinyData())
+    shadow = ema._shadow["net.tok_emb.weight"]
+    assert shadow.dtype == torch.float32
+    assert not torch.equal(shadow, before["net.tok_emb.weight"].float())
+
+
+def test_validation_and_tests_see_the_average(tmp_path):
+    module, recorder, ema = TinyModule(), Recorder(), EMA(0.5)
+    save = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=4, filename="four", save_top_k=-1)
+    trainer = make_trainer(
+        tmp_path, [ema, recorder, save], max_steps=4, limit_val_batches=1, val_check_interval=2, num_sanity_val_steps=1
+    )
+    trainer.fit(module, datamodule=TinyData())
+    name = "net.tok_emb.weight"
+    w = [s[name] for s in recorder.steps]
+    two = torch.lerp(torch.lerp(w[0], w[1], 0.5), w[2], 0.5)
+    four = torch.lerp(torch.lerp(two, w[3], 0.5), w[4], 0.5)
+    for seen, expected in zip(module.val_weights, [w[0], two, four], strict=True):
+        assert torch.allclose(seen, expected, atol=1e-6)
+    trainer.test(module, datamodule=TinyData())
+    trainer.test(module, datamodule=TinyData(), ckpt_path=tmp_path / "four.ckpt")
+    trainer.validate(module, datamodule=TinyData(), ckpt_path=tmp_path / "four.ckpt")
+    for seen in (*module.test_weights, module.val_weights[-1]):
+        assert torch.allclose(seen, four, atol=1e-6)
+    assert not torch.allclose(four, w[4], atol=1e-3)
+
+
+@pytest.mark.parametrize("when", ["at a step", "during validation", "after training"])
+def test_resume_is_bit_exact(tmp_path, when):
+    def run(folder, steps, ckpt=None, callbacks=()):
+        module, ema, data = TinyModule(FLAT, dropout=0.0), EMA(0.9), TinyData()
+        trainer = make_trainer(
+            folder, [ema, *callbacks], max_steps=steps, limit_val_batches=1, val_check_interval=3
+        )
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt)
+        with ema.raw_weights(module):
+            raw = module.weights()
+        return trainer, module, raw
+
+    whole_trainer, whole, whole_raw = run(tmp_path, 6)
+    half = tmp_path / "half.ckpt"
+    if when == "after training":
+        run(tmp_path, 3)[0].save_checkpoint(half)
+    elif when == "at a step":
+        save = ModelCheckpoint(dirpath=tmp_path, filename="half", every_n_train_steps=3)
+        run(tmp_path, 6, callbacks=[save, StopAt(3)])
+    else:
+        save = ModelCheckpoint(dirpath=tmp_path, filename="half", monitor="val/loss")
+        run(tmp_path, 6, callbacks=[save, StopAt(3)])
+    resumed_trainer, resumed, resumed_raw = run(tmp_path, 6, ckpt=half)
+    assert resumed_trainer.global_step == 6
+    assert_same(whole_raw, resumed_raw)
+    assert_same(whole.weights(), resumed.weights())
+    assert_same(optimizer_state(whole_trainer), optimizer_state(resumed_trainer))
+
+
+def test_checkpoints_hold_the_average_under_every_name_and_the_raw_weights(tmp_path):
+    module, recorder, ema = TinyModule(), Recorder(), EMA(0.5)
+    trainer = make_trainer(tmp_path, [ema, recorder], max_steps=2)
+    trainer.fit(module, datamodule=TinyData())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert saved["state_dict"].keys() == saved["current_model_state"].keys()
+    assert saved["averaging_state"] == {"n_averaged": torch.tensor(2)}
+    w0, w1, w2 = (s["net.blocks.0.attn.c_q.weight"] for s in recorder.steps)
+    for name in ("net.blocks.0.attn.c_q.weight", "net.blocks.1.attn.c_q.weight"):  # shared
+        average = torch.lerp(torch.lerp(w0, w1, 0.5), w2, 0.5)
+        assert torch.allclose(saved["state_dict"][name], average, atol=1e-7)
+        assert torch.equal(saved["current_model_state"][name], w2)
+    trainer.test(module, datamodule=TinyData(), ckpt_path=tmp_path / "x.ckpt")
+    assert not ema.has_average  # the module holds loaded weights now; nothing here belongs to them
+
+
+def test_a_plain_checkpoint_starts_the_average_from_its_weights(tmp_path):
+    plain = make_trainer(tmp_path, [EMA(None)], max_steps=2)
+    module = TinyModule(FLAT)
+    plain.fit(module, datamodule=TinyData())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    assert "current_model_state" not in torch.load(tmp_path / "plain.ckpt", weights_only=True)
+    ema, resumed = EMA(0.999999), TinyModule(FLAT)
+    trainer = make_trainer(tmp_path, [ema], max_steps=3)
+    trainer.fit(resumed, datamodule=TinyData(), ckpt_path=tmp_path / "plain.ckpt")
+    assert torch.allclose(resumed.net.tok_emb.weight, module.net.tok_emb.weight, atol=1e-4)
+    assert ema.n_averaged == 1
+
+
+def test_training_goes_on_from_the_raw_weights_even_without_average(tmp_path):
+    module, ema = TinyModule(FLAT), EMA(0.9)
+    trainer = make_trainer(tmp_path, [ema], max_steps=3)
+    trainer.fit(module, datamodule=TinyData())
+    with ema.raw_weights(module):
+        raw = module.weights()
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    seen = Recorder()
+    off = make_trainer(tmp_path, [EMA(None), seen], max_steps=4)
+    off.fit(TinyModule(FLAT), datamodule=TinyData(), ckpt_path=tmp_path / "x.ckpt")
+    assert torch.equal(seen.steps[0]["net.tok_emb.weight"], raw["tok_emb.weight"])
+
+
+def test_uniform_average_from_a_learning_rate_on(tmp_path):
+    config = OptimizerConfig(warmdown_iters=8, warmdown_shape="linear")  # scale at steps 0..7: 1, 7/8, ... 1/8
+    module, recorder, ema = TinyModule(config), Recorder(), EMA(None, swa_start=0.6, swa_every=2)
+    trainer = make_trainer(tmp_path, [WallClock(), ema, recorder], max_steps=8)
+    trainer.fit(module, datamodule=TinyData())
+    assert ema.n_averaged == 2  # steps 6 and 8, made with scales 3/8 and 1/8; step 4 was made with 5/8
+    mean = (recorder.steps[6]["net.tok_emb.weight"] + recorder.steps[8]["net.tok_emb.weight"]) / 2
+    assert torch.allclose(module.net.tok_emb.weight, mean, atol=1e-6)
+
+
+def test_without_a_sample_the_uniform_average_is_the_weights(tmp_path):
+    module, ema = TinyModule(), EMA(None, swa_start=0.2, swa_every=50)
+    trainer = make_trainer(tmp_path, [ema], max_steps=2)
+    trainer.fit(module, datamodule=TinyData())
+    assert not ema.has_average
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert_same(saved["state_dict"], saved["current_model_state"])
+
+
+def test_swaps_are_exact_and_nest(tmp_path):
+    module, ema = TinyModule(), EMA(0.5)
+
+    class Inside(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            raw = parameters(pl_module)
+            with ema.swapped(pl_module):
+                average = parameters(pl_module)
+                assert not torch.equal(average["net.tok_emb.weight"], raw["net.tok_emb.weight"])
+                with ema.raw_weights(pl_module):
+                    assert_same(parameters(pl_module), raw)
+                with ema.swapped(pl_module):
+                    assert_same(parameters(pl_module), average)
+            assert_same(parameters(pl_module), raw)
+            self.done = True
+
+    inside = Inside()
+    make_trainer(tmp_path, [ema, inside], max_steps=2).fit(module, datamodule=TinyData())
+    assert inside.done
+
+
+def test_an_exception_in_validation_leaves_the_raw_weights(tmp_path):
+    class Failing(TinyModule):
+        def validation_step(self, batch, batch_idx):
+            raise RuntimeError("broken validation")
+
+    module, recorder = Failing(), Recorder()
+    trainer = make_trainer(tmp_path, [EMA(0.5), recorder], max_steps=4, limit_val_batches=1, val_check_interval=2)
+    with pytest.raises(RuntimeError, match="broken validation"):
+        trainer.fit(module, datamodule=TinyData())
+    assert_same(parameters(module), recorder.steps[2])
+
+
+@pytest.mark.parametrize(("arguments", "field"), [({"decay": 1.0}, "ema_decay"), ({"swa_start": 0.0}, "swa_start"),
+                                                  ({"swa_every": 0}, "swa_every")])
+def test_bad_arguments_are_named(arguments, field):
+    with pytest.raises(ValueError, match=field):
+        EMA(**arguments)
