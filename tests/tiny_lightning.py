@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -194,3 +197,57 @@ class StopAt(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.global_step >= self.step:
             trainer.should_stop = True
+
+
+class FakeTime:
+    """Seconds that pass only when told to; its `advance` stands in for work."""
+
+    def __init__(self, now: float = 0.0, speed: float = 1.0) -> None:
+        self.now, self.speed = now, speed
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds * self.speed
+
+
+class TimedModule(TinyModule):
+    """Every micro-batch takes `durations[i]` fake seconds (the last one repeats), every validation batch 100."""
+
+    def __init__(self, fake_time: FakeTime, durations: list[float], config: OptimizerConfig | None = None) -> None:
+        super().__init__(config)
+        self.fake_time, self.durations = fake_time, durations
+        self.micro_batches = 0
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.fake_time.advance(self.durations[min(self.micro_batches, len(self.durations) - 1)])
+        self.micro_batches += 1
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.fake_time.advance(100.0)
+
+
+def _run_rank(rank: int, world_size: int, port: int, function: Any, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    values = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+    values |= {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({key: str(value) for key, value in values.items()})
+    function(rank, *arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def run_ranks(function: Any, *arguments: Any, world_size: int = 2) -> None:
+    """Call `function(rank, *arguments)` in processes set up as torchrun would; Trainers inside use gloo.
+
+    Forked, because importing everything once more per process takes longer than the tests themselves; safe as long as
+    this process has no CUDA context and torch runs one thread.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(
+        _run_rank, args=(world_size, port, function, arguments), nprocs=world_size, start_method="fork"
+    )

@@ -49,8 +49,8 @@ class WallClock(Callback):
     The clock starts with the first training batch (so after the compile warm-up), stands still during validation and
     inside `paused()`, and its state goes into checkpoints, so that a resumed run spends the budget once.
 
-    After every optimizer step the end of the next one is predicted: `margin` times the larger of the mean step and the
-    longest of the last `recent_steps`, for that step and for those a GPU still works on. If it lies past
+    After every optimizer step the end of the next one is predicted: `margin` times the longest of the last
+    `recent_steps` (so never less than their mean), for that step and for those a GPU still works on. If it lies past
     `budget_seconds - reserve_seconds`, training ends. The limit of this: one step that takes longer than `margin`
     times every recent one, at the very end of the budget, overruns by the difference; a reserve covers that. The first
     step has no prediction and always runs unless the budget is already spent.
@@ -275,7 +275,7 @@ class WallClock(Callback):
         )
 
     def _predicted_step(self) -> float:
-        return self.margin * max(self._boundary / self._steps, max(self._recent))
+        return self.margin * max(self._recent)
 
     def _wait_for_gpu(self, pl_module: LightningModule) -> int:
         """Keep the CPU at most one step ahead of the GPU, so that its clock tells the truth.

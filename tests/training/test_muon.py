@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from tiny_lightning import run_ranks
 
 from hymba_lightning.training.muon import POLAR_EXPRESS, Muon, iteration_coefficients, orthogonalize, plan_banks
 
@@ -131,22 +131,21 @@ def test_banks_give_every_matrix_one_owner(world_size):
 
 
 def _train_sharded(rank: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    if world_size > 1:
+        dist.init_process_group("gloo")
     torch.manual_seed(0)
     params, momenta = [torch.randn(s) for s in SHAPES], [torch.zeros(s) for s in SHAPES]
     muon = Muon(shard=world_size > 1)
     for _ in range(3):
         muon.step(params, [torch.randn(s) for s in SHAPES], momenta, lr=0.02, momentum=0.9, weight_decay=0.02)
     torch.save([params, momenta], f"{folder}/{world_size}_{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.ddp
 def test_sharding_changes_nothing(tmp_path):
-    for world_size in (1, 2, 3):
-        (tmp_path / "store").unlink(missing_ok=True)
-        mp.spawn(_train_sharded, args=(world_size, str(tmp_path)), nprocs=world_size)
+    _train_sharded(0, 1, str(tmp_path))
+    for world_size in (2, 3):
+        run_ranks(_train_sharded, world_size, str(tmp_path), world_size=world_size)
     alone = torch.load(tmp_path / "1_0.pt")
     for world_size in (2, 3):
         for rank in range(world_size):
