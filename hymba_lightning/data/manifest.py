@@ -101,7 +101,7 @@ def check_may_write(
 
 
 def install(work: Path, folder: Path, name: str, existing: dict[str, Any] | None, manifest: dict[str, Any]) -> None:
-    """Move the finished files into place: the old manifest goes first, the new one, which says "complete", comes last."""
+    """Move the finished files into place. The old manifest goes first; the new one, last, says that all is there."""
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     new = _listed_files(manifest)
     stale = _listed_files(existing) | {path.name for split in SPLITS for path in folder.glob(f"{name}_{split}_*.bin")}

@@ -61,6 +61,9 @@ class TokenBytes:
         return len(self.base_bytes)
 
     def count(self, previous_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
-        """Bytes of each target given the token before it: integer arrays of one shape in, int16 of that shape out."""
+        """Bytes of each target given the token before it: integer arrays or CPU tensors of one shape in, an int16
+        array of that shape out."""
+        # Indexing numpy by a one-element tensor would drop its shape.
+        previous_ids, target_ids = np.asarray(previous_ids), np.asarray(target_ids)
         space = self.has_leading_space[target_ids] & ~self.is_boundary[previous_ids]
         return self.base_bytes[target_ids] + space.astype(np.int16)

@@ -1,0 +1,130 @@
+"""Bytes per target: the reference's tables exactly, and the text's own length on any text."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hymba_lightning.data import text_encoder
+from hymba_lightning.data.text_encoder import TextEncoder
+from hymba_lightning.data.token_bytes import TokenBytes
+from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+SAMPLE = [
+    "def area(width, height):\n    if width < 0:\n        raise ValueError('négative')\n    return width * height\n\n",
+    "The quick brown fox jumps over the lazy dog. 1, 22, 333.\r\n\ttabs  and   runs    of     spaces\n",
+    "class Größe:\n    pass  # naïve café\n",
+] * 20
+TRICKY = ["▁", " ", "  ", "\n", "\t", "\r\n", "\0", "<s>", "</s>", "<0x41>", "\ufeff", "é", "日本", "\U0010fffd"]
+
+words = st.one_of(st.text(st.characters(exclude_categories=["Cs"])), st.sampled_from([*TRICKY, *SAMPLE[:3], "width"]))
+texts = st.lists(words, max_size=12).map("".join)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> TextEncoder:
+    model = train_tokenizer(SAMPLE, 400)
+    return TextEncoder(sentencepiece.SentencePieceProcessor(model_proto=model))
+
+
+@pytest.fixture(scope="module")
+def challenge_encoder() -> TextEncoder:
+    return TextEncoder(load_tokenizer(GOLDEN / "sp1024.model"))
+
+
+def test_tables_equal_the_references() -> None:
+    ours = TokenBytes.from_model(GOLDEN / "sp1024.model")
+    golden = np.load(GOLDEN / "byte_luts_sp1024.npz", allow_pickle=False)
+    assert set(golden) == {"base_bytes", "has_leading_space", "is_boundary"}
+    for name, table in golden.items():
+        assert np.array_equal(getattr(ours, name), table), name
+        assert getattr(ours, name).dtype == table.dtype, name
+
+
+def test_counts_equal_the_references() -> None:
+    ours = TokenBytes.from_model(GOLDEN / "sp1024.model")
+    golden = json.loads((GOLDEN / "bytes_per_token.json").read_text())
+    for row in golden["rows"]:
+        ids = np.array(row["ids"])
+        counted = ours.count(ids[:-1], ids[1:])
+        assert counted.dtype == np.int16
+        assert counted.tolist() == row["bytes_per_target"], row["text"]
+
+
+def test_kinds_of_pieces() -> None:
+    """Byte 1, control and unknown 0 and a space after them free; a space inside a piece is one byte, not three."""
+    model = train_tokenizer(["a    b    c    " * 200], 270)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ours = TokenBytes.from_processor(processor)
+    four_spaces = processor.piece_to_id("▁▁▁▁")
+    assert four_spaces != processor.unk_id()
+    bos, byte = processor.bos_id(), processor.piece_to_id("<0x0A>")
+    pairs = np.array([(bos, four_spaces), (byte, four_spaces), (four_spaces, byte), (byte, bos), (byte, 3)])
+    assert ours.count(pairs[:, 0], pairs[:, 1]).tolist() == [3, 4, 1, 0, 0]
+
+
+@given(texts)
+@settings(max_examples=400, deadline=None)
+@example("▁")
+@example("▁ ▁\U0010fffd ▁▁a")
+@example(" leading")
+@example("\n")
+def test_any_text_survives_and_its_bytes_are_counted_exactly(encoder: TextEncoder, text: str) -> None:
+    assert encoder.processor.decode(encoder.encode(text).tolist()) == text
+    audit = encoder.audit(text)
+    assert audit.counted_bytes == audit.text_bytes == len(text.encode())
+    assert audit.exact
+    assert audit.unknown_tokens == 0
+
+
+@given(st.lists(words, min_size=1, max_size=40).map(" ".join))
+@settings(max_examples=150, deadline=None)
+def test_cutting_a_text_does_not_change_its_ids(encoder, challenge_encoder, text: str) -> None:
+    text = text.replace("▁", "")
+    for each in (encoder, challenge_encoder):
+        whole = each.processor.encode(text)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(text_encoder, "PIECE_CHARS", 5)
+            assert "".join(piece.text for piece in each.cut(text)) == text
+            assert each.encode(text).tolist() == whole
+
+
+def test_long_texts_are_cut(encoder: TextEncoder) -> None:
+    pieces = encoder.cut("word " * 5000)
+    assert max(len(piece.text) for piece in pieces) < 2100
+    assert [piece.first for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+
+
+def test_vocabulary_that_crosses_spaces_forbids_cutting() -> None:
+    model = train_tokenizer(SAMPLE, 400)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.replace("▁width".encode(), "wi▁dth".encode()))
+    assert len(TextEncoder(processor).cut("word " * 5000)) == 1
+
+
+def test_audit_tells_what_the_challenges_tokenizer_loses(challenge_encoder: TextEncoder) -> None:
+    assert challenge_encoder.audit("Plain words, nothing else.").exact
+    unknown = challenge_encoder.audit("Żółć")
+    assert (unknown.counted_bytes, unknown.text_bytes, unknown.exact) == (0, 8, False)
+    assert unknown.unknown_tokens > 0
+    collapsed = challenge_encoder.audit("two  spaces")
+    assert (collapsed.counted_bytes, collapsed.text_bytes, collapsed.unknown_tokens) == (10, 11, 0)
+
+
+def test_bad_tokenizer_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.model"):
+        load_tokenizer(tmp_path / "none.model")
+    bad = tmp_path / "bad.model"
+    bad.write_bytes(b"no model at all")
+    with pytest.raises(ValueError, match=r"bad\.model is not a SentencePiece model"):
+        load_tokenizer(bad)
+
+
+@pytest.mark.parametrize(("size", "message"), [(260, "must lie in 261"), (70000, "65,536"), (5000, "lower vocab_size")])
+def test_impossible_vocabulary_sizes(size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train_tokenizer(SAMPLE, size)
