@@ -9,6 +9,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from hymba_lightning.callbacks.checkpoint import TrainingCheckpoint
 from hymba_lightning.callbacks.export import ExportArtifact
@@ -16,7 +17,7 @@ from hymba_lightning.callbacks.progress import BudgetProgressBar
 from hymba_lightning.callbacks.summary import RunSummary
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.model import HymbaConfig
-from hymba_lightning.quantization.artifact import is_artifact, load_artifact
+from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.training.module import HymbaModule
 
 log = logging.getLogger("hymba_lightning")
@@ -29,11 +30,10 @@ RUN_DIR_VARIABLE = "HYMBA_RUN_DIR"
 
 
 class RunConfig(SaveConfigCallback):
-    """Saves the resolved config into the run's folder: config.yaml for fit, <subcommand>_config.yaml otherwise."""
+    """Saves the resolved config into the run's folder: config.yaml for fit, <stage>_config.yaml otherwise."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        subcommand = self.config.get("subcommand") or stage
-        self.config_filename = "config.yaml" if subcommand == "fit" else f"{subcommand}_config.yaml"
+        self.config_filename = "config.yaml" if stage == "fit" else f"{TrainerFn(stage).value}_config.yaml"
         super().setup(trainer, pl_module, stage)
 
 

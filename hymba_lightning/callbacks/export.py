@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 
 from hymba_lightning import __version__
 from hymba_lightning.callbacks.ema import EMA
+from hymba_lightning.callbacks.stats import TrainingStats
 from hymba_lightning.evaluation.score import Score, score_batches
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization.artifact import (
@@ -59,15 +60,16 @@ class ExportArtifact(pl.Callback):
         self.path = run_folder(trainer) / self.filename
         if self.score_stages:
             ema = next(callback for callback in trainer.callbacks if isinstance(callback, EMA))
+            last = "ema" if ema.has_average else "raw"
             if ema.has_average:
                 with ema.raw_weights(pl_module):
                     self._score("raw", trainer, pl_module.net)
-                if pl_module.validated_at_step == trainer.global_step:
-                    self.stages["ema"] = pl_module.last_validation  # the last validation scored these very weights
-                else:
-                    self._score("ema", trainer, pl_module.net)
+            if pl_module.validated_at_step == trainer.global_step:
+                self.stages[last] = pl_module.last_validation  # the last validation scored these very weights
             else:
-                self._score("raw", trainer, pl_module.net)
+                self._score(last, trainer, pl_module.net)
+                stats = next(callback for callback in trainer.callbacks if isinstance(callback, TrainingStats))
+                stats.record_validation(trainer, pl_module, self.stages[last])
         self._announce("quantizing and compressing")
         # Only rank 0 writes; its outcome, good or bad, is everyone's, so that no rank waits for a dead one.
         outcome: Any = None
@@ -92,7 +94,7 @@ class ExportArtifact(pl.Callback):
     def check(self) -> None:
         """Raises ArtifactTooLargeError when the artifact and the evaluation code are over the limit."""
         if self.report is not None:
-            check_limit(self.report, self.code_bytes, self.quantization.limit_bytes)
+            check_limit(self.report.bytes, self.code_bytes, self.quantization.limit_bytes, self.report)
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[ArtifactReport, int]:
         data = trainer.datamodule
@@ -109,6 +111,8 @@ class ExportArtifact(pl.Callback):
         device = trainer.lightning_module.device
         self.stages[stage] = score_batches(net, iter(trainer.datamodule.val_dataloader()), device)
         log.info("%s weights: %.4f bits per byte", stage, self.stages[stage].bpb)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"export/{stage}_bpb": self.stages[stage].bpb}, step=trainer.global_step)
 
     def _announce(self, text: str) -> None:
         if self.on_stage is not None:

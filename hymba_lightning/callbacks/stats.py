@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from hymba_lightning.evaluation.score import sum_over_ranks, world
+from hymba_lightning.evaluation.score import Score, sum_over_ranks, world
 
 # Dense bfloat16 peak in TFLOP/s by the vendors' datasheets, looked up by a part of the device's name.
 PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0,
@@ -106,9 +106,11 @@ class TrainingStats(pl.Callback):
         self._log(trainer, values, step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.training or pl_module.last_validation is None:
-            return
-        score = pl_module.last_validation
+        if trainer.training and not trainer.sanity_checking and pl_module.last_validation is not None:
+            self.record_validation(trainer, pl_module, pl_module.last_validation)
+
+    def record_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, score: Score) -> None:
+        """Takes the averaged weights' score after the present step into the history and the logs."""
         tokens = trainer.global_step * pl_module.tokens_per_step
         self.val_rows.append(ValRow(trainer.global_step, pl_module.clock.elapsed(), tokens, score.loss, score.bpb))
         self._log(trainer, {"val/loss": score.loss, "val/bpb": score.bpb}, trainer.global_step)

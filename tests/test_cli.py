@@ -1,0 +1,198 @@
+"""The `hymba` command as a user runs it: configs, help, fit, resume, test of artifacts, clear refusals."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import NET, write_data
+
+from hymba_lightning import help_text
+from hymba_lightning.cli import RUN_DIR_VARIABLE, run
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with tiny data and the config of a tiny run."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_data(folder / "data")
+    config = {
+        "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 6},
+        "model": {"net": NET, "optimizer": {"warmdown_iters": 3}, "ema_decay": 0.8, "log_every_n_steps": 2,
+                  "ttt": {"epochs": 1, "freeze_blocks": 1}},
+        "data": {"data_dir": str(folder / "data"), "seq_len": 64, "micro_batch_size": 2, "ttt_chunk_tokens": 256},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_run_dir(monkeypatch):
+    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
+
+
+def hymba(work: Path, command: str, run_dir: str, *options: str) -> Path:
+    """Runs a command in this process; returns the run's folder."""
+    import os
+
+    os.environ.pop(RUN_DIR_VARIABLE, None)
+    run([command, "--config", str(work / "tiny.yaml"), "--run_dir", str(work / run_dir), *options])
+    return work / run_dir
+
+
+@pytest.fixture(scope="module")
+def fitted(work):
+    return hymba(work, "fit", "fitted", "--model.net.window", "12")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_is_understood(path):
+    out = subprocess.run([sys.executable, "-m", "hymba_lightning", "fit", "--config", str(path), "--print_config"],
+                         capture_output=True, text=True, check=True).stdout
+    resolved = yaml.safe_load(out)
+    given = yaml.safe_load(path.read_text())
+    assert resolved["model"]["net"]["d_model"] == given["model"]["net"]["d_model"]
+    assert resolved["model"]["budget_seconds"] == given["model"]["budget_seconds"]
+
+
+def test_fit_leaves_config_checkpoint_artifact_summary_and_plot(fitted):
+    config = yaml.safe_load((fitted / "config.yaml").read_text())
+    assert config["model"]["net"]["window"] == 12  # the flag won over the file
+    assert config["model"]["net"]["d_model"] == 32
+    assert (fitted / "checkpoints" / "last.ckpt").is_file()
+    assert (fitted / "training.png").stat().st_size > 10_000
+    assert list(fitted.glob("events.out.tfevents*"))
+    summary = json.loads((fitted / "summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["tokens"] == 6 * 2 * 64
+    assert summary["scored_tokens"] == 699
+    assert set(summary["bpb"]) == {"raw", "ema", "artifact"}
+    assert summary["bpb"]["artifact"] == pytest.approx(summary["bpb"]["ema"], abs=0.01)
+    assert summary["artifact_bytes"] == (fitted / "artifact.hymba").stat().st_size
+    assert summary["artifact_bytes"] + summary["code_bytes"] < summary["limit_bytes"] == 16_000_000
+
+
+def test_tensorboard_has_the_documented_tags(fitted):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(fitted))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "time/train_seconds", "perf/tokens_per_s", "perf/peak_memory_gb", "schedule/lr_scale",
+            "schedule/muon_momentum", "lr/embed", "lr/matrices", "lr/scalars", "val/bpb", "val/loss",
+            "val_by_tokens/bpb"} <= tags
+
+
+def test_the_artifact_is_tested_with_ttt(work, fitted):
+    hymba(work, "test", "fitted", "--ckpt_path", str(fitted / "artifact.hymba"))
+    result = json.loads((fitted / "test_summary.json").read_text())
+    assert result["tokens"] == 699
+    assert len(result["chunk_bpb"]) == 3
+    assert result["bpb_without_adaptation"] == json.loads((fitted / "summary.json").read_text())["bpb"]["artifact"]
+    assert 0 < result["ttt_bpb"] < result["bpb_without_adaptation"] + 0.01
+    assert (fitted / "ttt.png").stat().st_size > 10_000
+    assert (fitted / "test_config.yaml").is_file()
+    assert yaml.safe_load((fitted / "config.yaml").read_text())["model"]["net"]["window"] == 12
+
+
+def test_scores_of_a_checkpoint_are_those_of_the_averaged_weights(work, fitted):
+    ckpt = str(fitted / "checkpoints" / "last.ckpt")
+    hymba(work, "test", "ckpt", "--ckpt_path", ckpt, "--model.ttt.epochs", "0", "--model.net.window", "12",
+          "--data.ttt_chunk_tokens", "640")
+    score = json.loads((work / "ckpt" / "test_summary.json").read_text())["ttt_bpb"]
+    assert score == pytest.approx(json.loads((fitted / "summary.json").read_text())["bpb"]["ema"], rel=1e-6)
+
+
+def test_a_resumed_run_ends_with_the_same_weights(work):
+    options = ["--model.optimizer.warmdown_iters", "0", "--export.enabled", "false"]
+    hymba(work, "fit", "whole", *options)
+    whole = torch.load(work / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
+    hymba(work, "fit", "cut", *options, "--trainer.max_steps", "4")
+    hymba(work, "fit", "cut", *options, "--ckpt_path", "last")
+    resumed = torch.load(work / "cut" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert resumed["global_step"] == whole["global_step"] == 6
+    for kind in ("state_dict", "current_model_state"):
+        for name, value in whole[kind].items():
+            assert torch.equal(value, resumed[kind][name]), (kind, name)
+
+
+def test_a_finished_run_is_not_overwritten_by_accident(work, fitted):
+    before = (fitted / "artifact.hymba").read_bytes()
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        hymba(work, "fit", "fitted")
+    assert (fitted / "artifact.hymba").read_bytes() == before
+
+
+def test_an_artifact_over_the_limit_fails_loudly_and_is_kept_for_a_look(work):
+    with pytest.raises(ValueError, match="limit"):
+        hymba(work, "fit", "large", "--trainer.max_steps", "1", "--export.quantization.limit_bytes", "1000")
+    assert (work / "large" / "artifact.hymba").is_file()
+    assert (work / "large" / "checkpoints" / "last.ckpt").is_file()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--ckpt_path", "nowhere.hymba"], "nowhere.hymba does not exist"),
+    ([], "give --ckpt_path"),
+])
+def test_test_without_weights_says_what_is_missing(work, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        hymba(work, "test", "none", *options)
+
+
+def test_a_damaged_artifact_is_refused(work, fitted):
+    data = bytearray((fitted / "artifact.hymba").read_bytes())
+    data[len(data) // 2] ^= 1
+    (work / "damaged.hymba").write_bytes(data)
+    with pytest.raises(ValueError, match=r"damaged\.hymba"):
+        hymba(work, "test", "none", "--ckpt_path", str(work / "damaged.hymba"))
+
+
+def test_an_unknown_option_is_named(work, capsys):
+    with pytest.raises(SystemExit):
+        hymba(work, "fit", "none", "--model.net.widnow", "3")
+    assert "widnow" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", help_text.COMMANDS)
+def test_the_kept_help_is_the_parsers(command):
+    kept = help_text.kept_help([command, "--help"])
+    if kept is None:
+        pytest.skip("the kept help was made with other library versions than the installed ones")
+    live = subprocess.run([sys.executable, "-c", f"from hymba_lightning.help_text import live_help;"
+                           f"print(live_help({command!r}), end='')"], capture_output=True, text=True, check=True).stdout
+    assert kept == live, "run: python -m hymba_lightning.help_text"
+
+
+def test_help_explains_every_field_within_three_seconds():
+    for args in (["--help"], ["fit", "--help"]):
+        start = time.monotonic()
+        out = subprocess.run([sys.executable, "-m", "hymba_lightning", *args], capture_output=True, text=True,
+                             check=True).stdout
+        assert time.monotonic() - start < 3
+    for word in ("--model.net.window", "Keys a token sees", "--model.optimizer.matrix_lr", "--data.seq_len",
+                 "--export.quantization.bits", "--model.budget_seconds", "Training seconds the run may take"):
+        assert word in out
+
+
+@pytest.mark.ddp
+def test_two_ranks_fit_export_and_test(work):
+    """Through the command line on two CPU processes: equal steps, one artifact, a test with uneven sequences."""
+    base = [sys.executable, "-m", "hymba_lightning"]
+    common = ["--config", str(work / "tiny.yaml"), "--run_dir", str(work / "two"), "--trainer.devices", "2",
+              "--trainer.strategy", "ddp"]
+    subprocess.run([*base, "fit", *common], check=True, capture_output=True, timeout=300)
+    summary = json.loads((work / "two" / "summary.json").read_text())
+    assert summary["tokens"] == 6 * 2 * 64 * 2
+    assert summary["scored_tokens"] == 699
+    subprocess.run([*base, "test", *common, "--ckpt_path", str(work / "two" / "artifact.hymba")], check=True,
+                   capture_output=True, timeout=300)
+    result = json.loads((work / "two" / "test_summary.json").read_text())
+    assert result["tokens"] == 699
+    assert result["environment"]["world_size"] == 2
