@@ -6,6 +6,7 @@ of the whole, because no piece of the vocabulary reaches across the single space
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -157,7 +158,9 @@ class EncoderPool:
     ) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
         for process in self._processes:
-            process.stdin.close()
+            # A process that has died already leaves a broken pipe, reported where its answer was awaited.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
             process.wait()
             process.stdout.close()
 
@@ -182,6 +185,8 @@ class EncoderPool:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": path},
+            # Ctrl-C is for the parent; this process ends with its input.
+            start_new_session=True,
         )
         self._processes.append(process)
         return process
