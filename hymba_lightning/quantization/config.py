@@ -1,0 +1,66 @@
+"""What the export does with each tensor: the settings and the rules by name and size. No numbers are made here."""
+
+from dataclasses import dataclass, field
+
+SCHEMES = ("int6", "reference")
+CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smeargate", "merge_alpha")
+DYNAMICS_NAMES = ("A_log", ".D", "dt_proj.bias")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How a network becomes an artifact (specification section 5)."""
+
+    scheme: str = "int6"
+    """'int6': per output row, the clip searched per row for least squared error, the stored float16 scale used
+    throughout. 'reference': the reference's quantizer bit for bit, with its defect 4 (scale floor of 1/q_max whatever
+    the row's size, one clip quantile per tensor, float16 scales stored but float32 ones rounded with)."""
+    bits: int = 6
+    """Bits per quantized weight, 2 to 8: q runs from -(2^(bits-1) - 1) to 2^(bits-1) - 1."""
+    clip_quantile: float = 0.999
+    """Lowest quantile of a row's magnitudes tried as the clip; 1 tries the largest magnitude only. 6 bits want 0.998 to
+    0.999, 4 or 5 bits about 0.99."""
+    clip_steps: int = 17
+    """Quantiles tried, evenly spaced from clip_quantile to 1."""
+    keep_float_numel: int = 65_536
+    """Tensors with at most this many entries stay float16."""
+    float32_names: list[str] = field(default_factory=lambda: [*CONTROL_NAMES, *DYNAMICS_NAMES])
+    """Tensors whose name contains one of these stay float32: control vectors and the dynamics of the state space. The
+    reference keeps only the control vectors so."""
+    float16_names: list[str] = field(default_factory=lambda: ["tok_emb"])
+    """Tensors whose name contains one of these stay float16 whatever their size."""
+    name_bits: dict[str, int] = field(default_factory=dict)
+    """Bits for tensors whose name contains the key, whatever the other rules say; the first key that fits wins.
+    {tok_emb: 8} quantizes the token table to 8 bits."""
+    zstd_level: int = 22
+    """Compression level, 1 to 22."""
+    limit_bytes: int = 16_000_000
+    """Most bytes that the artifact and the code for its evaluation may have together; decimal."""
+
+    def __post_init__(self) -> None:
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme={self.scheme!r} is unknown: choose from {', '.join(SCHEMES)}")
+        named = [(f"name_bits[{key!r}]", bits) for key, bits in self.name_bits.items()]
+        for what, bits in [("bits", self.bits), *named]:
+            if not 2 <= bits <= 8:
+                raise ValueError(f"{what}={bits} is outside 2 to 8")
+        if not 0.5 <= self.clip_quantile <= 1:
+            raise ValueError(f"clip_quantile={self.clip_quantile} is outside 0.5 to 1")
+        if self.clip_steps < 1:
+            raise ValueError(f"clip_steps={self.clip_steps} must be at least 1")
+        if not 1 <= self.zstd_level <= 22:
+            raise ValueError(f"zstd_level={self.zstd_level} is outside 1 to 22")
+        if self.keep_float_numel < 0 or self.limit_bytes < 1:
+            raise ValueError(f"keep_float_numel={self.keep_float_numel} must not be negative and "
+                             f"limit_bytes={self.limit_bytes} must be positive")
+
+    def storage_of(self, name: str, numel: int) -> tuple[str, int]:
+        """How the tensor `name` of `numel` entries is kept: ('float32', 32), ('float16', 16) or ('int', bits)."""
+        for pattern, bits in self.name_bits.items():
+            if pattern in name:
+                return "int", bits
+        if any(pattern in name for pattern in self.float32_names):
+            return "float32", 32
+        if any(pattern in name for pattern in self.float16_names) or numel <= self.keep_float_numel:
+            return "float16", 16
+        return "int", self.bits
