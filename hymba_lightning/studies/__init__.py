@@ -1,0 +1,1 @@
+"""Several runs compared: the same command with one switch changed, over seeds."""
