@@ -297,6 +297,47 @@ def test_interrupted_run_leaves_the_old_data_whole(tmp_path: Path, texts, tokeni
     assert not list((tmp_path / "new").iterdir())
 
 
+def test_data_are_complete_only_with_the_manifest(tmp_path: Path, texts, tokenizer: str, monkeypatch) -> None:
+    _prepare(tmp_path, tokenizer=tokenizer)
+    move = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if Path(target).name.startswith("text_val"):
+            raise KeyboardInterrupt
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        # A stand-in for the module, since shards.py moves its finished files with os.replace too.
+        patch.setattr("hymba_lightning.data.manifest.os", type("Os", (), {"replace": staticmethod(interrupted)}))
+        with pytest.raises(KeyboardInterrupt):
+            _prepare(tmp_path, tokenizer=tokenizer, seed=5, overwrite=True)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(FileExistsError, match="without a manifest"):
+        _prepare(tmp_path, tokenizer=tokenizer)
+    assert not _prepare(tmp_path, tokenizer=tokenizer, overwrite=True).up_to_date
+
+
+def test_memory_is_bounded_by_the_requests_in_flight(tmp_path: Path, texts, tokenizer: str, monkeypatch) -> None:
+    waiting, most = set(), 0
+
+    class CountingPool(EncoderPool):
+        def submit(self, pieces: list[TextPiece]) -> Any:
+            nonlocal most
+            future = super().submit(pieces)
+            waiting.add(future)
+            most = max(most, len(waiting))
+            result = future.result
+            future.result = lambda: (waiting.discard(future), result())[1]
+            return future
+
+    monkeypatch.setattr(corpus, "TASK_CHARS", 500)
+    monkeypatch.setattr(text_encoder, "PIECE_CHARS", 100)
+    monkeypatch.setattr(corpus, "EncoderPool", CountingPool)
+    _prepare(tmp_path, tokenizer=tokenizer)
+    assert sum(map(len, texts.values())) > 100 * 500
+    assert most == corpus.TASKS_PER_WORKER + 1
+
+
 def test_killed_encoder_is_reported(tokenizer: str) -> None:
     with EncoderPool(Path(tokenizer), 2) as pool:
         for future in [pool.submit([TextPiece(True, "a")]) for _ in range(4)]:
