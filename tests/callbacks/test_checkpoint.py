@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tiny_lightning import FakeTime, TimedModule, TinyData, TinyModule, assert_same, make_trainer, run_ranks
 
@@ -164,6 +164,16 @@ def test_a_signal_ends_the_run_after_its_step_with_everything_saved(tmp_path, si
     assert signal.getsignal(signum) == before
     _, state = run(tmp_path, resume=True, seed=5, accumulate_grad_batches=2)
     assert_same(expected, state)
+
+
+def test_after_training_signals_are_the_users_again(tmp_path):
+    class Late(Checkpoint):  # checkpoint callbacks come last, in the order given
+        def on_train_end(self, trainer, pl_module):
+            self.seen = signal.getsignal(signal.SIGINT)
+
+    before, late = signal.getsignal(signal.SIGINT), Late()
+    run(tmp_path, steps=1, callbacks=[late])
+    assert late.seen == before
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path):

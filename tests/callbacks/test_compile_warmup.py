@@ -29,25 +29,26 @@ class Watched(TinyModule):
 
     def __init__(self):
         super().__init__(dropout=0.3)
-        self.batches, self.warmup_calls, self.draws = [], 0, []
+        self.batches, self.warmup_calls, self.draws, self.warmup_weights = [], 0, [], []
 
     def training_step(self, batch, batch_idx):
         draws = (random.random(), float(np.random.rand()))
         if self.warming_up:
             self.warmup_calls += 1
+            self.warmup_weights.append(self.net.tok_emb.weight.detach().clone())
         else:
             self.batches.append(batch.clone())
             self.draws.append(draws)
         return super().training_step(batch, batch_idx)
 
 
-def run(folder, warmup_steps, ckpt=None, **options):
+def run(folder, warmup_steps, ckpt=None, data=None, **options):
     torch.manual_seed(7)
     random.seed(7)
     np.random.seed(7)
     module, ema, warmup = Watched(), EMA(0.9), CompileWarmup(warmup_steps)
     trainer = make_trainer(folder, [WallClock(), ema, warmup], **({"max_steps": 5} | options))
-    trainer.fit(module, datamodule=TinyData(), ckpt_path=ckpt)
+    trainer.fit(module, datamodule=data or TinyData(), ckpt_path=ckpt)
     optimizer = copy.deepcopy(trainer.optimizers[0].state_dict())
     state = {f"optimizer.{i}.{k}": v for i, s in optimizer["state"].items() for k, v in s.items()}
     state |= {f"average.{n}": w for n, w in module.weights().items()}
@@ -124,16 +125,28 @@ def test_negative_steps_are_refused():
         CompileWarmup(-1)
 
 
+class RankData(TinyData):
+    """Other batches on every rank."""
+
+    def train_batch(self, index):
+        return make_batch(2 * index + self.trainer.global_rank)
+
+
 def _with_and_without(rank, folder):
     options = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": 2}
     _, _, expected, _ = run(folder, 0, **options)
-    _, module, state, _ = run(folder, 2, **options)
+    _, module, state, _ = run(folder, 2, data=RankData(), **options)
     assert module.warmup_calls == 4
     assert_same(expected, state)
-    torch.save(state, f"{folder}/{rank}.pt")
+    torch.save((state, module.warmup_weights), f"{folder}/{rank}.pt")
 
 
 @pytest.mark.ddp
 def test_two_ranks_warm_up_together(tmp_path):
     run_ranks(_with_and_without, str(tmp_path))
-    assert_same(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
+    (first, first_weights), (second, second_weights) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert_same(first, second)
+    # Also while warming up: gradients went through DDP.
+    for a, b in zip(first_weights, second_weights, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first_weights[0], first_weights[-1])
