@@ -226,9 +226,9 @@ class HymbaDataModule(pl.LightningDataModule):
         return ResumableLoader(ENDLESS, self._training_batches)
 
     def _training_batches(self) -> Iterator[Batch]:
-        if self._resuming:
+        if self._resuming and self.trainer is not None:
             self._resuming = False
-            self._rewind_to_accumulation_window()
+            _rewind_to_accumulation_window(self.trainer)
         rank, world_size = self._rank_and_world()
         per_step = self.micro_batch_size * world_size
         start = self._position.spans(self._global_step())
@@ -241,20 +241,6 @@ class HymbaDataModule(pl.LightningDataModule):
 
     def _load_training(self, span: int) -> Batch:
         return self.train_spans.batch(span, self.micro_batch_size)
-
-    def _rewind_to_accumulation_window(self) -> None:
-        """Let Lightning count from the first micro-batch of the accumulation window it was interrupted in.
-
-        A checkpoint holds no half-accumulated gradient, so the window's batches are read again; its batch counter must
-        go back with them, or the first optimizer step would see fewer micro-batches than the others.
-        """
-        fit_loop = self.trainer.fit_loop
-        progress = fit_loop.epoch_loop.batch_progress
-        surplus = progress.current.ready % self.trainer.accumulate_grad_batches
-        progress.total.increment_by(-surplus)
-        progress.current.increment_by(-surplus)
-        # The fetcher ends a run of limit_train_batches; it counts the batches before the restart too.
-        fit_loop._data_fetcher.fetched -= surplus
 
     # Validation and test ------------------------------------------------------------------------------------------
 
@@ -311,3 +297,19 @@ class HymbaDataModule(pl.LightningDataModule):
     def _ahead(self) -> int:
         # Validation batches and chunks are few and big: two in flight hide the reading.
         return min(self.prefetch_batches, 2)
+
+
+def _rewind_to_accumulation_window(trainer: pl.Trainer) -> None:
+    """Let Lightning count from the first micro-batch of the accumulation window it was interrupted in.
+
+    A checkpoint holds no half-accumulated gradient, so the window's batches are read again; the batch counter must go
+    back with them, or the first optimizer step would see fewer micro-batches than the others.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    surplus = progress.current.ready % trainer.accumulate_grad_batches
+    progress.total.increment_by(-surplus)
+    progress.current.increment_by(-surplus)
+    # The fetcher ends a run of limit_train_batches; it counts the batches before the restart too.
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is not None:
+        fetcher.fetched -= surplus

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -182,7 +182,7 @@ def _is_jsonl(path: Path) -> bool:
     return path.name.lower().endswith(JSONL_SUFFIXES)
 
 
-def _decompressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+def _decompressed(path: Path, raw: IO[bytes]) -> Iterable[bytes]:
     if path.suffix.lower() == ".gz":
         return gzip.open(raw)
     if path.suffix.lower() == ".zst":

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+BatchT = TypeVar("BatchT", bound=tuple)
+
 
 def read_ahead(
-    load: Callable[[int], tuple], indices: Iterable[int], depth: int, device: torch.device | None = None
-) -> Iterator[tuple]:
+    load: Callable[[int], BatchT], indices: Iterable[int], depth: int, device: torch.device | None = None
+) -> Iterator[BatchT]:
     """Yield load(i) for each index in order, the next `depth` being made by a background thread meanwhile.
 
     Args:
@@ -27,17 +30,15 @@ def read_ahead(
     """
     pin = device is not None and device.type == "cuda"
 
-    def make(index: int) -> tuple:
+    def make(index: int) -> BatchT:
         batch = load(index)
         return _pinned(batch) if pin else batch
 
     # Pinning in a thread that has not chosen its device would open a context on GPU 0 from every rank.
-    pool = ThreadPoolExecutor(
-        1, "hymba-data", initializer=torch.cuda.set_device if pin else None, initargs=(device,) if pin else ()
-    )
+    pool = ThreadPoolExecutor(1, "hymba-data", initializer=partial(torch.cuda.set_device, device) if pin else None)
     try:
         remaining = iter(indices)
-        pending: deque[Future[tuple]] = deque(pool.submit(make, index) for index in islice(remaining, depth))
+        pending: deque[Future[BatchT]] = deque(pool.submit(make, index) for index in islice(remaining, depth))
         while pending:
             batch = pending.popleft().result()
             pending.extend(pool.submit(make, index) for index in islice(remaining, 1))
@@ -80,5 +81,5 @@ class ResumableLoader(Loader):
         """Nothing to restore: Lightning has restored the datamodule before."""
 
 
-def _pinned(batch: tuple) -> tuple:
+def _pinned(batch: BatchT) -> BatchT:
     return type(batch)(*(item.pin_memory() if isinstance(item, torch.Tensor) else item for item in batch))

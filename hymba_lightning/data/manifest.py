@@ -47,7 +47,7 @@ def check_manifest(folder: Path, shards: Sequence[Path], tokenizer: Path) -> Non
     if manifest is None:
         return
     listed = {shard["file"]: shard for split in manifest["splits"].values() for shard in split["shards"]}
-    used = {path.name for path in shards if path.parent == folder and path.name in listed}
+    used = {path.name for path in shards if path.resolve().parent == folder.resolve() and path.name in listed}
     for path in shards:
         if path.name in used and path.stat().st_size != listed[path.name]["bytes"]:
             raise ValueError(

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 class Chunk(NamedTuple):
     """A piece of the validation stream for score-first test-time training."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     """Place in the stream, from 0."""
     n_chunks: int
     """Chunks of the whole stream."""

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, cast
 
 import numpy as np
 import sentencepiece
@@ -142,7 +142,7 @@ class EncoderPool:
         self._encoder = TextEncoder(load_tokenizer(model)) if workers == 1 else None
         self._threads = ThreadPoolExecutor(workers, "hymba-encode")
         self._local = threading.local()
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._workers: list[_Worker] = []
 
     def submit(self, pieces: list[TextPiece]) -> Future[np.ndarray]:
         """Start encoding; the future's result is what `TextEncoder.encode_pieces` returns."""
@@ -157,27 +157,28 @@ class EncoderPool:
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._threads.shutdown(wait=True, cancel_futures=True)
-        for process in self._processes:
+        for worker in self._workers:
             # A process that has died already leaves a broken pipe, reported where its answer was awaited.
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            process.wait()
-            process.stdout.close()
+                worker.requests.close()
+            worker.process.wait()
+            worker.answers.close()
 
     def _encode_in_process(self, pieces: list[TextPiece]) -> np.ndarray:
-        process = getattr(self._local, "process", None)
-        if process is None:
-            process = self._local.process = self._start()
+        worker: _Worker | None = getattr(self._local, "worker", None)
+        if worker is None:
+            worker = self._local.worker = self._start()
         try:
-            pickle.dump([tuple(piece) for piece in pieces], process.stdin, pickle.HIGHEST_PROTOCOL)
-            process.stdin.flush()
-            return pickle.load(process.stdout)
+            pickle.dump([tuple(piece) for piece in pieces], worker.requests, pickle.HIGHEST_PROTOCOL)
+            worker.requests.flush()
+            return pickle.load(worker.answers)  # type: ignore[arg-type]
         except (EOFError, BrokenPipeError) as error:
+            status = worker.process.wait()
             raise RuntimeError(
-                f"an encoder process ended with status {process.wait()}; if it was killed for memory, use fewer workers"
+                f"an encoder process ended with status {status}; if it was killed for memory, use fewer workers"
             ) from error
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> _Worker:
         package_parent = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
@@ -188,8 +189,17 @@ class EncoderPool:
             # Ctrl-C is for the parent; this process ends with its input.
             start_new_session=True,
         )
-        self._processes.append(process)
-        return process
+        worker = _Worker(process, cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout))
+        self._workers.append(worker)
+        return worker
+
+
+class _Worker(NamedTuple):
+    """An encoder process and the pipes to and from it."""
+
+    process: subprocess.Popen[bytes]
+    requests: IO[bytes]
+    answers: IO[bytes]
 
 
 def serve(model: str, requests: IO[bytes], answers: IO[bytes]) -> None:

@@ -106,9 +106,7 @@ def test_epochs_of_limited_length_follow_each_other(folder: Path, tmp_path: Path
     _trainer(-1, callbacks=[SaveAt(tmp_path / "c.ckpt", 11)], **options).fit(whole, datamodule=_data(folder))
     assert whole.trained == _firsts(0, 21)
     resumed = Recorder()
-    _trainer(-1, **options).fit(
-        resumed, datamodule=_data(folder), ckpt_path=tmp_path / "c.ckpt", weights_only=False
-    )
+    _trainer(-1, **options).fit(resumed, datamodule=_data(folder), ckpt_path=tmp_path / "c.ckpt", weights_only=False)
     assert resumed.trained == _firsts(10, 21)
     assert torch.equal(resumed.weight, whole.weight)
 

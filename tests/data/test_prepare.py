@@ -342,9 +342,9 @@ def test_killed_encoder_is_reported(tokenizer: str) -> None:
     with EncoderPool(Path(tokenizer), 2) as pool:
         for future in [pool.submit([TextPiece(True, "a")]) for _ in range(4)]:
             assert future.result().tolist()[0] == 1
-        for process in pool._processes:
-            process.kill()
-            process.wait()
+        for worker in pool._workers:
+            worker.process.kill()
+            worker.process.wait()
         failed = pool.submit([TextPiece(True, "b")])
         with pytest.raises(RuntimeError, match=r"ended with status -9; .*fewer workers"):
             failed.result()
