@@ -7,6 +7,8 @@ frame, payload.py the layout of the weights.
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.container import ArtifactError
 from hymba_lightning.quantization.int6 import QuantizedTensor
 from hymba_lightning.quantization.payload import (
+    Encoded,
     Entry,
     content_bytes,
     decode_tensor,
@@ -31,6 +34,12 @@ from hymba_lightning.quantization.payload import (
     split_streams,
     to_planes,
 )
+
+log = logging.getLogger("hymba_lightning")
+
+MAX_FITS = 8
+DRAFT_LEVEL = 1  # entropy coding alone: within 0.05 % of level 22 on weights, and a hundred times as fast
+HEADER_ALLOWANCE = 4096
 
 
 class ArtifactTooLargeError(ValueError):
@@ -69,6 +78,8 @@ class ArtifactReport:
     """The payload before compression."""
     tensors: list[TensorReport]
     """Every tensor, in the order of the file."""
+    coarsen: float = 1.0
+    """Factor on the row scales that the limit needed; 1 where everything fitted."""
 
     def largest(self, count: int) -> list[TensorReport]:
         """The `count` tensors with the most compressed bytes."""
@@ -89,7 +100,8 @@ def save_artifact(path: str | os.PathLike, state_dict: dict[str, Tensor], *, con
 
     `config`, `tokenizer` and `metadata` are plain JSON values. `quantized` has tensors that another method (GPTQ)
     rounded already. Raises ValueError naming the tensor or field that cannot be stored, OSError where the file cannot
-    be written (an earlier file at `path` is then untouched). The size limit is `check_limit`'s.
+    be written (an earlier file at `path` is then untouched). An artifact that no coarsening fits into the limit is
+    written all the same: refusing it is `check_limit`'s part.
     """
     if not state_dict:
         raise ValueError("there are no tensors to export")
@@ -97,8 +109,9 @@ def save_artifact(path: str | os.PathLike, state_dict: dict[str, Tensor], *, con
     unknown = sorted(set(quantized) - set(state_dict))
     if unknown:
         raise ValueError(f"quantized tensors that the network does not have: {', '.join(unknown)}")
-    encoded = [encode_tensor(name, tensor, scheme, quantized.get(name)) for name, tensor in state_dict.items()]
-    content, counts, table = lay_out(encoded)
+    if scheme.fit_limit:
+        scheme = fit_to_limit(state_dict, scheme, quantized, scheme.limit_bytes - evaluation_code_bytes())
+    content, counts, table = lay_out(encode_all(state_dict, scheme, quantized))
     header = {"config": config, "tokenizer": tokenizer, "metadata": metadata,
               "quantization": dataclasses.asdict(scheme), "streams": counts,
               "tensors": [entry.to_dict() for entry in table]}
@@ -107,6 +120,36 @@ def save_artifact(path: str | os.PathLike, state_dict: dict[str, Tensor], *, con
     packed = container.pack(header, payload)
     write_atomic(Path(path), packed)
     return build_report(len(packed), Parts(header, counts, table, content, len(payload)))
+
+
+def encode_all(state_dict: dict[str, Tensor], scheme: QuantizationConfig,
+               quantized: dict[str, QuantizedTensor]) -> list[Encoded]:
+    """Every tensor in the form that is stored."""
+    return [encode_tensor(name, tensor, scheme, quantized.get(name)) for name, tensor in state_dict.items()]
+
+
+def fit_to_limit(state_dict: dict[str, Tensor], scheme: QuantizationConfig, quantized: dict[str, QuantizedTensor],
+                 budget: int) -> QuantizationConfig:
+    """`scheme` with the least `coarsen` (to about 0.1 %) at which the artifact has at most `budget` bytes.
+
+    Doubling the scales saves the entropy coder one bit a weight, so each attempt knows how far to go. Gives `scheme`
+    back where it fits, where the limit cannot be met by coarser scales, or where the scheme is the reference's.
+    """
+    given = scheme
+    for _ in range(MAX_FITS):
+        content, counts, _ = lay_out(encode_all(state_dict, scheme, quantized))
+        size = len(container.compress(content, DRAFT_LEVEL)) + HEADER_ALLOWANCE
+        if size <= budget or scheme.scheme == "reference" or not counts["q"]:
+            break
+        # Level 22 may pack a trace worse than the draft.
+        log_factor = 8 * (size - 0.998 * budget) / counts["q"] + math.log2(scheme.coarsen)
+        if log_factor > scheme.bits - 2:
+            return given
+        scheme = dataclasses.replace(scheme, coarsen=2**log_factor)
+    if scheme.coarsen != given.coarsen:
+        log.warning("at %d bits the artifact exceeds its limit: all row scales are %.3f times as coarse (about %.2f "
+                    "bits a weight less)", scheme.bits, scheme.coarsen, math.log2(scheme.coarsen / given.coarsen))
+    return scheme
 
 
 def load_artifact(path: str | os.PathLike) -> Artifact:
@@ -186,7 +229,8 @@ def build_report(file_bytes: int, parts: Parts) -> ArtifactReport:
         storage = {"int": f"int{entry.bits}", "alias": f"alias of {entry.alias_of}"}.get(entry.storage, entry.storage)
         share = round(parts.payload_bytes * own / total)
         reports.append(TensorReport(entry.name, entry.shape, storage, own_raw, share))
-    return ArtifactReport(file_bytes, file_bytes - parts.payload_bytes, len(parts.content), reports)
+    coarsen = parts.header["quantization"].get("coarsen", 1.0)
+    return ArtifactReport(file_bytes, file_bytes - parts.payload_bytes, len(parts.content), reports, coarsen)
 
 
 def evaluation_code_bytes() -> int:

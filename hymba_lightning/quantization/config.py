@@ -32,6 +32,12 @@ class QuantizationConfig:
     name_bits: dict[str, int] = field(default_factory=dict)
     """Bits for tensors whose name contains the key, whatever the other rules say; the first key that fits wins.
     {tok_emb: 8} quantizes the token table to 8 bits."""
+    coarsen: float = 1.0
+    """Factor >= 1 on every row scale after the clip search: fewer levels in use, fewer bytes, more error. Fractions of
+    a bit per weight, since the coder spends only the levels' entropy."""
+    fit_limit: bool = True
+    """Raise `coarsen` as far as the limit needs; it stays where it is for an artifact that fits. False leaves it to
+    check_limit to refuse the artifact. Does not touch the scheme 'reference'."""
     zstd_level: int = 22
     """Compression level, 1 to 22."""
     limit_bytes: int = 16_000_000
@@ -48,6 +54,8 @@ class QuantizationConfig:
             raise ValueError(f"clip_quantile={self.clip_quantile} is outside 0.5 to 1")
         if self.clip_steps < 1:
             raise ValueError(f"clip_steps={self.clip_steps} must be at least 1")
+        if self.coarsen < 1 or (self.coarsen > 1 and self.scheme == "reference"):
+            raise ValueError(f"coarsen={self.coarsen} must be at least 1, and 1 for the scheme 'reference'")
         if not 1 <= self.zstd_level <= 22:
             raise ValueError(f"zstd_level={self.zstd_level} is outside 1 to 22")
         if self.keep_float_numel < 0 or self.limit_bytes < 1:

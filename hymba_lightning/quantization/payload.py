@@ -24,6 +24,7 @@ from hymba_lightning.quantization.int6 import (
     QuantizedTensor,
     as_rows,
     check_finite,
+    coarsen_rows,
     dequantize_rows,
     q_max_of,
     quantize_reference,
@@ -95,8 +96,7 @@ def encode_tensor(name: str, tensor: Tensor, config: QuantizationConfig,
     shape = list(tensor.shape) or [1]
     storage, bits = config.storage_of(name, tensor.numel())
     if quantized is None and storage == "int":
-        quantized = quantize_reference(tensor, bits, name=name) if config.scheme == "reference" else quantize_rows(
-            tensor, bits, clip_quantile=config.clip_quantile, clip_steps=config.clip_steps, name=name)
+        quantized = quantize(name, tensor, bits, config)
     if quantized is not None:
         if quantized.q.shape != as_rows(tensor).shape:
             raise ValueError(f"{name}: quantized to {list(quantized.q.shape)}, but its rows are "
@@ -108,6 +108,14 @@ def encode_tensor(name: str, tensor: Tensor, config: QuantizationConfig,
     if storage == "float16" and not fits_float16(values):
         storage = "float32"
     return Encoded(Entry(name, shape, storage), values.numpy().astype(STREAM_DTYPES[storage]), None)
+
+
+def quantize(name: str, tensor: Tensor, bits: int, config: QuantizationConfig) -> QuantizedTensor:
+    """`tensor` as integers by the scheme of `config`."""
+    if config.scheme == "reference":
+        return quantize_reference(tensor, bits, name=name)
+    quantized = quantize_rows(tensor, bits, clip_quantile=config.clip_quantile, clip_steps=config.clip_steps, name=name)
+    return coarsen_rows(tensor, quantized, config.coarsen) if config.coarsen > 1 else quantized
 
 
 def fits_float16(values: Tensor) -> bool:

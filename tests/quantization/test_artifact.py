@@ -214,8 +214,41 @@ def test_limit_names_the_largest_tensors_and_the_remedies(tmp_path):
         check_limit(report.bytes, 1000, report.bytes + 999, report)
 
 
+def matrices() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"blocks.{i}.mlp.fc.weight": torch.randn(512, 300, generator=generator) * 0.1 for i in range(4)}
+
+
+def test_scales_get_as_coarse_as_the_limit_needs(tmp_path, caplog):
+    free = save(tmp_path / "a", matrices())
+    limit = evaluation_code_bytes() + round(0.8 * free.bytes)
+    report = save(tmp_path / "b", matrices(), dataclasses.replace(SMALL, limit_bytes=limit))
+    check_limit(report.bytes, evaluation_code_bytes(), limit, report)
+    assert report.bytes > 0.98 * 0.8 * free.bytes
+    assert "times as coarse" in caplog.text
+    # Packing a fifth less at 5.4 bits saves 1.1 bits a weight, so scales are about twice as coarse.
+    assert report.coarsen == pytest.approx(2**1.08, rel=0.1)
+    assert load_artifact(tmp_path / "b").quantization["coarsen"] == report.coarsen
+    errors = [sum((load_artifact(tmp_path / name).state_dict[key] - tensor).square().sum()
+                  for key, tensor in matrices().items()) for name in "ab"]
+    assert errors[0] < errors[1] < 5 * errors[0]
+
+
+def test_scales_stay_fine_where_everything_fits_or_nothing_would(tmp_path):
+    free = save(tmp_path / "a", matrices())
+    assert free.coarsen == 1
+    hopeless = dataclasses.replace(SMALL, limit_bytes=evaluation_code_bytes() + 30_000)
+    refused = save(tmp_path / "b", matrices(), hopeless)
+    assert (refused.coarsen, refused.bytes) == (1, pytest.approx(free.bytes, abs=100))
+    unfitted = save(tmp_path / "c", matrices(), dataclasses.replace(SMALL, limit_bytes=1, fit_limit=False))
+    assert unfitted.bytes == pytest.approx(free.bytes, abs=100)
+    with pytest.raises(ArtifactTooLargeError):
+        check_limit(refused.bytes, evaluation_code_bytes(), hopeless.limit_bytes, refused)
+
+
 @pytest.mark.parametrize(("field", "value"), [
     ("scheme", "int3"), ("bits", 9), ("clip_quantile", 0.1), ("clip_steps", 0), ("name_bits", {"fc": 1}),
+    ("coarsen", 0.5),
     ("zstd_level", 0), ("limit_bytes", 0)])
 def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
