@@ -1,10 +1,9 @@
-"""The network: parity with the reference's vectors, cut-anywhere state, options, starts, bfloat16."""
+"""The network: cut-anywhere state, options, starts, bfloat16. Parity with the reference is in tests/interop."""
 
 import math
 
 import pytest
 import torch
-from golden_vectors import arrays, network, settings
 
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.layers import fake_quantize
@@ -25,26 +24,6 @@ def small(runtime: RuntimeConfig | None = None, **changes) -> Hymba:
 
 def rms_ratio(value: torch.Tensor, expected: torch.Tensor) -> float:
     return float((value.double() - expected.double()).norm() / expected.double().norm())
-
-
-@pytest.mark.parametrize("name", ["model_seed_shape", "model_paper_options"])
-def test_logits_loss_and_every_gradient_equal_the_reference(name):
-    vectors = arrays(name)
-    net = network(settings(name), vectors)
-    inputs, targets = vectors["input_ids"], vectors["target_ids"]
-    assert rms_ratio(net(inputs).detach(), vectors["logits"]) < 2e-5
-    loss = net(inputs, targets)
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx(float(vectors["loss"]), rel=2e-5)
-    checked = 0
-    for key, parameter in net.named_parameters():
-        expected = vectors["grad/" + key.replace("meta_tokens", "_meta_tokens_param")]
-        if expected.any():
-            assert rms_ratio(parameter.grad, expected) < 1e-4, key
-        else:
-            assert not parameter.grad.any(), key
-        checked += 1
-    assert checked > 50
 
 
 @pytest.mark.parametrize("changes", [
@@ -169,16 +148,15 @@ def test_quantization_aware_training_acts_when_turned_on_and_passes_gradients():
     runtime = RuntimeConfig(qat_bits=4)
     net = small(runtime, d_model=256, n_heads=4, n_layers=2)  # W_q has 65,536 entries: the MLP's are larger
     inputs, targets = torch.randint(0, 64, (1, 12)), torch.randint(0, 64, (1, 12))
-    before = net(inputs, targets).detach()
+    before = net(inputs).detach()
     net.set_qat_strength(1.0)
-    during = net(inputs, targets)
-    during.backward()
-    assert abs(float(during.detach() - before)) > 1e-5
+    assert rms_ratio(net(inputs).detach(), before) > 1e-3
+    net(inputs, targets).backward()
     assert net.blocks[0].mlp.fc.weight.grad.norm() > 0
     rounded = {float(v) for v in fake_quantize(net.blocks[0].mlp.fc.weight.detach(), 4)[0]}
     assert len(rounded) <= 15
     net.set_qat_strength(0.0)
-    assert torch.equal(net(inputs, targets).detach(), before)
+    assert torch.equal(net(inputs).detach(), before)
     with pytest.raises(ValueError, match="qat_bits"):
         small().set_qat_strength(1.0)
 
