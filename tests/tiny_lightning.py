@@ -243,11 +243,12 @@ def run_ranks(function: Any, *arguments: Any, world_size: int = 2) -> None:
     """Call `function(rank, *arguments)` in processes set up as torchrun would; Trainers inside use gloo.
 
     Forked, because importing everything once more per process takes longer than the tests themselves; safe as long as
-    this process has no CUDA context and torch runs one thread.
+    torch runs one thread. Not where there is a GPU, whose driver does not survive a fork.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    method = "spawn" if torch.cuda.is_available() else "fork"
     mp.start_processes(
-        _run_rank, args=(world_size, port, function, arguments), nprocs=world_size, start_method="fork"
+        _run_rank, args=(world_size, port, function, arguments), nprocs=world_size, start_method=method
     )

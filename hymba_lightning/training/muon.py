@@ -8,7 +8,7 @@ quintic iteration; Amsel et al., "The Polar Express" (arXiv:2505.16932) for the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,7 @@ def iteration_coefficients(name: str, steps: int) -> list[tuple[float, float, fl
 
 
 def orthogonalize(
-    bank_nRC: Tensor, coefficients: Sequence[tuple[float, float, float]], dtype: torch.dtype = torch.bfloat16
+    bank_nRC: Tensor, coefficients: Sequence[tuple[float, float, float]], dtype: torch.dtype
 ) -> Tensor:
     """Push the singular values of every matrix of a bank towards 1.
 
@@ -118,6 +118,14 @@ class Muon:
     Momentum is heavy-ball (m <- μ m + g) and replicated on every rank in float32: gradients already are the mean over
     ranks, so that replicas agree and a checkpoint of rank 0 is complete. Only the Newton-Schulz work is shared out:
     a rank orthogonalises its slice of every bank, then one all-gather hands out the updates.
+
+    Args:
+        ns_steps: Newton-Schulz steps.
+        coefficients: "quintic" or "polar_express".
+        nesterov: orthogonalise g + μ m instead of m.
+        row_normalize: scale the rows of what is orthogonalised to length 1 (MuonEq-R).
+        shard: share the work out over ranks.
+        dtype: of the Newton-Schulz steps; None takes bfloat16 on a GPU and float32 on a CPU, where that is faster.
     """
 
     def __init__(
@@ -128,11 +136,13 @@ class Muon:
         nesterov: bool = True,
         row_normalize: bool = False,
         shard: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.coefficients = iteration_coefficients(coefficients, ns_steps)
         self.nesterov = nesterov
         self.row_normalize = row_normalize
         self.shard = shard
+        self.dtype = dtype
         self._plans: dict[tuple[tuple[torch.Size, ...], int], tuple[list[_Bank], int]] = {}
 
     @torch.no_grad()
@@ -162,14 +172,14 @@ class Muon:
         torch._foreach_mul_(momenta, momentum)
         torch._foreach_add_(momenta, grads)
         directions = list(torch._foreach_add(grads, momenta, alpha=momentum)) if self.nesterov else momenta
-        updates = self._orthogonal_updates(directions)
         torch._foreach_mul_(params, 1.0 - lr * weight_decay)
-        scales = [-lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5 for p in params]
-        torch._foreach_mul_(updates, scales)
-        torch._foreach_add_(params, [u.to(p.dtype) for u, p in zip(updates, params, strict=True)])
+        for members, updates_nrc in self._orthogonal_updates(directions):
+            rows, columns = updates_nrc.shape[1:]
+            scale = max(1.0, rows / columns) ** 0.5
+            torch._foreach_add_([params[i] for i in members], list(updates_nrc.unbind()), alpha=-lr * scale)
 
-    def _orthogonal_updates(self, directions: list[Tensor]) -> list[Tensor]:
-        """Float32 updates, shaped like `directions`, the same on every rank."""
+    def _orthogonal_updates(self, directions: list[Tensor]) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Float32 updates by shape, the same on every rank: indices into `directions`, stack (n, rows, columns)."""
         world_size, rank = 1, 0
         if self.shard and dist.is_available() and dist.is_initialized():
             world_size, rank = dist.get_world_size(), dist.get_rank()
@@ -178,37 +188,37 @@ class Muon:
             self._plans[key] = plan_banks(key[0], world_size)
         banks, flat_size = self._plans[key]
 
-        flat_S = torch.zeros(flat_size, dtype=torch.bfloat16, device=directions[0].device)
+        device = directions[0].device
+        dtype = self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        flat_S = torch.empty(flat_size, dtype=dtype, device=device)
         for bank in banks:
             first = min(rank * bank.share, len(bank.members))
             last = min(first + bank.share, len(bank.members))
             if first < last:
-                x_nRC = orthogonalize(self._stack(directions, bank, first, last), self.coefficients)
-                end = bank.offset + (last - first) * bank.numel
-                flat_S[bank.offset : end].copy_(x_nRC.reshape(-1))
+                x_nRC = orthogonalize(self._stack(directions, bank, first, last), self.coefficients, dtype)
+                flat_S[bank.offset :][: x_nRC.numel()].view_as(x_nRC).copy_(x_nRC)
+        flat_WS = flat_S[None]
         if world_size > 1:
-            flat_WS = torch.empty(world_size, flat_size, dtype=flat_S.dtype, device=flat_S.device)
+            flat_WS = torch.empty(world_size, flat_size, dtype=dtype, device=device)
             # Bytes, because not every backend carries bf16.
             dist.all_gather(list(flat_WS.view(torch.uint8)), flat_S.view(torch.uint8))
-        else:
-            flat_WS = flat_S[None]
-        flat_WS = flat_WS.float()
 
-        updates: list[Tensor] = [flat_WS] * len(directions)
         for bank in banks:
-            for position, index in enumerate(bank.members):
-                owner, slot = divmod(position, bank.share)
-                start = bank.offset + slot * bank.numel
-                update_RC = flat_WS[owner, start : start + bank.numel].view(bank.rows, bank.columns)
-                updates[index] = update_RC if position < bank.n_upright else update_RC.mT.contiguous()
-        return updates
+            share_WX = flat_WS[:, bank.offset : bank.offset + bank.share * bank.numel]
+            x_nRC = share_WX.float().reshape(-1, bank.rows, bank.columns)
+            upright, turned = bank.members[: bank.n_upright], bank.members[bank.n_upright :]
+            if upright:
+                yield upright, x_nRC[: len(upright)]
+            if turned:
+                yield turned, x_nRC[len(upright) : len(bank.members)].mT.contiguous()
 
     def _stack(self, directions: list[Tensor], bank: _Bank, first: int, last: int) -> Tensor:
         """(last − first, R, C): members `first` to `last` of a bank, tall ones transposed."""
-        matrices = []
-        for position in range(first, last):
-            matrix = directions[bank.members[position]]
-            if self.row_normalize:
-                matrix = matrix / (torch.linalg.vector_norm(matrix, dim=1, keepdim=True) + EPS)
-            matrices.append(matrix if position < bank.n_upright else matrix.mT)
-        return torch.stack(matrices)
+        upright = max(min(bank.n_upright, last) - first, 0)
+        matrices = [directions[i] for i in bank.members[first:last]]
+        bank_nRC = torch.stack(matrices[:upright] + [matrix.mT for matrix in matrices[upright:]])
+        if self.row_normalize:
+            # A row of the parameter is a column of a transposed member.
+            for part, dim in ((bank_nRC[:upright], -1), (bank_nRC[upright:], -2)):
+                part /= torch.linalg.vector_norm(part, dim=dim, keepdim=True) + EPS
+        return bank_nRC

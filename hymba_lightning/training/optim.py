@@ -17,6 +17,8 @@ from hymba_lightning.training.muon import Muon, iteration_coefficients
 from hymba_lightning.training.param_groups import assign_parameters, build_rules
 from hymba_lightning.training.schedule import WarmdownShape, muon_momentum, warmdown_lr_scale
 
+MUON_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
 
 @dataclass
 class OptimizerConfig:
@@ -54,6 +56,8 @@ class OptimizerConfig:
     """Coefficients of the Newton-Schulz steps: one quintic for all, or Polar Express's one per step."""
     muon_row_normalize: bool = False
     """Scale every row to length 1 before Newton-Schulz (MuonEq-R)."""
+    muon_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Dtype of the Newton-Schulz steps; auto takes bfloat16 on a GPU and float32 on a CPU, where that is faster."""
     muon_shard: bool = True
     """Share the Newton-Schulz work out over ranks."""
     warmdown_iters: int = 3000
@@ -86,6 +90,8 @@ class OptimizerConfig:
         if self.warmdown_shape not in ("cosine", "linear"):
             raise ValueError(f"optimizer.warmdown_shape is {self.warmdown_shape!r}; use 'cosine' or 'linear'")
         iteration_coefficients(self.muon_coefficients, self.ns_steps)
+        if self.muon_dtype not in MUON_DTYPES:
+            raise ValueError(f"optimizer.muon_dtype is {self.muon_dtype!r}; use one of {', '.join(MUON_DTYPES)}")
 
     def lr_scale(
         self,
@@ -146,6 +152,7 @@ class HymbaOptimizer(Optimizer):
             nesterov=config.muon_nesterov,
             row_normalize=config.muon_row_normalize,
             shard=config.muon_shard,
+            dtype=MUON_DTYPES[config.muon_dtype],
         )
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": 0.0})
         self._adam = torch.optim.Adam(self._groups_of("adam"), lr=0.0, betas=config.adam_betas, eps=config.adam_eps)

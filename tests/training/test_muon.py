@@ -18,9 +18,10 @@ def rms(x):
     return x.float().pow(2).mean().sqrt()
 
 
-def test_reference_vectors():
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_reference_vectors(dtype):
     vectors = np.load(GOLDEN, allow_pickle=False)
-    muon = Muon()
+    muon = Muon(dtype=dtype)
     momenta = [torch.zeros(vectors[f"p0_{i}"].shape) for i in range(3)]
     for t in range(6):
         before = [torch.tensor(vectors[f"p{t}_{i}"]) for i in range(3)]
@@ -110,7 +111,7 @@ def test_plain_momentum_orthogonalizes_the_buffer():
         Muon(nesterov=nesterov).step([p], [g], [m], lr=1.0, momentum=0.5, weight_decay=0.0)
         assert torch.allclose(m, 0.5 * m0 + g)
         direction = g + 0.5 * m if nesterov else m
-        expected = orthogonalize(direction[None], iteration_coefficients("quintic", 5))[0].float()
+        expected = orthogonalize(direction[None], iteration_coefficients("quintic", 5), torch.float32)[0]
         assert torch.equal(p, -expected)
 
 
@@ -135,9 +136,10 @@ def _train_sharded(rank: int, world_size: int, folder: str) -> None:
         dist.init_process_group("gloo")
     torch.manual_seed(0)
     params, momenta = [torch.randn(s) for s in SHAPES], [torch.zeros(s) for s in SHAPES]
-    muon = Muon(shard=world_size > 1)
-    for _ in range(3):
-        muon.step(params, [torch.randn(s) for s in SHAPES], momenta, lr=0.02, momentum=0.9, weight_decay=0.02)
+    for dtype in (torch.float32, torch.bfloat16):
+        muon = Muon(shard=world_size > 1, dtype=dtype)
+        for _ in range(2):
+            muon.step(params, [torch.randn(s) for s in SHAPES], momenta, lr=0.02, momentum=0.9, weight_decay=0.02)
     torch.save([params, momenta], f"{folder}/{world_size}_{rank}.pt")
 
 

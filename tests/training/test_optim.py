@@ -180,6 +180,7 @@ def test_lightning_counts_steps_accumulates_and_clips(tmp_path, options):
         ("warmdown_iters", -1),
         ("warmdown_shape", "sqrt"),
         ("muon_coefficients", "cubic"),
+        ("muon_dtype", "float16"),
     ],
 )
 def test_config_errors_name_the_field(field, value):
