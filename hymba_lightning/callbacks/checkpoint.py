@@ -108,6 +108,9 @@ class TrainingCheckpoint(ModelCheckpoint):
                 clock.request_stop(signum)
 
             self._handlers = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+            # The ranks agree on signals through the clock. Lightning's own broadcast, for which every batch of a DDP
+            # run waits on the GPU, has nothing left to tell.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -142,13 +145,13 @@ class TrainingCheckpoint(ModelCheckpoint):
         Raises:
             CheckpointWriteError: the last checkpoint cannot be written.
         """
-        self._release_signals()
+        self._release_signals(trainer)
         if trainer.global_step != self._last_global_step_saved:
             self._save(trainer, must_succeed=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Nothing is saved: weights in the middle of a step, or full of NaN, must not replace a good checkpoint."""
-        self._release_signals()
+        self._release_signals(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "random_states": random_states()}
@@ -199,10 +202,13 @@ class TrainingCheckpoint(ModelCheckpoint):
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
-    def _release_signals(self) -> None:
+    def _release_signals(self, trainer: Trainer) -> None:
+        if not self._handlers:
+            return
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
         self._handlers = {}
+        del trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
 
 
 def _write(path: Path, checkpoint: dict[str, Any]) -> None:

@@ -176,6 +176,19 @@ def test_after_training_signals_are_the_users_again(tmp_path):
     assert late.seen == before
 
 
+def test_lightnings_broadcast_before_every_batch_is_off_while_the_clock_carries_signals(tmp_path):
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, *args):
+            self.inside = "_broadcast_sigterm_tensor" in vars(trainer.fit_loop.epoch_loop)
+
+    look = Look()
+    trainer, _ = run(tmp_path, steps=1, callbacks=[look])
+    assert look.inside
+    assert "_broadcast_sigterm_tensor" not in vars(trainer.fit_loop.epoch_loop)
+    # Red when Lightning renames it: the wait for the GPU would silently be back.
+    assert hasattr(trainer.fit_loop.epoch_loop, "_broadcast_sigterm_tensor")
+
+
 def test_a_second_interrupt_ends_at_once(tmp_path):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
