@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,15 @@ class Score:
     def bpb(self) -> float:
         """Bits per byte of the text: Σ nats / (ln 2 · Σ bytes)."""
         return self.nats / (math.log(2) * self.n_bytes)
+
+
+class ScoredTokens(NamedTuple):
+    """What scoring a part of a stream gives."""
+
+    nats: Tensor
+    """(n,) float32, in order, on the network's device."""
+    context: Tensor
+    """(n,) int64 on the CPU: from how many tokens each target was predicted."""
 
 
 def world() -> tuple[int, int]:
@@ -128,3 +138,43 @@ def score_tokens(net: Hymba, tokens: Tensor, n_context: int, *, seq_len: int, st
             nats[window.first - n_context: window.stop - n_context] = scored
     net.train(was_training)
     return sum_over_ranks(nats)
+
+
+@dataclass
+class WindowScorer:
+    """Scores consecutive parts of a stream in windows that each start from an empty state.
+
+    stride == seq_len: cold sequences, cut anew in every part. A smaller stride: sliding windows, which reach back into
+    the part before.
+    """
+
+    net: Hymba
+    seq_len: int
+    stride: int
+    batch_size: int
+    _before: Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.stride > self.seq_len:
+            raise ValueError(f"ttt.stride={self.stride} is over seq_len={self.seq_len}: tokens would be skipped")
+
+    @property
+    def forwards_per_score(self) -> float:
+        """How often scoring passes over each token."""
+        return self.seq_len / self.stride
+
+    def weights_changed(self) -> None:
+        """The network was trained since the last part: nothing here depends on its weights."""
+
+    def score(self, tokens: Tensor) -> ScoredTokens:
+        """tokens (n+1,), of which the first was the last of the part before; scores tokens[1:]."""
+        n = tokens.numel() - 1
+        stream = tokens if self._before is None else torch.cat([self._before, tokens])
+        n_context = stream.numel() - n
+        nats = score_tokens(self.net, stream, n_context, seq_len=self.seq_len, stride=self.stride,
+                            batch_size=self.batch_size)
+        context = torch.cat([torch.arange(w.first - w.start, w.stop - w.start)
+                             for w in plan_windows(n, n_context, self.seq_len, self.stride)] or [torch.arange(0)])
+        if self.stride < self.seq_len:
+            self._before = stream[max(stream.numel() - 1 - self.seq_len, 0):-1].clone()
+        return ScoredTokens(nats, context)

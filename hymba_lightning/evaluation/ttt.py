@@ -4,86 +4,63 @@ The rules that make the score honest: a token's probability depends on the artif
 no token is scored after an update that has seen it. One left-to-right pass; nothing is scored twice.
 """
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hymba_lightning.data.sequences import Chunk
-from hymba_lightning.evaluation.score import Score, score_tokens, sum_over_ranks, world
+from hymba_lightning.evaluation.adapt import Adapter
+from hymba_lightning.evaluation.carried import CarriedScorer
+from hymba_lightning.evaluation.clock import EvaluationClock
+from hymba_lightning.evaluation.config import TTTConfig
+from hymba_lightning.evaluation.score import Score, WindowScorer, world
 from hymba_lightning.model import Hymba
 
 
 @dataclass(frozen=True)
-class TTTConfig:
-    """How the network adapts between the chunks of the validation stream."""
-
-    epochs: int = 3
-    """Passes of training over a chunk after it was scored; 0 only scores."""
-    lr: float = 0.002
-    """Learning rate of the first chunk; later ones follow half a cosine down to zero at the last."""
-    momentum: float = 0.9
-    """Momentum of SGD. One optimizer, with its momentum, goes through the whole stream."""
-    batch_seqs: int = 4
-    """Sequences per rank in one update."""
-    grad_clip: float = 1.0
-    """Largest norm of an update's gradient; 0 does not clip."""
-    freeze_blocks: int = 2
-    """The first blocks, left as they are."""
-    score_batch_seqs: int = 4
-    """Sequences per rank in one scoring pass."""
-    stride: int = 0
-    """Sliding-window scoring: tokens scored per window, each with at least seq_len - stride tokens of context; 0 scores
-    cold sequences of seq_len."""
-    drop_partial: bool = False
-    """Leave out the tokens after a chunk's last full sequence: the reference's defect 5, for comparison only. The score
-    then misses a part of the text."""
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "lr", "momentum", "grad_clip", "freeze_blocks", "stride"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"ttt.{name} must not be negative, got {getattr(self, name)}")
-        for name in ("batch_seqs", "score_batch_seqs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"ttt.{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
 class ChunkScore:
-    """A chunk's final score: nats (n,) float32 of every token, in order, and the sums."""
+    """A chunk's final score: nats (n,) float32 of every token, in order, from how many tokens each was predicted
+    (context (n,) int64), and the sums."""
 
     nats: Tensor
+    context: Tensor
     score: Score
 
 
-@dataclass
+def build_scorer(net: Hymba, seq_len: int, config: TTTConfig) -> WindowScorer | CarriedScorer:
+    """What gives a part of the stream its nats under `config.mode`."""
+    if config.mode == "carried":
+        return CarriedScorer(net, seq_len, config.warm_tokens, config.state_after_update == "rewarm")
+    return WindowScorer(net, seq_len, config.stride or seq_len, config.score_batch_seqs)
+
+
 class ScoreFirstTTT:
     """Scores chunks in order and trains `net` in between. Every rank calls each method with the same chunks.
 
     Usage: for each chunk `score_chunk`, then `adapt_chunk`. Raises ValueError if a chunk comes out of turn, comes
-    twice, or is adapted to before it was scored.
+    twice, or is adapted to before it was scored. The clock of `config.limit_seconds` starts here.
+
+    Args:
+        net: The network, which is changed.
+        seq_len: Tokens of one forward pass: of a sequence, a window or a piece, as the mode is.
+        config: How to score and how to adapt.
+        time_fn: A monotonic clock in seconds.
     """
 
-    net: Hymba
-    seq_len: int
-    config: TTTConfig
-    n_scored: int = field(default=0, init=False)
-    n_adapted: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        if self.config.stride > self.seq_len:
-            raise ValueError(f"ttt.stride={self.config.stride} is over seq_len={self.seq_len}: tokens would be skipped")
-        frozen = tuple(f"blocks.{i}." for i in range(self.config.freeze_blocks))
-        named = list(self.net.named_parameters())
-        self.params = [p for name, p in named if not name.startswith(frozen)]
-        if self.config.epochs and not self.params:
-            raise ValueError("no parameter is left to adapt: lower ttt.freeze_blocks or set ttt.epochs to 0")
-        self._required_grad = [(p, p.requires_grad) for _, p in named]
-        if self.config.epochs:
-            self.optimizer = torch.optim.SGD(self.params, lr=self.config.lr, momentum=self.config.momentum)
-        self._context: Tensor | None = None
+    def __init__(self, net: Hymba, seq_len: int, config: TTTConfig,
+                 time_fn: Callable[[], float] = time.monotonic) -> None:
+        self.net, self.seq_len, self.config = net, seq_len, config
+        self.scorer = build_scorer(net, seq_len, config)
+        self.adapter = Adapter(net, config) if config.epochs else None
+        self.clock = EvaluationClock(config.limit_seconds, net.tok_emb.weight.device, time_fn)
+        self.n_scored = self.n_adapted = 0
+        self.epochs_done: list[int] = []
+        """Epochs trained on each chunk so far."""
 
     @property
     def device(self) -> torch.device:
@@ -96,21 +73,16 @@ class ScoreFirstTTT:
             raise ValueError(f"chunk {chunk.index} came where {self.n_scored} is due: one left-to-right pass only")
         if self.config.epochs and self.n_adapted != self.n_scored:
             raise ValueError(f"chunk {chunk.index - 1} was scored but not adapted to before chunk {chunk.index}")
-        tokens = chunk.tokens.to(self.device)
-        target_bytes = chunk.target_bytes
+        started = self.clock.elapsed()
+        tokens, target_bytes = chunk.tokens.to(self.device), chunk.target_bytes
         if self.config.drop_partial:
             kept = (tokens.numel() - 1) // self.seq_len * self.seq_len
             tokens, target_bytes = tokens[:kept + 1], target_bytes[:kept]
-        stride = self.config.stride or self.seq_len
-        before = self._context if stride < self.seq_len else None
-        stream = tokens if before is None else torch.cat([before, tokens])
-        n_context = stream.numel() - tokens.numel() + 1
-        nats = score_tokens(self.net, stream, n_context, seq_len=self.seq_len, stride=stride,
-                            batch_size=self.config.score_batch_seqs)
+        nats, context = self.scorer.score(tokens)
+        score = Score(float(nats.double().sum()), nats.numel(), int(target_bytes.long().sum()))
         self.n_scored += 1
-        # The last token is the next chunk's tokens[0]; what lies before it gives context to a sliding window.
-        self._context = stream[max(stream.numel() - 1 - self.seq_len, 0):-1]
-        return ChunkScore(nats, Score(float(nats.double().sum()), nats.numel(), int(target_bytes.long().sum())))
+        self.clock.note_scoring(self.clock.elapsed() - started)
+        return ChunkScore(nats, context, score)
 
     def adapt_chunk(self, chunk: Chunk) -> float | None:
         """Trains on a chunk that was scored. The last chunk is left out: nothing is scored after it.
@@ -121,35 +93,62 @@ class ScoreFirstTTT:
             raise ValueError(f"chunk {chunk.index} cannot be trained on now: {self.n_scored} chunks were scored and "
                              f"{self.n_adapted} adapted to; score first, adapt once")
         self.n_adapted += 1
-        if not self.config.epochs or chunk.index == chunk.n_chunks - 1:
+        self.epochs_done.append(0)
+        if self.adapter is None or chunk.index == chunk.n_chunks - 1:
             return None
-        lr = self.config.lr * 0.5 * (1 + math.cos(math.pi * chunk.index / max(chunk.n_chunks - 1, 1)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        tokens = chunk.tokens.to(self.device)
-        sequences = cut_sequences(tokens, self.seq_len, self.config.drop_partial)
+        tokens = self._start_of_document(chunk.tokens).to(self.device)
+        sequences = cut_sequences(tokens, self.config.train_seq_len or self.seq_len, self.config.drop_partial)
+        if not sequences:
+            return None
+        lr = self.config.lr_at(chunk.index, chunk.n_chunks)
         was_training = self.net.training
         self.net.train()
-        self._require_grad_of_adapted_only()
-        losses = []
-        with torch.enable_grad():
-            for _ in range(self.config.epochs):
-                per_update = self.config.batch_seqs * world()[1]
-                for first in range(0, len(sequences), per_update):
-                    losses.append(self._update(sequences[first:first + per_update]))
-        for parameter, required in self._required_grad:
-            parameter.requires_grad_(required)
-        self.net.train(was_training)
-        return float(torch.stack(losses).mean()) if losses else None
-
-    def _require_grad_of_adapted_only(self) -> None:
-        for parameter, _ in self._required_grad:
+        required = [(p, p.requires_grad) for p in self.net.parameters()]
+        for parameter, _ in required:
             parameter.requires_grad_(False)
-        for parameter in self.params:
+        for parameter in self.adapter.weights:
             parameter.requires_grad_(True)
+        losses: list[Tensor] = []
+        with torch.enable_grad():
+            self._train(sequences, lr, chunk, losses)
+        for parameter, before in required:
+            parameter.requires_grad_(before)
+        self.net.train(was_training)
+        if not losses:
+            return None
+        self.scorer.weights_changed()
+        return float(torch.stack(losses).mean())
 
-    def _update(self, sequences: list[Tensor]) -> Tensor:
-        """One SGD step on the mean loss over all tokens of `sequences`, shared out over the ranks.
+    def _start_of_document(self, tokens: Tensor) -> Tensor:
+        """Under reset_at_bos: forgets what other documents taught and drops their tokens."""
+        if not self.config.reset_at_bos:
+            return tokens
+        starts = (tokens == self.net.config.bos_id).nonzero()
+        if not starts.numel():
+            return tokens
+        self.adapter.reset()
+        self.scorer.weights_changed()
+        return tokens[int(starts[-1]):]
+
+    def _train(self, sequences: list[Tensor], lr: float, chunk: Chunk, losses: list[Tensor]) -> None:
+        """Up to config.epochs passes over the sequences, as many as the clock allows."""
+        chunk_started = now = self.clock.elapsed()
+        per_update = self.config.batch_seqs * world()[1]
+        for epoch in range(self.config.epochs):
+            if not self.clock.allows_epoch(now=now, chunk_started=chunk_started, first=epoch == 0,
+                                           chunks_left=chunk.n_chunks - 1 - chunk.index,
+                                           forwards_per_score=self.scorer.forwards_per_score):
+                return
+            for first in range(0, len(sequences), per_update):
+                losses.append(self._update(sequences[first:first + per_update], lr))
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            before, now = now, self.clock.elapsed()
+            self.clock.note_epoch(now - before)
+            self.epochs_done[-1] += 1
+
+    def _update(self, sequences: list[Tensor], lr: float) -> Tensor:
+        """One step on the mean loss over all tokens of `sequences`, shared out over the ranks.
 
         A rank without a sequence takes part with zero gradients, so any number of sequences works at any world size,
         and the step is the same for every world size. Returns the mean loss, on every rank.
@@ -157,24 +156,14 @@ class ScoreFirstTTT:
         rank, size = world()
         mine = sequences[len(sequences) * rank // size: len(sequences) * (rank + 1) // size]
         n_tokens = sum(s.numel() - 1 for s in sequences)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adapter.clear_gradients()
         total = torch.zeros((), device=self.device)
         for same_length in group_equal(mine):
             batch = torch.stack(same_length)
             loss = self.net(batch[:, :-1], batch[:, 1:], reduction="sum") / n_tokens
             loss.backward()
             total += loss.detach()
-        if size > 1:
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-            flat = sum_over_ranks(torch.cat([g.float().flatten() for g in grads] + [total[None]]))
-            total = flat[-1]
-            for p, piece in zip(self.params, flat[:-1].split([p.numel() for p in self.params]), strict=True):
-                p.grad = piece.view_as(p).to(p.dtype)
-        if self.config.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.params, self.config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total
+        return self.adapter.update(lr, total)
 
 
 def cut_sequences(tokens: Tensor, seq_len: int, drop_partial: bool) -> list[Tensor]:
@@ -192,9 +181,10 @@ def group_equal(sequences: list[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
-def score_first_ttt(net: Hymba, chunks: Iterable[Chunk], seq_len: int, config: TTTConfig) -> list[ChunkScore]:
+def score_first_ttt(net: Hymba, chunks: Iterable[Chunk], seq_len: int, config: TTTConfig,
+                    time_fn: Callable[[], float] = time.monotonic) -> list[ChunkScore]:
     """Runs the whole stream: score each chunk, then adapt. `net` is changed. Returns the chunks' final scores."""
-    ttt = ScoreFirstTTT(net, seq_len, config)
+    ttt = ScoreFirstTTT(net, seq_len, config, time_fn)
     scores = []
     for chunk in chunks:
         scores.append(ttt.score_chunk(chunk))

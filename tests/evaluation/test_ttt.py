@@ -14,6 +14,13 @@ from golden_vectors import arrays, network, settings, ttt_chunks, ttt_config
 from hymba_lightning.data.sequences import Chunk
 from hymba_lightning.evaluation import ScoreFirstTTT, TTTConfig, score_first_ttt
 
+MODES = {
+    "cold": {},
+    "sliding": {"mode": "sliding", "stride": 16},
+    "carried": {"mode": "carried", "warm_tokens": 48},
+    "carried, made anew after updates": {"mode": "carried", "warm_tokens": 48, "state_after_update": "rewarm"},
+}
+
 
 @pytest.fixture(scope="module")
 def golden():
@@ -66,19 +73,19 @@ def test_every_token_after_the_first_is_scored_once(golden):
     assert total(dropped).n_tokens < 1199
 
 
-@pytest.mark.parametrize("stride", [0, 16])
-def test_a_later_token_changes_no_earlier_score(golden, stride):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_later_token_changes_no_earlier_score(golden, mode):
     """A probability depends on the artifact and the tokens before it alone: bit for bit, across chunks."""
     vectors, values = golden
     chunks = ttt_chunks(vectors, values["chunk_tokens"])
-    _, scores = run(golden, chunks, drop_partial=False, stride=stride, epochs=1)
+    _, scores = run(golden, chunks, drop_partial=False, epochs=1, **MODES[mode])
     before = torch.cat([score.nats for score in scores])
     for position in (700, 1000):
         changed_vectors = dict(vectors)
         changed_vectors["tokens"] = vectors["tokens"].clone()
         changed_vectors["tokens"][position] = (vectors["tokens"][position] + 3) % 1000
-        _, other = run(golden, ttt_chunks(changed_vectors, values["chunk_tokens"]), drop_partial=False, stride=stride,
-                       epochs=1)
+        _, other = run(golden, ttt_chunks(changed_vectors, values["chunk_tokens"]), drop_partial=False, epochs=1,
+                       **MODES[mode])
         after = torch.cat([score.nats for score in other])
         assert torch.equal(before[:position - 1], after[:position - 1])
         assert not torch.equal(before[position - 1:], after[position - 1:])

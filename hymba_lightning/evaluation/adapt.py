@@ -1,0 +1,125 @@
+"""What an update of test-time training moves: chosen weights or thin factors, by SGD or Muon.
+
+Every rank calls the same methods with the same numbers; gradients are summed over the ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hymba_lightning.evaluation.config import TTTConfig
+from hymba_lightning.evaluation.score import sum_over_ranks, world
+from hymba_lightning.model import Hymba
+from hymba_lightning.model.layers import Embedding, Linear
+
+# Factors start the same on every rank and in every run.
+FACTOR_SEED = 0
+
+
+def matrix_names(net: Hymba) -> set[str]:
+    """Names of the parameters that belong to linears of the blocks."""
+    return {f"blocks.{name}.weight" for name, module in net.blocks.named_modules() if isinstance(module, Linear)}
+
+
+def scalar_names(net: Hymba) -> set[str]:
+    """Names of the parameters that are no matrix and no table: gates, scales, convolutions, A_log, D, dt bias."""
+    matrices = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, Linear | Embedding)}
+    return {name for name, _ in net.named_parameters()
+            if name not in matrices and not name.endswith("dt_proj.weight") and name != "meta_tokens"}
+
+
+def select_parameters(net: Hymba, config: TTTConfig) -> list[nn.Parameter]:
+    """The parameters that `config` lets adapt. Raises ValueError when none is left."""
+    if config.parameters == "scalars":
+        chosen = scalar_names(net)
+    elif config.parameters == "low_rank" or config.optimizer == "muon":
+        chosen = matrix_names(net)
+    else:
+        chosen = {name for name, _ in net.named_parameters()}
+    if config.parameters == "mlp":
+        chosen = {name for name in chosen if ".mlp." in name and not name.endswith("mlp_scale")}
+    frozen = tuple(f"blocks.{i}." for i in range(config.freeze_blocks))
+    params = [p for name, p in net.named_parameters() if name in chosen and not name.startswith(frozen)]
+    if not params:
+        raise ValueError("no parameter is left to adapt: lower ttt.freeze_blocks or set ttt.epochs to 0")
+    return params
+
+
+class Adapter:
+    """Moves a network's weights during test-time training.
+
+    Under 'low_rank' each matrix W is W0 + B A, with B (rows, rank) starting at 0 and A (rank, cols) at random; the
+    factors' gradients follow from W's by the chain rule, so that the network itself stays as it is.
+    """
+
+    def __init__(self, net: Hymba, config: TTTConfig) -> None:
+        self.config = config
+        self.weights = select_parameters(net, config)
+        self._start = [p.detach().clone() for p in self.weights] if self._remembers_start else []
+        self._make_trainable()
+
+    @property
+    def _remembers_start(self) -> bool:
+        return self.config.parameters == "low_rank" or self.config.anchor > 0 or self.config.reset_at_bos
+
+    def _make_trainable(self) -> None:
+        config = self.config
+        self.factors: list[tuple[Tensor, Tensor]] = []
+        if config.parameters == "low_rank":
+            generator = torch.Generator().manual_seed(FACTOR_SEED)
+            for p in self.weights:
+                rank = min(config.rank, *p.shape)
+                a = torch.randn(rank, p.size(1), generator=generator) / p.size(1) ** 0.5
+                self.factors.append((p.new_zeros(p.size(0), rank), a.to(p)))
+        trainable = [f for pair in self.factors for f in pair] or self.weights
+        self.trainable: list[Tensor] = trainable
+        if config.optimizer == "muon":
+            self.optimizer: torch.optim.Optimizer = torch.optim.Muon(trainable, lr=config.lr, weight_decay=0.0,
+                                                                     momentum=config.momentum)
+        else:
+            self.optimizer = torch.optim.SGD(trainable, lr=config.lr, momentum=config.momentum)
+
+    def clear_gradients(self) -> None:
+        """Before the first backward pass of an update."""
+        for p in self.weights:
+            p.grad = None
+
+    def update(self, lr: float, loss: Tensor) -> Tensor:
+        """One step on the gradients that this rank's backward passes left; returns `loss` summed over the ranks."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.weights]
+        if self.factors:
+            grads = [g for grad, (b, a) in zip(grads, self.factors, strict=True) for g in (grad @ a.T, b.T @ grad)]
+        if world()[1] > 1:
+            flat = sum_over_ranks(torch.cat([g.float().flatten() for g in grads] + [loss[None]]))
+            loss = flat[-1]
+            grads = list(flat[:-1].split([g.numel() for g in grads]))
+        for p, grad in zip(self.trainable, grads, strict=True):
+            p.grad = grad.view_as(p).to(p.dtype)
+        if self.config.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.clear_gradients()
+        self._write_back()
+        return loss
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        if not self.factors:
+            if self.config.anchor:
+                for p, start in zip(self.weights, self._start, strict=True):
+                    p.lerp_(start, self.config.anchor)
+            return
+        for p, start, (b, a) in zip(self.weights, self._start, self.factors, strict=True):
+            b.mul_(1 - self.config.anchor)
+            p.copy_(start + b @ a)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the weights of the start, without momentum."""
+        for p, start in zip(self.weights, self._start, strict=True):
+            p.copy_(start)
+        self._make_trainable()

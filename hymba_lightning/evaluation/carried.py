@@ -1,0 +1,134 @@
+"""Carried evaluation: the stream is one sequence, read in pieces that hand the network's state on.
+
+n targets, T tokens of a piece, P kept keys, G key/value heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hymba_lightning.evaluation.score import ScoredTokens, sum_over_ranks, world
+from hymba_lightning.model import Hymba
+from hymba_lightning.model.hymba import HymbaState
+
+# Rotary angles are float32: past this position the state is turned back to 0, so that they keep their digits at any
+# length of text. Attention sees differences of positions only.
+REBASE_AT = 1 << 16
+
+
+def compact(net: Hymba, state: HymbaState) -> HymbaState:
+    """The same state without what it only keeps alive: views become copies, and a far position becomes 0."""
+    shift = state.position if state.position >= REBASE_AT else 0
+    layers = [layer._replace(keys=_turn_back(layer.keys, shift, net.config.rope_base) if shift else layer.keys.clone(),
+                             values=layer.values.clone(), conv=layer.conv.clone()) for layer in state.layers]
+    return HymbaState(layers, state.last_id.clone(), state.last_vector.clone(), state.position - shift)
+
+
+def _turn_back(keys_BPGK: Tensor, shift: int, base: float) -> Tensor:
+    """Rotated keys (B, P, G, K) as if their positions were `shift` lower."""
+    head_dim = keys_BPGK.size(-1)
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=keys_BPGK.device) / head_dim
+    angle = -shift * (1.0 / base**exponent).double()
+    cos, sin = angle.cos(), angle.sin()
+    x1, x2 = keys_BPGK.double().chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(keys_BPGK.dtype)
+
+
+@torch.no_grad()
+def read(net: Hymba, tokens: Tensor, state: HymbaState | None, piece_tokens: int) -> tuple[Tensor, HymbaState]:
+    """Feeds tokens (n,), n >= 1, that follow `state`, in pieces, whatever n.
+
+    Returns the last token's logits (V,) and the state after it.
+    """
+    for piece in tokens.split(piece_tokens):
+        hidden_BTD, state = net.hidden(piece[None], state, return_state=True)
+        state = compact(net, state)
+    return net.logits(hidden_BTD[:, -1:])[0, 0], state
+
+
+@torch.no_grad()
+def score_onward(net: Hymba, tokens: Tensor, state: HymbaState | None,
+                 piece_tokens: int) -> tuple[Tensor, HymbaState | None]:
+    """Nats (n,) float32 of tokens[1:] of tokens (n+1,), which follow `state`; and the state after tokens[n-1]."""
+    nats = [torch.empty(0, device=tokens.device)]
+    for inputs, targets in zip(tokens[:-1].split(piece_tokens), tokens[1:].split(piece_tokens), strict=True):
+        if inputs.numel():
+            nats_BT, state = net(inputs[None], targets[None], state=state, return_state=True, reduction="none")
+            state = compact(net, state)
+            nats.append(nats_BT[0])
+    return torch.cat(nats), state
+
+
+@dataclass
+class CarriedScorer:
+    """Scores consecutive parts of a stream, each token given all that came before.
+
+    On one rank the state goes on from part to part: a token sees everything since the start of the stream (or, after
+    an update with `rewarm`, at least the last `warm_tokens`). On several ranks a part is cut into one contiguous span
+    for each, and a span's state is made from the `warm_tokens` tokens before it: a token then sees at least
+    min(warm_tokens, all) tokens, not all. Every rank gets every nat.
+
+    Raises ValueError for a network with global layers, whose state would grow with the text.
+    """
+
+    net: Hymba
+    piece_tokens: int
+    warm_tokens: int
+    rewarm: bool
+    forwards_per_score: float = field(default=1.0, init=False)
+    _state: HymbaState | None = field(default=None, init=False)
+    _seen: int = field(default=0, init=False)  # tokens that _state has read
+    _before: Tensor | None = field(default=None, init=False)  # up to warm_tokens tokens before the next part
+
+    def __post_init__(self) -> None:
+        if self.net.config.global_layer_set():
+            raise ValueError("ttt.mode 'carried' needs a network whose state does not grow, and net.global_layers="
+                             f"{self.net.config.global_layers!r} keeps every key: use mode 'cold' or 'sliding'")
+
+    def weights_changed(self) -> None:
+        """The network was trained since the last part."""
+        if self.rewarm:
+            self._state = None
+
+    def score(self, tokens: Tensor) -> ScoredTokens:
+        """tokens (n+1,), of which the first was the last of the part before; scores tokens[1:]."""
+        was_training = self.net.training
+        self.net.eval()
+        before = tokens[:0] if self._before is None else self._before
+        stream, n = torch.cat([before, tokens]), tokens.numel() - 1
+        if world()[1] == 1:
+            nats, context = self._score_on(stream, before.numel(), n)
+        else:
+            nats, context = self._score_spans(stream, before.numel(), n)
+        self._before = stream[max(stream.numel() - 1 - self.warm_tokens, 0):-1].clone()
+        self.net.train(was_training)
+        return ScoredTokens(nats, context)
+
+    def _score_on(self, stream: Tensor, first: int, n: int) -> tuple[Tensor, Tensor]:
+        if self._state is None:
+            self._seen = first
+            if first:
+                self._state = read(self.net, stream[:first], None, self.piece_tokens)[1]
+        nats, self._state = score_onward(self.net, stream[first:], self._state, self.piece_tokens)
+        context = torch.arange(self._seen + 1, self._seen + n + 1)
+        self._seen += n
+        return nats, context
+
+    def _score_spans(self, stream: Tensor, first: int, n: int) -> tuple[Tensor, Tensor]:
+        rank, size = world()
+        nats, context = torch.zeros(n, device=stream.device), torch.zeros(n, dtype=torch.int64)
+        for other in range(size):
+            start, stop = first + n * other // size, first + n * (other + 1) // size
+            warm_from = max(start - self.warm_tokens, 0)
+            context[start - first:stop - first] = torch.arange(start - warm_from + 1, stop - warm_from + 1)
+            if other != rank or start == stop:
+                continue
+            state = None
+            if warm_from < start:
+                state = read(self.net, stream[warm_from:start], None, self.piece_tokens)[1]
+            nats[start - first:stop - first] = score_onward(self.net, stream[start:stop + 1], state,
+                                                            self.piece_tokens)[0]
+        return sum_over_ranks(nats), context

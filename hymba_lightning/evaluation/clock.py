@@ -1,0 +1,82 @@
+"""The evaluation's clock: one time for all ranks, and how many epochs still fit under a limit."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from hymba_lightning.evaluation.score import world
+
+log = logging.getLogger("hymba_lightning")
+
+# An epoch that was not measured yet is taken for this many forward passes (backward about two, rounding up).
+EPOCH_IN_FORWARDS = 4.0
+# What was measured may be exceeded by this factor the next time.
+MARGIN = 1.1
+
+
+class EvaluationClock:
+    """Seconds since construction, rank 0's on every rank, and what they allow.
+
+    Measured times of scoring and of epochs are the largest so far, so that a slow start is no surprise later. Every
+    rank must make the same calls.
+
+    Args:
+        limit_seconds: Seconds for everything; None for no limit.
+        device: Where the tensor lives that carries rank 0's time to the others.
+        time_fn: A monotonic clock in seconds.
+    """
+
+    def __init__(self, limit_seconds: float | None, device: torch.device,
+                 time_fn: Callable[[], float] = time.monotonic) -> None:
+        self.limit_seconds = limit_seconds
+        self._device = device
+        self._time = time_fn
+        self._start = time_fn()
+        self._score_seconds = 0.0
+        self._epoch_seconds: float | None = None
+        self._warned = False
+
+    def elapsed(self) -> float:
+        """Seconds since the start by rank 0's clock."""
+        seconds = self._time() - self._start
+        if world()[1] == 1:
+            return seconds
+        shared = torch.tensor([seconds], dtype=torch.float64, device=self._device)
+        dist.broadcast(shared, src=0)
+        return float(shared)
+
+    def note_scoring(self, seconds: float) -> None:
+        """Remembers how long a chunk's scoring took."""
+        self._score_seconds = max(self._score_seconds, seconds)
+
+    def note_epoch(self, seconds: float) -> None:
+        """Remembers how long an epoch over a chunk took."""
+        self._epoch_seconds = max(self._epoch_seconds or 0.0, seconds)
+
+    def allows_epoch(self, *, now: float, chunk_started: float, chunks_left: int, first: bool,
+                     forwards_per_score: float) -> bool:
+        """Whether another epoch over this chunk still leaves time to score the `chunks_left` chunks after it.
+
+        The first epoch may take all the time there is to spare; a further one only this chunk's equal share of it,
+        counted from `chunk_started`. `forwards_per_score` is how often scoring passes over each token.
+        """
+        if self.limit_seconds is None:
+            return True
+        epoch = self._epoch_seconds
+        if epoch is None:
+            epoch = EPOCH_IN_FORWARDS * self._score_seconds / forwards_per_score
+        scoring_left = MARGIN * self._score_seconds * chunks_left
+        since = now if first else chunk_started
+        spare = self.limit_seconds - since - scoring_left
+        share = spare if first else spare / max(chunks_left, 1)
+        allowed = now + MARGIN * epoch <= since + share
+        if not allowed and not self._warned:
+            self._warned = True
+            log.info("evaluation: %.1f of %.1f s are used with %d chunks to come: fewer epochs than asked for",
+                     now, self.limit_seconds, chunks_left)
+        return allowed
