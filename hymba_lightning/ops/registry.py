@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -68,6 +69,16 @@ def needs_package(package: str, install: str, device_type: str) -> Callable[[str
         return None
 
     return missing
+
+
+def needs_triton(device_type: str) -> str | None:
+    """`missing` of a backend written in Triton: a GPU, or its interpreter on CPU tensors (tests)."""
+    if not is_installed("triton"):
+        return "the package triton is not installed: pip install triton (torch's CUDA builds bring it along)"
+    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not interpreted:
+        return f"Triton compiles for GPUs, the tensors are on {device_type}; TRITON_INTERPRET=1 runs it on CPUs, slowly"
+    return None
 
 
 def _objection(backend: Backend, device_type: str, features: tuple[str, ...]) -> str | None:

@@ -6,6 +6,7 @@ B batch, T sequence, E channels (d_inner), N states per channel (d_state).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,24 +14,84 @@ from torch import Tensor
 from hymba_lightning.ops import registry
 from hymba_lightning.ops.selective_scan.naive import selective_scan_naive
 
-BACKENDS = ("naive",)
+_MAMBA_REMEDY = "use backend 'triton' or 'chunked'"
 
-registry.register("selective_scan", registry.Operation(
-    backends={"naive": registry.Backend(registry.anywhere)},
-    order={"other": ("naive",)},
-))
+_operation = registry.Operation(
+    backends={
+        "naive": registry.Backend(registry.anywhere),
+        "chunked": registry.Backend(registry.anywhere),
+        "numba": registry.Backend(registry.needs_package("numba", "pip install numba", "cpu")),
+        "triton": registry.Backend(registry.needs_triton),
+        "mamba_ssm": registry.Backend(
+            registry.needs_package("mamba_ssm", "pip install mamba-ssm --no-build-isolation", "cuda"),
+            {"initial_state": f"mamba-ssm's kernel starts from a zero state; {_MAMBA_REMEDY}",
+             "state_gradient": f"mamba-ssm drops the final state's gradient; {_MAMBA_REMEDY}, or torch.no_grad()"}),
+    },
+    order={"cpu": ("numba", "chunked"), "cuda": ("triton", "mamba_ssm", "chunked"), "other": ("chunked",)},
+)
+registry.register("selective_scan", _operation)
 
+BACKENDS = tuple(_operation.backends)
 available_backends = functools.partial(registry.available_backends, "selective_scan")
 
 
 def selective_scan(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_E: Tensor,
                    z_BTE: Tensor | None, *, dt_bias_E: Tensor, initial_state_BEN: Tensor | None = None,
                    return_state: bool = False, backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
-    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t;  out_t = (C_t·h_t + D u_t) silu(z_t)."""
+    """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t;  out_t = (C_t·h_t + D u_t) silu(z_t).
+
+    dt = softplus(dt_BTE + dt_bias); A is negative; without z there is no gate. State and arithmetic are float32; u, dt,
+    B, C and z may be bfloat16, and `out` has u's dtype. With `return_state` also returns the state after the last token
+    (B, E, N), in float32. Differentiable in every input, also through the returned state.
+
+    Raises ValueError for shapes that do not fit and for an unknown backend, BackendUnavailableError for a named backend
+    that cannot serve the call.
+    """
+    _check_shapes(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E, initial_state_BEN)
     features = () if initial_state_BEN is None else ("initial_state",)
-    registry.choose("selective_scan", backend, u_BTE.device.type, features)
+    if return_state and torch.is_grad_enabled():
+        features += ("state_gradient",)
+    name = registry.choose("selective_scan", backend, u_BTE.device.type, features)
+    operands = u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E
+    if name == "mamba_ssm":
+        from hymba_lightning.ops.selective_scan.mamba_ssm import selective_scan_mamba_ssm
+
+        out_BTE, state_BEN = selective_scan_mamba_ssm(*operands)
+        return (out_BTE, state_BEN) if return_state else out_BTE
     if initial_state_BEN is None:
-        initial_state_BEN = u_BTE.new_zeros(u_BTE.size(0), *A_EN.shape, dtype=torch.float32)
-    out_BTE, state_BEN = selective_scan_naive(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E,
-                                              initial_state_BEN)
-    return (out_BTE, state_BEN) if return_state else out_BTE
+        initial_state_BEN = A_EN.new_zeros(u_BTE.size(0), *A_EN.shape, dtype=torch.float32)
+    if name == "triton":
+        from hymba_lightning.ops.selective_scan.triton import selective_scan_triton
+
+        return selective_scan_triton(*operands[:7], dt_bias_E=dt_bias_E, initial_state_BEN=initial_state_BEN,
+                                     return_state=return_state)
+    result = _implementation(name)(*operands, initial_state_BEN)
+    return (result[0], result[1]) if return_state else result[0]
+
+
+def _implementation(name: str) -> Callable[..., tuple[Tensor, ...]]:
+    """A function of the operands and the initial state that returns out, the final state and whatever it keeps."""
+    if name == "numba":
+        from hymba_lightning.ops.selective_scan.numba import selective_scan_numba
+
+        return selective_scan_numba
+    if name == "chunked":
+        from hymba_lightning.ops.selective_scan.chunked import selective_scan_chunked
+
+        return selective_scan_chunked
+    return selective_scan_naive
+
+
+def _check_shapes(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
+                  initial_state: Tensor | None) -> None:
+    batch, length, channels = u.shape
+    states = A.size(-1)
+    wanted = [("dt_BTE", dt, (batch, length, channels)), ("A_EN", A, (channels, states)),
+              ("B_BTN", B, (batch, length, states)), ("C_BTN", C, (batch, length, states)), ("D_E", D, (channels,)),
+              ("z_BTE", z, (batch, length, channels)), ("dt_bias_E", dt_bias, (channels,)),
+              ("initial_state_BEN", initial_state, (batch, channels, states))]
+    for name, tensor, shape in wanted:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"selective_scan: {name} has shape {tuple(tensor.shape)}, u_BTE and A_EN ask for {shape}")
+    if length == 0:
+        raise ValueError("selective_scan: u_BTE has no tokens (T = 0)")

@@ -1,0 +1,81 @@
+"""Running the numba kernels: tensors as flat arrays, work items spread over as many threads as torch uses."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("hymba_lightning")
+
+_ready: set[str] = set()
+_preparing = threading.Lock()
+
+
+def flat(tensor: Tensor) -> np.ndarray:
+    """The tensor's values as a flat float32 array, sharing memory with a contiguous float32 tensor."""
+    return tensor.detach().float().contiguous().view(-1).numpy()
+
+
+def rows(x_BTX: Tensor) -> tuple[np.ndarray, int]:
+    """A flat float32 array and a stride with which the values of token (b, t) begin at (b*T + t) * stride.
+
+    A float32 tensor whose rows are evenly spaced, a slice of a projection's output say, is not copied.
+    """
+    batch, length, width = x_BTX.shape
+    stride = x_BTX.stride(1)
+    if x_BTX.dtype == torch.float32 and x_BTX.stride(2) == 1 and (batch == 1 or x_BTX.stride(0) == length * stride):
+        return x_BTX.detach().as_strided(((batch * length - 1) * stride + width,), (1,)).numpy(), stride
+    return flat(x_BTX), width
+
+
+@functools.cache
+def _pool(process_id: int, workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="hymba-native")
+
+
+def _prepare(kernel: Callable[..., None], name: str, arguments: tuple) -> None:
+    """Loads `kernel` from numba's cache on disk, or compiles it; says so, because the latter takes seconds."""
+    with _preparing:
+        if name in _ready:
+            return
+        logger.info("%s: loading the native loop; the first time on a machine it compiles, which takes seconds", name)
+        start = time.perf_counter()
+        kernel(0, 0, *arguments)
+        logger.info("%s: native loop ready after %.1f s", name, time.perf_counter() - start)
+        _ready.add(name)
+
+
+def run_items(kernel: Callable[..., None], name: str, n_items: int, operations: float, arguments: tuple) -> None:
+    """Calls kernel(first, last, *arguments) until every item in [0, n_items) is done, on up to torch.get_num_threads().
+
+    `kernel` is a numba function that releases the GIL and writes only what belongs to its items, so the result does not
+    depend on the number of threads. `operations` estimates the whole work in inner steps: where it takes less than
+    a millisecond or so, the calling thread does it alone.
+    """
+    if name not in _ready:
+        _prepare(kernel, name, arguments)
+    workers = min(torch.get_num_threads(), n_items)
+    if workers == 1 or operations < 2e6:
+        kernel(0, n_items, *arguments)
+        return
+    # Taking the next number of a count is atomic, and a thread that is held up delays no more than one item.
+    counter = itertools.count()
+
+    def work() -> None:
+        while (item := next(counter)) < n_items:
+            kernel(item, item + 1, *arguments)
+
+    futures = [_pool(os.getpid(), workers - 1).submit(work) for _ in range(workers - 1)]
+    work()
+    for future in futures:
+        future.result()

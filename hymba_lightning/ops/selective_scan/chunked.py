@@ -1,0 +1,238 @@
+"""The selective scan in plain PyTorch, chunk by chunk inside one operator, on any device.
+
+The sequence is cut into segments that advance side by side (one on a CPU; about sqrt(T) on a GPU, which so waits for
+about sqrt(T) launches instead of T), a segment into chunks. Inside a chunk everything but the recurrence itself is done
+for all its tokens at once. Every exponential is of dt·A <= 0 or of a sum of those, so no dt·A overflows.
+
+B batch, T sequence, E channels, N states, P segments, L tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hymba_lightning.ops.selective_scan.custom import make_scan_op, n_chunks
+
+# Tokens between two saved states, which are also those whose states are held at once.
+CHUNK = 64
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Keeps torch to one thread on a CPU: its workers would meet at a barrier after each of thousands of tiny steps."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Layout:
+    """How T tokens fall into segments of whole chunks: `count` segments of `tokens` tokens, the last padded."""
+
+    def __init__(self, length: int, device: torch.device) -> None:
+        self.length = length
+        per_segment = n_chunks(length, CHUNK) if device.type == "cpu" else round(math.sqrt(length) / CHUNK)
+        self.chunks = max(1, per_segment)
+        self.count = n_chunks(length, self.chunks * CHUNK)
+        self.tokens = length if self.count == 1 else self.chunks * CHUNK
+
+    def cut(self, x_BTX: Tensor, fill: float = 0.0) -> Tensor:
+        """(B, T, X) -> (B, P, tokens, X), padded with `fill`."""
+        missing = self.count * self.tokens - self.length
+        if missing:
+            x_BTX = F.pad(x_BTX, (0, 0, 0, missing), value=fill)
+        return x_BTX.unflatten(1, (self.count, self.tokens))
+
+    def empty(self, x_BTX: Tensor) -> Tensor:
+        """An unwritten (B, P, tokens, X) in x's dtype."""
+        shape = x_BTX.size(0), self.count, self.tokens, x_BTX.size(2)
+        return torch.empty(shape, dtype=x_BTX.dtype, device=x_BTX.device)
+
+    def uncut(self, x: Tensor) -> Tensor:
+        """(B, P, tokens, X) -> (B, T, X)."""
+        return x.flatten(1, 2)[:, :self.length].contiguous()
+
+    def span(self, chunk: int) -> slice:
+        """The tokens of a chunk within every segment."""
+        return slice(chunk * CHUNK, min((chunk + 1) * CHUNK, self.tokens))
+
+
+class _Operands:
+    """The scan's inputs, cut into segments; padded tokens have dt = softplus(-inf) = 0 and so change no state."""
+
+    def __init__(self, layout: _Layout, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+                 z: Tensor | None, dt_bias: Tensor) -> None:
+        self.u, self.dt = layout.cut(u), layout.cut(dt, float("-inf"))
+        self.B, self.C = layout.cut(B), layout.cut(C)
+        self.z = None if z is None else layout.cut(z)
+        self.A_NE, self.D, self.dt_bias = A.float().t().contiguous(), D.float(), dt_bias.float()
+
+
+class _Work:
+    """Memory for one chunk of all segments, (B, P, L, N, E) float32, used again for every chunk."""
+
+    def __init__(self, layout: _Layout, ops: _Operands, buffers: int) -> None:
+        tokens = min(CHUNK, layout.tokens)
+        shape = buffers, ops.u.size(0), layout.count, tokens, *ops.A_NE.shape
+        memory = torch.empty(shape, dtype=torch.float32, device=ops.u.device)
+        self.decay, self.x, *rest = memory.unbind(0)
+        self.g = rest[0] if rest else self.x
+        # Views of single tokens are made once: making one costs as much as the arithmetic on it.
+        self.decays, self.xs, self.gs = self.decay.unbind(2), self.x.unbind(2), self.g.unbind(2)
+
+    def advance(self, state: Tensor, tokens: int) -> Tensor:
+        """Turns the inflows in x into states in place, beginning from `state`; returns the last one."""
+        for decay, x in zip(self.decays[:tokens], self.xs, strict=False):
+            state = x.addcmul_(decay, state)
+        return state
+
+    def retreat(self, carry: Tensor, tokens: int) -> Tensor:
+        """Turns the outputs' gradients in g into the states', in place, from the last token to the first.
+
+        `carry` is what the tokens after the chunk send to its last state; returns what it sends to the state before it.
+        """
+        self.gs[tokens - 1].add_(carry)
+        for i in range(tokens - 2, -1, -1):
+            self.gs[i].addcmul_(self.decays[i + 1], self.gs[i + 1])
+        return self.decays[0] * self.gs[0]
+
+
+class _Chunk:
+    """One chunk of all segments, float32: operands (B, P, L, E or N), decays and inflows (B, P, L, N, E)."""
+
+    def __init__(self, ops: _Operands, work: _Work, span: slice, inflows: bool = True) -> None:
+        self.tokens = span.stop - span.start
+        self.u, self.B, self.C = ops.u[:, :, span].float(), ops.B[:, :, span].float(), ops.C[:, :, span].float()
+        self.z = None if ops.z is None else ops.z[:, :, span].float()
+        self.raw = ops.dt[:, :, span].float() + ops.dt_bias
+        self.step = F.softplus(self.raw)
+        self.inflow = self.step * self.u
+        self.decay, self.x = work.decay[:, :, :self.tokens], work.x[:, :, :self.tokens]
+        self.g = work.g[:, :, :self.tokens]
+        torch.mul(self.step.unsqueeze(-2), ops.A_NE, out=self.decay).exp_()
+        if inflows:
+            torch.mul(self.inflow.unsqueeze(-2), self.B.unsqueeze(-1), out=self.x)
+
+
+def _silu_gradient(z: Tensor) -> tuple[Tensor, Tensor]:
+    """silu(z) and its derivative."""
+    s = torch.sigmoid(z)
+    silu = z * s
+    return silu, s + silu * (1 - s)
+
+
+def _segment_decay(layout: _Layout, ops: _Operands) -> Tensor:
+    """exp(A Σ dt) of each segment, (B, P, N, E): what a state before it is worth after it."""
+    total = sum(F.softplus(ops.dt[:, :, layout.span(c)].float() + ops.dt_bias).sum(2) for c in range(layout.chunks))
+    return torch.exp(total.unsqueeze(-2) * ops.A_NE)
+
+
+def _segment_starts(layout: _Layout, ops: _Operands, work: _Work, initial: Tensor) -> Tensor:
+    """The state before each segment (B, P, N, E), given the one before the first (B, N, E)."""
+    if layout.count == 1:
+        return initial.unsqueeze(1)
+    end = torch.zeros_like(work.decays[0])
+    for c in range(layout.chunks):
+        chunk = _Chunk(ops, work, layout.span(c))
+        end = work.advance(end, chunk.tokens).clone()
+    starts, decay = [initial], _segment_decay(layout, ops)
+    for p in range(layout.count - 1):
+        starts.append(torch.addcmul(end[:, p], decay[:, p], starts[-1]))
+    return torch.stack(starts, dim=1)
+
+
+def _segment_carries(layout: _Layout, ops: _Operands, work: _Work, g_out: Tensor, g_final: Tensor) -> Tensor:
+    """The gradient of the state after each segment (B, P, N, E), given that of the final state (B, N, E)."""
+    if layout.count == 1:
+        return g_final.unsqueeze(1)
+    sent = torch.zeros_like(work.decays[0])
+    for c in reversed(range(layout.chunks)):
+        span = layout.span(c)
+        chunk = _Chunk(ops, work, span, inflows=False)
+        g_y = g_out[:, :, span].float()
+        if chunk.z is not None:
+            g_y = g_y * F.silu(chunk.z)
+        torch.mul(g_y.unsqueeze(-2), chunk.C.unsqueeze(-1), out=chunk.g)
+        sent = work.retreat(sent, chunk.tokens)
+    carries, decay = [g_final], _segment_decay(layout, ops)
+    for p in reversed(range(1, layout.count)):
+        carries.append(torch.addcmul(sent[:, p], decay[:, p], carries[-1]))
+    return torch.stack(carries[::-1], dim=1)
+
+
+def _forward_chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
+                     dt_bias: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    layout = _Layout(u.size(1), u.device)
+    ops = _Operands(layout, u, dt, A, B, C, D, z, dt_bias)
+    out = layout.empty(u)
+    starts = torch.empty(u.size(0), layout.count, layout.chunks, *ops.A_NE.shape, dtype=torch.float32, device=u.device)
+    with _one_thread(u.device):
+        work = _Work(layout, ops, buffers=2)
+        state = _segment_starts(layout, ops, work, initial_state.float().transpose(1, 2))
+        for c in range(layout.chunks):
+            span = layout.span(c)
+            starts[:, :, c] = state
+            chunk = _Chunk(ops, work, span)
+            state = work.advance(starts[:, :, c], chunk.tokens)
+            y = torch.matmul(chunk.C.unsqueeze(-2), chunk.x).squeeze(-2).addcmul_(chunk.u, ops.D)
+            out[:, :, span] = y if chunk.z is None else y.mul_(F.silu(chunk.z))
+        final = state[:, -1].transpose(1, 2).contiguous()
+    return layout.uncut(out), final, starts.flatten(1, 2)[:, :n_chunks(layout.length, CHUNK)].contiguous()
+
+
+def _backward_chunked(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+                      z: Tensor | None, dt_bias: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
+    layout = _Layout(u.size(1), u.device)
+    ops = _Operands(layout, u, dt, A, B, C, D, z, dt_bias)
+    g_out = layout.cut(g_out)
+    starts = F.pad(starts, (0, 0, 0, 0, 0, layout.count * layout.chunks - starts.size(1)))
+    starts = starts.unflatten(1, (layout.count, layout.chunks))
+    g_u, g_dt, g_B, g_C = layout.empty(u), layout.empty(dt), layout.empty(B), layout.empty(C)
+    g_z = None if z is None else layout.empty(z)
+    g_A, g_D, g_bias = torch.zeros_like(ops.A_NE), torch.zeros_like(ops.D), torch.zeros_like(ops.dt_bias)
+    with _one_thread(u.device):
+        work = _Work(layout, ops, buffers=3)
+        carry = _segment_carries(layout, ops, work, g_out, g_final.float().transpose(1, 2))
+        for c in reversed(range(layout.chunks)):
+            span, start = layout.span(c), starts[:, :, c]
+            chunk = _Chunk(ops, work, span)
+            work.advance(start, chunk.tokens)
+            g_y = g_out[:, :, span].float()
+            if chunk.z is not None and g_z is not None:
+                y = torch.matmul(chunk.C.unsqueeze(-2), chunk.x).squeeze(-2).addcmul_(chunk.u, ops.D)
+                silu, slope = _silu_gradient(chunk.z)
+                g_z[:, :, span] = g_y * y * slope
+                g_y = g_y * silu
+            g_D += (g_y * chunk.u).sum((0, 1, 2))
+            torch.mul(g_y.unsqueeze(-2), chunk.C.unsqueeze(-1), out=chunk.g)
+            carry = work.retreat(carry, chunk.tokens)
+            g_C[:, :, span] = torch.matmul(chunk.x, g_y.unsqueeze(-1)).squeeze(-1)
+            g_B[:, :, span] = torch.matmul(chunk.g, chunk.inflow.unsqueeze(-1)).squeeze(-1)
+            g_inflow = torch.matmul(chunk.B.unsqueeze(-2), chunk.g).squeeze(-2)
+            # The gradient of the exponent dt·A, in the memory of g: a state's predecessor is the row before it.
+            g = chunk.g.mul_(chunk.decay)
+            g[:, :, 1:] *= chunk.x[:, :, :-1]
+            g[:, :, 0] *= start
+            g_step = torch.mul(g, ops.A_NE, out=chunk.decay).sum(-2).addcmul_(g_inflow, chunk.u)
+            g_A += g.mul_(chunk.step.unsqueeze(-2)).sum((0, 1, 2))
+            g_u[:, :, span] = torch.addcmul(g_y * ops.D, g_inflow, chunk.step)
+            g_raw = g_step.mul_(torch.sigmoid(chunk.raw))
+            g_bias += g_raw.sum((0, 1, 2))
+            g_dt[:, :, span] = g_raw
+    return (layout.uncut(g_u), layout.uncut(g_dt), g_A.t().contiguous().to(A.dtype), layout.uncut(g_B),
+            layout.uncut(g_C), g_D.to(D.dtype), u.new_empty(0) if g_z is None else layout.uncut(g_z),
+            g_bias.to(dt_bias.dtype), carry[:, 0].transpose(1, 2).contiguous())
+
+
+selective_scan_chunked = make_scan_op("selective_scan_chunked", _forward_chunked, _backward_chunked, CHUNK)
