@@ -9,6 +9,7 @@ compress; low ones do not and would only break the runs. A tensor that equals an
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import re
@@ -82,29 +83,28 @@ class Encoded:
     scale: np.ndarray | None  # float16, quantized tensors only
 
 
-def encode_tensor(name: str, tensor: Tensor, config: QuantizationConfig,
-                  quantized: QuantizedTensor | None = None) -> Encoded:
-    """`tensor` as `config` wants it stored, or as `quantized` where another method rounded it already.
-
-    Raises ValueError naming the tensor: not floating point, empty, inf or NaN, `quantized` of another shape.
-    """
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raises ValueError naming a tensor that is not floating point, is empty, or has inf or NaN."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         raise ValueError(f"{name}: only non-empty floating-point tensors can be exported, got {tensor.dtype} "
                          f"of shape {list(tensor.shape)}")
-    tensor = tensor.detach()
     check_finite(name, tensor)
+
+
+def encode_tensor(name: str, tensor: Tensor, storage: str, quantized: QuantizedTensor | None) -> Encoded:
+    """`tensor` as `storage` ('float16' or 'float32') says, or as `quantized` where it is rounded to integers.
+
+    Raises ValueError where `quantized` has another shape. float16 gives way to float32 where it would lose much.
+    """
     shape = list(tensor.shape) or [1]
-    storage, bits = config.storage_of(name, tensor.numel())
-    if quantized is None and storage == "int":
-        quantized = quantize(name, tensor, bits, config)
     if quantized is not None:
-        if quantized.q.shape != as_rows(tensor).shape:
-            raise ValueError(f"{name}: quantized to {list(quantized.q.shape)}, but its rows are "
-                             f"{list(as_rows(tensor).shape)}")
+        rows_RC = as_rows(tensor)
+        if quantized.q.shape != rows_RC.shape:
+            raise ValueError(f"{name}: quantized to {list(quantized.q.shape)}, but its rows are {list(rows_RC.shape)}")
         entry = Entry(name, shape, "int", quantized.bits, quantized.exponent)
         recentred = (quantized.q.cpu().to(torch.int16) + q_max_of(quantized.bits)).to(torch.uint8)
         return Encoded(entry, recentred.flatten().numpy(), quantized.scale.cpu().numpy())
-    values = tensor.float().cpu().flatten()
+    values = tensor.detach().float().cpu().flatten()
     if storage == "float16" and not fits_float16(values):
         storage = "float32"
     return Encoded(Entry(name, shape, storage), values.numpy().astype(STREAM_DTYPES[storage]), None)
@@ -136,7 +136,7 @@ def lay_out(tensors: list[Encoded]) -> tuple[bytes, dict[str, int], list[Entry]]
     first_with: dict[tuple, str] = {}
     table = []
     for encoded in sorted(tensors, key=lambda encoded: kind_of(encoded.entry.name)):
-        entry = encoded.entry
+        entry = dataclasses.replace(encoded.entry)
         table.append(entry)
         scale = b"" if encoded.scale is None else encoded.scale.tobytes()
         key = (entry.storage, entry.bits, entry.exponent, *entry.shape,

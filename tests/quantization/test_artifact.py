@@ -231,7 +231,7 @@ def test_scales_get_as_coarse_as_the_limit_needs(tmp_path, caplog):
     assert load_artifact(tmp_path / "b").quantization["coarsen"] == report.coarsen
     errors = [sum((load_artifact(tmp_path / name).state_dict[key] - tensor).square().sum()
                   for key, tensor in matrices().items()) for name in "ab"]
-    assert errors[0] < errors[1] < 5 * errors[0]
+    assert errors[0] < errors[1] < 6 * errors[0]
 
 
 def test_scales_stay_fine_where_everything_fits_or_nothing_would(tmp_path):
