@@ -42,7 +42,7 @@ class HymbaModule(pl.LightningModule):
         swa_every: int = 50,
         qat_start: float = 1.0,
         compile: bool = False,
-        compile_warmup_steps: int = 20,
+        compile_warmup_steps: int | None = None,
         log_every_n_steps: int = 10,
         peak_tflops: float | None = None,
     ) -> None:
@@ -60,7 +60,8 @@ class HymbaModule(pl.LightningModule):
             swa_every: Optimizer steps between two weights that the uniform average takes in.
             qat_start: Fraction of training after which quantization-aware training is on (needs runtime.qat_bits).
             compile: Compile the network with torch.compile.
-            compile_warmup_steps: Steps run and undone before the clock starts, so that compilation costs no budget.
+            compile_warmup_steps: Steps run and undone before the clock starts, so that compilation (torch's, Triton's,
+                numba's) costs no budget; null for 20 with `compile` and 2 without, 0 for none.
             log_every_n_steps: Optimizer steps between two log lines.
             peak_tflops: Peak of one device in TFLOP/s for the MFU; null looks the GPU up by name.
         """
@@ -70,7 +71,8 @@ class HymbaModule(pl.LightningModule):
         self.budget_seconds, self.reserve_seconds = budget_seconds, reserve_seconds
         self.ema_decay, self.swa_start, self.swa_every = ema_decay, swa_start, swa_every
         self.qat_start = qat_start
-        self.compile_net, self.compile_warmup_steps = compile, compile_warmup_steps
+        self.compile_net = compile
+        self.compile_warmup_steps = (20 if compile else 2) if compile_warmup_steps is None else compile_warmup_steps
         self.log_every_n_steps, self.peak_tflops = log_every_n_steps, peak_tflops
         # Plain values only: checkpoints are read with weights_only.
         self.save_hyperparameters({"net": net.to_dict(), "optimizer": dataclasses.asdict(optimizer),
@@ -89,12 +91,11 @@ class HymbaModule(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         wanted: list[pl.Callback] = [
+            CompileWarmup(self.compile_warmup_steps),
             WallClock(self.budget_seconds, self.reserve_seconds),
             EMA(self.ema_decay, self.swa_start, self.swa_every),
             TrainingStats(self.log_every_n_steps, self.peak_tflops),
         ]
-        if self.compile_net and self.compile_warmup_steps:
-            wanted.append(CompileWarmup(self.compile_warmup_steps))
         present = tuple(type(callback) for callback in self.trainer.callbacks)
         return [callback for callback in wanted if not isinstance(callback, present)]
 
