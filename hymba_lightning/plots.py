@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from hymba_lightning.callbacks.stats import TrainRow, ValRow
+    from hymba_lightning.evaluation.curve import CurvePoint
     from hymba_lightning.evaluation.score import Score
 
 INK, BLUE, ORANGE, GREY = "#22262b", "#2563a8", "#c8641e", "#9aa3ad"
@@ -85,6 +86,31 @@ def plot_ttt(scores: list[Score], tokens_per_chunk: int, path: Path, artifact_bp
     axis.set_ylabel("bits per byte")
     axis.set_title(f"Score-first test-time training, chunks of {tokens_per_chunk:,} tokens", color=INK, loc="left",
                    fontsize=12)
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+    return path
+
+
+def plot_context(by_context: list[CurvePoint], by_document: list[CurvePoint], path: Path, mode: str) -> Path:
+    """Bits per byte against the tokens a target was predicted from, and against its place in the document, log scale.
+
+    Each bin doubles; points sit at the bin's geometric middle, and their area says how much text is in it. Raises
+    ValueError when there is nothing to draw.
+    """
+    if not by_context:
+        raise ValueError("no token was scored: nothing to plot")
+    figure, (axis,) = _figure(8.2, 4.0)
+    most = max(point.n_tokens for point in by_context)
+    for points, color, label in ((by_document, GREY, "place in the document"),
+                                 (by_context, BLUE, "tokens it was predicted from")):
+        middles = [point.at_least * 2**0.5 for point in points]
+        axis.plot(middles, [point.bpb for point in points], color=color, linewidth=1.4, label=label)
+        axis.scatter(middles, [point.bpb for point in points], color=color,
+                     s=[6 + 50 * point.n_tokens / most for point in points])
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("tokens before the scored one")
+    axis.set_ylabel("bits per byte")
+    axis.set_title(f"What context is worth, evaluation mode '{mode}'", color=INK, loc="left", fontsize=12)
     axis.legend(fontsize=8, frameon=False)
     figure.savefig(path)
     return path

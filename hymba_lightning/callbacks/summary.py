@@ -15,8 +15,10 @@ from rich.table import Table
 from hymba_lightning import __version__
 from hymba_lightning.callbacks.export import ExportArtifact, run_folder
 from hymba_lightning.callbacks.stats import TrainingStats
+from hymba_lightning.data.tokenizer import file_sha256
+from hymba_lightning.evaluation.audit import StreamAudit, describe_context
 from hymba_lightning.files import write_atomic
-from hymba_lightning.plots import plot_training, plot_ttt
+from hymba_lightning.plots import plot_context, plot_training, plot_ttt
 
 
 def environment(trainer: pl.Trainer) -> dict[str, Any]:
@@ -32,11 +34,13 @@ class RunSummary(pl.Callback):
     """Writes and prints what came out. Put it after the export, whose figures it reads.
 
     Args:
-        plots: also draw training.png and ttt.png into the run's folder.
+        plots: also draw training.png, ttt.png and context.png into the run's folder.
+        per_token_nats: let test write nats.npy, every scored token's nats in order, for anyone's own sums.
     """
 
-    def __init__(self, plots: bool = True) -> None:
+    def __init__(self, plots: bool = True, per_token_nats: bool = False) -> None:
         self.plots = plots
+        self.per_token_nats = per_token_nats
         self._test_started = 0.0
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -73,12 +77,15 @@ class RunSummary(pl.Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._test_started = time.monotonic()
+        keep = self.per_token_nats and trainer.is_global_zero
+        self._audit = StreamAudit(run_folder(trainer), pl_module.net.config.bos_id, keep)
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
                           batch_idx: int, dataloader_idx: int = 0) -> None:
         total = pl_module.test_score()
+        self._audit.add(batch, pl_module.tested_chunk)
         for logger in trainer.loggers:
-            logger.log_metrics({"ttt/running_bpb": total.bpb, "ttt/chunk_bpb": pl_module.test_scores[-1].score.bpb},
+            logger.log_metrics({"ttt/running_bpb": total.bpb, "ttt/chunk_bpb": pl_module.test_scores[-1].bpb},
                                step=total.n_tokens)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -87,18 +94,28 @@ class RunSummary(pl.Callback):
             return
         total = pl_module.test_score()
         plain = _plain_bpb(folder, total.n_tokens)
+        weights = getattr(pl_module, "weights_from", None)
+        config, seq_len = pl_module.ttt_config, trainer.datamodule.seq_len
         summary = {
-            "weights": getattr(pl_module, "weights_from", None),
+            "weights": weights, "weights_sha256": file_sha256(weights) if weights else None, "mode": config.mode,
+            "context": describe_context(config, seq_len, trainer.world_size),
             "ttt_bpb": total.bpb, "ttt_loss": total.loss, "nats": total.nats, "tokens": total.n_tokens,
             "bytes": total.n_bytes, "bpb_without_adaptation": plain, "chunks": len(pl_module.test_scores),
-            "seconds": time.monotonic() - self._test_started, "seq_len": trainer.datamodule.seq_len,
-            "ttt": dataclasses.asdict(pl_module.ttt_config), "chunk_bpb": [c.score.bpb for c in pl_module.test_scores],
+            "seconds": time.monotonic() - self._test_started, "limit_seconds": config.limit_seconds,
+            "epochs_done": pl_module.ttt.epochs_done, "seq_len": seq_len,
+            "chunk_tokens": trainer.datamodule.ttt_chunk_tokens, "ttt": dataclasses.asdict(config),
+            "chunk_bpb": [score.bpb for score in pl_module.test_scores], **self._audit.finish(),
             "environment": environment(trainer),
         }
         write_atomic(folder / "test_summary.json", json.dumps(summary, indent=2) + "\n")
         if self.plots:
-            plot_ttt([c.score for c in pl_module.test_scores], pl_module.test_scores[0].score.n_tokens,
-                     folder / "ttt.png", plain)
+            plot_ttt(pl_module.test_scores, pl_module.test_scores[0].n_tokens, folder / "ttt.png", plain)
+            plot_context(self._audit.by_context.points(), self._audit.by_document.points(), folder / "context.png",
+                         config.mode)
+        for logger in trainer.loggers:
+            for name, curve in (("bpb", self._audit.by_context), ("document_bpb", self._audit.by_document)):
+                for point in curve.points():
+                    logger.log_metrics({f"context/{name}": point.bpb}, step=point.at_least)
         print_table("Test", summary, folder)
 
 
@@ -126,6 +143,7 @@ def print_table(title: str, summary: dict[str, Any], folder: Path) -> None:
     for stage, bpb in summary.get("bpb", {}).items():
         row(names.get(stage, stage), bpb, ".4f")
     row("without adaptation, bpb", summary.get("bpb_without_adaptation"), ".4f")
+    row("evaluation mode", summary.get("mode"))
     row("score-first TTT, bpb", summary.get("ttt_bpb"), ".4f")
     if "artifact_bytes" in summary:
         used = summary["artifact_bytes"] + summary["code_bytes"]

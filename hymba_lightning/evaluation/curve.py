@@ -30,7 +30,7 @@ class ContextCurve:
         """context (n,) >= 1: tokens each target was predicted from; its nats (n,) and bytes (n,)."""
         bins = torch.log2(context.double()).floor().long()
         # log2 may round up just below a power of two.
-        bins -= (torch.ones_like(bins) << bins) > context
+        bins -= ((torch.ones_like(bins) << bins) > context).long()
         values = torch.stack([nats.double().cpu(), torch.ones(nats.numel()).double(), target_bytes.double().cpu()])
         self._sums.index_add_(1, bins, values)
 

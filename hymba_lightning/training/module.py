@@ -83,7 +83,8 @@ class HymbaModule(pl.LightningModule):
         self.validated_at_step: int | None = None
         self.warming_up = False
         self.weights_from: str | None = None
-        self.test_scores: list[ChunkScore] = []
+        self.test_scores: list[Score] = []
+        self.tested_chunk: ChunkScore | None = None
         self._loss_sum: Tensor | None = None
         self._loss_count = 0
 
@@ -196,14 +197,16 @@ class HymbaModule(pl.LightningModule):
         # Lightning's inference mode would forbid the adaptation; tensors made under it cannot be trained on, so copy.
         with torch.inference_mode(False):
             chunk = chunk._replace(tokens=chunk.tokens.clone(), target_bytes=chunk.target_bytes.clone())
-            self.test_scores.append(self.ttt.score_chunk(chunk))
+            # One chunk's nats at a time: the stream may be longer than memory.
+            self.tested_chunk = self.ttt.score_chunk(chunk)
+            self.test_scores.append(self.tested_chunk.score)
             self.ttt.adapt_chunk(chunk)
 
     def test_score(self) -> Score:
         """Sum of the scores of all chunks tested so far."""
-        total = self.test_scores[0].score
-        for chunk in self.test_scores[1:]:
-            total = total + chunk.score
+        total = self.test_scores[0]
+        for score in self.test_scores[1:]:
+            total = total + score
         return total
 
     def on_test_epoch_end(self) -> None:
