@@ -54,8 +54,8 @@ class QuantizationConfig:
             raise ValueError(f"clip_quantile={self.clip_quantile} is outside 0.5 to 1")
         if self.clip_steps < 1:
             raise ValueError(f"clip_steps={self.clip_steps} must be at least 1")
-        if self.coarsen < 1 or (self.coarsen > 1 and self.scheme == "reference"):
-            raise ValueError(f"coarsen={self.coarsen} must be at least 1, and 1 for the scheme 'reference'")
+        if not 1 <= self.coarsen <= 64 or (self.coarsen > 1 and self.scheme == "reference"):
+            raise ValueError(f"coarsen={self.coarsen} must be 1 to 64, and 1 for the scheme 'reference'")
         if not 1 <= self.zstd_level <= 22:
             raise ValueError(f"zstd_level={self.zstd_level} is outside 1 to 22")
         if self.keep_float_numel < 0 or self.limit_bytes < 1:

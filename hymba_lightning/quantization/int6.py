@@ -1,8 +1,8 @@
 """Symmetric quantization of matrices to 2-8 bits, one float16 scale per row. R rows, C columns.
 
 A row w becomes q * scale * 2^exponent with |q| <= q_max = 2^(bits-1) - 1. The exponent is one integer per tensor that
-brings the largest row's scale into [2^14, 2^15): float16 then holds the scales of all rows down to 2^-28 of the largest
-at full precision, whatever the tensor's size, and needs no floor.
+brings the largest row's scale into [2^8, 2^9): float16 then holds the scales of all rows down to 2^-22 of the largest
+at full precision, whatever the tensor's size, and needs no floor; above it is room to make all scales coarser.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SCALE_TOP_EXPONENT = 14
+SCALE_TOP_EXPONENT = 8
+MAX_COARSEN = 64.0
 TINIEST_SCALE = 2.0**-24  # float16's smallest positive number
 # The reference's candidates for its one clip per tensor.
 REFERENCE_QUANTILES = (0.999, 0.9995, 0.9999, 0.99995, 0.99999, 0.999999, 1.0)
@@ -70,7 +71,7 @@ def dequantize_rows(tensor: QuantizedTensor) -> Tensor:
 
 
 def normalise(rows_RC: Tensor, q_max: int) -> tuple[Tensor, int]:
-    """`rows` times 2^-exponent in float32, with the exponent that puts the largest entry's scale in [2^14, 2^15)."""
+    """`rows` times 2^-exponent in float32, with the exponent that puts the largest entry's scale in [2^8, 2^9)."""
     largest = float(rows_RC.abs().amax()) if rows_RC.numel() else 0.0
     if largest == 0:
         return rows_RC.float(), 0
@@ -78,14 +79,19 @@ def normalise(rows_RC: Tensor, q_max: int) -> tuple[Tensor, int]:
     return (rows_RC.double() * 2.0**-exponent).float(), exponent
 
 
-def search_scale(rows_RC: Tensor, q_max: int, clip_quantile: float, clip_steps: int) -> Tensor:
-    """The float16 scale of each row, as float32 (R,), whose rounding leaves the least squared error."""
+def search_scale(rows_RC: Tensor, q_max: int, clip_quantile: float, clip_steps: int,
+                 importance_C: Tensor | None = None) -> Tensor:
+    """The float16 scale of each row, as float32 (R,), whose rounding leaves the least squared error.
+
+    `importance` (C,) weighs the columns' errors.
+    """
     best_error_R = torch.full((len(rows_RC),), math.inf, device=rows_RC.device)
     best_scale_R = torch.full_like(best_error_R, TINIEST_SCALE)
     for clip_R in clip_candidates(rows_RC.abs(), clip_quantile, clip_steps if clip_quantile < 1 else 1):
         scale_R = (clip_R / q_max).half().float().clamp_min(TINIEST_SCALE)
         q_RC = round_to(rows_RC, scale_R, q_max)
-        error_R = q_RC.mul_(-scale_R[:, None]).add_(rows_RC).square_().sum(dim=1)
+        error_RC = q_RC.mul_(-scale_R[:, None]).add_(rows_RC).square_()
+        error_R = error_RC.sum(dim=1) if importance_C is None else error_RC @ importance_C
         better_R = error_R < best_error_R
         best_error_R = torch.where(better_R, error_R, best_error_R)
         best_scale_R = torch.where(better_R, scale_R, best_scale_R)
@@ -140,12 +146,12 @@ def quantize_reference(weight: Tensor, bits: int, *, name: str = "tensor") -> Qu
 
 
 def coarsen_rows(weight: Tensor, tensor: QuantizedTensor, factor: float) -> QuantizedTensor:
-    """`weight` rounded again with every row scale of `tensor` times `factor` >= 1: fewer levels in use, fewer bytes."""
-    largest = float(tensor.scale.max()) * factor
-    # Keeps the largest scale inside float16 without touching the bits of a scale that is only multiplied.
-    extra = max(0, math.frexp(largest)[1] - 1 - SCALE_TOP_EXPONENT)
-    scale_R = (tensor.scale.double() * (factor * 2.0**-extra)).half().float().clamp_min(TINIEST_SCALE)
-    exponent = tensor.exponent + extra
-    rows_RC = (as_rows(weight.detach()).double() * 2.0**-exponent).float()
-    q_RC = round_to(rows_RC, scale_R, q_max_of(tensor.bits))
-    return QuantizedTensor(q_RC.to(torch.int8), scale_R.half(), exponent, tensor.bits)
+    """`weight` rounded again with every row scale of `tensor` times `factor` (1 … 64): fewer levels, fewer bytes."""
+    scale_R = coarser_scale(tensor.scale.float(), factor)
+    rows_RC = (as_rows(weight.detach()).double() * 2.0**-tensor.exponent).float()
+    return tensor._replace(q=round_to(rows_RC, scale_R, q_max_of(tensor.bits)).to(torch.int8), scale=scale_R.half())
+
+
+def coarser_scale(scale_R: Tensor, factor: float) -> Tensor:
+    """Scales that float16 holds, `factor` times as large, as float32."""
+    return (scale_R * factor).half().float().clamp_min(TINIEST_SCALE)

@@ -1,0 +1,162 @@
+"""GPTQ (arXiv:2210.17323): rounds a matrix column by column, each column's error made good by those still to come.
+
+It minimises |(W - Q)X|² for the inputs X of a layer through H = X Xᵀ: where rounding column j leaves the error e_j, the
+remaining columns move by -e_j * U_j,rest / U_jj, with U the upper Cholesky factor of H⁻¹. R rows (outputs), C columns
+(inputs) of a weight.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from hymba_lightning.model.hymba import Hymba
+from hymba_lightning.model.layers import Linear, rms_norm
+from hymba_lightning.model.mixer import HybridMixer
+from hymba_lightning.quantization.config import QuantizationConfig
+from hymba_lightning.quantization.int6 import (
+    QuantizedTensor,
+    as_rows,
+    check_finite,
+    coarser_scale,
+    normalise,
+    q_max_of,
+    quantize_rows,
+    search_scale,
+)
+
+log = logging.getLogger("hymba_lightning")
+
+
+class SingularHessianError(ValueError):
+    """The inputs seen in calibration do not determine the rounding."""
+
+
+def quantize_gptq(weight_RC: Tensor, hessian_CC: Tensor, bits: int, *, damping: float = 0.01, act_order: bool = True,
+                  block: int = 128, clip_quantile: float = 0.999, clip_steps: int = 17, coarsen: float = 1.0,
+                  name: str = "tensor") -> QuantizedTensor:
+    """Rounds `weight` so that its layer's outputs on the calibration inputs change least.
+
+    hessian: sum (or mean) of x xᵀ over inputs x. damping: share of its mean diagonal added to the diagonal. act_order:
+    columns of large inputs first, while most others can still make good for them. The clip of each row is searched for
+    least squared error weighted by the diagonal. Raises SingularHessianError, or ValueError for inf or NaN in `weight`.
+    """
+    q_max = q_max_of(bits)
+    check_finite(name, weight_RC)
+    upper_CC, order_C = inverse_factor(hessian_CC, damping, act_order)
+    rows_RC, exponent = normalise(weight_RC.detach(), q_max)
+    diagonal_C = hessian_CC.diagonal().to(rows_RC)
+    scale_R = coarser_scale(search_scale(rows_RC, q_max, clip_quantile, clip_steps, diagonal_C), coarsen)
+    ordered_RC = round_columns(rows_RC[:, order_C], upper_CC.to(rows_RC), scale_R, q_max, block)
+    q_RC = torch.empty_like(ordered_RC, dtype=torch.int8)
+    q_RC[:, order_C] = ordered_RC.to(torch.int8)
+    return QuantizedTensor(q_RC, scale_R.half(), exponent, bits)
+
+
+def inverse_factor(hessian_CC: Tensor, damping: float, act_order: bool) -> tuple[Tensor, Tensor]:
+    """The upper Cholesky factor of the damped inverse Hessian in float64, and the order of columns it belongs to.
+
+    A column whose input was always 0 gets the mean diagonal, which leaves it out of all corrections.
+    """
+    hessian_CC = hessian_CC.double()
+    diagonal_C = hessian_CC.diagonal()
+    mean = diagonal_C.mean()
+    if not torch.isfinite(hessian_CC).all() or not mean > 0:
+        raise SingularHessianError("the Hessian is zero, inf or NaN")
+    order_C = diagonal_C.argsort(descending=True, stable=True) if act_order else torch.arange(
+        len(diagonal_C), device=diagonal_C.device)
+    filled_CC = hessian_CC + torch.diag(torch.where(diagonal_C > 0, damping * mean, mean))
+    lower_CC, failed = torch.linalg.cholesky_ex(filled_CC[order_C][:, order_C])
+    if failed:
+        raise SingularHessianError("the Hessian is not positive definite")
+    upper_CC, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_CC), upper=True)
+    if failed or not torch.isfinite(upper_CC).all():
+        raise SingularHessianError("the Hessian's inverse is not positive definite")
+    return upper_CC, order_C
+
+
+def round_columns(rows_RC: Tensor, upper_CC: Tensor, scale_R: Tensor, q_max: int, block: int) -> Tensor:
+    """Rounds columns from left to right with correction, `block` at a time; q as float32 (R, C).
+
+    Inside a block each column corrects the block's rest at once; the columns beyond it get one matrix product.
+    """
+    rows_RC, columns = rows_RC.clone(), rows_RC.shape[1]
+    q_RC = torch.empty_like(rows_RC)
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
+        errors = torch.empty_like(rows_RC[:, start:end])
+        for column in range(start, end):
+            value_R = rows_RC[:, column]
+            q_R = (value_R / scale_R).round_().clamp_(-q_max, q_max)
+            q_RC[:, column] = q_R
+            error_R = (value_R - q_R * scale_R) / upper_CC[column, column]
+            rows_RC[:, column:end].addr_(error_R, upper_CC[column, column:end], alpha=-1)
+            errors[:, column - start] = error_R
+        rows_RC[:, end:].addmm_(errors, upper_CC[start:end, end:], alpha=-1)
+    return q_RC
+
+
+def collect_hessians(net: Hymba, batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Sums x xᵀ over the inputs x of every linear of `net`, streamed over `batches` of token ids (B, T).
+
+    Returns {name of the weight: (C, C) float32 on the net's device}; a projection shared by several layers has one
+    Hessian, the sum over all its uses, under each of its names. Under DDP each rank gives its share of the batches and
+    the sums are added up afterwards.
+    """
+    sums: dict[int, Tensor] = {}
+
+    def add(linear: nn.Module, x: Tensor) -> None:
+        x_NC = x.detach().flatten(0, -2).float()
+        if id(linear) not in sums:
+            sums[id(linear)] = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1])
+        sums[id(linear)].addmm_(x_NC.T, x_NC)
+
+    def before_mixer(mixer: nn.Module, arguments: tuple) -> None:
+        # The mixer multiplies these three as one matrix, without calling them.
+        for linear in (mixer.c_q, mixer.kv_proj, mixer.mamba_proj):
+            add(linear, arguments[0])
+
+    handles = []
+    for module in net.modules():
+        if isinstance(module, HybridMixer):
+            handles.append(module.register_forward_pre_hook(before_mixer))
+        elif isinstance(module, Linear):
+            handles.append(module.register_forward_pre_hook(lambda linear, arguments: add(linear, arguments[0])))
+    try:
+        with torch.no_grad():
+            for inputs in batches:
+                hidden_BTD, _ = net.hidden(inputs)
+                if net.lm_head is not None:
+                    add(net.lm_head, rms_norm(hidden_BTD))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {f"{name}.weight": sums[id(module)] for name, module in net.named_modules(remove_duplicate=False)
+            if id(module) in sums}
+
+
+def quantize_with_hessians(state_dict: dict[str, Tensor], hessians: dict[str, Tensor],
+                           config: QuantizationConfig) -> dict[str, QuantizedTensor]:
+    """GPTQ for every matrix that `config` quantizes and that has a Hessian; for `save_artifact(quantized=...)`.
+
+    A matrix whose Hessian is singular is rounded to nearest, with a warning that names it.
+    """
+    done: dict[int, QuantizedTensor] = {}
+    result = {}
+    for name, weight in state_dict.items():
+        hessian = hessians.get(name)
+        storage, bits = config.storage_of(name, weight.numel())
+        if hessian is None or storage != "int":
+            continue
+        if id(hessian) not in done:
+            options = {"clip_quantile": config.clip_quantile, "clip_steps": config.clip_steps, "name": name}
+            try:
+                done[id(hessian)] = quantize_gptq(as_rows(weight), hessian, bits, coarsen=config.coarsen, **options)
+            except SingularHessianError as error:
+                log.warning("%s is rounded to nearest instead of by GPTQ: %s", name, error)
+                done[id(hessian)] = quantize_rows(weight, bits, **options)
+        result[name] = done[id(hessian)]
+    return result
