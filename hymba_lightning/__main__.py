@@ -16,6 +16,7 @@ commands:
   fit                train inside the budget, export the artifact, score every stage
   validate           score a checkpoint or an artifact
   test               score-first test-time training on a checkpoint or an artifact
+  sample             let a checkpoint or an artifact continue a text
   import-reference   take over the public reference run's checkpoint or quantized file
 
 `hymba <command> --help` explains every option.
@@ -35,7 +36,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hymba_lightning").setLevel(logging.INFO)
     command, rest = args[0], args[1:]
-    if command in ("prepare", "import-reference"):
+    if command in ("prepare", "sample", "import-reference"):
         from hymba_lightning.commands import run_command
 
         run_command(command, rest)

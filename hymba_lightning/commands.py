@@ -1,5 +1,6 @@
-"""The commands that are no part of training: `hymba prepare` and `hymba import-reference`."""
+"""The commands that are no part of training: `hymba prepare`, `hymba sample` and `hymba import-reference`."""
 
+import dataclasses
 import sys
 
 from jsonargparse import ArgumentParser
@@ -7,11 +8,13 @@ from jsonargparse import ArgumentParser
 
 def run_command(command: str, args: list[str]) -> None:
     """Parses `args` by the signature of the command's function and runs it; bad input ends with one line."""
-    runner = {"prepare": run_prepare, "import-reference": run_import_reference}[command]
+    runner = {"prepare": run_prepare, "sample": run_sample, "import-reference": run_import_reference}[command]
     try:
         runner(args)
     except (ValueError, OSError) as error:
         sys.exit(f"hymba {command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def run_prepare(args: list[str]) -> None:
@@ -25,6 +28,33 @@ def run_prepare(args: list[str]) -> None:
     options = parser.parse_args(args).as_dict()
     options["inputs"] = ["python_stdlib" if name == "stdlib" else name for name in options["inputs"]]
     print(prepare(**options))
+
+
+def run_sample(args: list[str]) -> None:
+    """A trained network continues texts."""
+    from jsonargparse import set_parsing_settings
+
+    from hymba_lightning.generation.sample import sample
+    from hymba_lightning.generation.sampler import SamplingConfig
+    from hymba_lightning.model import RuntimeConfig
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="hymba sample", description="Let a trained network continue texts, at constant memory "
+                            "and time per token.")
+    parser.add_argument("--ckpt_path", type=str, required=True, help="Artifact, or checkpoint of `hymba fit`")
+    parser.add_argument("--prompt", type=str, nargs="+", default=[""], help="Texts to continue; several are drawn "
+                        "together. Without one a document starts from nothing")
+    parser.add_argument("--tokenizer", type=str | None, default=None, help="SentencePiece model (default: the one of "
+                        "the run whose config.yaml lies beside the weights)")
+    parser.add_argument("--data.tokenizer", type=str | None, default=None, help="The same, as `hymba test` calls it")
+    parser.add_class_arguments(SamplingConfig, skip={"stop_ids"})
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto")
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing", "qat_bits"})
+    options = parser.parse_args(args).as_dict()
+    keys = [field.name for field in dataclasses.fields(SamplingConfig) if field.name != "stop_ids"]
+    sample(options["prompt"], options["ckpt_path"], options["tokenizer"] or options["data"]["tokenizer"],
+           SamplingConfig(**{key: options[key] for key in keys}), options["device"],
+           RuntimeConfig(**options["runtime"]))
 
 
 def run_import_reference(args: list[str]) -> None:

@@ -22,9 +22,14 @@ REBASE_AT = 1 << 16
 def compact(net: Hymba, state: HymbaState) -> HymbaState:
     """The same state without what it only keeps alive: views become copies, and a far position becomes 0."""
     shift = state.position if state.position >= REBASE_AT else 0
-    layers = [layer._replace(keys=_turn_back(layer.keys, shift, net.config.rope_base) if shift else layer.keys.clone(),
-                             values=layer.values.clone(), conv=layer.conv.clone()) for layer in state.layers]
-    return HymbaState(layers, state.last_id.clone(), state.last_vector.clone(), state.position - shift)
+    layers = [layer._replace(keys=_turn_back(layer.keys, shift, net.config.rope_base) if shift else _own(layer.keys),
+                             values=_own(layer.values), conv=_own(layer.conv)) for layer in state.layers]
+    return HymbaState(layers, _own(state.last_id), _own(state.last_vector), state.position - shift)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """`tensor`, copied if it is a small part of what it keeps in memory."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > 2 * tensor.nbytes else tensor
 
 
 def _turn_back(keys_BPGK: Tensor, shift: int, base: float) -> Tensor:
@@ -39,14 +44,14 @@ def _turn_back(keys_BPGK: Tensor, shift: int, base: float) -> Tensor:
 
 @torch.no_grad()
 def read(net: Hymba, tokens: Tensor, state: HymbaState | None, piece_tokens: int) -> tuple[Tensor, HymbaState]:
-    """Feeds tokens (n,), n >= 1, that follow `state`, in pieces, whatever n.
+    """Feeds tokens (B, n), n >= 1, that follow `state`, in pieces, whatever n.
 
-    Returns the last token's logits (V,) and the state after it.
+    Returns the last tokens' logits (B, V) and the state after them.
     """
-    for piece in tokens.split(piece_tokens):
-        hidden_BTD, state = net.hidden(piece[None], state, return_state=True)
+    for piece in tokens.split(piece_tokens, dim=1):
+        hidden_BTD, state = net.hidden(piece, state, return_state=True)
         state = compact(net, state)
-    return net.logits(hidden_BTD[:, -1:])[0, 0], state
+    return net.logits(hidden_BTD[:, -1:])[:, 0], state
 
 
 @torch.no_grad()
@@ -111,7 +116,7 @@ class CarriedScorer:
         if self._state is None:
             self._seen = first
             if first:
-                self._state = read(self.net, stream[:first], None, self.piece_tokens)[1]
+                self._state = read(self.net, stream[None, :first], None, self.piece_tokens)[1]
         nats, self._state = score_onward(self.net, stream[first:], self._state, self.piece_tokens)
         context = torch.arange(self._seen + 1, self._seen + n + 1)
         self._seen += n
@@ -128,7 +133,7 @@ class CarriedScorer:
                 continue
             state = None
             if warm_from < start:
-                state = read(self.net, stream[warm_from:start], None, self.piece_tokens)[1]
+                state = read(self.net, stream[None, warm_from:start], None, self.piece_tokens)[1]
             nats[start - first:stop - first] = score_onward(self.net, stream[start:stop + 1], state,
                                                             self.piece_tokens)[0]
         return sum_over_ranks(nats), context
