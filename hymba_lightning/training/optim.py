@@ -198,19 +198,24 @@ class HymbaOptimizer(Optimizer):
                 f"the checkpoint's optimizer groups {theirs} are not this run's {ours}; "
                 "resume with the network and optimizer switches that the checkpoint was made with"
             )
-        # The kernel belongs to this machine, not to the one that wrote the checkpoint.
+        # Adam's kernel belongs to this machine, not to the one that wrote the checkpoint.
+        self._choose_kernels()
+        kernels = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in self.param_groups]
         state_dict = copy(state_dict)
         state_dict["param_groups"] = [
-            {**saved, **{key: group[key] for key in ("fused", "foreach") if key in group}}
-            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+            saved | kernel for saved, kernel in zip(state_dict["param_groups"], kernels, strict=True)
         ]
         super().load_state_dict(state_dict)
-        # The base class casts state to the parameter's dtype; momentum stays float32.
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, index in zip(group["params"], saved["params"], strict=True):
-                buffer = state_dict["state"].get(index, {}).get("momentum_buffer")
-                if buffer is not None:
-                    self.state[parameter]["momentum_buffer"] = buffer.detach().clone().to(parameter.device)
+                state = self.state.get(parameter, {})
+                if "momentum_buffer" in state:
+                    # The base class casts state to the parameter's dtype; momentum stays float32.
+                    buffer = state_dict["state"][index]["momentum_buffer"]
+                    state["momentum_buffer"] = buffer.detach().to(parameter.device, copy=True)
+                if "step" in state:
+                    # Fused kernels count on the parameter's device, foreach on the CPU.
+                    state["step"] = state["step"].to(parameter.device if group["fused"] else "cpu")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_muon": self._muon, "_adam": self._adam}
