@@ -118,11 +118,12 @@ def table(rows: list[StepTime], device: torch.device) -> str:
     """Markdown table of the measurements, with the hardware and versions above it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     lines = [f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads", "",
-             "| seq_len | tokens a step | ms/step (min–max) | forward | backward | optimizer | average | tokens/s | MFU "
-             "| memory |", "|---|---|---|---|---|---|---|---|---|---|"]
+             "| seq_len | tokens a step | ms/step (min–max) | forward | backward | optimizer | average | tokens/s "
+             "| MFU | memory |", "|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
         mfu = f"{row.mfu:.1%}" if row.mfu is not None else "–"
-        lines.append(f"| {row.seq_len:,} | {row.tokens:,} | {row.total:.1f} ({row.spread[0]:.1f}–{row.spread[1]:.1f}) | "
+        spread = f"{row.spread[0]:.1f}–{row.spread[1]:.1f}"
+        lines.append(f"| {row.seq_len:,} | {row.tokens:,} | {row.total:.1f} ({spread}) | "
                      f"{row.forward:.1f} | {row.backward:.1f} | {row.optimizer:.1f} | {row.average:.1f} | "
                      f"{row.tokens_per_s:,.0f} | {mfu} | {row.memory_gb:.1f} GB |")
     return "\n".join(lines)
