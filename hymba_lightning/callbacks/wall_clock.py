@@ -7,7 +7,7 @@ that follows from it (learning rate, progress, the decision to stop) is therefor
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from hymba_lightning.callbacks.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,12 @@ class WallClock(Callback):
         self.budget_seconds = budget_seconds
         self.reserve_seconds = reserve_seconds
         self.margin = margin
-        self.time_fn = time_fn
+        self.watch = Stopwatch(time_fn, finish_work=self._finish_gpu_work)
         self.stop_reason: str | None = None
         self.stop_code = 0
         self._reading: ClockReading | None = None
         self._steps = 0
         self._recent: deque[float] = deque(maxlen=recent_steps)
-        self._counted = 0.0
-        self._since: float | None = None
-        self._counting = False
-        self._pause_depth = 0
         self._boundary = 0.0
         self._seen_step = 0
         self._inside_step = False
@@ -125,30 +123,20 @@ class WallClock(Callback):
 
     def elapsed(self) -> float:
         """Training seconds so far, by this rank's clock (set to rank 0's after every optimizer step)."""
-        running = 0.0 if self._since is None else self.time_fn() - self._since
-        return self._counted + running
+        return self.watch.elapsed()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens inside does not count. May be nested, and used before the clock runs or after it stopped."""
-        self._pause()
+        self.watch.pause()
         try:
             yield
         finally:
-            self._resume()
+            self.watch.resume()
 
-    @contextmanager
-    def charged(self) -> Iterator[None]:
+    def charged(self) -> AbstractContextManager[None]:
         """What happens inside counts, although training is over: for work that the reserve was held back for."""
-        was_counting, depth = self._counting, self._pause_depth
-        self._counting, self._pause_depth = True, 0
-        self._run_if_due()
-        try:
-            yield
-        finally:
-            self._halt()
-            self._counting, self._pause_depth = was_counting, depth
-            self._run_if_due()
+        return self.watch.charged()
 
     def request_stop(self, code: int = 1) -> None:
         """End training on all ranks after the optimizer step in progress; safe to call in a signal handler.
@@ -166,7 +154,7 @@ class WallClock(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._counting, self._since, self._pause_depth = False, None, 0
+        self.watch.reset()
         self._inside_step, self._event = False, None
         self.stop_reason, self.stop_code, self._requested_code = None, 0, 0
         if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
@@ -187,21 +175,20 @@ class WallClock(Callback):
                 "a budget cannot be kept together with Trainer(min_steps=…) or Trainer(min_epochs=…); leave those out"
             )
         self._seen_step = trainer.global_step
-        self._boundary = self._counted
-        self._reading = self._read(trainer, self._counted)
+        spent = self._boundary = self.elapsed()
+        self._reading = self._read(trainer, spent)
         usable = self.usable_seconds
-        if usable is not None and self._counted >= usable:
+        if usable is not None and spent >= usable:
             rank_zero_warn(
-                f"the budget of {usable:.1f} s is already spent ({self._counted:.1f} s, step {trainer.global_step}); "
+                f"the budget of {usable:.1f} s is already spent ({spent:.1f} s, step {trainer.global_step}); "
                 "no step is run. Raise budget_seconds to train on."
             )
             self._stop(trainer, "budget")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Publish the reading at the first micro-batch of an optimizer step."""
-        if not self._counting and self.stop_reason is None:
-            self._counting = True
-            self._run_if_due()
+        if not self.watch.started and self.stop_reason is None:
+            self.watch.start()
         if self._inside_step:
             return
         self._inside_step = True
@@ -229,13 +216,13 @@ class WallClock(Callback):
             self._stop(trainer, "budget")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._pause()
+        self.watch.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._resume()
+        self.watch.resume()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish()
+        self.watch.stop()
         usable = self.usable_seconds
         if usable is not None and self.elapsed() > usable:
             rank_zero_warn(
@@ -244,14 +231,13 @@ class WallClock(Callback):
             )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._halt()
-        self._counting = False
+        self.watch.stop()
 
     def state_dict(self) -> dict[str, Any]:
         return {"elapsed": self.elapsed(), "steps": self._steps, "recent": list(self._recent)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._counted = float(state_dict["elapsed"])
+        self.watch.set_elapsed(float(state_dict["elapsed"]))
         self._steps = int(state_dict["steps"])
         self._recent.clear()
         self._recent.extend(state_dict["recent"])
@@ -304,40 +290,18 @@ class WallClock(Callback):
         message = torch.tensor([own, float(self._requested_code)], dtype=torch.float64)
         dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._group)
         elapsed, code = message.tolist()
-        self._counted = elapsed
-        if self._since is not None:
-            self._since = self.time_fn()
+        self.watch.set_elapsed(elapsed)
         return elapsed, int(code)
 
     def _stop(self, trainer: Trainer, reason: str) -> None:
-        self._finish()
+        self.watch.stop()
         self.stop_reason = reason
         trainer.should_stop = True
         rank_zero_info(f"training stops after step {trainer.global_step} and {self.elapsed():.2f} s: {reason}")
 
-    def _finish(self) -> None:
-        self._halt()
-        self._counting = False
-
-    def _pause(self) -> None:
-        self._pause_depth += 1
-        self._halt()
-
-    def _resume(self) -> None:
-        self._pause_depth -= 1
-        self._run_if_due()
-
-    def _halt(self) -> None:
-        if self._since is None:
-            return
-        # Work that the GPU still has to do belongs to the time before.
+    def _finish_gpu_work(self) -> None:
         if self._event is not None:
             self._event.synchronize()
-        self._counted, self._since = self.elapsed(), None
-
-    def _run_if_due(self) -> None:
-        if self._counting and self._pause_depth == 0 and self._since is None:
-            self._since = self.time_fn()
 
 
 def find_clock(trainer: Trainer) -> WallClock | None:
