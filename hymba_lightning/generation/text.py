@@ -15,13 +15,13 @@ class TextStream:
     Args:
         processor: The tokenizer.
         at_start: The next piece begins a document, so that its leading "▁" is SentencePiece's dummy prefix, not a
-            space.
+            space (where the tokenizer adds one).
     """
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor, at_start: bool) -> None:
         self._processor = processor
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at_start = at_start
+        self._at_start = at_start and processor.id_to_piece(processor.encode("x")[0]).startswith(SPACE)
 
     def push(self, token: int) -> str:
         """The text that `token` completes."""
