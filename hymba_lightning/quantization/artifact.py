@@ -17,24 +17,10 @@ from hymba_lightning.files import write_atomic
 from hymba_lightning.quantization import container
 from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.container import ArtifactError
+from hymba_lightning.quantization.encode import encode_state_dict
 from hymba_lightning.quantization.int6 import QuantizedTensor
-from hymba_lightning.quantization.limit import (
-    ArtifactTooLargeError,
-    check_limit,
-    evaluation_code_bytes,
-    fit_to_limit,
-)
-from hymba_lightning.quantization.payload import (
-    Encoded,
-    check_tensor,
-    content_bytes,
-    decode_tensor,
-    encode_tensor,
-    lay_out,
-    parse_table,
-    quantize,
-    split_streams,
-)
+from hymba_lightning.quantization.limit import ArtifactTooLargeError, check_limit, evaluation_code_bytes
+from hymba_lightning.quantization.payload import content_bytes, decode_tensor, lay_out, parse_table, split_streams
 from hymba_lightning.quantization.report import ArtifactReport, Parts, build_report
 
 __all__ = [
@@ -55,23 +41,18 @@ class Artifact(NamedTuple):
 
 def save_artifact(path: str | os.PathLike, state_dict: dict[str, Tensor], *, config: dict, tokenizer: dict,
                   metadata: dict, scheme: QuantizationConfig,
-                  quantized: dict[str, QuantizedTensor] | None = None) -> ArtifactReport:
+                  quantized: dict[str, QuantizedTensor] | None = None,
+                  hessians: dict[str, Tensor] | None = None) -> ArtifactReport:
     """Quantizes, compresses and writes `state_dict`; atomic, and the same bytes for the same arguments.
 
-    `config`, `tokenizer` and `metadata` are plain JSON values. `quantized` has tensors that another method (GPTQ)
-    rounded already. Raises ValueError naming the tensor or field that cannot be stored, OSError where the file cannot
-    be written (an earlier file at `path` is then untouched). An artifact that no coarsening fits into the limit is
-    written all the same: refusing it is `check_limit`'s part.
+    `config`, `tokenizer` and `metadata` are plain JSON values. `hessians` (of `collect_hessians`) are what the scheme
+    'gptq' needs; `quantized` has tensors that are rounded already. Raises ValueError naming the tensor or field that
+    cannot be stored, OSError where the file cannot be written (an earlier file at `path` is then untouched). An
+    artifact that no coarsening fits into the limit is written all the same: refusing it is `check_limit`'s part.
     """
     if not state_dict:
         raise ValueError("there are no tensors to export")
-    quantized = quantized or {}
-    unknown = sorted(set(quantized) - set(state_dict))
-    if unknown:
-        raise ValueError(f"quantized tensors that the network does not have: {', '.join(unknown)}")
-    encoded, own = encode_all(state_dict, scheme, quantized)
-    if scheme.fit_limit:
-        scheme, encoded = fit_to_limit(state_dict, encoded, own, scheme, scheme.limit_bytes - evaluation_code_bytes())
+    encoded, scheme = encode_state_dict(state_dict, scheme, quantized or {}, hessians)
     content, counts, table = lay_out(encoded)
     header = {"config": config, "tokenizer": tokenizer, "metadata": metadata,
               "quantization": dataclasses.asdict(scheme), "streams": counts,
@@ -81,22 +62,6 @@ def save_artifact(path: str | os.PathLike, state_dict: dict[str, Tensor], *, con
     packed = container.pack(header, payload)
     write_atomic(Path(path), packed)
     return build_report(len(packed), Parts(header, counts, table, content, len(payload)))
-
-
-def encode_all(state_dict: dict[str, Tensor], scheme: QuantizationConfig,
-               quantized: dict[str, QuantizedTensor]) -> tuple[list[Encoded], dict[str, QuantizedTensor]]:
-    """Every tensor in the form that is stored, and the integers of those rounded here, which could be coarser."""
-    encoded, own = [], {}
-    for name, tensor in state_dict.items():
-        check_tensor(name, tensor)
-        storage, bits = scheme.storage_of(name, tensor.numel())
-        rounded = quantized.get(name)
-        if rounded is None and storage == "int":
-            rounded = quantize(name, tensor, bits, scheme)
-            if scheme.scheme != "reference":
-                own[name] = rounded
-        encoded.append(encode_tensor(name, tensor, storage, rounded))
-    return encoded, own
 
 
 def load_artifact(path: str | os.PathLike) -> Artifact:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-SCHEMES = ("int6", "reference")
+SCHEMES = ("int6", "gptq", "reference")
 CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smeargate", "merge_alpha")
 DYNAMICS_NAMES = ("A_log", ".D", "dt_proj.bias")
 
@@ -13,8 +13,9 @@ class QuantizationConfig:
 
     scheme: str = "int6"
     """'int6': per output row, the clip searched per row for least squared error, the stored float16 scale used
-    throughout. 'reference': the reference's quantizer bit for bit, with its defect 4 (scale floor of 1/q_max whatever
-    the row's size, one clip quantile per tensor, float16 scales stored but float32 ones rounded with)."""
+    throughout. 'gptq': rounded column by column so that the layers' outputs on training batches change least.
+    'reference': the reference's quantizer bit for bit, with its defect 4 (scale floor of 1/q_max whatever the row's
+    size, one clip quantile per tensor, float16 scales stored but float32 ones rounded with)."""
     bits: int = 6
     """Bits per quantized weight, 2 to 8: q runs from -(2^(bits-1) - 1) to 2^(bits-1) - 1."""
     clip_quantile: float = 0.999

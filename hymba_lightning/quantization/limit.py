@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
+import math
+from collections.abc import Callable
 from pathlib import Path
-
-from torch import Tensor
 
 import hymba_lightning
 from hymba_lightning.quantization import container
-from hymba_lightning.quantization.config import QuantizationConfig
-from hymba_lightning.quantization.int6 import QuantizedTensor, coarsen_rows
-from hymba_lightning.quantization.payload import Encoded, encode_tensor, lay_out
+from hymba_lightning.quantization.payload import Encoded, lay_out
 from hymba_lightning.quantization.report import ArtifactReport
 
 log = logging.getLogger("hymba_lightning")
@@ -45,36 +42,26 @@ def check_limit(artifact_bytes: int, code_bytes: int, limit: int, report: Artifa
         f"(name_bits, e.g. {{tok_emb: 8}}), train with more weight decay, or make the network smaller.{largest}")
 
 
-def fit_to_limit(state_dict: dict[str, Tensor], encoded: list[Encoded], quantized: dict[str, QuantizedTensor],
-                 scheme: QuantizationConfig, budget: int) -> tuple[QuantizationConfig, list[Encoded]]:
-    """`scheme` and the encoded tensors with the least `coarsen` at which the artifact has at most `budget` bytes.
+def fit_to_limit(encode: Callable[[float], list[Encoded]], budget: int, max_factor: float,
+                 start: float = 1.0) -> tuple[float, list[Encoded]]:
+    """The least factor on the row scales, from `start` up, at which the artifact has at most `budget` bytes.
 
-    `quantized` are the tensors that may become coarser; `encoded` has all tensors at the fineness of `scheme`, and is
-    given back with it where that fits or where no coarsening would. Doubling the scales saves the entropy coder one
-    bit a weight, so each attempt knows how far to go.
+    `encode(factor)` gives all tensors at that factor. Doubling the scales saves the entropy coder one bit a weight, so
+    each attempt knows how far to go. Returns the factor and its tensors; where no factor up to `max_factor` would do,
+    those of `start`.
     """
-    n_weights = sum(tensor.q.numel() for tensor in quantized.values())
-    log_factor, attempt = 0.0, encoded
+    log_factor, encoded = math.log2(start), encode(start)
+    first = encoded
     for _ in range(MAX_ATTEMPTS):
-        content, _, _ = lay_out(attempt)
+        content, counts, _ = lay_out(encoded)
         size = len(container.compress(content, DRAFT_LEVEL)) + HEADER_ALLOWANCE
-        if size <= budget or not n_weights:
+        if size <= budget:
+            return 2**log_factor, encoded
+        if not counts["q"]:
             break
-        log_factor += 8 * (size - AIM * budget) / n_weights
-        if log_factor > scheme.bits - 2:  # three levels are left
-            log.warning("no coarser scales bring the artifact under its limit: exported at full fineness")
-            return scheme, encoded
-        attempt = [coarser(item, state_dict[item.entry.name], quantized.get(item.entry.name), 2**log_factor)
-                   for item in encoded]
-    if not log_factor:
-        return scheme, encoded
-    log.warning("at %d bits the artifact exceeds its limit: all row scales are %.3f times as coarse (about %.2f bits a "
-                "weight less)", scheme.bits, 2**log_factor, log_factor)
-    return dataclasses.replace(scheme, coarsen=scheme.coarsen * 2**log_factor), attempt
-
-
-def coarser(encoded: Encoded, weight: Tensor, quantized: QuantizedTensor | None, factor: float) -> Encoded:
-    """A tensor with its scales `factor` times as coarse; as it is where it has none of ours."""
-    if quantized is None:
-        return encoded
-    return encode_tensor(encoded.entry.name, weight, "int", coarsen_rows(weight, quantized, factor))
+        log_factor += 8 * (size - AIM * budget) / counts["q"]
+        if 2**log_factor > max_factor:
+            break
+        encoded = encode(2**log_factor)
+    log.warning("no coarser scales bring the artifact under its limit: exported without")
+    return start, first

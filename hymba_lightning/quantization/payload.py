@@ -19,17 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.container import ArtifactError
 from hymba_lightning.quantization.int6 import (
     QuantizedTensor,
     as_rows,
     check_finite,
-    coarsen_rows,
     dequantize_rows,
     q_max_of,
-    quantize_reference,
-    quantize_rows,
 )
 
 STREAM_DTYPES = {"q": np.dtype("u1"), "scale": np.dtype("<f2"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
@@ -108,14 +104,6 @@ def encode_tensor(name: str, tensor: Tensor, storage: str, quantized: QuantizedT
     if storage == "float16" and not fits_float16(values):
         storage = "float32"
     return Encoded(Entry(name, shape, storage), values.numpy().astype(STREAM_DTYPES[storage]), None)
-
-
-def quantize(name: str, tensor: Tensor, bits: int, config: QuantizationConfig) -> QuantizedTensor:
-    """`tensor` as integers by the scheme of `config`."""
-    if config.scheme == "reference":
-        return quantize_reference(tensor, bits, name=name)
-    quantized = quantize_rows(tensor, bits, clip_quantile=config.clip_quantile, clip_steps=config.clip_steps, name=name)
-    return coarsen_rows(tensor, quantized, config.coarsen) if config.coarsen > 1 else quantized
 
 
 def fits_float16(values: Tensor) -> bool:

@@ -1,9 +1,12 @@
 """GPTQ against a dense statement of it, its gain on correlated inputs, and Hessians against explicit inputs."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.quantization import evaluation_code_bytes, load_artifact, save_artifact
 from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.gptq import (
     SingularHessianError,
@@ -180,3 +183,40 @@ def test_a_network_rounded_by_gptq_stays_closer(net):
             copy.load_state_dict(state_dict | {name: dequantize_rows(tensor) for name, tensor in rounded.items()})
             errors.append(float((copy(fresh) - expected).square().mean()))
     assert errors[1] < 0.8 * errors[0]
+
+
+def test_an_artifact_takes_hessians_and_still_keeps_its_limit(net, tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 64, (16, 32), generator=generator)
+    hessians, state_dict = collect_hessians(net, [ids]), net.state_dict()
+    scheme = QuantizationConfig(scheme="gptq", keep_float_numel=600, zstd_level=3, float16_names=["tok_emb", "table"])
+
+    def save(config: QuantizationConfig, hessians: dict | None):
+        report = save_artifact(tmp_path / "a", state_dict, config=net.config.to_dict(), tokenizer={}, metadata={},
+                               scheme=config, hessians=hessians)
+        return report, load_artifact(tmp_path / "a").state_dict
+
+    report, restored = save(scheme, hessians)
+    expected = quantize_with_hessians(state_dict, hessians, scheme)
+    assert len(expected) > 20
+    for name, tensor in expected.items():
+        assert torch.equal(restored[name], dequantize_rows(tensor)), name
+    limit = evaluation_code_bytes() + round(0.9 * report.bytes)
+    tight, coarse = save(dataclasses.replace(scheme, limit_bytes=limit), hessians)
+    assert tight.bytes + evaluation_code_bytes() <= limit
+    assert tight.coarsen > 1
+    nearest, _ = save(dataclasses.replace(scheme, scheme="int6", limit_bytes=limit), None)
+    assert tight.coarsen == pytest.approx(nearest.coarsen, rel=0.1)
+    # Coarser, and still rounded by GPTQ: its error on the layer's outputs is the smaller one.
+    name = "blocks.0.mlp.fc.weight"
+    _, plain = save(dataclasses.replace(scheme, scheme="int6", coarsen=tight.coarsen, fit_limit=False), None)
+    energy = [torch.einsum("rc,cd,rd->", error, hessians[name], error)
+              for error in (tensors[name] - state_dict[name] for tensors in (coarse, plain))]
+    assert energy[0] < 0.9 * energy[1]
+
+
+def test_hessians_go_with_the_scheme_that_needs_them(net, tmp_path):
+    for scheme, hessians, match in (("gptq", None, "needs Hessians"), ("int6", {}, "takes no Hessians")):
+        with pytest.raises(ValueError, match=match):
+            save_artifact(tmp_path / "a", net.state_dict(), config={}, tokenizer={}, metadata={},
+                          scheme=QuantizationConfig(scheme=scheme), hessians=hessians)

@@ -1,0 +1,83 @@
+"""State dict → tensors in the form that is stored: which is rounded how, and how coarse the limit wants it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+
+from torch import Tensor
+
+from hymba_lightning.quantization.config import QuantizationConfig
+from hymba_lightning.quantization.gptq import quantize_with_hessians
+from hymba_lightning.quantization.int6 import (
+    MAX_COARSEN,
+    QuantizedTensor,
+    coarsen_rows,
+    quantize_reference,
+    quantize_rows,
+)
+from hymba_lightning.quantization.limit import evaluation_code_bytes, fit_to_limit
+from hymba_lightning.quantization.payload import Encoded, check_tensor, encode_tensor
+
+log = logging.getLogger("hymba_lightning")
+
+
+def encode_state_dict(state_dict: dict[str, Tensor], scheme: QuantizationConfig, quantized: dict[str, QuantizedTensor],
+                      hessians: dict[str, Tensor] | None) -> tuple[list[Encoded], QuantizationConfig]:
+    """Every tensor in the form that is stored, and `scheme` with the coarsening that its limit needed.
+
+    `quantized` are tensors rounded elsewhere, kept as they are; `hessians` (of the scheme 'gptq') are those of
+    `collect_hessians`. Raises ValueError naming a tensor that cannot be stored, or for Hessians missing or unasked for.
+    """
+    unknown = sorted(set(quantized) - set(state_dict))
+    if unknown:
+        raise ValueError(f"quantized tensors that the network does not have: {', '.join(unknown)}")
+    if (scheme.scheme == "gptq") != (hessians is not None):
+        raise ValueError(f"the scheme {scheme.scheme!r} {'needs' if hessians is None else 'takes no'} Hessians: "
+                         f"collect_hessians makes them from training batches, for the scheme 'gptq' only")
+    for name, tensor in state_dict.items():
+        check_tensor(name, tensor)
+    base = {name: round_nearest(name, tensor, scheme) for name, tensor in state_dict.items()
+            if name not in quantized and scheme.storage_of(name, tensor.numel())[0] == "int"}
+
+    def encode(rounded: dict[str, QuantizedTensor]) -> list[Encoded]:
+        return [encode_tensor(name, tensor, scheme.storage_of(name, tensor.numel())[0],
+                              quantized.get(name, rounded.get(name))) for name, tensor in state_dict.items()]
+
+    def nearest(factor: float) -> list[Encoded]:
+        return encode(base if factor == 1 else {name: coarsen_rows(state_dict[name], tensor, factor)
+                                                for name, tensor in base.items()})
+
+    def gptq(factor: float) -> list[Encoded]:
+        coarse = dataclasses.replace(scheme, coarsen=scheme.coarsen * factor)
+        wanted = {name: state_dict[name] for name in base}
+        return encode({name: coarsen_rows(state_dict[name], tensor, factor) for name, tensor in base.items()}
+                      | quantize_with_hessians(wanted, hessians, coarse))
+
+    final = nearest if hessians is None else gptq
+    if not scheme.fit_limit or scheme.scheme == "reference":
+        return final(1.0), scheme
+    budget = scheme.limit_bytes - evaluation_code_bytes()
+    # Rounding to nearest is cheap and packs about as small: it finds the factor, GPTQ confirms it.
+    factor, encoded = fit_to_limit(nearest, budget, most_coarse(scheme))
+    if hessians is not None:
+        factor, encoded = fit_to_limit(gptq, budget, most_coarse(scheme), start=factor)
+    if factor > 1:
+        log.warning("at %d bits the artifact exceeds its limit: all row scales are %.3f times as coarse (about %.2f "
+                    "bits a weight less)", scheme.bits, factor, math.log2(factor))
+    return encoded, dataclasses.replace(scheme, coarsen=scheme.coarsen * factor)
+
+
+def round_nearest(name: str, tensor: Tensor, scheme: QuantizationConfig) -> QuantizedTensor:
+    """`tensor` as integers by the scheme, each entry on its own."""
+    bits = scheme.storage_of(name, tensor.numel())[1]
+    if scheme.scheme == "reference":
+        return quantize_reference(tensor, bits, name=name)
+    rounded = quantize_rows(tensor, bits, clip_quantile=scheme.clip_quantile, clip_steps=scheme.clip_steps, name=name)
+    return coarsen_rows(tensor, rounded, scheme.coarsen) if scheme.coarsen > 1 else rounded
+
+
+def most_coarse(scheme: QuantizationConfig) -> float:
+    """The factor at which three or four levels are left in use."""
+    return min(2.0 ** (scheme.bits - 2), MAX_COARSEN / scheme.coarsen)
