@@ -31,7 +31,7 @@ def run_folder(trainer: pl.Trainer) -> Path:
 class ExportArtifact(pl.Callback):
     """Quantizes the averaged weights, writes one file, reloads it and scores what was reloaded.
 
-    Runs at the end of `fit`, after EMA's last swap and outside the budget. Scores the raw last-step weights, the
+    Runs after training, after EMA's last swap and outside the budget (see HymbaModule.on_train_end). Scores the raw last-step weights, the
     averaged weights and the reloaded artifact on the validation stream.
 
     Args:
@@ -54,8 +54,16 @@ class ExportArtifact(pl.Callback):
         self.path: Path | None = None
         self.on_stage: Any = None
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.enabled or trainer.fast_dev_run or trainer.interrupted:
+    def after_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """
+        Raises:
+            OSError: the artifact cannot be written; an older one at its path is untouched.
+            ValueError: a tensor that cannot be stored, such as one with NaN.
+        """
+        if not self.enabled or trainer.fast_dev_run:
+            return
+        if pl_module.clock.stop_code:
+            log.info("no export: a signal ended the run; go on with --ckpt_path last")
             return
         self.path = run_folder(trainer) / self.filename
         if self.score_stages:

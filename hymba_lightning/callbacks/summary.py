@@ -43,11 +43,22 @@ class RunSummary(pl.Callback):
         self.per_token_nats = per_token_nats
         self._test_started = 0.0
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def after_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """
+        Raises:
+            ArtifactTooLargeError: the artifact and its evaluation code are over the limit; everything is written before.
+        """
         folder = run_folder(trainer)
-        if trainer.fast_dev_run or not trainer.is_global_zero:
+        if trainer.fast_dev_run:
             return
         export = next((c for c in trainer.callbacks if isinstance(c, ExportArtifact)), None)
+        if trainer.is_global_zero:
+            self._write_fit(trainer, pl_module, export, folder)
+        if export:
+            export.check()
+
+    def _write_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, export: ExportArtifact | None,
+                   folder: Path) -> None:
         stats = next(c for c in trainer.callbacks if isinstance(c, TrainingStats))
         unigram = getattr(trainer.datamodule, "unigram_bpb", None)
         stages = export.stages if export else {}
@@ -72,8 +83,6 @@ class RunSummary(pl.Callback):
         if self.plots and stats.train_rows:
             plot_training(stats.train_rows, stats.val_rows, stages, folder / "training.png", unigram)
         print_table("Training", summary, folder)
-        if export:
-            export.check()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._test_started = time.monotonic()

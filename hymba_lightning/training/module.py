@@ -157,9 +157,16 @@ class HymbaModule(pl.LightningModule):
         return mean
 
     def on_train_end(self) -> None:
-        """What is scored and exported from here on is the plain network."""
+        """Averaged weights are in place and the network is still on its device: the time to score and export it.
+
+        Callbacks with an `after_training` method run here, in order. Lightning's own `on_fit_end` is too late: the
+        network has been moved to the CPU by then.
+        """
         if self.net.runtime.qat_bits:
             self.net.set_qat_strength(0.0)
+        for callback in self.trainer.callbacks:
+            if hasattr(callback, "after_training"):
+                callback.after_training(self.trainer, self)
 
     @property
     def tokens_per_step(self) -> int:
