@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from hymba_lightning.ops.threads import spread
 
 logger = logging.getLogger("hymba_lightning")
 
@@ -38,11 +36,6 @@ def rows(x_BTX: Tensor) -> tuple[np.ndarray, int]:
     return flat(x_BTX), width
 
 
-@functools.cache
-def _pool(process_id: int, workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, thread_name_prefix="hymba-native")
-
-
 def _prepare(kernel: Callable[..., None], name: str, arguments: tuple) -> None:
     """Loads `kernel` from numba's cache on disk, or compiles it; says so, because the latter takes seconds."""
     with _preparing:
@@ -64,18 +57,8 @@ def run_items(kernel: Callable[..., None], name: str, n_items: int, operations: 
     """
     if name not in _ready:
         _prepare(kernel, name, arguments)
-    workers = min(torch.get_num_threads(), n_items)
-    if workers == 1 or operations < 2e6:
+    threads = torch.get_num_threads()
+    if threads == 1 or operations < 2e6:
         kernel(0, n_items, *arguments)
-        return
-    # Taking the next number of a count is atomic, and a thread that is held up delays no more than one item.
-    counter = itertools.count()
-
-    def work() -> None:
-        while (item := next(counter)) < n_items:
-            kernel(item, item + 1, *arguments)
-
-    futures = [_pool(os.getpid(), workers - 1).submit(work) for _ in range(workers - 1)]
-    work()
-    for future in futures:
-        future.result()
+    else:
+        spread(lambda item: kernel(item, item + 1, *arguments), n_items, threads)

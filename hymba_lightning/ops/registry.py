@@ -52,6 +52,15 @@ def anywhere(device_type: str) -> str | None:
     return None
 
 
+def on_device(device_type: str, remedy: str) -> Callable[[str], str | None]:
+    """`missing` of a backend that runs on one type of device only."""
+
+    def missing(found: str) -> str | None:
+        return None if found == device_type else f"it runs on {device_type} tensors, these are on {found}: {remedy}"
+
+    return missing
+
+
 @functools.cache
 def is_installed(package: str) -> bool:
     """Whether `package` can be found, without importing it."""
@@ -81,11 +90,8 @@ def needs_triton(device_type: str) -> str | None:
     return None
 
 
-def _objection(backend: Backend, device_type: str, features: tuple[str, ...]) -> str | None:
-    reason = backend.missing(device_type)
-    if reason is None:
-        reason = next((backend.refuses[feature] for feature in features if feature in backend.refuses), None)
-    return reason
+def _refusal(backend: Backend, features: tuple[str, ...]) -> str | None:
+    return next((backend.refuses[feature] for feature in features if feature in backend.refuses), None)
 
 
 def available_backends(op: str, device: torch.device | str) -> tuple[str, ...]:
@@ -107,21 +113,22 @@ def choose(op: str, backend: str, device_type: str, features: tuple[str, ...] = 
         return _choose_automatically(op, operation, device_type, features)
     if backend not in operation.backends:
         raise ValueError(f"{op} has no backend {backend!r}; choose auto or one of {', '.join(operation.backends)}")
-    reason = _objection(operation.backends[backend], device_type, features)
+    reason = operation.backends[backend].missing(device_type) or _refusal(operation.backends[backend], features)
     if reason is not None:
         raise BackendUnavailableError(f"{op}: backend {backend!r} cannot serve this call: {reason}")
     return backend
 
 
 def _choose_automatically(op: str, operation: Operation, device_type: str, features: tuple[str, ...]) -> str:
-    passed_over = []
+    missing = []
     for name in operation.order.get(device_type, operation.order["other"]):
-        reason = _objection(operation.backends[name], device_type, features)
-        if reason is None:
+        reason = operation.backends[name].missing(device_type)
+        if reason is not None:
+            missing.append(f"; not {name}: {reason}")
+        elif _refusal(operation.backends[name], features) is None:
             key = (op, device_type, name)
             if key not in _announced:
                 _announced.add(key)
-                logger.info("%s on %s: backend %s%s", op, device_type, name, "".join(passed_over))
+                logger.info("%s on %s: backend %s%s", op, device_type, name, "".join(missing))
             return name
-        passed_over.append(f"; not {name}: {reason}")
-    raise BackendUnavailableError(f"{op}: no backend serves this call on {device_type}{''.join(passed_over)}")
+    raise BackendUnavailableError(f"{op}: no backend serves this call on {device_type}{''.join(missing)}")

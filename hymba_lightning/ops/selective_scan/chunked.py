@@ -9,32 +9,17 @@ B batch, T sequence, E channels, N states, P segments, L tokens of a chunk.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hymba_lightning.ops.selective_scan.custom import make_scan_op, n_chunks
+from hymba_lightning.ops.threads import one_torch_thread
 
 # Tokens between two saved states, which are also those whose states are held at once.
 CHUNK = 64
-
-
-@contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
-    """Keeps torch to one thread on a CPU: its workers would meet at a barrier after each of thousands of tiny steps."""
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Layout:
@@ -177,7 +162,8 @@ def _forward_chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: 
     ops = _Operands(layout, u, dt, A, B, C, D, z, dt_bias)
     out = layout.empty(u)
     starts = torch.empty(u.size(0), layout.count, layout.chunks, *ops.A_NE.shape, dtype=torch.float32, device=u.device)
-    with _one_thread(u.device):
+    # A CPU's other threads would meet at a barrier after each of thousands of tiny steps.
+    with one_torch_thread():
         work = _Work(layout, ops, buffers=2)
         state = _segment_starts(layout, ops, work, initial_state.float().transpose(1, 2))
         for c in range(layout.chunks):
@@ -201,7 +187,8 @@ def _backward_chunked(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: 
     g_u, g_dt, g_B, g_C = layout.empty(u), layout.empty(dt), layout.empty(B), layout.empty(C)
     g_z = None if z is None else layout.empty(z)
     g_A, g_D, g_bias = torch.zeros_like(ops.A_NE), torch.zeros_like(ops.D), torch.zeros_like(ops.dt_bias)
-    with _one_thread(u.device):
+    # A CPU's other threads would meet at a barrier after each of thousands of tiny steps.
+    with one_torch_thread():
         work = _Work(layout, ops, buffers=3)
         carry = _segment_carries(layout, ops, work, g_out, g_final.float().transpose(1, 2))
         for c in reversed(range(layout.chunks)):

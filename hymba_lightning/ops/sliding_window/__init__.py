@@ -7,24 +7,81 @@ from __future__ import annotations
 
 import functools
 
+import torch
 from torch import Tensor
 
 from hymba_lightning.ops import registry
 from hymba_lightning.ops.sliding_window.naive import sliding_window_attention_naive
 
-BACKENDS = ("naive",)
+_operation = registry.Operation(
+    backends={
+        "naive": registry.Backend(registry.anywhere),
+        "blocked": registry.Backend(registry.on_device("cpu", "use backend 'flex' or 'flash'")),
+        "flex": registry.Backend(registry.on_device("cuda", "flex_attention has no backward elsewhere; use 'blocked'")),
+        "flash": registry.Backend(
+            registry.needs_package("flash_attn", "pip install flash-attn --no-build-isolation", "cuda"),
+            {"float32": "flash-attn takes float16 and bfloat16; cast q, k and v, or use backend 'flex'"}),
+        "sdpa": registry.Backend(
+            registry.anywhere,
+            {"window": "sdpa serves global layers only (window None, or one that no query outgrows)",
+             "offset_on_cpu": "with more keys than queries it needs a dense mask on a CPU; use backend 'blocked'"}),
+    },
+    order={"cpu": ("sdpa", "blocked"), "cuda": ("flash", "sdpa", "flex"), "other": ("sdpa", "naive")},
+)
+registry.register("sliding_window_attention", _operation)
 
-registry.register("sliding_window_attention", registry.Operation(
-    backends={"naive": registry.Backend(registry.anywhere)},
-    order={"other": ("naive",)},
-))
-
+BACKENDS = tuple(_operation.backends)
 available_backends = functools.partial(registry.available_backends, "sliding_window_attention")
 
 
 def sliding_window_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, window: int | None,
                              scale: float | None = None, backend: str = "auto") -> Tensor:
-    """softmax(scale q·k) v over the keys 0 <= i-j < window, where query t stands at key position i = S-T+t."""
-    registry.choose("sliding_window_attention", backend, q_BTHK.device.type, () if window is None else ("window",))
-    scale = q_BTHK.size(-1) ** -0.5 if scale is None else scale
-    return sliding_window_attention_naive(q_BTHK, k_BSGK, v_BSGK, window, scale)
+    """softmax(scale q·k) v over the keys 0 <= i-j < window, where query t stands at key position i = S-T+t.
+
+    `window` counts the keys a query sees, its own included; None is plain causal attention. Head h reads kv head
+    h // (H/G). `scale` is 1/sqrt(K) unless given. Returns (B, T, H, K) in q's dtype. A sequence may be cut anywhere:
+    put the last window-1 keys and values (all of them with None) before those of the next piece.
+
+    Raises ValueError for shapes that do not fit, a window below 1 and an unknown backend, BackendUnavailableError for a
+    named backend that cannot serve the call.
+    """
+    _check(q_BTHK, k_BSGK, v_BSGK, window)
+    n_queries, n_keys, head_dim = q_BTHK.size(1), k_BSGK.size(1), q_BTHK.size(3)
+    device_type = q_BTHK.device.type
+    # A window that no query outgrows hides nothing: the cheaper kernels of plain causal attention will do.
+    if window is not None and window >= n_keys:
+        window = None
+    features = () if window is None else ("window",)
+    if n_keys > n_queries and device_type == "cpu":
+        features += ("offset_on_cpu",)
+    if q_BTHK.dtype == torch.float32:
+        features += ("float32",)
+    name = registry.choose("sliding_window_attention", backend, device_type, features)
+    scale = head_dim ** -0.5 if scale is None else scale
+    k_BSGK, v_BSGK = k_BSGK.to(q_BTHK.dtype), v_BSGK.to(q_BTHK.dtype)
+    if name == "sdpa":
+        from hymba_lightning.ops.sliding_window.sdpa import causal_attention_sdpa
+
+        return causal_attention_sdpa(q_BTHK, k_BSGK, v_BSGK, scale)
+    if name == "blocked":
+        from hymba_lightning.ops.sliding_window.blocked import sliding_window_attention_blocked as attention
+    elif name == "flex":
+        from hymba_lightning.ops.sliding_window.flex import sliding_window_attention_flex as attention
+    elif name == "flash":
+        from hymba_lightning.ops.sliding_window.flash import sliding_window_attention_flash as attention
+    else:
+        attention = sliding_window_attention_naive
+    return attention(q_BTHK, k_BSGK, v_BSGK, window, scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
+    batch, n_queries, n_heads, head_dim = q.shape
+    if k.dim() != 4 or k.size(0) != batch or k.size(3) != head_dim or k.shape != v.shape:
+        raise ValueError(f"sliding_window_attention: q is {tuple(q.shape)}, so k and v must both be (B, S, G, K) = "
+                         f"({batch}, S, G, {head_dim}), not {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.size(1) < n_queries:
+        raise ValueError(f"sliding_window_attention: {k.size(1)} keys are fewer than the {n_queries} queries")
+    if n_heads % k.size(2):
+        raise ValueError(f"sliding_window_attention: {n_heads} query heads do not share {k.size(2)} kv heads evenly")
+    if window is not None and window < 1:
+        raise ValueError(f"sliding_window_attention: window must be at least 1 (a query sees itself), not {window}")

@@ -1,0 +1,71 @@
+"""Sliding-window attention by torch's compiled flex_attention (GPU), with a block mask written down from its formula.
+
+B batch, T queries, S keys, H query heads, G kv heads, K head_dim, Q blocks of queries, C blocks of keys.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+# Rows and columns of the block mask's blocks.
+BLOCK = 128
+
+
+def window_block_mask(n_queries: int, n_keys: int, window: int, device: torch.device) -> BlockMask:
+    """The block mask of 0 <= i-j < window, query t at key position i = S-T+t, without ever making the (T, S) mask.
+
+    A block of keys is needed if it holds one between the oldest key of the first query and the last query's own. It is
+    full, and used without a look at single entries, if every query of a complete block sees its first key and its last.
+    """
+    offset = n_keys - n_queries
+    first_Q1 = offset + torch.arange(0, n_queries, BLOCK, device=device)[:, None]
+    last_Q1 = (first_Q1 + BLOCK - 1).clamp(max=n_keys - 1)
+    start_C = torch.arange(0, n_keys, BLOCK, device=device)
+    stop_C = start_C + BLOCK - 1
+    needed_QC = (start_C <= last_Q1) & (stop_C > first_Q1 - window)
+    complete_Q1 = first_Q1 + BLOCK <= n_keys
+    full_QC = complete_Q1 & (start_C > last_Q1 - window) & (stop_C <= first_Q1)
+    partial = _ordered(needed_QC & ~full_QC)
+    full = _ordered(full_QC)
+
+    def mask_mod(b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
+        distance = t + offset - j
+        return (distance >= 0) & (distance < window)
+
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mask_mod,
+                                    seq_lengths=(n_queries, n_keys))
+
+
+def _ordered(wanted_QC: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries wants (1, 1, Q), and which, those first (1, 1, Q, C)."""
+    order = torch.argsort(wanted_QC.int(), dim=1, descending=True, stable=True)
+    return wanted_QC.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+
+# Masks of the shapes met lately; training has one, evaluation a few.
+_cached_block_mask = functools.lru_cache(maxsize=16)(window_block_mask)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def sliding_window_attention_flex(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None,
+                                  scale: float) -> Tensor:
+    """softmax(scale q·k over the keys seen) v; the window None sees every earlier key."""
+    n_queries, n_keys = q_BTHK.size(1), k_BSGK.size(1)
+    arguments = n_queries, n_keys, n_keys if window is None else window, q_BTHK.device
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+    grouped = q.size(1) != k.size(1)
+    if torch.compiler.is_compiling():
+        # Part of a larger graph: the few small tensors of the mask are computed there.
+        out = flex_attention(q, k, v, block_mask=window_block_mask(*arguments), scale=scale, enable_gqa=grouped)
+    else:
+        out = _compiled()(q, k, v, block_mask=_cached_block_mask(*arguments), scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)

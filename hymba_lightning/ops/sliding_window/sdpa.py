@@ -1,0 +1,25 @@
+"""Plain causal attention, for global layers, by torch's scaled_dot_product_attention.
+
+B batch, T queries, S keys, H query heads, G kv heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+
+def causal_attention_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
+    """softmax(scale q·k over the keys seen) v; the last query sees every key. Returns q's shape and dtype."""
+    n_queries, n_keys = q_BTHK.size(1), k_BSGK.size(1)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+    grouped = q.size(1) != k.size(1)
+    if n_queries == n_keys:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    elif n_queries == 1:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n_queries, n_keys), scale=scale,
+                                             enable_gqa=grouped)
+    return out.transpose(1, 2)
