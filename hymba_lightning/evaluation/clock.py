@@ -13,8 +13,8 @@ from hymba_lightning.evaluation.score import world
 
 log = logging.getLogger("hymba_lightning")
 
-# An epoch that was not measured yet is taken for this many forward passes (backward about two, rounding up).
-EPOCH_IN_FORWARDS = 4.0
+# An epoch that was not measured yet is taken for this many forward passes (a backward pass is about two).
+EPOCH_IN_FORWARDS = 3.0
 # What was measured may be exceeded by this factor the next time.
 MARGIN = 1.1
 
@@ -22,8 +22,8 @@ MARGIN = 1.1
 class EvaluationClock:
     """Seconds since construction, rank 0's on every rank, and what they allow.
 
-    Measured times of scoring and of epochs are the largest so far, so that a slow start is no surprise later. Every
-    rank must make the same calls.
+    What comes is taken to last as long as it last did, and a tenth more: a slow start, which compiles kernels, is soon
+    forgotten. Every rank must make the same calls.
 
     Args:
         limit_seconds: Seconds for everything; None for no limit.
@@ -52,11 +52,11 @@ class EvaluationClock:
 
     def note_scoring(self, seconds: float) -> None:
         """Remembers how long a chunk's scoring took."""
-        self._score_seconds = max(self._score_seconds, seconds)
+        self._score_seconds = seconds
 
     def note_epoch(self, seconds: float) -> None:
         """Remembers how long an epoch over a chunk took."""
-        self._epoch_seconds = max(self._epoch_seconds or 0.0, seconds)
+        self._epoch_seconds = seconds
 
     def allows_epoch(self, *, now: float, chunk_started: float, chunks_left: int, first: bool,
                      forwards_per_score: float) -> bool:

@@ -1,15 +1,13 @@
 """Score-first test-time training: the reference's numbers, the rules of the score, and any number of ranks."""
 
 import copy
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from golden_vectors import arrays, network, settings, ttt_chunks, ttt_config
+from tiny_lightning import run_ranks
 
 from hymba_lightning.data.sequences import Chunk
 from hymba_lightning.evaluation import ScoreFirstTTT, TTTConfig, score_first_ttt
@@ -154,21 +152,12 @@ def test_the_last_chunk_is_not_trained_on(golden):
     assert torch.equal(net.tok_emb.weight, vectors["param/tok_emb.weight"])
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def _rank(rank: int, size: int, port: int, n_tokens: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+def _rank(rank: int, size: int, n_tokens: int, folder: str) -> None:
+    dist.init_process_group("gloo")
     golden = arrays("ttt"), settings("ttt")
     chunks = ttt_chunks(golden[0], 256, n_tokens)
     net, scores = run(golden, chunks, drop_partial=False, batch_seqs=4 // size)
     torch.save({"nats": torch.cat([s.nats for s in scores]), "weights": net.state_dict()}, f"{folder}/{size}-{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.ddp
@@ -177,7 +166,7 @@ def test_any_number_of_ranks_gives_the_same_score(tmp_path: Path, n_tokens):
     """Sequences that two ranks cannot share evenly, a partial one, and a chunk shorter than one sequence: no hang, the
     same weights on both ranks, and one rank's score at the same global batch."""
     for size in (1, 2):
-        mp.spawn(_rank, args=(size, _free_port(), n_tokens, str(tmp_path)), nprocs=size)
+        run_ranks(_rank, size, n_tokens, str(tmp_path), world_size=size)
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert torch.equal(first["nats"], second["nats"])
     for key, value in first["weights"].items():

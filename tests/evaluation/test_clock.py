@@ -1,0 +1,94 @@
+"""The evaluation's clock: epochs are lowered, the limit is kept, all ranks decide alike."""
+
+import pytest
+import torch
+from legality import SEQ_LEN, chunks, lively_net, stream
+from tiny_lightning import FakeTime, run_ranks
+
+from hymba_lightning.evaluation import ScoreFirstTTT, TTTConfig
+from hymba_lightning.evaluation.adapt import Adapter
+
+N_CHUNKS = 4
+
+
+def timed_run(monkeypatch, limit, score_seconds=1.0, update_seconds=1.0, epochs=5, slow_after=None, rank_offset=0.0):
+    """Runs the stream on a clock that only scoring and updates move. Returns seconds used and epochs per chunk."""
+    time = FakeTime(now=100.0 + rank_offset)
+    original = Adapter.update
+    n_updates = 0
+
+    def update(self, lr, loss):
+        nonlocal n_updates
+        n_updates += 1
+        time.advance(update_seconds * (3 if slow_after is not None and n_updates > slow_after else 1))
+        return original(self, lr, loss)
+
+    monkeypatch.setattr(Adapter, "update", update)
+    ttt = ScoreFirstTTT(lively_net(), SEQ_LEN, TTTConfig(epochs=epochs, freeze_blocks=0, limit_seconds=limit), time)
+    scorer = ttt.scorer
+    plain = scorer.score
+
+    def score(tokens):
+        time.advance(score_seconds)
+        return plain(tokens)
+
+    scorer.score = score
+    for chunk in chunks(stream()):
+        ttt.score_chunk(chunk)
+        ttt.adapt_chunk(chunk)
+    monkeypatch.undo()
+    return ttt.clock.elapsed(), ttt.epochs_done
+
+
+def test_without_a_limit_every_epoch_runs(monkeypatch):
+    seconds, epochs = timed_run(monkeypatch, None)
+    assert epochs == [5, 5, 5, 0]
+    assert seconds == pytest.approx(4 + 15)
+
+
+def test_time_enough_lowers_nothing(monkeypatch):
+    assert timed_run(monkeypatch, 1000.0)[1] == [5, 5, 5, 0]
+
+
+@pytest.mark.parametrize("limit", [6.0, 8.0, 10.0, 12.5, 15.0])
+def test_epochs_are_lowered_and_the_limit_is_kept(monkeypatch, limit):
+    seconds, epochs = timed_run(monkeypatch, limit)
+    assert seconds <= limit
+    assert sum(epochs) < 15
+    # What could be used was used: another epoch would not have fitted, margins aside.
+    assert seconds > limit - 4.0
+    if limit > 12:
+        assert max(epochs) - min(epochs[:-1]) <= 1, "the time was not shared out evenly"
+
+
+def test_scoring_alone_may_fill_the_limit(monkeypatch):
+    seconds, epochs = timed_run(monkeypatch, 4.2)
+    assert epochs == [0, 0, 0, 0]
+    assert seconds == pytest.approx(4)
+
+
+def test_epochs_that_get_slower_stop_earlier(monkeypatch):
+    """Seven fast updates, then slow ones: the run overshoots by at most the one epoch that was slower than known."""
+    seconds, epochs = timed_run(monkeypatch, 20.0, slow_after=3)
+    assert seconds <= 20.0 + 2.0
+    assert sum(epochs) < 15
+
+
+def _ranks(rank, folder):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    # Rank 1's own clock would forbid everything: it runs ten times as fast.
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        seconds, epochs = timed_run(monkeypatch, 10.0, score_seconds=1.0 if rank == 0 else 10.0,
+                                    update_seconds=1.0 if rank == 0 else 10.0, rank_offset=rank * 1e6)
+    torch.save((seconds, epochs), f"{folder}/{rank}.pt")
+
+
+@pytest.mark.ddp
+def test_ranks_agree_on_the_time_whatever_their_clocks_say(tmp_path):
+    run_ranks(_ranks, str(tmp_path))
+    (seconds, epochs), other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert other == (seconds, epochs)
+    assert seconds <= 10
+    assert sum(epochs) > 0
