@@ -14,10 +14,11 @@ from hymba_lightning.quantization.report import ArtifactReport
 
 log = logging.getLogger("hymba_lightning")
 
-MAX_ATTEMPTS = 8
+MAX_ATTEMPTS = 6
 DRAFT_LEVEL = 1  # entropy coding alone: within 0.05 % of level 22 on weights, and a hundred times as fast
 HEADER_ALLOWANCE = 4096
 AIM = 0.998  # of the budget, since level 22 may pack a trace worse than the draft
+CLOSE = 0.995  # of the budget is near enough
 
 
 class ArtifactTooLargeError(ValueError):
@@ -46,22 +47,31 @@ def fit_to_limit(encode: Callable[[float], list[Encoded]], budget: int, max_fact
                  start: float = 1.0) -> tuple[float, list[Encoded]]:
     """The least factor on the row scales, from `start` up, at which the artifact has at most `budget` bytes.
 
-    `encode(factor)` gives all tensors at that factor. Doubling the scales saves the entropy coder one bit a weight, so
-    each attempt knows how far to go. Returns the factor and its tensors; where no factor up to `max_factor` would do,
-    those of `start`.
+    `encode(factor)` gives all tensors at that factor. Doubling the scales saves the entropy coder about a bit a weight,
+    so the first attempt knows nearly how far to go, and later ones go by the saving they saw. Returns the factor and
+    its tensors; where no factor up to `max_factor` would do, those of `start`.
     """
-    log_factor, encoded = math.log2(start), encode(start)
-    first = encoded
+    first, log_start = encode(start), math.log2(start)
+    log_factor, encoded, best = log_start, first, None
+    sizes: dict[float, int] = {}
     for _ in range(MAX_ATTEMPTS):
         content, counts, _ = lay_out(encoded)
-        size = len(container.compress(content, DRAFT_LEVEL)) + HEADER_ALLOWANCE
-        if size <= budget:
-            return 2**log_factor, encoded
-        if not counts["q"]:
+        sizes[log_factor] = len(container.compress(content, DRAFT_LEVEL)) + HEADER_ALLOWANCE
+        if sizes[log_factor] <= budget:
+            best = (2**log_factor, encoded)
+            if log_factor == log_start or sizes[log_factor] >= CLOSE * budget:
+                break
+        saved_per_doubling = counts["q"] / 8
+        if len(sizes) > 1:
+            (low, large), *_, (high, small) = sorted(sizes.items())
+            saved_per_doubling = (large - small) / (high - low)
+        if saved_per_doubling <= 0:
             break
-        log_factor += 8 * (size - AIM * budget) / counts["q"]
-        if 2**log_factor > max_factor:
+        log_factor = max(log_start, log_factor + (sizes[log_factor] - AIM * budget) / saved_per_doubling)
+        if 2**log_factor > max_factor or log_factor in sizes:
             break
         encoded = encode(2**log_factor)
-    log.warning("no coarser scales bring the artifact under its limit: exported without")
-    return start, first
+    if best is None:
+        log.warning("no coarser scales bring the artifact under its limit: exported without")
+        return start, first
+    return best

@@ -224,7 +224,7 @@ def test_scales_get_as_coarse_as_the_limit_needs(tmp_path, caplog):
     limit = evaluation_code_bytes() + round(0.8 * free.bytes)
     report = save(tmp_path / "b", matrices(), dataclasses.replace(SMALL, limit_bytes=limit))
     check_limit(report.bytes, evaluation_code_bytes(), limit, report)
-    assert report.bytes > 0.98 * 0.8 * free.bytes
+    assert report.bytes > 0.97 * 0.8 * free.bytes
     assert "times as coarse" in caplog.text
     # Packing a fifth less at 5.4 bits saves 1.1 bits a weight, so scales are about twice as coarse.
     assert report.coarsen == pytest.approx(2**1.08, rel=0.1)
