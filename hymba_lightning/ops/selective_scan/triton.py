@@ -1,0 +1,154 @@
+"""The selective scan in Triton: shapes, launches and the operator around the kernels of triton_forward and _backward.
+
+B batch, T sequence, E channels, N states per channel. Three launches forward (each chunk's end from a zero state, the
+carry across chunks, outputs), three backward (the same for the adjoints, then all gradients), so that the time axis of
+few long sequences fills the device. Operands are read where they lie, with any stride over batch and time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hymba_lightning.ops.selective_scan.custom import make_scan_op
+from hymba_lightning.ops.selective_scan.triton_backward import chunk_adjoints, chunk_gradients
+from hymba_lightning.ops.selective_scan.triton_forward import carry_chunks, chunk_ends, chunk_outputs
+from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, TARGET_PROGRAMS, readable
+
+# Tokens of a tile: those that a thread holds in registers, and the distance of the states saved for backward.
+ROWS = 8
+# Channels of a program, two for each thread: more do not fit the registers, fewer waste the loads of B and C.
+BLOCK_E = 64
+# Below this a chunk's edge costs more than the parallelism gains.
+MIN_CHUNK_TILES = 8
+# Chunks whose edges the carry loads at once.
+CARRY_AHEAD = 16
+# Registers of a thread that the last backward kernel may take: with 200, ten of its warps share a multiprocessor.
+# Float32 operands keep their products for the sums over channels in full, and need more.
+BACKWARD_REGISTERS = {torch.bfloat16: 200, torch.float16: 200, torch.float32: 255}
+
+
+def tiles_per_chunk(batch: int, length: int, channels: int) -> int:
+    """Tiles in a chunk, a power of two: as many as leave TARGET_PROGRAMS programs, all if the batch has enough."""
+    n_tiles = triton.cdiv(length, ROWS)
+    wanted_chunks = triton.cdiv(TARGET_PROGRAMS, batch * triton.cdiv(channels, BLOCK_E))
+    if wanted_chunks == 1:
+        return n_tiles
+    tiles = MIN_CHUNK_TILES
+    while tiles < n_tiles and triton.cdiv(n_tiles, 2 * tiles) >= wanted_chunks:
+        tiles *= 2
+    return tiles
+
+
+def _by_state(x_EN: Tensor) -> Tensor:
+    """(..., E, N) -> (..., N, E) float32, contiguous: how the kernels hold states and A."""
+    return x_EN.float().transpose(-1, -2).contiguous()
+
+
+def _gradient(x: Tensor, like: Tensor) -> Tensor:
+    """x in the type of `like`, contiguous and in memory of its own, as an operator has to return it."""
+    return x.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _shape(dt: Tensor, n_states: int) -> dict[str, int | bool]:
+    """Compile-time arguments that all but the carry take."""
+    length, channels = dt.shape[1:]
+    return {"E": channels, "N": n_states, "ROWS": ROWS, "BLOCK_E": BLOCK_E, "DT_ROW": dt.stride(1),
+            "MASKED": length % ROWS != 0 or channels % BLOCK_E != 0, **COMPILE_OPTIONS}
+
+
+def _carry(A_NE: Tensor, edge_BNE: Tensor, slots: Tensor, slot_stride: int, dt_sums: Tensor, direction: int) -> None:
+    """Runs the carry over `slots`, forward from the first (direction 1) or backward from the last one (-1)."""
+    batch, n_chunks, channels = dt_sums.shape
+    first = n_chunks - 1 if direction < 0 else 0
+    carry_chunks[triton.cdiv(channels, BLOCK_E), A_NE.size(0), batch](
+        A_NE, edge_BNE, slots, dt_sums, n_chunks, slots.stride(0), slot_stride, first * slot_stride, first * channels,
+        DIRECTION=direction, E=channels, N=A_NE.size(0), BLOCK_E=BLOCK_E, AHEAD=CARRY_AHEAD, **COMPILE_OPTIONS)
+
+
+def _forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
+             initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, channels = u.shape
+    n_states = A.size(1)
+    u, dt, B, C = map(readable, (u, dt, B, C))
+    # Without a gate its pointer is passed on but never read.
+    gate = u if z is None else readable(z)
+    A_NE, D, dt_bias = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
+    n_tiles, chunk_tiles = triton.cdiv(length, ROWS), tiles_per_chunk(batch, length, channels)
+    n_chunks, n_blocks = triton.cdiv(n_tiles, chunk_tiles), triton.cdiv(channels, BLOCK_E)
+    out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    starts = torch.empty(batch, n_tiles, n_states, channels, dtype=torch.float32, device=u.device)
+    final_BNE = torch.empty(batch, n_states, channels, dtype=torch.float32, device=u.device)
+    dt_sums = torch.empty(batch, n_chunks, channels, dtype=torch.float32, device=u.device)
+    shape = _shape(dt, n_states) | {"U_ROW": u.stride(1), "B_ROW": B.stride(1)}
+    with torch.cuda.device_of(u):
+        if n_chunks > 1:
+            chunk_ends[n_blocks, n_chunks - 1, batch](
+                u, dt, A_NE, B, dt_bias, starts, dt_sums, length, chunk_tiles, u.stride(0), dt.stride(0), B.stride(0),
+                **shape)
+        _carry(A_NE, _by_state(initial_state), starts, chunk_tiles * n_states * channels, dt_sums, direction=1)
+        chunk_outputs[n_blocks, n_chunks, batch](
+            u, dt, A_NE, B, C, D, gate, dt_bias, out, starts, final_BNE, length, chunk_tiles, u.stride(0),
+            dt.stride(0), B.stride(0), C.stride(0), gate.stride(0), C_ROW=C.stride(1), Z_ROW=gate.stride(1),
+            HAS_Z=z is not None, **shape)
+    return out, final_BNE.transpose(1, 2).contiguous(), starts
+
+
+def _backward(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+              z: Tensor | None, dt_bias: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
+    batch, length, channels = u.shape
+    n_states, device = A.size(1), u.device
+    u, dt, B, C, g_out = map(readable, (u, dt, B, C, g_out))
+    gate = u if z is None else readable(z)
+    A_NE, skip_E, bias_E = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
+    chunk_tiles = tiles_per_chunk(batch, length, channels)
+    n_chunks, n_blocks = triton.cdiv(starts.size(1), chunk_tiles), triton.cdiv(channels, BLOCK_E)
+    adjoints = torch.empty(batch, n_chunks, n_states, channels, dtype=torch.float32, device=device)
+    dt_sums = torch.empty(batch, n_chunks, channels, dtype=torch.float32, device=device)
+    du = torch.empty(u.shape, dtype=u.dtype, device=device)
+    ddt = torch.empty(dt.shape, dtype=dt.dtype, device=device)
+    dz = u.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=device)
+    channel_sums = torch.empty(batch * n_chunks, n_states + 2, channels, dtype=torch.float32, device=device)
+    token_sums = torch.empty(n_blocks, batch, length, 2, n_states, dtype=torch.float32, device=device)
+    shape = _shape(dt, n_states) | {"C_ROW": C.stride(1), "Z_ROW": gate.stride(1), "DOUT_ROW": g_out.stride(1),
+                                    "HAS_Z": z is not None}
+    with torch.cuda.device_of(u):
+        if n_chunks > 1:
+            chunk_adjoints[n_blocks, n_chunks - 1, batch](
+                dt, A_NE, C, gate, bias_E, g_out, adjoints, dt_sums, length, chunk_tiles, dt.stride(0), C.stride(0),
+                gate.stride(0), g_out.stride(0), **shape)
+        _carry(A_NE, _by_state(g_final), adjoints, n_states * channels, dt_sums, direction=-1)
+        chunk_gradients[n_blocks, n_chunks, batch](
+            u, dt, A_NE, B, C, skip_E, gate, bias_E, g_out, starts, adjoints, du, ddt, dz, channel_sums, token_sums,
+            length, chunk_tiles, u.stride(0), dt.stride(0), B.stride(0), C.stride(0), gate.stride(0), g_out.stride(0),
+            U_ROW=u.stride(1), B_ROW=B.stride(1), STATES=max(16, triton.next_power_of_2(n_states)),
+            ROUNDED=u.dtype != torch.float32,
+            # The interpreter, which runs on the CPU, has no bfloat16 product.
+            DOT_TYPE=tl.float32 if device.type == "cpu" else tl.bfloat16,
+            num_stages=1, maxnreg=BACKWARD_REGISTERS[u.dtype], **shape)
+    d_channel = channel_sums.sum(0)
+    d_token = token_sums.sum(0)
+    return (du, ddt, _gradient(d_channel[:n_states].t(), A), _gradient(d_token[:, :, 0], B),
+            _gradient(d_token[:, :, 1], C), _gradient(d_channel[n_states], D), dz,
+            _gradient(d_channel[n_states + 1], dt_bias), adjoints[:, 0].transpose(1, 2).contiguous())
+
+
+_scan = make_scan_op("selective_scan_triton", _forward, _backward, ROWS)
+
+
+def selective_scan_triton(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_E: Tensor,
+                          z_BTE: Tensor | None, *, dt_bias_E: Tensor, initial_state_BEN: Tensor | None = None,
+                          return_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """out (B, T, E) in u's dtype and, with `return_state`, the state after the last token (B, E, N) float32.
+
+    dt = softplus(dt_BTE + dt_bias), h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, out_t = (C_t·h_t + D u_t) silu(z_t), with
+    A negative (Mamba, arXiv:2312.00752, equation 2). float32 inside, whatever the operands' type. Every float input has
+    its gradient, through the output and through the final state. With 16-bit operands the products that add up to the
+    gradients of B and C are rounded to bfloat16 before they are summed, in float32.
+    """
+    if initial_state_BEN is None:
+        initial_state_BEN = torch.zeros(u_BTE.size(0), *A_EN.shape, dtype=torch.float32, device=u_BTE.device)
+    out_BTE, final_BEN, _ = _scan(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E, initial_state_BEN)
+    return (out_BTE, final_BEN) if return_state else out_BTE

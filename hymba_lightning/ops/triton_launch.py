@@ -1,0 +1,15 @@
+"""What the launches of every Triton kernel have in common."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+# Programs that a launch should have: some 30 for each of a large GPU's multiprocessors.
+TARGET_PROGRAMS = 4096
+# One warp a program, so that no barrier waits for another. Products and sums fused, which Triton will stop assuming.
+COMPILE_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+
+
+def readable(x: Tensor) -> Tensor:
+    """x itself, with any stride but over its last dimension, or a copy if that is not contiguous."""
+    return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()

@@ -1,0 +1,57 @@
+"""Elementwise pieces that the Triton kernels of several ops share, float32 in and out unless said otherwise."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_float32(pointers, mask, MASKED: tl.constexpr):
+    """What the pointers hold, as float32; zero where the mask is false. Without MASKED the mask is not looked at."""
+    if MASKED:
+        return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    else:
+        return tl.load(pointers).to(tl.float32)
+
+
+@triton.jit
+def store_rounded(pointers, values, mask, MASKED: tl.constexpr):
+    """Stores the values in the type the pointers have, where the mask is true; everywhere without MASKED."""
+    if MASKED:
+        tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+    else:
+        tl.store(pointers, values.to(pointers.dtype.element_ty))
+
+
+@triton.jit
+def inside_if(channel, E: tl.constexpr, condition):
+    """The mask of the channels below E if the scalar condition holds, of none if not."""
+    # Widening the condition itself to a vector makes the interpreter's masks integers, which its loads refuse.
+    return channel < tl.where(condition, E, 0)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), to 4e-7 of its value however small that is."""
+    y = tl.exp2(-tl.abs(x) * LOG2E)
+    # log1p(y) / y on [0, 1] as a polynomial fitted to equal relative error: cheaper than log, exact at zero.
+    series = -0.008778818883001804
+    series = series * y + 0.044986166059970856
+    series = series * y - 0.10902225226163864
+    series = series * y + 0.178471639752388
+    series = series * y - 0.24536851048469543
+    series = series * y + 0.33284062147140503
+    series = series * y - 0.4999817907810211
+    series = series * y + 1.0
+    return tl.maximum(x, 0.0) + y * series
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)). Squaring a reciprocal square root needs none of the range checks of a division."""
+    root = tl.rsqrt(1.0 + tl.exp2(-x * LOG2E))
+    return root * root

@@ -1,0 +1,191 @@
+"""What the Triton kernels take of a GPU, compiled for one without having one: registers, spills, shared memory.
+
+The launches are those of the operators themselves, run on tensors without memory (torch's meta device), with each
+kernel replaced by a recorder: what is compiled is what production would launch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hymba_lightning.ops.causal_conv1d import triton as conv_triton
+from hymba_lightning.ops.selective_scan import triton as scan_triton
+
+TYPE_NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+COMPILE_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+# A multiprocessor's registers, and the programs it can hold, on every architecture this compiles for.
+REGISTERS_PER_SM, PROGRAMS_PER_SM = 65536, 32
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a kernel: the JIT function, its grid, and its arguments by name, compile options included."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One compiled kernel."""
+
+    name: str
+    registers: int
+    """Of one thread."""
+    spills: int
+    """Instructions that move a register to or from local memory."""
+    stack: int
+    """Bytes of local memory of one thread."""
+    shared: int
+    """Bytes of shared memory of one program."""
+    warps: int
+    """Of one program."""
+
+    @property
+    def resident_warps(self) -> int:
+        """Warps that a multiprocessor holds at once, as far as registers decide it."""
+        per_warp = -(-self.registers // 8) * 8 * 32
+        return min(REGISTERS_PER_SM // per_warp // self.warps, PROGRAMS_PER_SM) * self.warps
+
+
+class _Recorder:
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            positional = dict(zip(self.kernel.arg_names, args, strict=False))
+            self.launches.append(Launch(self.kernel, grid, positional | kwargs))
+
+        return launch
+
+
+@contextmanager
+def recorded(module: ModuleType) -> Iterator[list[Launch]]:
+    """Inside, the kernels that `module` launches are recorded instead of run."""
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
+    launches: list[Launch] = []
+    for name, kernel in kernels.items():
+        setattr(module, name, _Recorder(kernel, launches))
+    try:
+        yield launches
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+
+
+def scan_launches(batch: int, length: int, channels: int, states: int, dtype: torch.dtype) -> list[Launch]:
+    """Every launch of the selective scan, forward and backward, gated, u and B, C being slices of wider tensors."""
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    u, dt, g_out = (empty(batch, length, channels, dtype=dtype) for _ in range(3))
+    z = empty(batch, length, 2 * channels, dtype=dtype)[..., channels:]
+    B, C = empty(batch, length, 32 + 2 * states, dtype=dtype)[..., 32:].split(states, dim=-1)
+    A, D, state = empty(channels, states), empty(channels), empty(batch, channels, states)
+    with recorded(scan_triton) as launches:
+        _, _, starts = scan_triton._forward(u, dt, A, B, C, D, z, D, state)
+        scan_triton._backward(g_out, state, u, dt, A, B, C, D, z, D, starts)
+    return launches
+
+
+def conv_launches(batch: int, length: int, channels: int, taps: int, dtype: torch.dtype) -> list[Launch]:
+    """Every launch of the convolution with SiLU, its input a slice of a wider tensor."""
+    x = torch.empty(batch, length, 2 * channels, dtype=dtype, device="meta")[..., :channels]
+    g_out = torch.empty(batch, length, channels, dtype=dtype, device="meta")
+    weight, bias = torch.empty(channels, taps, device="meta"), torch.empty(channels, device="meta")
+    state = torch.empty(batch, channels, taps - 1, dtype=dtype, device="meta")
+    with recorded(conv_triton) as launches:
+        conv_triton._forward(x, weight, bias, True, state)
+        conv_triton._backward(g_out, None, x, weight, bias, True, state)
+    return launches
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Compiles what `launch` would compile on a GPU of the compute capability (90 for a Hopper); reads its resources.
+
+    Raises RuntimeError if the resources cannot be read from what Triton's cuobjdump prints.
+    """
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        # Triton's own rules: an argument 1 becomes a constant, multiples of 16 are marked, pointers are aligned.
+        is_pointer = isinstance(value, Tensor)
+        if parameter.is_constexpr or (not is_pointer and value == 1 and not parameter.do_not_specialize):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = TYPE_NAMES[value.dtype] if is_pointer else "i32" if value < 2**31 else "i64"
+        if is_pointer or (value % 16 == 0 and not parameter.do_not_specialize):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    options = {name: launch.arguments[name] for name in COMPILE_OPTIONS if name in launch.arguments}
+    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, stack, spills = _read_binary(compiled.asm["cubin"])
+    return Resources(launch.kernel.__name__, registers, spills, stack, compiled.metadata.shared, options["num_warps"])
+
+
+def _read_binary(binary: bytes) -> tuple[int, int, int]:
+    """Registers of a thread, its bytes of local memory, and its spilling instructions."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        usage, assembly = (subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+                           for flag in ("--dump-resource-usage", "--dump-sass"))
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"{tool} printed no resource usage:\n{usage}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local, len(re.findall(r"\b(?:STL|LDL)[.\s]", assembly))
+
+
+HEADER = ("op", "arch", "kernel", "registers", "spills", "stack B", "shared B", "warps/SM")
+
+
+def _line(*cells: object) -> str:
+    return "{:<28} {:<7} {:<16} {:>9} {:>7} {:>8} {:>9} {:>9}".format(*cells)
+
+
+def report(launches: list[Launch], title: str, capability: int) -> bool:
+    """Prints one line for each kernel under the title. Returns whether none spills."""
+    clean = True
+    for launch in launches:
+        found = compile_launch(launch, capability)
+        clean = clean and found.spills == 0 and found.stack == 0
+        print(_line(title, f"sm_{capability}", found.name, found.registers, found.spills, found.stack, found.shared,
+                    found.resident_warps), flush=True)
+    return clean
+
+
+def main() -> int:
+    """Reports every kernel for three architectures at the training shapes; 1 if any spills."""
+    print(f"triton {triton.__version__}; B 2, T 32768, E 512, W 4; registers, spills and stack of a thread, shared "
+          "memory of a program")
+    print(_line(*HEADER))
+    clean = True
+    for capability in (80, 90, 100):
+        for dtype in (torch.bfloat16, torch.float32):
+            label = str(dtype).removeprefix("torch.")
+            for states in (8, 16):
+                launches = scan_launches(2, 32768, 512, states, dtype)
+                clean &= report(launches, f"selective_scan N={states} {label}", capability)
+            clean &= report(conv_launches(2, 32768, 512, 4, dtype), f"causal_conv1d {label}", capability)
+    print("no kernel spills" if clean else "SPILLS: see the table")
+    return 0 if clean else 1
