@@ -25,6 +25,8 @@ log = logging.getLogger("hymba_lightning")
 # The docstring below each field of a config is its help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+SUBCOMMANDS = ("fit", "validate", "test")
+
 # Ranks that Lightning starts inherit the environment: it tells them the folder that rank 0 named after its start time.
 RUN_DIR_VARIABLE = "HYMBA_RUN_DIR"
 
@@ -38,12 +40,19 @@ class RunConfig(SaveConfigCallback):
 
 
 class HymbaCLI(LightningCLI):
-    """fit, validate and test on a HymbaModule and a HymbaDataModule."""
+    """fit, validate and test on a HymbaModule and a HymbaDataModule.
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {name: {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"}
-                for name in ("fit", "validate", "test")}
+    Args:
+        command: The only subcommand to build a parser for, which takes a second or more each; another name builds all.
+    """
+
+    def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
+        self._command = command
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        names = (self._command,) if self._command in SUBCOMMANDS else SUBCOMMANDS
+        return {name: {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"} for name in names}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str | None, default=None,
@@ -124,5 +133,5 @@ class HymbaCLI(LightningCLI):
 
 def run(args: list[str]) -> None:
     """Runs one of LightningCLI's subcommands."""
-    HymbaCLI(HymbaModule, HymbaDataModule, args=args, seed_everything_default=1337, save_config_callback=RunConfig,
-             save_config_kwargs={"overwrite": True})
+    HymbaCLI(HymbaModule, HymbaDataModule, args=args, command=args[0], seed_everything_default=1337,
+             save_config_callback=RunConfig, save_config_kwargs={"overwrite": True})
