@@ -5,10 +5,10 @@ Its channels-last kernels take our layout without a copy; they want the state la
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hymba_lightning.ops.causal_conv1d.custom import make_conv_op
+from hymba_lightning.ops.packages import Context
 
 
 def _channels_last(x_BEX: Tensor) -> Tensor:
@@ -16,29 +16,31 @@ def _channels_last(x_BEX: Tensor) -> Tensor:
     return x_BEX.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor) -> tuple[Tensor, Tensor]:
-    from causal_conv1d import causal_conv1d_fn
-
-    y_BET, final_BEW1 = causal_conv1d_fn(x.contiguous().transpose(1, 2), weight, bias, initial_states=state,
-                                         return_final_states=True, activation="silu" if silu else None)
-    return y_BET.transpose(1, 2), final_BEW1
+def _operands(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor) -> tuple:
+    """The arguments of the package's Function: no document numbers, a final state wanted, in fresh memory."""
+    # It looks at this flag to see whether the state's gradient is wanted.
+    state = _channels_last(state.to(x.dtype)).detach().requires_grad_()
+    return (x.contiguous().transpose(1, 2), weight.contiguous(), bias.contiguous(), None, state, True, None,
+            "silu" if silu else None)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor) -> tuple[Tensor, Tensor]:
-    y, final = _convolve(x, weight.contiguous(), bias, silu, _channels_last(state.to(x.dtype)))
-    return y.contiguous(), final.contiguous()
+    from causal_conv1d.causal_conv1d_interface import CausalConv1dFn
+
+    y_BET, final_BEW1 = CausalConv1dFn.forward(Context(), *_operands(x, weight, bias, silu, state))
+    return y_BET.detach().transpose(1, 2).contiguous(), final_BEW1.detach().contiguous()
 
 
 def _backward(g_y: Tensor, g_final: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool,
               state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # The package offers its backward only through autograd, so the forward runs once more.
-    with torch.enable_grad():
-        operands = (x, weight.contiguous(), bias, _channels_last(state.to(x.dtype)))
-        leaves = [t.detach().requires_grad_() for t in operands]
-        y, final = _convolve(*leaves[:3], silu, leaves[3])
-        g_x, g_weight, g_bias, g_state = torch.autograd.grad((y, final), leaves,
-                                                             (g_y.contiguous(), _channels_last(g_final)))
-    return g_x.contiguous(), g_weight.contiguous(), g_bias.contiguous(), g_state.to(state.dtype).contiguous()
+    from causal_conv1d.causal_conv1d_interface import CausalConv1dFn
+
+    context = Context()
+    CausalConv1dFn.forward(context, *_operands(x, weight, bias, silu, state))
+    gradients = CausalConv1dFn.backward(context, g_y.contiguous().transpose(1, 2), _channels_last(g_final))
+    g_x, g_weight, g_bias, _, g_state = gradients[:5]
+    return (g_x.transpose(1, 2).contiguous(), g_weight.to(weight.dtype), g_bias.to(bias.dtype),
+            g_state.to(state.dtype).contiguous())
 
 
 causal_conv1d_package = make_conv_op("causal_conv1d_package", _forward, _backward)

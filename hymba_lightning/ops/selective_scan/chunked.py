@@ -22,13 +22,17 @@ from hymba_lightning.ops.threads import one_torch_thread
 CHUNK = 64
 
 
+def chunks_per_segment(length: int, device_type: str) -> int:
+    """All of them on a CPU, which gains nothing from steps that are wider than its cache; sqrt(T) tokens elsewhere."""
+    return n_chunks(length, CHUNK) if device_type == "cpu" else max(1, round(math.sqrt(length) / CHUNK))
+
+
 class _Layout:
     """How T tokens fall into segments of whole chunks: `count` segments of `tokens` tokens, the last padded."""
 
     def __init__(self, length: int, device: torch.device) -> None:
         self.length = length
-        per_segment = n_chunks(length, CHUNK) if device.type == "cpu" else round(math.sqrt(length) / CHUNK)
-        self.chunks = max(1, per_segment)
+        self.chunks = chunks_per_segment(length, device.type)
         self.count = n_chunks(length, self.chunks * CHUNK)
         self.tokens = length if self.count == 1 else self.chunks * CHUNK
 

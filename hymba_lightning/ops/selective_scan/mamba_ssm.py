@@ -9,25 +9,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hymba_lightning.ops.packages import Context
 
-def _scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
-          dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    # The kernel is compiled for one type of all operands that have a time axis.
-    gate = None if z is None else z.to(u.dtype).transpose(1, 2).contiguous()
-    u_BET, dt_BET, B_BNT, C_BNT = (x.to(u.dtype).transpose(1, 2).contiguous() for x in (u, dt, B, C))
-    out_BET, state_BEN = selective_scan_fn(u_BET, dt_BET, A.float(), B_BNT, C_BNT, D.float(), gate, dt_bias.float(),
-                                           delta_softplus=True, return_last_state=True)
-    return out_BET.transpose(1, 2).contiguous(), state_BEN.float().contiguous()
+def _time_last(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
+               dt_bias: Tensor) -> tuple[Tensor | None, ...]:
+    """The operands as the kernel wants them: (B, X, T), all of u's type; A, D and the bias float32."""
+    wide = (None if x is None else x.to(u.dtype).transpose(1, 2).contiguous() for x in (u, dt, B, C, z))
+    u_BET, dt_BET, B_BNT, C_BNT, z_BET = wide
+    return u_BET, dt_BET, A.float().contiguous(), B_BNT, C_BNT, D.float(), z_BET, dt_bias.float()
 
 
 @torch.library.custom_op("hymba::selective_scan_mamba_ssm", mutates_args=())
 def selective_scan_mamba_ssm(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
                              dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     """The scan from a zero state: out (B, T, E) in u's dtype and the final state (B, E, N), which has no gradient."""
-    with torch.no_grad():
-        return _scan(u, dt, A, B, C, D, z, dt_bias)
+    from mamba_ssm.ops.selective_scan_interface import SelectiveScanFn
+
+    operands = _time_last(u, dt, A, B, C, D, z, dt_bias)
+    out_BET, state_BEN = SelectiveScanFn.forward(Context(), *operands, True, True)
+    return out_BET.transpose(1, 2).contiguous(), state_BEN.to(torch.float32, copy=True)
 
 
 @selective_scan_mamba_ssm.register_fake
@@ -39,14 +40,19 @@ def _(u, dt, A, B, C, D, z, dt_bias):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("hymba::selective_scan_mamba_ssm_backward", mutates_args=())
 def _backward(g_out: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
               dt_bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    # The package offers its backward only through autograd, so the forward runs once more.
-    operands = [u, dt, A, B, C, D, *([] if z is None else [z]), dt_bias]
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in operands]
-        gate = None if z is None else leaves[6]
-        out, _ = _scan(*leaves[:6], gate, leaves[-1])
-        gradients = [g.contiguous() for g in torch.autograd.grad(out, leaves, g_out)]
-    return (*gradients[:6], u.new_empty(0) if z is None else gradients[6], gradients[-1])
+    from mamba_ssm.ops.selective_scan_interface import SelectiveScanFn
+
+    # What the kernel's forward leaves for its backward differs between versions, so the forward runs once more.
+    context = Context()
+    SelectiveScanFn.forward(context, *_time_last(u, dt, A, B, C, D, z, dt_bias), True, False)
+    gradients = SelectiveScanFn.backward(context, g_out.transpose(1, 2).contiguous())
+    g_u, g_dt, g_A, g_B, g_C, g_D, g_z, g_bias = gradients[:8]
+
+    def time_first(gradient: Tensor, like: Tensor) -> Tensor:
+        return gradient.transpose(1, 2).to(like.dtype).contiguous()
+
+    return (time_first(g_u, u), time_first(g_dt, dt), g_A.to(A.dtype), time_first(g_B, B), time_first(g_C, C),
+            g_D.to(D.dtype), u.new_empty(0) if z is None else time_first(g_z, z), g_bias.to(dt_bias.dtype))
 
 
 @_backward.register_fake

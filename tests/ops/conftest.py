@@ -1,0 +1,19 @@
+"""In op tests every fresh allocation is filled with NaN, so that an element nobody writes fails a comparison."""
+
+import pytest
+import torch
+
+
+def _filled(allocate):
+    def allocate_filled(*arguments, **keywords):
+        tensor = allocate(*arguments, **keywords)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return allocate_filled
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory(monkeypatch):
+    monkeypatch.setattr(torch, "empty", _filled(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _filled(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _filled(torch.Tensor.new_empty))

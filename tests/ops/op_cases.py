@@ -1,0 +1,31 @@
+"""What the op tests share: devices, tolerances, and the gradients of a call in one list."""
+
+import pytest
+import torch
+
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+# RMS(error) / RMS(reference). Both sides round bfloat16 results once, from sums that differ in order.
+RATIO = {torch.float32: 3e-6, torch.bfloat16: 5e-3}
+
+
+def on(device, *backends):
+    """Parameters (backend, device) for tests of `backends` on a type of device."""
+    return [pytest.param(backend, device, marks=NEEDS_GPU if device == "cuda" else [], id=f"{backend}-{device}")
+            for backend in backends]
+
+
+def random(*shape, device="cpu", dtype=torch.float32, seed=0):
+    """Normal numbers that are the same on every device and, up to rounding, in every type."""
+    generator = torch.Generator().manual_seed(seed + sum(place * size for place, size in enumerate(shape, 1)))
+    return torch.randn(shape, generator=generator).to(device=device, dtype=dtype)
+
+
+def outputs_and_gradients(call, operands, weights):
+    """`call(**operands)`'s tensors, and by name the gradients of Σ (tensor * weight) over those that have a weight."""
+    leaves = {name: x if x is None else x.detach().clone().requires_grad_() for name, x in operands.items()}
+    outputs = call(**leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum((out.float() * weight.float()).sum() for out, weight in zip(outputs, weights, strict=True)
+               if weight is not None)
+    loss.backward()
+    return [out.detach() for out in outputs], {name: x.grad for name, x in leaves.items() if x is not None}

@@ -1,0 +1,83 @@
+"""The ops are proper torch.library operators: one compiled graph holds them all, forward and backward."""
+
+import pytest
+import torch
+from op_cases import random
+from torch import nn
+from torch._dynamo.utils import counters
+
+from hymba_lightning.ops.causal_conv1d import causal_conv1d
+from hymba_lightning.ops.selective_scan import selective_scan
+from hymba_lightning.ops.sliding_window import sliding_window_attention
+
+
+class Layer(nn.Module):
+    """A small mixer that uses every op, the window attention also as a global layer."""
+
+    def __init__(self, scan_backend, conv_backend):
+        super().__init__()
+        self.backends = scan_backend, conv_backend
+        self.project_in, self.project_x = nn.Linear(16, 32), nn.Linear(16, 16 + 8)
+        self.project_qkv = nn.Linear(16, 32)
+        self.conv_weight, self.conv_bias = nn.Parameter(random(16, 4)), nn.Parameter(random(16))
+        self.A_log, self.D, self.dt_bias = (nn.Parameter(x) for x in (random(16, 4), random(16), random(16)))
+
+    def forward(self, x_BTD):
+        u, z = self.project_in(x_BTD).chunk(2, dim=-1)
+        u, conv_state = causal_conv1d(u, self.conv_weight, self.conv_bias, return_state=True, backend=self.backends[1])
+        dt, B, C = self.project_x(u).split([16, 4, 4], dim=-1)
+        y, state = selective_scan(u, dt, -self.A_log.exp(), B, C, self.D, z, dt_bias_E=self.dt_bias, return_state=True,
+                                  backend=self.backends[0])
+        q, k, v = self.project_qkv(y).split([16, 8, 8], dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, 4)) for part in (q, k, v))
+        local = sliding_window_attention(q, k, v, window=5)
+        everything = sliding_window_attention(q, k, v, window=None)
+        return (local + everything).flatten(2), state, conv_state
+
+
+@pytest.mark.parametrize(("scan_backend", "conv_backend"), [("numba", "numba"), ("chunked", "torch"), ("auto", "auto")])
+def test_compiled_graph_has_no_break_and_the_same_gradients(scan_backend, conv_backend):
+    layer, x = Layer(scan_backend, conv_backend), random(2, 21, 16).requires_grad_()
+    weights = random(2, 21, 16, seed=1), random(2, 16, 4), random(2, 16, 3)
+
+    def results(module):
+        outputs = module(x)
+        sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True)).backward()
+        gradients = [parameter.grad.clone() for parameter in (x, *layer.parameters())]
+        x.grad = None
+        layer.zero_grad()
+        return [*outputs, *gradients]
+
+    eager = results(layer)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = results(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    for actual, expected in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def _scan_operands(gated):
+    return (random(2, 33, 20), random(2, 33, 20), -random(20, 3).abs(), random(2, 33, 3), random(2, 33, 3), random(20),
+            random(2, 33, 20) if gated else None, random(20), random(2, 20, 3))
+
+
+CALLS = {"selective_scan_numba": _scan_operands(True), "selective_scan_chunked": _scan_operands(True),
+         "selective_scan_chunked without gate": _scan_operands(False),
+         "causal_conv1d_numba": (random(2, 33, 20), random(20, 4), random(20), True, random(2, 20, 3)),
+         "causal_conv1d_torch": (random(2, 33, 20), random(20, 4), random(20), False, random(2, 20, 3)),
+         "sliding_window_blocked": (random(2, 33, 4, 8), random(2, 40, 2, 8), random(2, 40, 2, 8), 7, 0.5)}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_operators_pass_torchs_own_check(call):
+    import hymba_lightning.ops.causal_conv1d.numba
+    import hymba_lightning.ops.causal_conv1d.torch
+    import hymba_lightning.ops.selective_scan.chunked
+    import hymba_lightning.ops.selective_scan.numba
+    import hymba_lightning.ops.sliding_window.blocked  # noqa: F401
+
+    operator = getattr(torch.ops.hymba, call.split()[0]).default
+    arguments = tuple(x.clone().requires_grad_() if isinstance(x, torch.Tensor) else x for x in CALLS[call])
+    torch.library.opcheck(operator, arguments)

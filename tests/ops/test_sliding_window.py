@@ -1,0 +1,216 @@
+"""Every backend of window attention against the dense mask, and the window's edge, key by key."""
+
+import functools
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_cases import NEEDS_GPU, RATIO, on, outputs_and_gradients, random
+
+from hymba_lightning.ops.registry import BackendUnavailableError, choose
+from hymba_lightning.ops.sliding_window import BACKENDS, available_backends, flex, sliding_window_attention
+from hymba_lightning.ops.testing import assert_close
+
+# (B, T, S, H, G, K, window)
+SHAPES = [(2, 63, 63, 6, 2, 12, 20), (1, 300, 300, 4, 4, 16, 128), (1, 260, 390, 4, 1, 8, 100), (2, 1, 40, 2, 1, 8, 5),
+          (1, 1, 1, 2, 2, 8, 4), (1, 70, 90, 4, 2, 8, 1), (1, 50, 50, 2, 1, 8, 500), (1, 140, 200, 2, 2, 8, None)]
+
+
+def case(batch, n_queries, n_keys, n_heads, n_kv_heads, head_dim, dtype=torch.float32, device="cpu"):
+    return {"q_BTHK": random(batch, n_queries, n_heads, head_dim, dtype=dtype, device=device),
+            "k_BSGK": random(batch, n_keys, n_kv_heads, head_dim, dtype=dtype, device=device, seed=1),
+            "v_BSGK": random(batch, n_keys, n_kv_heads, head_dim, dtype=dtype, device=device, seed=2)}
+
+
+def compare(backend, operands, window, ratio, scale=None):
+    weights = (random(*operands["q_BTHK"].shape, device=operands["q_BTHK"].device, seed=3),)
+    call = functools.partial(sliding_window_attention, window=window, scale=scale)
+    got, gradients = outputs_and_gradients(functools.partial(call, backend=backend), operands, weights)
+    expected, expected_gradients = outputs_and_gradients(functools.partial(call, backend="naive"), operands, weights)
+    assert_close("out", got[0], expected[0], ratio)
+    for name, reference in expected_gradients.items():
+        if reference.float().abs().max() < 1e-5:
+            # A query that sees one key has a constant weight: what is left of its gradients is rounding.
+            assert gradients[name].float().abs().max() < 1e-4
+        else:
+            assert_close(f"gradient of {name}", gradients[name], reference, ratio)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("backend", "device"), on("cpu", "blocked") + on("cuda", "flex", "flash"))
+def test_backend_matches_naive(backend, shape, dtype, device):
+    if backend not in available_backends(device):
+        pytest.skip(f"{backend} is not installed")
+    if backend == "flash" and dtype == torch.float32:
+        pytest.skip("flash-attn has no float32")
+    *sizes, window = shape
+    # A GPU's tensor cores round float32 factors to 10 bits and bfloat16 weights before the second product.
+    ratio = {torch.float32: 2e-3, torch.bfloat16: 2e-2} if device == "cuda" else RATIO
+    compare(backend, case(*sizes, dtype=dtype, device=device), window, ratio[dtype])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(60, 60), (1, 60), pytest.param(30, 60, id="offset")])
+def test_sdpa_matches_naive(n_queries, n_keys, device):
+    operands = case(2, n_queries, n_keys, 4, 2, 8, device=device)
+    ratio = RATIO[torch.float32] if device == "cpu" else 2e-3
+    if device == "cpu" and n_queries != n_keys:
+        with pytest.raises(BackendUnavailableError, match="dense mask on a CPU; use backend 'blocked'"):
+            sliding_window_attention(**operands, window=None, backend="sdpa")
+    else:
+        compare("sdpa", operands, None, ratio)
+    with pytest.raises(BackendUnavailableError, match="global layers only"):
+        sliding_window_attention(**operands, window=9, backend="sdpa")
+
+
+def test_sdpa_aligns_the_last_query_with_the_last_key():
+    from hymba_lightning.ops.sliding_window.sdpa import causal_attention_sdpa
+
+    operands = case(2, 30, 60, 4, 2, 8)
+    expected = sliding_window_attention(**operands, window=None, backend="naive")
+    assert_close("out", causal_attention_sdpa(*operands.values(), 8 ** -0.5), expected, RATIO[torch.float32])
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 40, None])
+@pytest.mark.parametrize("backend", ["naive", "blocked", "flex"])
+def test_a_query_sees_exactly_its_window(backend, window, monkeypatch):
+    """With unit vectors as values the output is the row of weights: positive where 0 <= i-j < window, else zero."""
+    n_queries, n_keys = 33, 40
+    operands = case(1, n_queries, n_keys, 1, 1, n_keys) | {"v_BSGK": torch.eye(n_keys)[None, :, None]}
+    if backend == "flex":
+        monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
+        out = flex.sliding_window_attention_flex(*operands.values(), window, 1.0)
+    else:
+        out = sliding_window_attention(**operands, window=window, scale=1.0, backend=backend)
+    distance = torch.arange(n_keys - n_queries, n_keys)[:, None] - torch.arange(n_keys)
+    seen = (distance >= 0) & (distance < (window or n_keys))
+    assert torch.equal(out[0, :, 0] > 0, seen)
+
+
+def test_naive_is_masked_attention_with_kv_heads_repeated():
+    operands = case(2, 20, 20, 6, 2, 8)
+    distance = torch.arange(20)[:, None] - torch.arange(20)
+    q, k, v = (x.transpose(1, 2) for x in operands.values())
+    expected = F.scaled_dot_product_attention(q, k.repeat_interleave(3, dim=1), v.repeat_interleave(3, dim=1),
+                                              attn_mask=(distance >= 0) & (distance < 6), scale=0.3).transpose(1, 2)
+    torch.testing.assert_close(sliding_window_attention(**operands, window=6, scale=0.3, backend="naive"), expected)
+
+
+@pytest.mark.parametrize("backend", ["naive", "blocked"])
+@pytest.mark.parametrize("window", [5, 70, None])
+def test_sequence_may_be_cut_anywhere(backend, window):
+    operands = case(2, 200, 200, 4, 2, 8)
+
+    def in_pieces(q_BTHK, k_BSGK, v_BSGK):
+        pieces = []
+        for first, last in ((0, 1), (1, 64), (64, 150), (150, 200)):
+            oldest = 0 if window is None else max(0, first - window + 1)
+            seen = slice(oldest, last)
+            pieces.append(sliding_window_attention(q_BTHK[:, first:last], k_BSGK[:, seen], v_BSGK[:, seen],
+                                                   window=window, backend=backend))
+        return torch.cat(pieces, dim=1)
+
+    weights = (random(2, 200, 4, 8, seed=3),)
+    whole = functools.partial(sliding_window_attention, window=window, backend=backend)
+    expected, expected_gradients = outputs_and_gradients(whole, operands, weights)
+    got, gradients = outputs_and_gradients(in_pieces, operands, weights)
+    assert_close("out", got[0], expected[0], RATIO[torch.float32])
+    for name, reference in expected_gradients.items():
+        assert_close(f"gradient of {name}", gradients[name], reference, RATIO[torch.float32])
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys", "window"),
+                         [(512, 512, 128), (700, 700, 200), (300, 900, 256), (1, 400, 100), (640, 640, 640),
+                          (640, 640, 1), (257, 1000, 129)])
+def test_block_mask_from_its_formula_is_torchs_own(n_queries, n_keys, window):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b, h, t, j):
+        distance = t + n_keys - n_queries - j
+        return (distance >= 0) & (distance < window)
+
+    def blocks(count, indices):
+        return [sorted(row[:number].tolist()) for number, row in zip(count[0, 0], indices[0, 0], strict=True)]
+
+    ours = flex.window_block_mask(n_queries, n_keys, window, torch.device("cpu"))
+    torchs = create_block_mask(visible, None, None, n_queries, n_keys, device="cpu")
+    assert blocks(ours.kv_num_blocks, ours.kv_indices) == blocks(torchs.kv_num_blocks, torchs.kv_indices)
+    full, torchs_full = ((mask.full_kv_num_blocks, mask.full_kv_indices) for mask in (ours, torchs))
+    assert blocks(*full) == blocks(*torchs_full)
+    assert ours.seq_lengths == (n_queries, n_keys)
+
+
+def test_block_mask_of_a_long_sequence_is_small():
+    mask = flex.window_block_mask(65536, 65536, 512, torch.device("cpu"))
+    tensors = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices, mask.q_num_blocks,
+               mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices)
+    assert sum(x.numel() * x.element_size() for x in tensors) < 8 * 2**20
+
+
+def test_flash_counts_the_keys_to_the_left_of_the_querys_own(monkeypatch):
+    calls = []
+
+    def flash_attn_func(q, k, v, softmax_scale, causal, window_size):
+        calls.append((softmax_scale, causal, window_size))
+        return q
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    from hymba_lightning.ops.sliding_window.flash import sliding_window_attention_flash
+
+    operands = case(1, 4, 4, 2, 1, 8)
+    sliding_window_attention_flash(*operands.values(), 3, 0.5)
+    sliding_window_attention_flash(*operands.values(), None, 0.5)
+    assert calls == [(0.5, True, (2, 0)), (0.5, True, (-1, 0))]
+
+
+def test_blocked_does_not_depend_on_the_number_of_threads():
+    operands, weights, results = case(2, 150, 150, 8, 4, 16), (random(2, 150, 8, 16, seed=3),), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            results.append(outputs_and_gradients(
+                functools.partial(sliding_window_attention, window=40, backend="blocked"), operands, weights))
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+    assert_close("out", results[1][0][0], results[0][0][0], 1e-6)
+    for name, reference in results[0][1].items():
+        assert_close(f"gradient of {name}", results[1][1][name], reference, 1e-6)
+
+
+def test_automatic_choice(monkeypatch):
+    installed = set()
+    monkeypatch.setattr("hymba_lightning.ops.registry.is_installed", lambda package: package in installed)
+    pick = functools.partial(choose, "sliding_window_attention", "auto")
+    assert pick("cpu", ("window",)) == "blocked"
+    assert pick("cpu") == "sdpa"
+    assert pick("cpu", ("offset_on_cpu",)) == "blocked"
+    assert pick("cuda", ("window",)) == "flex"
+    assert pick("cuda") == "sdpa"
+    with pytest.raises(BackendUnavailableError, match="pip install flash-attn"):
+        choose("sliding_window_attention", "flash", "cuda")
+    installed.add("flash_attn")
+    assert pick("cuda", ("window",)) == "flash"
+    assert pick("cuda", ("window", "float32")) == "flex"
+    assert BACKENDS == ("naive", "blocked", "flex", "flash", "sdpa")
+
+
+def test_errors_name_what_is_wrong():
+    operands = case(1, 6, 6, 4, 2, 8)
+    with pytest.raises(ValueError, match="window must be at least 1"):
+        sliding_window_attention(**operands, window=0)
+    with pytest.raises(ValueError, match="5 keys are fewer than the 6 queries"):
+        sliding_window_attention(operands["q_BTHK"], operands["k_BSGK"][:, 1:], operands["v_BSGK"][:, 1:], window=3)
+    with pytest.raises(ValueError, match="4 query heads do not share 3 kv heads evenly"):
+        sliding_window_attention(operands["q_BTHK"], random(1, 6, 3, 8), random(1, 6, 3, 8), window=3)
+    with pytest.raises(ValueError, match="k and v must both be"):
+        sliding_window_attention(operands["q_BTHK"], random(1, 6, 2, 4), random(1, 6, 2, 4), window=3)
+    with pytest.raises(BackendUnavailableError, match=r"flex.*runs on cuda tensors, these are on cpu"):
+        sliding_window_attention(**operands, window=3, backend="flex")
+    with pytest.raises(ValueError, match="no backend 'xformers'"):
+        sliding_window_attention(**operands, window=3, backend="xformers")
