@@ -58,8 +58,11 @@ def test_every_config_is_understood(path):
                          capture_output=True, text=True, check=True).stdout
     resolved = yaml.safe_load(out)
     given = yaml.safe_load(path.read_text())
-    assert resolved["model"]["net"]["d_model"] == given["model"]["net"]["d_model"]
-    assert resolved["model"]["budget_seconds"] == given["model"]["budget_seconds"]
+    for section in ("net", "ttt"):
+        for name, value in given["model"].get(section, {}).items():
+            assert resolved["model"][section][name] == value, name
+    if "budget_seconds" in given["model"]:
+        assert resolved["model"]["budget_seconds"] == given["model"]["budget_seconds"]
 
 
 def test_fit_leaves_config_checkpoint_artifact_summary_and_plot(fitted):

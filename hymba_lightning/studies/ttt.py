@@ -1,0 +1,137 @@
+"""Which way of evaluating and adapting gives most per second: one artifact, one stream, a list of recipes.
+
+Every recipe starts from the artifact's dequantized weights. A recipe whose result is in results.json is not run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hymba_lightning.data.datamodule import HymbaDataModule
+from hymba_lightning.data.sequences import Chunk, chunk_at, n_chunks
+from hymba_lightning.evaluation import Score, ScoreFirstTTT, TTTConfig
+from hymba_lightning.files import write_atomic
+from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.quantization import load_artifact
+
+
+@dataclass(frozen=True)
+class TTTStudy:
+    """Recipes by name: fields of TTTConfig, and chunk_tokens. `common` holds for all of them."""
+
+    baseline: str
+    recipes: dict[str, dict[str, Any]]
+    common: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> TTTStudy:
+        """Reads a study. Raises ValueError naming the file and what is wrong with it."""
+        try:
+            study = cls(**yaml.safe_load(path.read_text()))
+            for name in study.recipes:
+                study.settings(name)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no study of recipes: {error}") from error
+        if study.baseline not in study.recipes:
+            raise ValueError(f"{path}: baseline {study.baseline!r} is not among the recipes {sorted(study.recipes)}")
+        return study
+
+    def settings(self, name: str) -> tuple[TTTConfig, int | None]:
+        """A recipe's config and its chunk_tokens (None: the data's)."""
+        values = self.common | self.recipes[name]
+        chunk_tokens = values.pop("chunk_tokens", None)
+        return TTTConfig(**values), chunk_tokens
+
+
+def load_net(path: Path, runtime: RuntimeConfig, device: torch.device) -> Hymba:
+    """The artifact's network with its dequantized weights."""
+    artifact = load_artifact(path)
+    net = Hymba(HymbaConfig.from_dict(artifact.config), runtime)
+    net.load_state_dict(artifact.state_dict)
+    return net.to(device)
+
+
+def run_recipe(net: Hymba, data: HymbaDataModule, config: TTTConfig, chunk_tokens: int) -> dict[str, Any]:
+    """Scores the whole validation stream; `net` is changed. Returns bpb, seconds, epochs and the chunks' bpb."""
+    stream, token_bytes = data.val_stream(), data.token_bytes
+    start = time.monotonic()
+    ttt = ScoreFirstTTT(net, data.seq_len, config)
+    scores: list[Score] = []
+    for index in range(n_chunks(stream, chunk_tokens)):
+        chunk = chunk_at(stream, token_bytes, chunk_tokens, index)
+        scores.append(ttt.score_chunk(chunk).score)
+        ttt.adapt_chunk(chunk)
+    total = scores[0]
+    for score in scores[1:]:
+        total = total + score
+    return {"bpb": total.bpb, "loss": total.loss, "tokens": total.n_tokens, "seconds": time.monotonic() - start,
+            "epochs_done": ttt.epochs_done, "chunk_bpb": [score.bpb for score in scores]}
+
+
+def warm_up(net: Hymba, data: HymbaDataModule, config: TTTConfig, chunk_tokens: int) -> None:
+    """One update and one scoring pass of the recipe's shapes, so that compiling kernels counts in no recipe."""
+    n = min(chunk_tokens, max(config.batch_seqs, config.score_batch_seqs) * data.seq_len, len(data.val_stream()) - 1)
+    tokens = data.val_stream()[:n + 1]
+    no_bytes = torch.zeros(n, dtype=torch.int16)
+    ttt = ScoreFirstTTT(net, data.seq_len, dataclasses.replace(config, epochs=min(config.epochs, 1)))
+    for index in (0, 1):
+        chunk = Chunk(index, 3, tokens, no_bytes)
+        ttt.score_chunk(chunk)
+        ttt.adapt_chunk(chunk)
+
+
+def run_study(study: TTTStudy, artifact: Path, data: HymbaDataModule, out: Path, *, device: str = "cpu",
+              runtime: RuntimeConfig | None = None, only: list[str] | None = None) -> str:
+    """Runs the recipes that have no result yet. Returns the table (Markdown), also in out/table.md, with plot.png."""
+    where = torch.device(device)
+    path = out / "results.json"
+    results: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    for name in study.recipes:
+        if name in results or (only is not None and name not in (*only, study.baseline)):
+            continue
+        config, own_chunk = study.settings(name)
+        chunk_tokens = own_chunk or data.ttt_chunk_tokens
+        warm_up(load_net(artifact, runtime or RuntimeConfig(), where), data, config, chunk_tokens)
+        result = run_recipe(load_net(artifact, runtime or RuntimeConfig(), where), data, config, chunk_tokens)
+        results[name] = result | {"settings": dataclasses.asdict(config) | {"chunk_tokens": chunk_tokens}}
+        write_atomic(path, json.dumps(results, indent=1) + "\n")
+        print(f"{name}: {result['bpb']:.5f} bpb in {result['seconds']:.1f} s", flush=True)
+    return report(study, results, out)
+
+
+def report(study: TTTStudy, results: dict[str, dict[str, Any]], out: Path) -> str:
+    """The table, best first, and the plot of bits per byte against seconds."""
+    base = results[study.baseline]["bpb"]
+    rows = [f"| recipe | bpb | to {study.baseline}, thousandths | seconds | settings |", "|---|---|---|---|---|"]
+    ordered = sorted((name for name in study.recipes if name in results), key=lambda name: results[name]["bpb"])
+    for name in ordered:
+        result = results[name]
+        settings = ", ".join(f"{key} {value}" for key, value in study.recipes[name].items()) or "defaults"
+        change = 1000 * (result["bpb"] - base)
+        rows.append(f"| {name} | {result['bpb']:.4f} | {change:+.1f} | {result['seconds']:.1f} | {settings} |")
+    table = "\n".join(rows) + "\n"
+    write_atomic(out / "table.md", table)
+    figure = Figure(figsize=(8.5, 5.0), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for name in ordered:
+        point = results[name]["seconds"], results[name]["bpb"]
+        axis.plot(*point, "o", color="#c8641e" if name == study.baseline else "#2563a8")
+        axis.annotate(name, point, xytext=(5, 3), textcoords="offset points", fontsize=8)
+    axis.set_xscale("log")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(True, color="#e4e7ea", linewidth=0.8)
+    axis.set_xlabel("seconds for the whole stream")
+    axis.set_ylabel("bits per byte")
+    figure.savefig(out / "plot.png")
+    return table

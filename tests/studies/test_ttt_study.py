@@ -1,0 +1,68 @@
+"""The study of recipes and the measurement of long generation."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from tiny import NET, tiny_data, write_data
+
+from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.quantization import QuantizationConfig, save_artifact
+from hymba_lightning.studies.long_generation import measure, table
+from hymba_lightning.studies.ttt import TTTStudy, run_study
+
+STUDY = {"baseline": "cold", "common": {"freeze_blocks": 0, "limit_seconds": None},
+         "recipes": {"cold": {"epochs": 0}, "carried": {"epochs": 0, "mode": "carried"},
+                     "trained": {"epochs": 1, "lr": 0.1, "chunk_tokens": 128, "parameters": "mlp"}}}
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    return tmp_path / "study.yaml"
+
+
+def test_a_study_gives_table_plot_and_goes_on_where_it_was(tmp_path, study_file):
+    torch.manual_seed(0)
+    net = Hymba(HymbaConfig(**NET))
+    save_artifact(tmp_path / "a.hymba", net.state_dict(), config=net.config.to_dict(), tokenizer={}, metadata={},
+                  scheme=QuantizationConfig())
+    data = tiny_data(write_data(tmp_path / "data"))
+    study = TTTStudy.from_yaml(study_file)
+    first = run_study(study, tmp_path / "a.hymba", data, tmp_path, only=["carried"])
+    assert "| trained |" not in first
+    text = run_study(study, tmp_path / "a.hymba", data, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == set(STUDY["recipes"])
+    assert all(result["tokens"] == 699 for result in results.values())
+    assert results["trained"]["bpb"] < results["cold"]["bpb"]
+    assert len(results["trained"]["chunk_bpb"]) == 6
+    assert results["trained"]["settings"]["chunk_tokens"] == 128
+    assert text.splitlines()[2].startswith("| trained |")
+    assert text == (tmp_path / "table.md").read_text()
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    (tmp_path / "a.hymba").unlink()  # nothing is run again
+    assert run_study(study, tmp_path / "a.hymba", data, tmp_path) == text
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"baseline": "none"}, "baseline 'none'"),
+    ({"recipes": {"cold": {"epoch": 1}}}, "no study of recipes"),
+    ({"recipes": {"cold": {"mode": "hot"}}}, "hot"),
+])
+def test_a_wrong_study_is_refused(tmp_path, change, message):
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(STUDY | change))
+    with pytest.raises(ValueError, match=message):
+        TTTStudy.from_yaml(tmp_path / "wrong.yaml")
+
+
+def test_long_contexts_cost_no_more_memory():
+    torch.manual_seed(0)
+    net = Hymba(HymbaConfig(**NET))
+    results = list(measure(net, [100, 4000], n_new=5, prefill_tokens=256))
+    assert results[0].state_bytes == results[1].state_bytes
+    assert [result.context for result in results] == [100, 4000]
+    assert "| 4,000 |" in table(results)
+    with pytest.raises(ValueError, match="rise"):
+        next(measure(net, [10, 5], n_new=1))
