@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 # Programs that a launch should have: some 30 for each of a large GPU's multiprocessors.
@@ -13,3 +14,8 @@ COMPILE_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 def readable(x: Tensor) -> Tensor:
     """x itself, with any stride but over its last dimension, or a copy if that is not contiguous."""
     return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
+
+
+def as_gradient(x: Tensor, like: Tensor) -> Tensor:
+    """x in the type of `like`, contiguous and in memory of its own, as an operator has to return it."""
+    return x.to(like.dtype, copy=True, memory_format=torch.contiguous_format)

@@ -112,7 +112,7 @@ def conv_launches(batch: int, length: int, channels: int, taps: int, dtype: torc
     state = torch.empty(batch, channels, taps - 1, dtype=dtype, device="meta")
     with recorded(conv_triton) as launches:
         conv_triton._forward(x, weight, bias, True, state)
-        conv_triton._backward(g_out, None, x, weight, bias, True, state)
+        conv_triton._backward(g_out, state, x, weight, bias, True, state)
     return launches
 
 

@@ -9,8 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
+from hymba_lightning.ops.causal_conv1d.custom import last_inputs, make_conv_op
 from hymba_lightning.ops.causal_conv1d.triton_kernels import conv_backward, conv_forward
-from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, TARGET_PROGRAMS, readable
+from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, TARGET_PROGRAMS, as_gradient, readable
 
 # Tokens of a tile: more of them re-read less of the W-1 neighbours, and take more registers.
 ROWS = 16
@@ -38,24 +39,10 @@ def _forward(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: bool,
             x, weight_EW.contiguous(), bias_E.contiguous(), initial_state_BEW1.contiguous(), out, length, tiles,
             x.stride(0), E=channels, W=taps, X_ROW=x.stride(1), SILU=silu, ROWS=ROWS, BLOCK_E=FORWARD_BLOCK_E,
             **COMPILE_OPTIONS)
-    recent_BTE = x[:, max(0, length - taps + 1):]
-    final = torch.cat([initial_state_BEW1[:, :, length:].to(x.dtype), recent_BTE.transpose(1, 2)], dim=2)
-    return out, final[:, :, final.size(2) - taps + 1:].contiguous()
+    return out, last_inputs(x, initial_state_BEW1).contiguous()
 
 
-@torch.library.custom_op("hymba::causal_conv1d_triton", mutates_args=())
-def _conv(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: bool,
-          initial_state_BEW1: Tensor) -> tuple[Tensor, Tensor]:
-    return _forward(x_BTE, weight_EW, bias_E, silu, initial_state_BEW1)
-
-
-@_conv.register_fake
-def _(x_BTE, weight_EW, bias_E, silu, initial_state_BEW1):  # type: ignore[no-untyped-def]
-    return (torch.empty(x_BTE.shape, dtype=x_BTE.dtype, device=x_BTE.device),
-            torch.empty(initial_state_BEW1.shape, dtype=x_BTE.dtype, device=x_BTE.device))
-
-
-def _backward(g_out: Tensor, g_final: Tensor | None, x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: bool,
+def _backward(g_out: Tensor, g_final: Tensor, x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: bool,
               initial_state_BEW1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, channels = x_BTE.shape
     taps = weight_EW.size(1)
@@ -70,43 +57,15 @@ def _backward(g_out: Tensor, g_final: Tensor | None, x_BTE: Tensor, weight_EW: T
             x, weight_EW.contiguous(), bias_E.contiguous(), initial, g_out, dx, dinitial, sums, length, tiles,
             x.stride(0), g_out.stride(0), E=channels, W=taps, X_ROW=x.stride(1), DOUT_ROW=g_out.stride(1), SILU=silu,
             ROWS=ROWS, BLOCK_E=BACKWARD_BLOCK_E, **COMPILE_OPTIONS)
-    if g_final is not None:
-        # The state after the sequence is its last W-1 inputs, and what is left of the state before it if it is shorter.
-        kept = min(length, taps - 1)
-        dx[:, length - kept:] += g_final[:, :, taps - 1 - kept:].transpose(1, 2)
-        dinitial[:, :, kept:] += g_final[:, :, :taps - 1 - kept]
+    # The state after the sequence is its last W-1 inputs, and what is left of the state before it if it is shorter.
+    kept = min(length, taps - 1)
+    dx[:, length - kept:] += g_final[:, :, taps - 1 - kept:].transpose(1, 2)
+    dinitial[:, :, kept:] += g_final[:, :, :taps - 1 - kept]
     d_taps_WE = sums.sum(0)
-    return (dx, d_taps_WE[:taps].t().to(weight_EW.dtype, copy=True, memory_format=torch.contiguous_format),
-            d_taps_WE[taps].to(bias_E.dtype, copy=True), dinitial)
+    return dx, as_gradient(d_taps_WE[:taps].t(), weight_EW), as_gradient(d_taps_WE[taps], bias_E), dinitial
 
 
-@torch.library.custom_op("hymba::causal_conv1d_triton_backward", mutates_args=())
-def _conv_backward(g_out: Tensor, g_final: Tensor | None, x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: bool,
-                   initial_state_BEW1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _backward(g_out, g_final, x_BTE, weight_EW, bias_E, silu, initial_state_BEW1)
-
-
-@_conv_backward.register_fake
-def _(g_out, g_final, x_BTE, weight_EW, bias_E, silu, initial_state_BEW1):  # type: ignore[no-untyped-def]
-    inputs = x_BTE, weight_EW, bias_E, initial_state_BEW1
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs)
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x_BTE, weight_EW, bias_E, ctx.silu, initial_state_BEW1 = inputs
-    ctx.save_for_backward(x_BTE, weight_EW, bias_E, initial_state_BEW1)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, g_out, g_final):  # type: ignore[no-untyped-def]
-    x_BTE, weight_EW, bias_E, initial_state_BEW1 = ctx.saved_tensors
-    if g_out is None:
-        g_out = torch.zeros_like(x_BTE)
-    gradients = _conv_backward(g_out, g_final, x_BTE, weight_EW, bias_E, ctx.silu, initial_state_BEW1)
-    return *gradients[:3], None, gradients[3]
-
-
-_conv.register_autograd(_differentiate, setup_context=_setup_context)
+causal_conv1d_triton_op = make_conv_op("causal_conv1d_triton", _forward, _backward)
 
 
 def causal_conv1d_triton(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, *, activation: str | None = "silu",
@@ -114,10 +73,12 @@ def causal_conv1d_triton(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, *, ac
                          return_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """out_t = act(bias + Σ_j weight[:, W-1-j] x_{t-j}) (B, T, E); with `return_state` the last W-1 inputs too.
 
-    The state is (B, E, W-1). Sums in float32, results in x's dtype. Every float input has its gradient, through the output and the state.
+    The state is (B, E, W-1). Sums in float32, results in x's dtype. Every float input has its gradient, through the
+    output and the state.
     """
     if initial_state_BEW1 is None:
         shape = x_BTE.size(0), weight_EW.size(0), weight_EW.size(1) - 1
         initial_state_BEW1 = torch.zeros(shape, dtype=x_BTE.dtype, device=x_BTE.device)
-    out_BTE, final_BEW1 = _conv(x_BTE, weight_EW, bias_E, activation == "silu", initial_state_BEW1)
+    out_BTE, final_BEW1 = causal_conv1d_triton_op(x_BTE, weight_EW, bias_E, activation == "silu",
+                                                  initial_state_BEW1)
     return (out_BTE, final_BEW1) if return_state else out_BTE

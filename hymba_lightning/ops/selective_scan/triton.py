@@ -15,19 +15,21 @@ from torch import Tensor
 from hymba_lightning.ops.selective_scan.custom import make_scan_op
 from hymba_lightning.ops.selective_scan.triton_backward import chunk_adjoints, chunk_gradients
 from hymba_lightning.ops.selective_scan.triton_forward import carry_chunks, chunk_ends, chunk_outputs
-from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, TARGET_PROGRAMS, readable
+from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, TARGET_PROGRAMS, as_gradient, readable
 
 # Tokens of a tile: those that a thread holds in registers, and the distance of the states saved for backward.
 ROWS = 8
-# Channels of a program, two for each thread: more do not fit the registers, fewer waste the loads of B and C.
+# Channels of a program, two for each thread: fewer waste the loads of B and C, more do not fit backward's registers.
+FORWARD_BLOCK_E = 64
 BLOCK_E = 64
 # Below this a chunk's edge costs more than the parallelism gains.
 MIN_CHUNK_TILES = 8
 # Chunks whose edges the carry loads at once.
 CARRY_AHEAD = 16
-# Registers of a thread that the last backward kernel may take: with 200, ten of its warps share a multiprocessor.
-# Float32 operands keep their products for the sums over channels in full, and need more.
-BACKWARD_REGISTERS = {torch.bfloat16: 200, torch.float16: 200, torch.float32: 255}
+# Registers of a thread that the last backward kernel may take: with 200, ten of its warps share a multiprocessor. It
+# needs more for float32 operands, whose products it keeps in full, and for the sums of more states.
+BACKWARD_REGISTERS, FULL_REGISTERS = 200, 255
+FEW_STATES = 16
 
 
 def tiles_per_chunk(batch: int, length: int, channels: int) -> int:
@@ -47,16 +49,11 @@ def _by_state(x_EN: Tensor) -> Tensor:
     return x_EN.float().transpose(-1, -2).contiguous()
 
 
-def _gradient(x: Tensor, like: Tensor) -> Tensor:
-    """x in the type of `like`, contiguous and in memory of its own, as an operator has to return it."""
-    return x.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def _shape(dt: Tensor, n_states: int) -> dict[str, int | bool]:
+def _shape(dt: Tensor, n_states: int, block: int) -> dict[str, int | bool]:
     """Compile-time arguments that all but the carry take."""
     length, channels = dt.shape[1:]
-    return {"E": channels, "N": n_states, "ROWS": ROWS, "BLOCK_E": BLOCK_E, "DT_ROW": dt.stride(1),
-            "MASKED": length % ROWS != 0 or channels % BLOCK_E != 0, **COMPILE_OPTIONS}
+    return {"E": channels, "N": n_states, "ROWS": ROWS, "BLOCK_E": block, "DT_ROW": dt.stride(1),
+            "MASKED": length % ROWS != 0 or channels % block != 0, **COMPILE_OPTIONS}
 
 
 def _carry(A_NE: Tensor, edge_BNE: Tensor, slots: Tensor, slot_stride: int, dt_sums: Tensor, direction: int) -> None:
@@ -77,12 +74,12 @@ def _forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     gate = u if z is None else readable(z)
     A_NE, D, dt_bias = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
     n_tiles, chunk_tiles = triton.cdiv(length, ROWS), tiles_per_chunk(batch, length, channels)
-    n_chunks, n_blocks = triton.cdiv(n_tiles, chunk_tiles), triton.cdiv(channels, BLOCK_E)
+    n_chunks, n_blocks = triton.cdiv(n_tiles, chunk_tiles), triton.cdiv(channels, FORWARD_BLOCK_E)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     starts = torch.empty(batch, n_tiles, n_states, channels, dtype=torch.float32, device=u.device)
     final_BNE = torch.empty(batch, n_states, channels, dtype=torch.float32, device=u.device)
     dt_sums = torch.empty(batch, n_chunks, channels, dtype=torch.float32, device=u.device)
-    shape = _shape(dt, n_states) | {"U_ROW": u.stride(1), "B_ROW": B.stride(1)}
+    shape = _shape(dt, n_states, FORWARD_BLOCK_E) | {"U_ROW": u.stride(1), "B_ROW": B.stride(1)}
     with torch.cuda.device_of(u):
         if n_chunks > 1:
             chunk_ends[n_blocks, n_chunks - 1, batch](
@@ -112,8 +109,9 @@ def _backward(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, 
     dz = u.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=device)
     channel_sums = torch.empty(batch * n_chunks, n_states + 2, channels, dtype=torch.float32, device=device)
     token_sums = torch.empty(n_blocks, batch, length, 2, n_states, dtype=torch.float32, device=device)
-    shape = _shape(dt, n_states) | {"C_ROW": C.stride(1), "Z_ROW": gate.stride(1), "DOUT_ROW": g_out.stride(1),
+    shape = _shape(dt, n_states, BLOCK_E) | {"C_ROW": C.stride(1), "Z_ROW": gate.stride(1), "DOUT_ROW": g_out.stride(1),
                                     "HAS_Z": z is not None}
+    registers = BACKWARD_REGISTERS if u.dtype != torch.float32 and n_states <= FEW_STATES else FULL_REGISTERS
     with torch.cuda.device_of(u):
         if n_chunks > 1:
             chunk_adjoints[n_blocks, n_chunks - 1, batch](
@@ -123,19 +121,19 @@ def _backward(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, 
         chunk_gradients[n_blocks, n_chunks, batch](
             u, dt, A_NE, B, C, skip_E, gate, bias_E, g_out, starts, adjoints, du, ddt, dz, channel_sums, token_sums,
             length, chunk_tiles, u.stride(0), dt.stride(0), B.stride(0), C.stride(0), gate.stride(0), g_out.stride(0),
-            U_ROW=u.stride(1), B_ROW=B.stride(1), STATES=max(16, triton.next_power_of_2(n_states)),
+            U_ROW=u.stride(1), B_ROW=B.stride(1), STATES=max(FEW_STATES, triton.next_power_of_2(n_states)),
             ROUNDED=u.dtype != torch.float32,
             # The interpreter, which runs on the CPU, has no bfloat16 product.
             DOT_TYPE=tl.float32 if device.type == "cpu" else tl.bfloat16,
-            num_stages=1, maxnreg=BACKWARD_REGISTERS[u.dtype], **shape)
+            num_stages=1, maxnreg=registers, **shape)
     d_channel = channel_sums.sum(0)
     d_token = token_sums.sum(0)
-    return (du, ddt, _gradient(d_channel[:n_states].t(), A), _gradient(d_token[:, :, 0], B),
-            _gradient(d_token[:, :, 1], C), _gradient(d_channel[n_states], D), dz,
-            _gradient(d_channel[n_states + 1], dt_bias), adjoints[:, 0].transpose(1, 2).contiguous())
+    dA_EN, dD_E, d_bias_E = d_channel[:n_states].t(), d_channel[n_states], d_channel[n_states + 1]
+    return (du, ddt, as_gradient(dA_EN, A), as_gradient(d_token[:, :, 0], B), as_gradient(d_token[:, :, 1], C),
+            as_gradient(dD_E, D), dz, as_gradient(d_bias_E, dt_bias), adjoints[:, 0].transpose(1, 2).contiguous())
 
 
-_scan = make_scan_op("selective_scan_triton", _forward, _backward, ROWS)
+selective_scan_triton_op = make_scan_op("selective_scan_triton", _forward, _backward, ROWS)
 
 
 def selective_scan_triton(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_E: Tensor,
@@ -150,5 +148,6 @@ def selective_scan_triton(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Te
     """
     if initial_state_BEN is None:
         initial_state_BEN = torch.zeros(u_BTE.size(0), *A_EN.shape, dtype=torch.float32, device=u_BTE.device)
-    out_BTE, final_BEN, _ = _scan(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E, initial_state_BEN)
+    out_BTE, final_BEN, _ = selective_scan_triton_op(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E,
+                                                     initial_state_BEN)
     return (out_BTE, final_BEN) if return_state else out_BTE

@@ -1,0 +1,64 @@
+"""The Triton kernels compiled for a GPU that is not there: registers, spills, and what the report does with them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from interpreted import needs_triton
+
+pytestmark = [needs_triton, pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing to compile")]
+
+
+@pytest.fixture
+def resources(monkeypatch, tmp_path):
+    """The module, with a compile cache of its own."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from hymba_lightning.ops import triton_resources
+
+    return triton_resources
+
+
+@pytest.mark.slow
+def test_production_kernels_do_not_spill_on_hopper(resources, capsys):
+    launches = resources.scan_launches(2, 32768, 512, 8, torch.bfloat16)
+    names = [launch.kernel.__name__ for launch in launches]
+    assert names == ["chunk_ends", "carry_chunks", "chunk_outputs", "chunk_adjoints", "carry_chunks", "chunk_gradients"]
+    assert all(launch.grid[0] * launch.grid[1] * launch.grid[2] >= 128 for launch in launches)
+    assert resources.report([launches[2], launches[5]], "scan", 90)
+    assert resources.report(resources.conv_launches(2, 32768, 512, 4, torch.bfloat16), "conv", 90)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines] == ["chunk_outputs", "chunk_gradients", "conv_forward", "conv_backward"]
+
+
+@pytest.mark.slow
+def test_a_spill_is_reported(resources, monkeypatch, capsys):
+    from hymba_lightning.ops.selective_scan import triton
+
+    monkeypatch.setattr(triton, "BACKWARD_REGISTERS", 96)
+    launch = resources.scan_launches(2, 32768, 512, 8, torch.bfloat16)[-1]
+    found = resources.compile_launch(launch, 90)
+    assert found.registers <= 96
+    assert found.spills > 0
+    assert found.stack > 0
+    assert not resources.report([launch], "scan", 90)
+
+
+def test_recording_gives_the_kernels_back(resources):
+    import triton
+
+    from hymba_lightning.ops.selective_scan import triton as module
+
+    before = module.chunk_outputs
+    resources.scan_launches(1, 100, 60, 5, torch.float32)
+    assert module.chunk_outputs is before
+    assert isinstance(before, triton.JITFunction)
+
+
+@pytest.mark.parametrize(("shape", "tokens"), [((2, 32768, 512), 128), ((2, 65536, 512), 256), ((64, 4096, 4096), 4096),
+                                               ((1, 1000, 64), 64), ((1, 5, 64), 64)])
+def test_chunks_leave_enough_programs(resources, shape, tokens):
+    from hymba_lightning.ops.selective_scan.triton import ROWS, tiles_per_chunk
+
+    assert tiles_per_chunk(*shape) * ROWS == tokens
