@@ -97,6 +97,8 @@ def test_torch_items_run_on_one_torch_thread_each_without_gradients():
     torch.set_num_threads(3)
     try:
         seen, barrier = [], threading.Barrier(3, timeout=20)
+        # The pool's threads may have met torch before, when it had three threads for each of them.
+        threads.spread(lambda item: (barrier.wait(), torch.get_num_threads()), 3, 3)
 
         def work(item):
             barrier.wait()
