@@ -35,7 +35,7 @@ class ExportArtifact(pl.Callback):
     averaged weights and the reloaded artifact on the validation stream.
 
     Args:
-        enabled: Export at the end of training.
+        enabled: Write an artifact at the end of training; otherwise only the weights are scored.
         filename: The artifact's name in the run's folder, or an absolute path.
         quantization: How the weights are stored, and the limit in bytes.
         score_stages: Score raw, averaged and reloaded weights; each takes one pass over the validation stream.
@@ -60,7 +60,7 @@ class ExportArtifact(pl.Callback):
             OSError: the artifact cannot be written; an older one at its path is untouched.
             ValueError: a tensor that cannot be stored, such as one with NaN.
         """
-        if not self.enabled or trainer.fast_dev_run:
+        if trainer.fast_dev_run:
             return
         if pl_module.clock.stop_code:
             log.info("no export: a signal ended the run; go on with --ckpt_path last")
@@ -78,6 +78,8 @@ class ExportArtifact(pl.Callback):
                 self._score(last, trainer, pl_module.net)
                 stats = next(callback for callback in trainer.callbacks if isinstance(callback, TrainingStats))
                 stats.record_validation(trainer, pl_module, self.stages[last])
+        if not self.enabled:
+            return
         self._announce("quantizing and compressing")
         # Only rank 0 writes; its outcome, good or bad, is everyone's, so that no rank waits for a dead one.
         outcome: Any = None
