@@ -25,6 +25,9 @@ log = logging.getLogger("hymba_lightning")
 # The docstring below each field of a config is its help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+# A checkpoint is a file from anywhere: tensors and plain values are built from it, nothing in it is executed.
+SAFE = {"weights_only": True}
+
 SUBCOMMANDS = ("fit", "validate", "test")
 
 # Ranks that Lightning starts inherit the environment: it tells them the folder that rank 0 named after its start time.
@@ -52,7 +55,8 @@ class HymbaCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         names = (self._command,) if self._command in SUBCOMMANDS else SUBCOMMANDS
-        return {name: {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule"} for name in names}
+        return {name: {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
+                for name in names}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str | None, default=None,
@@ -94,23 +98,28 @@ class HymbaCLI(LightningCLI):
             if not last.is_file():
                 raise FileNotFoundError(f"{last} does not exist: --ckpt_path last needs the --run_dir of a run")
             ckpt_path = str(last)
+        if ckpt_path is not None and not Path(ckpt_path).is_file():
+            raise FileNotFoundError(f"--ckpt_path {ckpt_path} does not exist")
+        if ckpt_path is not None and is_artifact(ckpt_path):
+            raise ValueError(f"--ckpt_path {ckpt_path} is an artifact, which holds no state of training: fit goes on "
+                             "from a checkpoint, e.g. --ckpt_path last")
         held = [name for name in ("summary.json", "checkpoints") if (self.run_dir / name).exists()]
         if ckpt_path is None and held and not self._get(self.config_init, "overwrite"):
             raise FileExistsError(f"{self.run_dir} already holds a run ({', '.join(held)}): go on with --ckpt_path "
                                   "last, choose another --run_dir, or give --overwrite true")
-        self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
+        self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs, **SAFE)
 
     def validate(self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None,
                  **kwargs: Any) -> None:
         """Scores a checkpoint or an artifact on the validation stream."""
         ckpt_path = self._load_weights(model, datamodule, ckpt_path)
-        self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
+        self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs, **SAFE)
 
     def test(self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None,
              **kwargs: Any) -> None:
         """Scores a checkpoint or an artifact chunk by chunk with test-time training in between."""
         ckpt_path = self._load_weights(model, datamodule, ckpt_path)
-        self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
+        self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs, **SAFE)
 
     def _load_weights(self, model: HymbaModule, data: HymbaDataModule, path: str | None) -> str | None:
         """Takes an artifact's network into `model`; a checkpoint's path goes back for Lightning to load."""

@@ -29,8 +29,8 @@ class TrainingCheckpoint(ModelCheckpoint):
 
     It is written at an interval, after the last step, and on SIGINT or SIGTERM, which end the run after the step in
     progress on all ranks (a second SIGINT ends it at once). Writing stops the training clock. The file is replaced in
-    one move, so that a crash or a full disk leaves the one before it whole; a failed write in the middle of training
-    is a warning, the last one an error.
+    one move, so that a crash or a full disk leaves the one before it whole, and weights with NaN or infinities never
+    replace it; a failed write in the middle of training is a warning, the last one an error.
 
     Holds what Lightning's checkpoints lack: the state of the random generators. It is rank 0's, which every rank takes
     over on resume: with one seed for all ranks, as Lightning sets it, and equal work their states are equal.
@@ -180,8 +180,10 @@ class TrainingCheckpoint(ModelCheckpoint):
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             error: str | None = None
             if trainer.is_global_zero:
+                error = _not_finite(checkpoint["state_dict"] | checkpoint.get("current_model_state", {}))
                 try:
-                    _write(path, checkpoint)
+                    if error is None:
+                        _write(path, checkpoint)
                 except OSError as failure:
                     error = str(failure)
             # Rank 0's outcome is everyone's, so that no rank waits for one that failed.
@@ -209,6 +211,14 @@ class TrainingCheckpoint(ModelCheckpoint):
             signal.signal(signum, handler)
         self._handlers = {}
         del trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
+
+
+def _not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """What is wrong with weights that must not replace good ones, None where nothing is."""
+    finite = {name: torch.isfinite(tensor).all() for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not finite or bool(torch.stack(list(finite.values())).all()):
+        return None
+    return f"the weights are not finite ({next(name for name, ok in finite.items() if not ok)} is the first)"
 
 
 def _write(path: Path, checkpoint: dict[str, Any]) -> None:

@@ -178,7 +178,7 @@ class WallClock(Callback):
         spent = self._boundary = self.elapsed()
         self._reading = self._read(trainer, spent)
         usable = self.usable_seconds
-        if usable is not None and spent >= usable:
+        if usable is not None and spent + (self._predicted_step() if self._recent else 0.0) >= usable:
             rank_zero_warn(
                 f"the budget of {usable:.1f} s is already spent ({spent:.1f} s, step {trainer.global_step}); "
                 "no step is run. Raise budget_seconds to train on."

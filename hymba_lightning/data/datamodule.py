@@ -87,6 +87,7 @@ class HymbaDataModule(pl.LightningDataModule):
         # Lightning would refuse a rank without batches; here every rank has as many as the others.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._position = ReadPosition()
+        self._delivered_span: int | None = None
         self._resuming = False
 
     # What the tokenizer says --------------------------------------------------------------------------------------
@@ -206,7 +207,13 @@ class HymbaDataModule(pl.LightningDataModule):
 
     def locate_train_batch(self, i: int) -> list[tuple[Path, int]]:
         """Shard and offset of the first token of each of this rank's sequences in the global micro-step i."""
-        first = first_span(i, self.micro_batch_size, *self._rank_and_world())
+        return self._locate(first_span(i, self.micro_batch_size, *self._rank_and_world()))
+
+    def locate_delivered_batch(self) -> list[tuple[Path, int]]:
+        """The same for the training batch that the loader has just given, wherever a resumed run reads."""
+        return [] if self._delivered_span is None else self._locate(self._delivered_span)
+
+    def _locate(self, first: int) -> list[tuple[Path, int]]:
         spans = self.train_spans
         return [spans.stream.locate(spans.start(first + row)) for row in range(self.micro_batch_size)]
 
@@ -233,9 +240,10 @@ class HymbaDataModule(pl.LightningDataModule):
         per_step = self.micro_batch_size * world_size
         start = self._position.spans(self._global_step())
         self._position.restart(start)
-        indices = (start + step * per_step + rank * self.micro_batch_size for step in count())
-        batches = read_ahead(self._load_training, indices, self.prefetch_batches, self._device())
-        for batch in batches:
+        firsts = count(start + rank * self.micro_batch_size, per_step)
+        batches = read_ahead(self._load_training, firsts, self.prefetch_batches, self._device())
+        for first, batch in zip(count(start + rank * self.micro_batch_size, per_step), batches, strict=False):
+            self._delivered_span = first
             self._position.deliver(per_step, self._global_step())
             yield batch
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hymba_lightning.callbacks.compile_warmup import CompileWarmup
 from hymba_lightning.callbacks.ema import EMA
+from hymba_lightning.callbacks.loss_guard import LossGuard
+from hymba_lightning.callbacks.rank_watch import RankWatch
 from hymba_lightning.callbacks.stats import TrainingStats
 from hymba_lightning.callbacks.wall_clock import ClockReading, WallClock
 from hymba_lightning.data.sequences import Batch, Chunk
@@ -45,6 +47,7 @@ class HymbaModule(pl.LightningModule):
         compile_warmup_steps: int | None = None,
         log_every_n_steps: int = 10,
         peak_tflops: float | None = None,
+        on_nan: str = "stop",
     ) -> None:
         """
         Args:
@@ -64,6 +67,8 @@ class HymbaModule(pl.LightningModule):
                 numba's) costs no budget; null for 20 with `compile` and 2 without, 0 for none.
             log_every_n_steps: Optimizer steps between two log lines.
             peak_tflops: Peak of one device in TFLOP/s for the MFU; null looks the GPU up by name.
+            on_nan: What a NaN or infinite loss or gradient does: 'stop' ends the run, naming step, shard and offset,
+                with the checkpoint from before kept; 'skip' leaves that gradient out and goes on.
         """
         super().__init__()
         self.net = Hymba(net, runtime)
@@ -74,6 +79,7 @@ class HymbaModule(pl.LightningModule):
         self.compile_net = compile
         self.compile_warmup_steps = (20 if compile else 2) if compile_warmup_steps is None else compile_warmup_steps
         self.log_every_n_steps, self.peak_tflops = log_every_n_steps, peak_tflops
+        self.on_nan = on_nan
         # Plain values only: checkpoints are read with weights_only.
         self.save_hyperparameters({"net": net.to_dict(), "optimizer": dataclasses.asdict(optimizer),
                                    "budget_seconds": budget_seconds, "ema_decay": ema_decay})
@@ -93,12 +99,14 @@ class HymbaModule(pl.LightningModule):
     def configure_callbacks(self) -> list[pl.Callback]:
         wanted: list[pl.Callback] = [
             CompileWarmup(self.compile_warmup_steps),
+            RankWatch(),
             WallClock(self.budget_seconds, self.reserve_seconds),
+            LossGuard(self.on_nan),
             EMA(self.ema_decay, self.swa_start, self.swa_every),
             TrainingStats(self.log_every_n_steps, self.peak_tflops),
         ]
-        present = tuple(type(callback) for callback in self.trainer.callbacks)
-        return [callback for callback in wanted if not isinstance(callback, present)]
+        return [callback for callback in wanted
+                if not any(isinstance(present, type(callback)) for present in self.trainer.callbacks)]
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)

@@ -120,6 +120,21 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path):
+    def poison():
+        module.net.tok_emb.weight.data[3, 2] = float("nan")
+
+    module = TinyModule()
+    trainer = make_trainer(tmp_path, [TrainingCheckpoint(str(tmp_path), every_n_steps=1, every_n_seconds=None),
+                                      Kill(2, poison)], max_steps=4)
+    with (
+        pytest.warns(UserWarning, match=r"of step 3 not written: the weights are not finite \(net\.tok_emb\.weight"),
+        pytest.raises(CheckpointWriteError, match="step 4 not written"),
+    ):
+        trainer.fit(module, datamodule=TinyData())
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
 def test_an_interval_of_training_seconds_and_writing_costs_none(tmp_path, monkeypatch):
     fake_time, saved_at = FakeTime(), []
     real = checkpoint_module._write

@@ -1,0 +1,85 @@
+"""Faults for runs that tests start in processes of their own; each is called in the child before the command runs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+from hymba_lightning.callbacks.rank_watch import RankWatch
+from hymba_lightning.data.shards import Shard
+from hymba_lightning.training.module import HymbaModule
+
+
+def _at_step(step: int, fault: object) -> None:
+    """Calls fault(loss) on the loss of the first micro-batch after `step` optimizer steps; uses what it returns."""
+    original = HymbaModule.training_step
+
+    def training_step(self: HymbaModule, batch: object, batch_idx: int) -> object:
+        loss = original(self, batch, batch_idx)
+        return fault(loss) if self.trainer.global_step == step else loss
+
+    HymbaModule.training_step = training_step
+
+
+def nan_on_the_last_rank(rank: int) -> None:
+    """The loss of the eighth step is NaN on the last of the ranks."""
+    if rank == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        _at_step(7, lambda loss: loss * float("nan"))
+
+
+def slow_steps(rank: int) -> None:
+    """Steps take long enough to be interrupted in."""
+    original = HymbaModule.training_step
+
+    def training_step(self: HymbaModule, batch: object, batch_idx: int) -> object:
+        time.sleep(0.1)
+        return original(self, batch, batch_idx)
+
+    HymbaModule.training_step = training_step
+
+
+def rank_1_hangs(rank: int) -> None:
+    """Rank 1 never comes back from its fifth step; a dead peer's rank has half a second to end by itself."""
+    RankWatch.__init__ = functools.partialmethod(RankWatch.__init__, grace_seconds=0.5)
+    if rank == 1:
+        _at_step(4, lambda loss: time.sleep(1000))
+
+
+def error_on_rank_1(rank: int) -> None:
+    """Rank 1 fails with an exception in its fifth step."""
+    def fail(loss: object) -> None:
+        raise ValueError("the cooling failed")
+
+    if rank == 1:
+        _at_step(4, fail)
+
+
+def shard_vanishes(rank: int) -> None:
+    """The training shard is gone when the run has opened it."""
+    _at_open(lambda path: path.unlink())
+
+
+def shard_shrinks(rank: int) -> None:
+    """The training shard loses its end when the run has opened it."""
+    _at_open(lambda path: os.truncate(path, path.stat().st_size // 2))
+
+
+def _at_open(damage: object) -> None:
+    original = Shard.__init__
+
+    def init(self: Shard, path: object, vocab_size: int | None = None) -> None:
+        original(self, path, vocab_size)
+        if "_train_" in Path(path).name:
+            damage(Path(path))
+
+    Shard.__init__ = init
+
+
+def full_disk(rank: int) -> None:
+    """No file can grow over 40 kB: what a full disk does to a writer, for this process alone."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
