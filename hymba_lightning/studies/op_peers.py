@@ -1,0 +1,99 @@
+"""What a comparison of times runs: our backends of each op, and the other implementations there are, copies included.
+
+Every contender takes the operands of our contract, in our layout (batch, time, channels), and returns the output alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hymba_lightning.ops import causal_conv1d, selective_scan, sliding_window
+from hymba_lightning.ops.registry import is_installed
+from hymba_lightning.ops.sliding_window.naive import window_mask
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of an op."""
+
+    name: str
+    run: Callable[..., Tensor]
+    """Operands by name -> output."""
+
+    ours: bool = False
+
+
+def mambapy_scan(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_E: Tensor, z_BTE: Tensor,
+                 dt_bias_E: Tensor) -> Tensor:
+    """mambapy's parallel scan between plain PyTorch steps: every state of every token is in memory."""
+    from mambapy.pscan import pscan
+
+    dt = F.softplus(dt_BTE.float() + dt_bias_E)
+    states_BTEN = pscan(torch.exp(dt[..., None] * A_EN), (dt * u_BTE)[..., None] * B_BTN.float()[:, :, None])
+    y = (states_BTEN @ C_BTN.float()[..., None]).squeeze(-1) + D_E * u_BTE
+    return (y * F.silu(z_BTE.float())).to(u_BTE.dtype)
+
+
+def mamba_ssm_scan(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_E: Tensor,
+                   z_BTE: Tensor, dt_bias_E: Tensor) -> Tensor:
+    """mamba-ssm's kernel under its own autograd, which keeps what our adapter recomputes; time-last copies included."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    u, dt, B, C, z = (x.transpose(1, 2).contiguous() for x in (u_BTE, dt_BTE, B_BTN, C_BTN, z_BTE))
+    return selective_scan_fn(u, dt, A_EN, B, C, D_E, z, dt_bias_E, delta_softplus=True).transpose(1, 2).contiguous()
+
+
+def torch_conv(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor) -> Tensor:
+    """torch's depthwise conv1d, padded on both sides and cut, as most Mamba code without kernels does it."""
+    weight, bias = weight_EW[:, None].to(x_BTE.dtype), bias_E.to(x_BTE.dtype)
+    y_BET = F.conv1d(x_BTE.transpose(1, 2), weight, bias, padding=weight_EW.size(1) - 1, groups=x_BTE.size(2))
+    return F.silu(y_BET[..., :x_BTE.size(1)]).transpose(1, 2).contiguous()
+
+
+def package_conv(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor) -> Tensor:
+    """causal-conv1d's channels-last kernel under its own autograd."""
+    from causal_conv1d import causal_conv1d_fn
+
+    return causal_conv1d_fn(x_BTE.transpose(1, 2), weight_EW, bias_E, activation="silu").transpose(1, 2)
+
+
+def dense_mask_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, window: int) -> Tensor:
+    """scaled_dot_product_attention with the whole (T, S) mask."""
+    mask = window_mask(q_BTHK.size(1), k_BSGK.size(1), window, q_BTHK.device)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
+
+
+def _ours(op: Callable[..., Tensor], available: tuple[str, ...], *skipped: str) -> list[Contender]:
+    return [Contender(name, functools.partial(op, backend=name), True) for name in available if name not in skipped]
+
+
+def scan_contenders(device: torch.device) -> list[Contender]:
+    """mambapy first (the peer that others are divided by), then ours, then the CUDA package's own call."""
+    peers = [Contender("mambapy", mambapy_scan)] if is_installed("mambapy") else []
+    if device.type == "cuda" and is_installed("mamba_ssm"):
+        peers.append(Contender("mamba-ssm, own autograd", mamba_ssm_scan))
+    return peers + _ours(selective_scan.selective_scan, selective_scan.available_backends(device), "naive")
+
+
+def conv_contenders(device: torch.device) -> list[Contender]:
+    """torch's conv1d first, then ours, then the CUDA package's own call."""
+    peers = [Contender("F.conv1d", torch_conv)]
+    if device.type == "cuda" and is_installed("causal_conv1d"):
+        peers.append(Contender("causal-conv1d, own autograd", package_conv))
+    return peers + _ours(causal_conv1d.causal_conv1d, causal_conv1d.available_backends(device), "naive")
+
+
+def attention_contenders(device: torch.device, window: int, length: int, dtype: torch.dtype) -> list[Contender]:
+    """The dense mask first, where it fits, then ours."""
+    dense = Contender("SDPA, dense mask", functools.partial(dense_mask_attention, window=window))
+    skipped = ("naive", "sdpa", "flash") if dtype == torch.float32 else ("naive", "sdpa")
+    attention = functools.partial(sliding_window.sliding_window_attention, window=window)
+    ours = _ours(attention, sliding_window.available_backends(device), *skipped)
+    return [dense, *ours] if length <= 8192 else ours

@@ -1,0 +1,251 @@
+"""Times of the ops and their peers: medians over interleaved rounds, beside what the machine itself can do.
+
+A contender is timed only after its output and gradients have been compared with the naive definition.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hymba_lightning.ops import causal_conv1d, selective_scan, sliding_window
+from hymba_lightning.ops.testing import rms_ratio
+from hymba_lightning.studies.op_peers import Contender, attention_contenders, conv_contenders, scan_contenders
+
+Operands = dict[str, Tensor]
+
+# Largest RMS(error) / RMS(reference) of a contender that is timed. Tensor cores round float32 factors to 10 bits.
+TOLERANCE = {("cpu", torch.float32): 1e-4, ("cuda", torch.float32): 5e-3}
+TOLERANCE_16_BIT = 2e-2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An op at one size."""
+
+    title: str
+    operands: Callable[[int], Operands]
+    """Length -> random operands."""
+
+    length: int
+    definition: Callable[..., Tensor]
+    contenders: list[Contender]
+    megabytes: float
+    """What forward and backward must at least read and write, once each."""
+
+    gigaflops: float
+    """Matrix products of forward and backward, nothing outside the band and nothing recomputed."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches on the simplest work of each kind."""
+
+    copy_gb_per_s: float
+    """Bytes read plus bytes written."""
+
+    matmul_tflops: float
+
+    def floor_ms(self, subject: Subject) -> float:
+        """The least time of forward + backward that either limit allows."""
+        return max(subject.megabytes / self.copy_gb_per_s, subject.gigaflops / self.matmul_tflops)
+
+
+@dataclass(frozen=True)
+class OpTime:
+    """Medians of a contender in milliseconds, or why there are none."""
+
+    forward: float
+    both: float
+    spread: tuple[float, float]
+    extra_megabytes: float | None
+    problem: str = ""
+
+
+def scan_subject(batch: int, length: int, channels: int, states: int, device: torch.device,
+                 dtype: torch.dtype) -> Subject:
+    """The gated selective scan."""
+    def operands(tokens: int) -> Operands:
+        wide = functools.partial(torch.randn, batch, tokens, dtype=dtype, device=device)
+        return {"u_BTE": wide(channels), "dt_BTE": wide(channels),
+                "A_EN": -3 * torch.rand(channels, states, device=device), "B_BTN": wide(states), "C_BTN": wide(states),
+                "D_E": torch.randn(channels, device=device), "z_BTE": wide(channels),
+                "dt_bias_E": torch.randn(channels, device=device) - 3}
+
+    # Forward reads u, dt, z, B, C and writes out; backward reads those and g_out, and writes five gradients.
+    values = batch * length * (11 * channels + 6 * states)
+    return Subject(f"selective scan, forward + backward (B {batch}, T {length:,}, E {channels}, N {states})", operands,
+                   length, functools.partial(selective_scan.selective_scan, backend="naive"), scan_contenders(device),
+                   values * dtype.itemsize / 1e6, 0.0)
+
+
+def conv_subject(batch: int, length: int, channels: int, taps: int, device: torch.device,
+                 dtype: torch.dtype) -> Subject:
+    """The causal convolution with SiLU."""
+    def operands(tokens: int) -> Operands:
+        return {"x_BTE": torch.randn(batch, tokens, channels, dtype=dtype, device=device),
+                "weight_EW": torch.randn(channels, taps, device=device), "bias_E": torch.randn(channels, device=device)}
+
+    # Forward reads x and writes y; backward reads x and g_y and writes g_x.
+    return Subject(f"causal convolution + SiLU, forward + backward (B {batch}, T {length:,}, E {channels}, W {taps})",
+                   operands, length, functools.partial(causal_conv1d.causal_conv1d, backend="naive"),
+                   conv_contenders(device), 5 * batch * length * channels * dtype.itemsize / 1e6, 0.0)
+
+
+def attention_subject(batch: int, length: int, heads: int, kv_heads: int, head_dim: int, window: int,
+                      device: torch.device, dtype: torch.dtype) -> Subject:
+    """Sliding-window attention."""
+    def operands(tokens: int) -> Operands:
+        make = functools.partial(torch.randn, dtype=dtype, device=device)
+        return {"q_BTHK": make(batch, tokens, heads, head_dim), "k_BSGK": make(batch, tokens, kv_heads, head_dim),
+                "v_BSGK": make(batch, tokens, kv_heads, head_dim)}
+
+    seen = length * window - window * (window - 1) / 2 if window < length else length * (length + 1) / 2
+    # Two products forward, four backward, of 2·K operations for each pair of a query and a key it sees.
+    flops = 6 * 2 * batch * heads * head_dim * seen
+    values = batch * length * head_dim * (6 * heads + 6 * kv_heads)
+    shape = f"B {batch}, T {length:,}, heads {heads}:{kv_heads}, K {head_dim}, window {window}"
+    definition = functools.partial(sliding_window.sliding_window_attention, window=window, backend="naive")
+    return Subject(f"window attention, forward + backward ({shape})", operands, length, definition,
+                   attention_contenders(device, window, length, dtype), values * dtype.itemsize / 1e6, flops / 1e9)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    return 1000 * (time.perf_counter() - start)
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Copies and multiplies for a moment; the best of ten."""
+    size = 2**28 if device.type == "cuda" else 2**24
+    source, side = torch.ones(size, device=device), 8192 if device.type == "cuda" else 1536
+    target = torch.zeros_like(source)
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in "ab")
+    copy = min(_milliseconds(lambda: target.copy_(source), device) for _ in range(10))
+    matmul = min(_milliseconds(lambda: a @ b, device) for _ in range(10))
+    return Ceilings(2 * source.nbytes / copy / 1e6, 2 * side**3 / matmul / 1e9)
+
+
+def _gradients(run: Callable[..., Tensor], operands: Operands, weight: Tensor) -> list[Tensor]:
+    leaves = {name: x.detach().requires_grad_() for name, x in operands.items()}
+    out = run(**leaves)
+    return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), weight.to(out.dtype))]
+
+
+def problem_with(contender: Contender, subject: Subject) -> str:
+    """Empty where output and gradients agree with the definition at up to 700 tokens, else what does not."""
+    operands = subject.operands(min(subject.length, 700))
+    first = next(iter(operands.values()))
+    weight = torch.randn_like(first)
+    found, expected = (_gradients(run, operands, weight) for run in (contender.run, subject.definition))
+    tolerance = TOLERANCE.get((first.device.type, first.dtype), TOLERANCE_16_BIT)
+    for name, actual, reference in zip(("out", *operands), found, expected, strict=True):
+        ratio = rms_ratio(actual, reference)
+        if not ratio <= tolerance:
+            return f"wrong: {name} is off by {ratio:.1e}, not timed"
+    return ""
+
+
+def _peak_memory(run: Callable[[], object], device: torch.device) -> float | None:
+    """Megabytes that `run` takes at its height, beyond what was in use; None where that cannot be read."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not (status.exists() and reset.exists()):
+        return None
+
+    def kilobytes(field: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+
+    # Freed memory that the C library keeps would hide what is taken from it. Then VmHWM falls to what is resident now.
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    reset.write_text("5")
+    before = kilobytes("VmRSS")
+    run()
+    return (kilobytes("VmHWM") - before) * 1024 / 1e6
+
+
+def time_subject(subject: Subject, rounds: int) -> dict[str, OpTime]:
+    """Every contender in turn, `rounds` times over, so that a machine that slows down slows all of them."""
+    operands = subject.operands(subject.length)
+    leaves = {name: x.requires_grad_() for name, x in operands.items()}
+    device = next(iter(leaves.values())).device
+    results: dict[str, OpTime] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
+    memory: dict[str, float | None] = {}
+
+    def both(contender: Contender) -> None:
+        out = contender.run(**leaves)
+        torch.autograd.grad(out, list(leaves.values()), torch.ones_like(out))
+
+    for contender in subject.contenders:
+        problem = problem_with(contender, subject)
+        if problem:
+            results[contender.name] = OpTime(0.0, 0.0, (0.0, 0.0), None, problem)
+        else:
+            both(contender)
+            memory[contender.name] = _peak_memory(functools.partial(both, contender), device)
+            times[contender.name] = []
+    for _ in range(rounds):
+        for contender in subject.contenders:
+            if contender.name in times:
+                forward = _milliseconds(lambda c=contender: c.run(**leaves), device)
+                times[contender.name].append((forward, _milliseconds(functools.partial(both, contender), device)))
+    for name, pairs in times.items():
+        forward, together = (list(column) for column in zip(*pairs, strict=True))
+        results[name] = OpTime(statistics.median(forward), statistics.median(together), (min(together), max(together)),
+                               memory[name])
+    return results
+
+
+def machine(device: torch.device) -> str:
+    """Hardware and versions, for the line above a table."""
+    name = platform.processor() or platform.machine()
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        name = next((line.split(":", 1)[1].strip() for line in cpu_info.read_text().splitlines()
+                     if line.startswith("model name")), name)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return f"{name}, {platform.python_implementation()} {platform.python_version()}, torch {torch.__version__}"
+
+
+def table(subject: Subject, results: dict[str, OpTime], ceiling: Ceilings) -> str:
+    """Markdown; the first contender is what the others are divided by."""
+    floor, first = ceiling.floor_ms(subject), subject.contenders[0].name
+    lines = [f"{subject.title}; floor {floor:.2f} ms", "",
+             f"| backend | forward ms | both ms (min–max) | {first} / it | floor / it | extra memory MB |",
+             "|---|---|---|---|---|---|"]
+    base = results[first]
+    for contender in subject.contenders:
+        result = results[contender.name]
+        name = f"**{contender.name}**" if contender.ours else contender.name
+        if result.problem:
+            lines.append(f"| {name} | {result.problem} | | | | |")
+            continue
+        ratio = "–" if base.problem else f"{base.both / result.both:.1f}×"
+        memory = "–" if result.extra_megabytes is None else f"{result.extra_megabytes:,.0f}"
+        both = f"{result.both:.2f} ({result.spread[0]:.2f}–{result.spread[1]:.2f})"
+        lines.append(f"| {name} | {result.forward:.2f} | {both} | {ratio} | {floor / result.both:.0%} | {memory} |")
+    return "\n".join(lines)
