@@ -27,8 +27,8 @@ FIELDS = {
 # sliding_window and swa_global_layers need more than another name.
 WINDOW, GLOBAL_LAYERS = "sliding_window", "swa_global_layers"
 # What the reference does and has no argument for.
-FIXED = {"reset_at_bos": False, "merge": "scalar", "branch_norm": False, "mlp_slope": 0.9}
-STARTING_POINT = {"dt_init": "linear"}
+FIXED: dict[str, Any] = {"reset_at_bos": False, "merge": "scalar", "branch_norm": False, "mlp_slope": 0.9}
+STARTING_POINT: dict[str, Any] = {"dt_init": "linear"}
 META_TOKENS = "_meta_tokens_param"
 
 
@@ -41,7 +41,7 @@ def config_from_reference(config: dict[str, Any]) -> HymbaConfig:
     missing, unknown = sorted(known - set(config)), sorted(set(config) - known)
     if missing or unknown:
         raise ValueError(f"the reference's config does not fit: missing {missing}, unknown {unknown}")
-    fields = {ours: config[theirs] for theirs, ours in FIELDS.items()}
+    fields: dict[str, Any] = {ours: config[theirs] for theirs, ours in FIELDS.items()}
     global_layers: str | list[int] = parse_layers(config[GLOBAL_LAYERS])
     window = config[WINDOW]
     if window <= 0:  # the reference's way to say full attention everywhere
@@ -222,7 +222,7 @@ def quantized_by_name(weights: ReferenceWeights, net: Hymba) -> dict:
     known = {next(iter(rename({name: tensor.q}))): tensor for name, tensor in weights.quantized.items()}
     result = {}
     for name in net.state_dict():
-        tensor = known.get(name) or known.get(kv_leader(name, net.config.kv_share_every))
+        tensor = known.get(name) or known.get(kv_leader(name, net.config.kv_share_every) or "")
         if tensor is not None:
             result[name] = tensor
     return result

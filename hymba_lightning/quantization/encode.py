@@ -49,20 +49,20 @@ def encode_state_dict(state_dict: dict[str, Tensor], scheme: QuantizationConfig,
         return encode(base if factor == 1 else {name: coarsen_rows(state_dict[name], tensor, factor)
                                                 for name, tensor in base.items()})
 
-    def gptq(factor: float) -> list[Encoded]:
+    def by_gptq(factor: float) -> list[Encoded]:
         coarse = dataclasses.replace(scheme, coarsen=scheme.coarsen * factor)
         wanted = {name: state_dict[name] for name in base}
         return encode({name: coarsen_rows(state_dict[name], tensor, factor) for name, tensor in base.items()}
-                      | quantize_with_hessians(wanted, hessians, coarse))
+                      | quantize_with_hessians(wanted, hessians or {}, coarse))
 
-    final = nearest if hessians is None else gptq
+    final = nearest if hessians is None else by_gptq
     if not scheme.fit_limit or scheme.scheme == "reference":
         return final(1.0), scheme
     budget = scheme.limit_bytes - evaluation_code_bytes()
     # Rounding to nearest is cheap and packs about as small: it finds the factor, GPTQ confirms it.
     factor, encoded = fit_to_limit(nearest, budget, most_coarse(scheme))
     if hessians is not None:
-        factor, encoded = fit_to_limit(gptq, budget, most_coarse(scheme), start=factor)
+        factor, encoded = fit_to_limit(by_gptq, budget, most_coarse(scheme), start=factor)
     if factor > 1:
         log.warning("at %d bits the artifact exceeds its limit: all row scales are %.3f times as coarse (about %.2f "
                     "bits a weight less)", scheme.bits, factor, math.log2(factor))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from hymba_lightning.quantization.int6 import (
     QuantizedTensor,
     as_rows,
     check_finite,
+    coarsen_rows,
     coarser_scale,
     normalise,
     q_max_of,
@@ -108,7 +110,7 @@ def collect_hessians(net: Hymba, batches: Iterable[Tensor]) -> dict[str, Tensor]
     """
     sums: dict[int, Tensor] = {}
 
-    def add(linear: nn.Module, x: Tensor) -> None:
+    def add(linear: Any, x: Tensor) -> None:
         x_NC = x.detach().flatten(0, -2).float()
         if id(linear) not in sums:
             sums[id(linear)] = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1])
@@ -152,11 +154,12 @@ def quantize_with_hessians(state_dict: dict[str, Tensor], hessians: dict[str, Te
         if hessian is None or storage != "int":
             continue
         if id(hessian) not in done:
-            options = {"clip_quantile": config.clip_quantile, "clip_steps": config.clip_steps, "name": name}
+            options: dict[str, Any] = {"clip_quantile": config.clip_quantile, "clip_steps": config.clip_steps,
+                                       "name": name}
             try:
                 done[id(hessian)] = quantize_gptq(as_rows(weight), hessian, bits, coarsen=config.coarsen, **options)
             except SingularHessianError as error:
                 log.warning("%s is rounded to nearest instead of by GPTQ: %s", name, error)
-                done[id(hessian)] = quantize_rows(weight, bits, **options)
+                done[id(hessian)] = coarsen_rows(weight, quantize_rows(weight, bits, **options), config.coarsen)
         result[name] = done[id(hessian)]
     return result

@@ -14,6 +14,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from hymba_lightning.quantization.int6 import (
     q_max_of,
 )
 
-STREAM_DTYPES = {"q": np.dtype("u1"), "scale": np.dtype("<f2"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+STREAM_DTYPES: dict[str, np.dtype] = {"q": np.dtype("u1"), "scale": np.dtype("<f2"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 MAX_EXPONENT = 200
 MAX_DIMENSIONS = 8
 MAX_NAME = 256
@@ -61,7 +62,7 @@ class Entry:
 
     def to_dict(self) -> dict:
         """The fields that this storage uses."""
-        values = {"name": self.name, "shape": self.shape, "storage": self.storage}
+        values: dict[str, Any] = {"name": self.name, "shape": self.shape, "storage": self.storage}
         if self.storage == "alias":
             return {**values, "alias_of": self.alias_of}
         values["offset"] = self.offset
@@ -194,6 +195,8 @@ def is_count(value: object) -> bool:
 
 def parse_entry(line: object) -> Entry:
     """One line of the table with its types and ranges checked."""
+    if not isinstance(line, dict):
+        raise ArtifactError("a line of its tensor table is no JSON object")
     try:
         entry = Entry(**line)
     except TypeError as error:
