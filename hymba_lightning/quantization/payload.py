@@ -29,7 +29,8 @@ from hymba_lightning.quantization.int6 import (
     q_max_of,
 )
 
-STREAM_DTYPES: dict[str, np.dtype] = {"q": np.dtype("u1"), "scale": np.dtype("<f2"), "float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+STREAM_DTYPES: dict[str, np.dtype] = {"q": np.dtype("u1"), "scale": np.dtype("<f2"), "float16": np.dtype("<f2"),
+                                      "float32": np.dtype("<f4")}
 MAX_EXPONENT = 200
 MAX_DIMENSIONS = 8
 MAX_NAME = 256
