@@ -11,7 +11,7 @@ def run_command(command: str, args: list[str]) -> None:
     runner = {"prepare": run_prepare, "sample": run_sample, "import-reference": run_import_reference}[command]
     try:
         runner(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"hymba {command}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -22,8 +22,8 @@ def run_prepare(args: list[str]) -> None:
     from hymba_lightning.data.prepare import prepare
 
     parser = ArgumentParser(prog="hymba prepare", description="Turn text into a tokenizer and token shards.")
-    parser.add_argument("inputs", nargs="+", help='Files, folders or glob patterns; "stdlib" is the Python standard '
-                        "library's own sources")
+    parser.add_argument("inputs", nargs="+", help='Files, folders, glob patterns, hf:NAME[:SPLIT[:CONFIG]] (Hugging Face); '
+                        '"stdlib" is the Python standard library\'s own sources')
     parser.add_function_arguments(prepare, skip={"inputs"})
     options = parser.parse_args(args).as_dict()
     options["inputs"] = ["python_stdlib" if name == "stdlib" else name for name in options["inputs"]]

@@ -83,3 +83,16 @@ def full_disk(rank: int) -> None:
     """No file can grow over 40 kB: what a full disk does to a writer, for this process alone."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+
+def prepare_saves_often(rank: int) -> None:
+    """`hymba prepare` saves its progress after every document, and is slow enough to be interrupted."""
+    from hymba_lightning.data import corpus
+
+    original = corpus.split_rank
+
+    def slow(document: object, seed: int) -> float:
+        time.sleep(0.005)
+        return original(document, seed)
+
+    corpus.SAVE_SECONDS, corpus.split_rank = 0.0, slow

@@ -1,13 +1,16 @@
-"""Documents → token shards: the tokenizer's sample, and parallel encoding in constant memory."""
+"""Documents → token shards: the tokenizer's sample, and parallel, interruptible encoding in constant memory."""
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +19,15 @@ from hymba_lightning.data.manifest import SPLITS
 from hymba_lightning.data.shards import ShardWriter
 from hymba_lightning.data.text_encoder import EncoderPool, TextEncoder, TextPiece
 from hymba_lightning.data.tokenizer import load_tokenizer
+from hymba_lightning.files import write_atomic
 
 # Characters per request to an encoder process, and requests in flight per process: memory stays constant.
 TASK_CHARS = 500_000
 TASKS_PER_WORKER = 3
 SAMPLE_PIECE_CHARS = 2000
+
+PROGRESS_FILE = "progress.json"
+SAVE_SECONDS = 30.0
 
 
 @dataclass
@@ -31,6 +38,17 @@ class SplitTotals:
     token_counts: np.ndarray
     documents: int = 0
     text_bytes: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """Plain values to go on from."""
+        return {"writer": self.writer.state(), "token_counts": self.token_counts.tolist(),
+                "documents": self.documents, "text_bytes": self.text_bytes}
+
+
+def read_progress(work: Path) -> dict[str, Any] | None:
+    """What an interrupted `encode_documents` left in its folder, None where it left nothing."""
+    path = work / PROGRESS_FILE
+    return json.loads(path.read_bytes()) if path.is_file() else None
 
 
 def encode_documents(
@@ -44,18 +62,33 @@ def encode_documents(
     seed: int,
     workers: int,
     report: Callable[[int], None],
+    arguments: dict[str, Any],
 ) -> dict[str, SplitTotals]:
-    """Read, encode in parallel and write, in the documents' order whatever the number of workers."""
+    """Read, encode in parallel and write, in the documents' order whatever the number of workers.
+
+    Every SAVE_SECONDS the progress, with `arguments`, goes into the folder `work`. A later call that finds it there
+    goes on from it, and the shards are those of an uninterrupted one.
+    """
     processor = load_tokenizer(model)
     encoder = TextEncoder(processor)
-    lowest_rank, highest_rank = 1.0, 0.0
+    progress = read_progress(work) or {"splits": dict.fromkeys(SPLITS), "ranks": (1.0, 0.0)}
+    lowest_rank, highest_rank = progress["ranks"]
+    if "reader" in progress:
+        reader.resume(progress["reader"])
+    before = {split: state or {} for split, state in progress["splits"].items()}
     with (
-        ShardWriter(work, f"{name}_train", shard_tokens) as train,
-        ShardWriter(work, f"{name}_val", shard_tokens) as val,
+        ShardWriter(work, f"{name}_train", shard_tokens, before["train"].get("writer")) as train,
+        ShardWriter(work, f"{name}_val", shard_tokens, before["val"].get("writer")) as val,
         EncoderPool(model, workers) as pool,
     ):
+        nothing = np.zeros(processor.get_piece_size(), dtype=np.int64)
         splits = {
-            split: SplitTotals(writer, np.zeros(processor.get_piece_size(), dtype=np.int64))
+            split: SplitTotals(
+                writer,
+                np.array(before[split].get("token_counts", nothing), dtype=np.int64),
+                before[split].get("documents", 0),
+                before[split].get("text_bytes", 0),
+            )
             for split, writer in (("train", train), ("val", val))
         }
         waiting: dict[str, list[TextPiece]] = {split: [] for split in SPLITS}
@@ -74,6 +107,14 @@ def encode_documents(
             while len(in_flight) > TASKS_PER_WORKER * workers:
                 write_oldest()
 
+        def flush() -> None:
+            for split in SPLITS:
+                if waiting[split]:
+                    submit(split)
+            while in_flight:
+                write_oldest()
+
+        saved_at = time.monotonic()
         for document in reader:
             rank = split_rank(document, seed)
             lowest_rank, highest_rank = min(lowest_rank, rank), max(highest_rank, rank)
@@ -86,11 +127,13 @@ def encode_documents(
                 if waiting_chars[split] >= TASK_CHARS:
                     submit(split)
             report(reader.bytes_read)
-        for split in SPLITS:
-            if waiting[split]:
-                submit(split)
-        while in_flight:
-            write_oldest()
+            if time.monotonic() - saved_at >= SAVE_SECONDS:
+                flush()
+                state = {"arguments": arguments, "reader": reader.position(), "ranks": (lowest_rank, highest_rank),
+                         "splits": {split: totals.state() for split, totals in splits.items()}}
+                write_atomic(work / PROGRESS_FILE, json.dumps(state))
+                saved_at = time.monotonic()
+        flush()
         report(reader.total_bytes)
     _check_split(splits, lowest_rank, highest_rank, val_fraction)
     return splits

@@ -12,12 +12,22 @@ import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import zstandard
 
+from hymba_lightning.data.sources import (
+    HUB_PREFIX,
+    PARQUET_SUFFIXES,
+    Row,
+    UnreadableSourceError,
+    hub_rows,
+    parquet_rows,
+)
+
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+KNOWN_SUFFIXES = TEXT_SUFFIXES + JSONL_SUFFIXES + PARQUET_SUFFIXES
 PYTHON_STDLIB = "python_stdlib"
 
 # Never documents: caches, installed packages, version control (any hidden folder).
@@ -27,11 +37,29 @@ STDLIB_EXCLUDED_FOLDERS = ("test", "tests", "idle_test")
 
 
 class InputFile(NamedTuple):
-    """A file of documents."""
+    """A file of documents, or a Hugging Face data set (whose path is its name, hf:…)."""
 
     path: Path
     key: str
     """Name that does not depend on where the input folder lies; orders the files."""
+
+    @property
+    def on_hub(self) -> bool:
+        """It is no file."""
+        return self.key.startswith(HUB_PREFIX)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk; 0 for a data set."""
+        return 0 if self.on_hub else self.path.stat().st_size
+
+    @property
+    def stamp(self) -> str:
+        """Changes when the file is replaced or modified; a data set's is its name."""
+        if self.on_hub:
+            return self.key
+        stat = self.path.stat()
+        return f"{self.key}\0{stat.st_size}\0{stat.st_mtime_ns}"
 
 
 class Document(NamedTuple):
@@ -45,7 +73,7 @@ def find_inputs(inputs: Sequence[str], exclude: Sequence[str], seed: int, out: P
     """Files to read, in an order drawn from the seed and their names (neighbours in a folder are alike).
 
     Args:
-        inputs: Files, folders (searched recursively), glob patterns, or "python_stdlib".
+        inputs: Files, folders (searched recursively), glob patterns, hf:NAME (see `hub_rows`), or "python_stdlib".
         exclude: Names or patterns of folders and files to leave out when a folder is searched.
         seed: Of the order.
         out: Folder that is being written; nothing below it is read.
@@ -56,12 +84,15 @@ def find_inputs(inputs: Sequence[str], exclude: Sequence[str], seed: int, out: P
     """
     found: dict[Path, InputFile] = {}
     for given in inputs:
+        if given.startswith(HUB_PREFIX):
+            found.setdefault(Path(given), InputFile(Path(given), given))
+            continue
         files = list(_expand(given, exclude))
-        known = ", ".join(TEXT_SUFFIXES + JSONL_SUFFIXES)
+        known = ", ".join(KNOWN_SUFFIXES)
         if not files:
             raise FileNotFoundError(f"input {given!r} matches no file; inputs are files, folders or globs of {known}")
         for file in files:
-            if not file.path.name.lower().endswith(TEXT_SUFFIXES + JSONL_SUFFIXES):
+            if not file.path.name.lower().endswith(KNOWN_SUFFIXES):
                 raise ValueError(f"{file.path} is of no known kind ({known}); rename it or leave it out")
             if out.resolve() not in file.path.resolve().parents:
                 found.setdefault(file.path.resolve(), file)
@@ -93,33 +124,70 @@ class DocumentReader:
         self.text_key = text_key
         self.separator = separator
         self.strict = strict
-        self.total_bytes = sum(file.path.stat().st_size for file in files)
+        self.total_bytes = sum(file.size for file in files)
         """Size of all files on disk."""
         self.bytes_read = 0
         """Of total_bytes, how much is done."""
         self.skipped: list[str] = []
         """What could not be read, and why."""
+        self._file, self._document, self._skipped_before = 0, 0, 0
+        self._resume_at = (0, 0)
+
+    def position(self) -> dict[str, Any]:
+        """Plain values from which `resume` goes on with the next document."""
+        return {"file": self._file, "document": self._document, "skipped": self.skipped[:self._skipped_before]}
+
+    def resume(self, position: dict[str, Any]) -> None:
+        """Let the next iteration begin after `position`. What comes before in the same file is read, not returned."""
+        self._resume_at = (position["file"], position["document"])
+        self.skipped = list(position["skipped"])
 
     def __iter__(self) -> Iterator[Document]:
         """Documents that are not empty.
 
         Raises:
+            ImportError: A package for this kind of input is not installed.
             ValueError: With strict, something that is not UTF-8 text or not a JSON line with text in it.
         """
-        self.bytes_read, self.skipped = 0, []
-        for file in self.files:
+        (first_file, first_document), self._resume_at = self._resume_at, (0, 0)
+        if first_file == first_document == 0:
+            self.skipped = []
+        self.bytes_read = sum(file.size for file in self.files[:first_file])
+        for index, file in enumerate(self.files[first_file:], start=first_file):
             done_before = self.bytes_read
-            size = file.path.stat().st_size
+            to_skip = first_document if index == first_file else 0
+            self._file, self._document, self._skipped_before = index, 0, len(self.skipped)
             try:
-                with open(file.path, "rb") as raw:
-                    texts = self._lines(file.path, raw) if _is_jsonl(file.path) else self._text_file(file.path, raw)
-                    for document in texts:
-                        self.bytes_read = done_before + raw.tell()
-                        if document.utf8:
-                            yield document
-            except (OSError, EOFError, zstandard.ZstdError) as error:
+                for document, share in self._documents(file):
+                    self._document += 1
+                    if self._document <= to_skip:
+                        continue
+                    self.bytes_read = done_before + int(share * file.size)
+                    if document.utf8:
+                        yield document
+            except (OSError, EOFError, zstandard.ZstdError, UnreadableSourceError) as error:
                 self._skip(f"{file.path}: {error}")
-            self.bytes_read = done_before + size
+            self.bytes_read = done_before + file.size
+
+    def _documents(self, file: InputFile) -> Iterator[tuple[Document, float]]:
+        """Documents of one file, and how much of it is read with each."""
+        if file.on_hub or file.path.name.lower().endswith(PARQUET_SUFFIXES):
+            rows = hub_rows(file.key, self.text_key) if file.on_hub else parquet_rows(file.path, self.text_key)
+            yield from self._rows(file, rows)
+            return
+        with open(file.path, "rb") as raw:
+            texts = self._lines(file.path, raw) if _is_jsonl(file.path) else self._text_file(file.path, raw)
+            for document in texts:
+                yield document, raw.tell() / max(file.size, 1)
+
+    def _rows(self, file: InputFile, rows: Iterator[Row]) -> Iterator[tuple[Document, float]]:
+        for number, row in enumerate(rows, start=1):
+            try:
+                document = Document(row.text, row.text.encode("utf-8"))
+            except (AttributeError, UnicodeEncodeError) as error:
+                self._skip(f"{file.path}, row {number}: no text under {self.text_key!r} ({error})")
+            else:
+                yield document, row.share
 
     def _text_file(self, path: Path, raw: IO[bytes]) -> Iterator[Document]:
         content = raw.read()
@@ -161,7 +229,7 @@ def _expand(given: str, exclude: Sequence[str]) -> Iterator[InputFile]:
     for match in sorted(matches):
         path = Path(match)
         if path.is_dir():
-            yield from _walk(path, exclude, TEXT_SUFFIXES + JSONL_SUFFIXES)
+            yield from _walk(path, exclude, KNOWN_SUFFIXES)
         else:
             yield InputFile(path, path.name)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hymba_lightning.data.corpus import SplitTotals, encode_documents, tokenizer_sample
+from hymba_lightning.data.corpus import PROGRESS_FILE, SplitTotals, encode_documents, read_progress, tokenizer_sample
 from hymba_lightning.data.documents import EXCLUDED_FOLDERS, DocumentReader, InputFile, find_inputs
 from hymba_lightning.data.manifest import FORMAT, SPLITS, VERSION, check_may_write, install, is_whole, read_manifest
 from hymba_lightning.data.shards import HEADER_BYTES, MAX_VOCAB_SIZE, TOKEN_DTYPE, Shard
@@ -82,11 +82,13 @@ def prepare(
     """Turn text into a tokenizer, token shards and a manifest.
 
     Every document begins with BOS and belongs wholly to training or to validation, by a hash of its content. The
-    folder is complete when it has a manifest.json. Doing it again with the same arguments and files does nothing.
+    folder is complete when it has a manifest.json. Doing it again with the same arguments and files does nothing, or
+    goes on where an interrupted call was.
 
     Args:
-        inputs: Files, folders (searched recursively) or glob patterns of .txt, .md, .rst, .py (a file is a document)
-            and .jsonl, .jsonl.gz, .jsonl.zst (a line is one); "python_stdlib" is the Python standard library's sources.
+        inputs: Files, folders (searched recursively) or glob patterns of .txt, .md, .rst, .py (a file is a document),
+            .jsonl, .jsonl.gz, .jsonl.zst (a line is one) and .parquet (a row is one); hf:NAME[:SPLIT[:CONFIG]], a
+            Hugging Face data set; "python_stdlib", the Python standard library's sources.
         out: Folder to write.
         name: Begin of the shards' names.
         vocab_size: Pieces of the tokenizer that is trained (on training documents only).
@@ -95,7 +97,7 @@ def prepare(
         shard_tokens: Tokens of a shard.
         sample_bytes: UTF-8 bytes of text that the tokenizer is trained on.
         character_coverage: Share of the sample's characters that get pieces of their own; the rest become bytes.
-        text_key: Field of a JSON line that holds the text.
+        text_key: Field of a JSON line, or column, that holds the text.
         separator: Cut text files into documents at this string. By default a file is one document.
         exclude: Names or patterns of folders and files to leave out when a folder is searched.
         workers: Encoding processes. By default one per available core.
@@ -110,6 +112,7 @@ def prepare(
     Raises:
         FileNotFoundError: An input or the tokenizer does not exist.
         FileExistsError: `out` holds something else.
+        ImportError: A Parquet file or a Hugging Face data set, without the packages of the extra `data`.
         ValueError: An argument out of range, too little text for a tokenizer, or a split without documents.
     """
     started = time.monotonic()
@@ -139,21 +142,24 @@ def prepare(
     check_may_write(folder, name, existing, arguments, overwrite)
 
     work = folder / ".partial"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    earlier = read_progress(work)
+    if earlier is None or earlier["arguments"] != arguments:
+        earlier = None
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
     model = work / TOKENIZER_FILE
     reader = DocumentReader(files, text_key, separator, strict)
     try:
         with _progress_bar(progress) as bar:
-            if given is None:
+            if given is not None:
+                shutil.copyfile(given, model)
+            elif earlier is None:
                 task = bar.add_task("tokenizer", total=None)
                 sample = tokenizer_sample(reader, sample_bytes, val_fraction, seed)
                 trained = train_tokenizer(sample, vocab_size, character_coverage=character_coverage)
                 model.write_bytes(trained)
                 bar.update(task, total=1, completed=1)
-            else:
-                shutil.copyfile(given, model)
-            task = bar.add_task("encoding", total=reader.total_bytes)
+            task = bar.add_task("encoding", total=reader.total_bytes or None)
             splits = encode_documents(
                 reader,
                 model,
@@ -164,6 +170,7 @@ def prepare(
                 seed=seed,
                 workers=workers,
                 report=lambda bytes_read: bar.update(task, completed=bytes_read),
+                arguments=arguments,
             )
         manifest = {
             "format": FORMAT,
@@ -172,9 +179,15 @@ def prepare(
             "skipped": {"count": len(reader.skipped), "first": reader.skipped[:NAMED_SKIPS]},
             **_describe(splits, model, "trained here" if given is None else "given"),
         }
+        # From here on the shards leave the folder that the progress speaks of.
+        (work / PROGRESS_FILE).unlink(missing_ok=True)
         install(work, folder, name, existing, manifest)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    except BaseException:
+        # Progress that was saved is kept for the same call to go on from.
+        if read_progress(work) is None:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
     return PrepareSummary(folder, manifest, time.monotonic() - started, up_to_date=False)
 
 
@@ -252,6 +265,5 @@ def _files_digest(files: list[InputFile]) -> str:
     """Changes when an input file appears, vanishes or is modified."""
     digest = hashlib.sha256()
     for file in files:
-        stat = file.path.stat()
-        digest.update(f"{file.key}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        digest.update(f"{file.stamp}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

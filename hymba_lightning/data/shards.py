@@ -11,6 +11,7 @@ import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -106,15 +107,16 @@ class ShardWriter:
     """Writes a stream of tokens to {prefix}_000000.bin, {prefix}_000001.bin, …, in constant memory.
 
     A context manager: leaving it normally completes the last shard, leaving it by an exception removes the unfinished
-    one.
+    one, unless its `state` was taken, from which another writer can go on.
 
     Args:
         folder: Where the shards go.
         prefix: Begin of the files' names.
         shard_tokens: Tokens of every shard but the last.
+        state: Of an earlier writer with the same arguments; what it wrote afterwards is overwritten.
     """
 
-    def __init__(self, folder: Path, prefix: str, shard_tokens: int) -> None:
+    def __init__(self, folder: Path, prefix: str, shard_tokens: int, state: dict[str, Any] | None = None) -> None:
         self.paths: list[Path] = []
         """Completed shards."""
         self.n_tokens = 0
@@ -123,13 +125,30 @@ class ShardWriter:
         self._prefix = prefix
         self._shard_tokens = shard_tokens
         self._file: _ShardFile | None = None
+        self._resumable = state is not None
+        if state is not None:
+            self.n_tokens = state["tokens"]
+            unfinished = self.n_tokens % shard_tokens
+            self.paths = [self._path(index) for index in range(self.n_tokens // shard_tokens)]
+            if unfinished:
+                self._file = _ShardFile(self._path(len(self.paths)), unfinished)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values from which to go on, after everything given so far has reached the disk."""
+        self._resumable = True
+        if self._file is not None:
+            self._file.sync()
+        return {"tokens": self.n_tokens}
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"{self._prefix}_{index:06d}.bin"
 
     def append(self, tokens: np.ndarray) -> None:
         """Add tokens (n,). Raises ValueError or OSError as `write_shard` does."""
         self.n_tokens += tokens.size
         while tokens.size:
             if self._file is None:
-                self._file = _ShardFile(self._folder / f"{self._prefix}_{len(self.paths):06d}.bin")
+                self._file = _ShardFile(self._path(len(self.paths)))
             room = self._shard_tokens - self._file.n_tokens
             self._file.append(tokens[:room])
             tokens = tokens[room:]
@@ -142,7 +161,7 @@ class ShardWriter:
     def __exit__(self, error_type: type[BaseException] | None, error: object, traceback: object) -> None:
         if self._file is not None and error_type is None:
             self._complete()
-        elif self._file is not None:
+        elif self._file is not None and not self._resumable:
             self._file.discard()
 
     def _complete(self) -> None:
@@ -153,14 +172,30 @@ class ShardWriter:
 
 
 class _ShardFile:
-    """A shard being written beside its final name, which it takes when complete."""
+    """A shard being written beside its final name, which it takes when complete.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: Its final name.
+        kept_tokens: Go on after so many tokens of what an earlier process left unfinished.
+    """
+
+    def __init__(self, path: Path, kept_tokens: int = 0) -> None:
         self.path = path
-        self.n_tokens = 0
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by commit or discard)
+        self.n_tokens = kept_tokens
+        self._temporary = path.with_name(f".{path.name}.tmp")
+        if kept_tokens and not self._temporary.exists():
+            # The earlier process completed the shard after its state was taken.
+            os.replace(path, self._temporary)
+        self._file = open(self._temporary, "r+b" if kept_tokens else "wb")  # noqa: SIM115 (closed by commit or discard)
         self._file.write(bytes(HEADER_BYTES))
+        if kept_tokens:
+            self._file.truncate(HEADER_BYTES + TOKEN_DTYPE.itemsize * kept_tokens)
+            self._file.seek(0, os.SEEK_END)
+
+    def sync(self) -> None:
+        """What was appended is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def append(self, tokens: np.ndarray) -> None:
         if tokens.dtype != TOKEN_DTYPE and (int(tokens.min()) < 0 or int(tokens.max()) >= MAX_VOCAB_SIZE):
@@ -173,8 +208,7 @@ class _ShardFile:
         header[:3] = MAGIC, VERSION, self.n_tokens
         self._file.seek(0)
         self._file.write(header.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
         os.replace(self._temporary, self.path)
 
