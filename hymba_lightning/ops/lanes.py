@@ -2,7 +2,8 @@
 
 LLVM maps the vectors to the widest registers there are (AVX-512, AVX2, NEON). Leaving this to its loop vectoriser costs
 a factor of two: every inner loop over a handful of arrays first checks at run time that they do not overlap.
-Kernels see flat float32 arrays and index them themselves.
+Kernels see flat float32 arrays and index them themselves. Numba's cache does not notice a change of this file: delete
+the __pycache__ folders beside the kernels after one.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from hymba_lightning.ops.threads import spread
@@ -17,6 +18,17 @@ logger = logging.getLogger("hymba_lightning")
 
 _ready: set[str] = set()
 _preparing = threading.Lock()
+
+
+def native_loop(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorator: `function` compiled by numba on first use, without the GIL, and kept on disk for the next process."""
+    try:
+        return njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError as error:
+        # Numba found no folder to keep it in.
+        logger.warning("%s is compiled anew in every process (%s); NUMBA_CACHE_DIR names a folder for it",
+                       function.__name__, error)
+        return njit(nogil=True, error_model="numpy")(function)
 
 
 def flat(tensor: Tensor) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ def dense_mask_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, wind
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
-def _ours(op: Callable[..., Tensor], available: tuple[str, ...], *skipped: str) -> list[Contender]:
+def _ours(op: Callable[..., Any], available: tuple[str, ...], *skipped: str) -> list[Contender]:
     return [Contender(name, functools.partial(op, backend=name), True) for name in available if name not in skipped]
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Subject:
     """Length -> random operands."""
 
     length: int
-    definition: Callable[..., Tensor]
+    definition: Callable[..., Any]
     contenders: list[Contender]
     megabytes: float
     """What forward and backward must at least read and write, once each."""
@@ -210,11 +211,11 @@ def time_subject(subject: Subject, rounds: int) -> dict[str, OpTime]:
     for _ in range(rounds):
         for contender in subject.contenders:
             if contender.name in times:
-                forward = _milliseconds(lambda c=contender: c.run(**leaves), device)
+                forward = _milliseconds(functools.partial(contender.run, **leaves), device)
                 times[contender.name].append((forward, _milliseconds(functools.partial(both, contender), device)))
     for name, pairs in times.items():
-        forward, together = (list(column) for column in zip(*pairs, strict=True))
-        results[name] = OpTime(statistics.median(forward), statistics.median(together), (min(together), max(together)),
+        forwards, together = (list(column) for column in zip(*pairs, strict=True))
+        results[name] = OpTime(statistics.median(forwards), statistics.median(together), (min(together), max(together)),
                                memory[name])
     return results
 

@@ -111,6 +111,21 @@ def test_torch_items_run_on_one_torch_thread_each_without_gradients():
         torch.set_num_threads(1)
 
 
+def test_without_a_folder_for_the_cache_the_loop_still_compiles(caplog, monkeypatch):
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+
+    def double(first, last, x):
+        for i in range(first, last):
+            x[i] *= 2
+
+    with caplog.at_level(logging.WARNING, logger="hymba_lightning"):
+        loop = native.native_loop(double)
+    assert "NUMBA_CACHE_DIR" in caplog.text
+    x = np.ones(3)
+    loop(0, 2, x)
+    assert x.tolist() == [2, 2, 1]
+
+
 def test_first_use_of_a_native_loop_is_announced_once(caplog, monkeypatch):
     monkeypatch.setattr(native, "_ready", set())
     calls = []

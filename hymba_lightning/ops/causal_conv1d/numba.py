@@ -10,19 +10,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from torch import Tensor
 
 from hymba_lightning.ops.causal_conv1d.custom import last_inputs, make_conv_op
 from hymba_lightning.ops.lanes import LANES, f32, load, sigmoid, splat, store
-from hymba_lightning.ops.native import flat, rows, run_items
+from hymba_lightning.ops.native import flat, native_loop, rows, run_items
 
 # Tokens of a work item, and channels that are taken through all of them before the next ones.
 RUN = 128
 WIDTH = 64
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@native_loop
 def _forward(first, last, batch, length, channels, taps,  # type: ignore[no-untyped-def]
              x, x_row, past, weight, bias, silu, y):
     """Work items first … last-1. weight (W, E)."""
@@ -51,7 +50,7 @@ def _forward(first, last, batch, length, channels, taps,  # type: ignore[no-unty
                     store(y, (b * length + t0 + i) * channels + c0 + c, value)
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@native_loop
 def _backward(first, last, batch, length, channels, taps,  # type: ignore[no-untyped-def]
               x, x_row, past, weight, bias, silu, g_y, g_y_row, g_x, g_past, g_weight, g_bias):
     """Work items first … last-1. g_weight (items, W, E) and g_bias (items, E) are to be summed; g_past (B, W-1, E)."""

@@ -48,7 +48,7 @@ def selective_scan(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C
     that cannot serve the call.
     """
     _check_shapes(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E, initial_state_BEN)
-    features = () if initial_state_BEN is None else ("initial_state",)
+    features: tuple[str, ...] = () if initial_state_BEN is None else ("initial_state",)
     if return_state and torch.is_grad_enabled():
         features += ("state_gradient",)
     name = registry.choose("selective_scan", backend, u_BTE.device.type, features)

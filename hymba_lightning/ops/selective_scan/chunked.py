@@ -123,7 +123,8 @@ def _silu_gradient(z: Tensor) -> tuple[Tensor, Tensor]:
 
 def _segment_decay(layout: _Layout, ops: _Operands) -> Tensor:
     """exp(A Σ dt) of each segment, (B, P, N, E): what a state before it is worth after it."""
-    total = sum(F.softplus(ops.dt[:, :, layout.span(c)].float() + ops.dt_bias).sum(2) for c in range(layout.chunks))
+    chunks = (ops.dt[:, :, layout.span(c)].float() + ops.dt_bias for c in range(layout.chunks))
+    total = torch.stack([F.softplus(raw).sum(2) for raw in chunks]).sum(0)
     return torch.exp(total.unsqueeze(-2) * ops.A_NE)
 
 

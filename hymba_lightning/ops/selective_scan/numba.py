@@ -11,11 +11,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import njit
 from torch import Tensor
 
 from hymba_lightning.ops.lanes import LANES, LOG2E, exp2, f32, load, sigmoid, softplus, splat, store, total
-from hymba_lightning.ops.native import flat, rows, run_items
+from hymba_lightning.ops.native import flat, native_loop, rows, run_items
 from hymba_lightning.ops.selective_scan.custom import make_scan_op, n_chunks
 
 # Tokens between two saved states; those in between are recomputed in backward, into the second-level cache.
@@ -24,7 +23,7 @@ CHUNK = 64
 WIDTH = 64
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@native_loop
 def _forward(first, last, batch, length, channels, states,  # type: ignore[no-untyped-def]
              u, u_row, dt, dt_row, A, B, B_row, C, C_row, D, z, z_row, gated, dt_bias, initial, out, final, starts):
     """Work items first … last-1. A (N, E); initial, final (B, N, E); starts (B, chunks, N, E)."""
@@ -64,7 +63,7 @@ def _forward(first, last, batch, length, channels, states,  # type: ignore[no-un
                 store(final, (b * states + n) * channels + e + c, load(h, n * WIDTH + c))
 
 
-@njit(nogil=True, error_model="numpy", cache=True)
+@native_loop
 def _backward(first, last, batch, length, channels, states,  # type: ignore[no-untyped-def]
               u, u_row, dt, dt_row, A, B, B_row, C, C_row, D, z, z_row, gated, dt_bias, g_out, g_out_row, g_final,
               starts, g_u, g_dt, g_A, g_B, g_C, g_D, g_z, g_bias, g_initial):

@@ -51,7 +51,7 @@ def sliding_window_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, 
     # A window that no query outgrows hides nothing: the cheaper kernels of plain causal attention will do.
     if window is not None and window >= n_keys:
         window = None
-    features = () if window is None else ("window",)
+    features: tuple[str, ...] = () if window is None else ("window",)
     if n_keys > n_queries and device_type == "cpu":
         features += ("offset_on_cpu",)
     if q_BTHK.dtype == torch.float32:
