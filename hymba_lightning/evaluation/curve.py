@@ -28,9 +28,8 @@ class ContextCurve:
 
     def add(self, context: Tensor, nats: Tensor, target_bytes: Tensor) -> None:
         """context (n,) >= 1: tokens each target was predicted from; its nats (n,) and bytes (n,)."""
+        # Exact in float64 for every length of text there is: log2 rounds up to a power of two only beyond 2^48.
         bins = torch.log2(context.double()).floor().long()
-        # log2 may round up just below a power of two.
-        bins -= ((torch.ones_like(bins) << bins) > context).long()
         values = torch.stack([nats.double().cpu(), torch.ones(nats.numel()).double(), target_bytes.double().cpu()])
         self._sums.index_add_(1, bins, values)
 

@@ -1,6 +1,7 @@
 """The study of recipes and the measurement of long generation."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +56,12 @@ def test_a_wrong_study_is_refused(tmp_path, change, message):
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(STUDY | change))
     with pytest.raises(ValueError, match=message):
         TTTStudy.from_yaml(tmp_path / "wrong.yaml")
+
+
+def test_the_kept_recipes_are_a_study():
+    study = TTTStudy.from_yaml(Path(__file__).parents[2] / "scripts" / "ttt_recipes.yaml")
+    assert study.settings(study.baseline)[0].epochs == 3
+    assert study.settings("chunks of 32K")[1] == 32768
 
 
 def test_long_contexts_cost_no_more_memory():
