@@ -1,4 +1,4 @@
-"""The end of a run: summary.json or test_summary.json, the plots, and a small table on the terminal."""
+"""The end of a run: summary.json and history.json, or test_summary.json, the plots, and a table on the terminal."""
 
 import dataclasses
 import json
@@ -80,6 +80,9 @@ class RunSummary(pl.Callback):
                         "code_bytes": export.code_bytes, "limit_bytes": export.quantization.limit_bytes}
         summary["environment"] = environment(trainer)
         write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        history = {"train": [dataclasses.asdict(row) for row in stats.train_rows],
+                   "val": [dataclasses.asdict(row) for row in stats.val_rows]}
+        write_atomic(folder / "history.json", json.dumps(history) + "\n")
         if self.plots and stats.train_rows:
             plot_training(stats.train_rows, stats.val_rows, stages, folder / "training.png", unigram)
         print_table("Training", summary, folder)
@@ -113,7 +116,8 @@ class RunSummary(pl.Callback):
             "seconds": time.monotonic() - self._test_started, "limit_seconds": config.limit_seconds,
             "epochs_done": pl_module.ttt.epochs_done, "seq_len": seq_len,
             "chunk_tokens": trainer.datamodule.ttt_chunk_tokens, "ttt": dataclasses.asdict(config),
-            "chunk_bpb": [score.bpb for score in pl_module.test_scores], **self._audit.finish(),
+            "chunk_bpb": [score.bpb for score in pl_module.test_scores],
+            "chunk_bytes": [score.n_bytes for score in pl_module.test_scores], **self._audit.finish(),
             "environment": environment(trainer),
         }
         write_atomic(folder / "test_summary.json", json.dumps(summary, indent=2) + "\n")
