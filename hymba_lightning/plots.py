@@ -53,7 +53,7 @@ def plot_training(train: list[TrainRow], val: list[ValRow], stages: dict[str, Sc
     if unigram_bpb is not None:
         right.axhline(unigram_bpb, color=GREY, linestyle="--", linewidth=1, label=f"unigram {unigram_bpb:.3f}")
     if stages or unigram_bpb is not None:
-        right.legend(loc="upper right", fontsize=8, frameon=False)
+        right.legend(loc="center right", bbox_to_anchor=(1, 0.6), fontsize=8, frameon=False)
     bottom.fill_between(seconds, [row.lr_scale for row in train], color=GREY, alpha=0.6, linewidth=0)
     bottom.set_ylim(0, 1.08)
     bottom.set_ylabel("lr scale")
