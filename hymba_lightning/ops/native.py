@@ -60,8 +60,9 @@ def _prepare(kernel: Callable[..., None], name: str, arguments: tuple) -> None:
         _ready.add(name)
 
 
-def run_items(kernel: Callable[..., None], name: str, n_items: int, operations: float, arguments: tuple) -> None:
-    """Calls kernel(first, last, *arguments) until every item in [0, n_items) is done, on up to torch.get_num_threads().
+def run_items(kernel: Callable[..., None], name: str, n_items: int, operations: float, arguments: tuple,
+              threads: int) -> None:
+    """Calls kernel(first, last, *arguments) until every item in [0, n_items) is done, on up to `threads` threads.
 
     `kernel` is a numba function that releases the GIL and writes only what belongs to its items, so the result does not
     depend on the number of threads. `operations` estimates the whole work in inner steps: where it takes less than
@@ -69,7 +70,6 @@ def run_items(kernel: Callable[..., None], name: str, n_items: int, operations: 
     """
     if name not in _ready:
         _prepare(kernel, name, arguments)
-    threads = torch.get_num_threads()
     if threads == 1 or operations < 2e6:
         kernel(0, n_items, *arguments)
     else:

@@ -13,15 +13,15 @@ import torch
 
 
 @contextlib.contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Keeps torch's CPU operators to the thread that calls them."""
+def one_torch_thread() -> Iterator[int]:
+    """Keeps torch's CPU operators to the thread that calls them; gives how many threads they had before."""
     threads = torch.get_num_threads()
     if threads == 1:
-        yield
+        yield threads
         return
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)
 
@@ -52,8 +52,6 @@ def spread(work: Callable[[int], None], n_items: int, threads: int) -> None:
 
 def spread_torch(work: Callable[[int], None], n_items: int) -> None:
     """`spread` for items made of torch operators, each of which keeps to its thread and records no gradient."""
-    threads = torch.get_num_threads()
-
     def run(item: int) -> None:
         # Both settings belong to the thread, and a new thread starts with neither.
         if torch.get_num_threads() != 1:
@@ -61,5 +59,5 @@ def spread_torch(work: Callable[[int], None], n_items: int) -> None:
         with torch.no_grad():
             work(item)
 
-    with one_torch_thread():
+    with one_torch_thread() as threads:
         spread(run, n_items, threads)

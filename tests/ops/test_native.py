@@ -131,7 +131,7 @@ def test_first_use_of_a_native_loop_is_announced_once(caplog, monkeypatch):
     calls = []
     with caplog.at_level(logging.INFO, logger="hymba_lightning"):
         for _ in range(2):
-            native.run_items(lambda *arguments: calls.append(arguments), "a loop", 4, 1.0, ("x",))
+            native.run_items(lambda *arguments: calls.append(arguments), "a loop", 4, 1.0, ("x",), threads=2)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert "a loop: loading the native loop" in messages[0]

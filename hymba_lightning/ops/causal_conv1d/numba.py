@@ -15,6 +15,7 @@ from torch import Tensor
 from hymba_lightning.ops.causal_conv1d.custom import last_inputs, make_conv_op
 from hymba_lightning.ops.lanes import LANES, f32, load, sigmoid, splat, store
 from hymba_lightning.ops.native import flat, native_loop, rows, run_items
+from hymba_lightning.ops.threads import one_torch_thread
 
 # Tokens of a work item, and channels that are taken through all of them before the next ones.
 RUN = 128
@@ -128,33 +129,36 @@ def _empty(*shape: int) -> Tensor:
 
 
 def _forward_numba(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor) -> tuple[Tensor, Tensor]:
-    operands = _operands(x, weight, bias, silu, state)
-    y = _empty(*operands[:3])
-    run_items(_forward, "causal convolution", _items(x), float(x.numel() * weight.size(1)), (*operands, flat(y)))
-    return y[..., :x.size(2)].contiguous().to(x.dtype), last_inputs(x, state)
+    with one_torch_thread() as threads:
+        operands = _operands(x, weight, bias, silu, state)
+        y = _empty(*operands[:3])
+        run_items(_forward, "causal convolution", _items(x), float(x.numel() * weight.size(1)), (*operands, flat(y)),
+                  threads)
+        return y[..., :x.size(2)].contiguous().to(x.dtype), last_inputs(x, state)
 
 
 def _backward_numba(g_y: Tensor, g_final: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool,
                     state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    operands = _operands(x, weight, bias, silu, state)
-    batch, length, width, taps = operands[:4]
-    channels, items = x.size(2), _items(x)
-    g_x, g_past = _empty(batch, length, width), _empty(batch, taps - 1, width)
-    g_weight, g_bias = _empty(items, taps, width), _empty(items, width)
-    run_items(_backward, "causal convolution's gradient", items, float(4 * x.numel() * taps),
-              (*operands, *rows(_widened(g_y)), flat(g_x), flat(g_past), flat(g_weight), flat(g_bias)))
-    # The final state is a copy of the last inputs, of old ones too where there are fewer than W-1 new ones.
-    both = torch.cat([g_past, g_x], dim=1)[..., :channels] if length < taps - 1 else None
-    g_final_BWE = g_final.float().transpose(1, 2)
-    if both is None:
-        g_x = g_x[..., :channels].contiguous()
-        g_x[:, length - taps + 1:] += g_final_BWE
-        g_past = g_past[..., :channels]
-    else:
-        both[:, length:] += g_final_BWE
-        g_past, g_x = both[:, :taps - 1], both[:, taps - 1:].clone(memory_format=torch.contiguous_format)
-    return (g_x.to(x.dtype), g_weight.sum(0)[:, :channels].t().to(weight.dtype).contiguous(),
-            g_bias.sum(0)[:channels].to(bias.dtype), g_past.transpose(1, 2).to(state.dtype).contiguous())
+    with one_torch_thread() as threads:
+        operands = _operands(x, weight, bias, silu, state)
+        batch, length, width, taps = operands[:4]
+        channels, items = x.size(2), _items(x)
+        g_x, g_past = _empty(batch, length, width), _empty(batch, taps - 1, width)
+        g_weight, g_bias = _empty(items, taps, width), _empty(items, width)
+        arguments = (*operands, *rows(_widened(g_y)), flat(g_x), flat(g_past), flat(g_weight), flat(g_bias))
+        run_items(_backward, "causal convolution's gradient", items, float(4 * x.numel() * taps), arguments, threads)
+        g_x, g_past = g_x[..., :channels].contiguous(), g_past[..., :channels].contiguous()
+        _add_to_last(g_past, g_x, g_final.float().transpose(1, 2))
+        return (g_x.to(x.dtype), g_weight.sum(0)[:, :channels].t().to(weight.dtype).contiguous(),
+                g_bias.sum(0)[:channels].to(bias.dtype), g_past.transpose(1, 2).to(state.dtype).contiguous())
+
+
+def _add_to_last(g_past: Tensor, g_x: Tensor, g_final: Tensor) -> None:
+    """Adds the final state's gradient (B, W-1, E) to that of the inputs it copies: the last W-1 of (past, x)."""
+    kept, length = g_past.size(1), g_x.size(1)
+    recent = min(kept, length)
+    g_x[:, length - recent:] += g_final[:, kept - recent:]
+    g_past[:, recent:] += g_final[:, :kept - recent]
 
 
 causal_conv1d_numba = make_conv_op("causal_conv1d_numba", _forward_numba, _backward_numba)

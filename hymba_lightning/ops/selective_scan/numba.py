@@ -16,6 +16,7 @@ from torch import Tensor
 from hymba_lightning.ops.lanes import LANES, LOG2E, exp2, f32, load, sigmoid, softplus, splat, store, total
 from hymba_lightning.ops.native import flat, native_loop, rows, run_items
 from hymba_lightning.ops.selective_scan.custom import make_scan_op, n_chunks
+from hymba_lightning.ops.threads import one_torch_thread
 
 # Tokens between two saved states; those in between are recomputed in backward, into the second-level cache.
 CHUNK = 64
@@ -200,11 +201,12 @@ def _forward_numba(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Te
     (batch, length, channels), states, width = u.shape, A.size(1), _padded(u.size(2))
     out, final = _empty(batch, length, width), _empty(batch, states, width)
     starts = _empty(batch, n_chunks(length, CHUNK), states, width)
-    run_items(_forward, "selective scan", _items(u), float(u.numel() * states),
-              (*_operands(u, dt, A, B, C, D, z, dt_bias), flat(_widened(initial_state.transpose(1, 2))), flat(out),
-               flat(final), flat(starts)))
-    return (out[..., :channels].contiguous().to(u.dtype), final[..., :channels].transpose(1, 2).contiguous(),
-            starts[..., :channels].contiguous())
+    with one_torch_thread() as threads:
+        arguments = (*_operands(u, dt, A, B, C, D, z, dt_bias), flat(_widened(initial_state.transpose(1, 2))),
+                     flat(out), flat(final), flat(starts))
+        run_items(_forward, "selective scan", _items(u), float(u.numel() * states), arguments, threads)
+        return (out[..., :channels].contiguous().to(u.dtype), final[..., :channels].transpose(1, 2).contiguous(),
+                starts[..., :channels].contiguous())
 
 
 def _backward_numba(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
@@ -217,16 +219,17 @@ def _backward_numba(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Te
     blocks = -(-channels // WIDTH)
     g_B, g_C = _empty(blocks, batch, length, states), _empty(blocks, batch, length, states)
     outputs = (g_u, g_dt, g_A, g_B, g_C, g_D, g_z, g_bias, g_initial)
-    run_items(_backward, "selective scan's gradient", _items(u), float(3 * u.numel() * states),
-              (*_operands(u, dt, A, B, C, D, z, dt_bias), *rows(_widened(g_out)),
-               flat(_widened(g_final.transpose(1, 2))), flat(_widened(starts)), *(flat(tensor) for tensor in outputs)))
 
     def narrowed(gradient: Tensor, like: Tensor) -> Tensor:
         return gradient[..., :channels].contiguous().to(like.dtype)
 
-    return (narrowed(g_u, u), narrowed(g_dt, dt), narrowed(g_A.sum(0), A).t().contiguous(), g_B.sum(0).to(B.dtype),
-            g_C.sum(0).to(C.dtype), narrowed(g_D.sum(0), D), u.new_empty(0) if z is None else narrowed(g_z, z),
-            narrowed(g_bias.sum(0), dt_bias), g_initial[..., :channels].transpose(1, 2).contiguous())
+    with one_torch_thread() as threads:
+        arguments = (*_operands(u, dt, A, B, C, D, z, dt_bias), *rows(_widened(g_out)),
+                     flat(_widened(g_final.transpose(1, 2))), flat(_widened(starts)), *map(flat, outputs))
+        run_items(_backward, "selective scan's gradient", _items(u), float(3 * u.numel() * states), arguments, threads)
+        return (narrowed(g_u, u), narrowed(g_dt, dt), narrowed(g_A.sum(0), A).t().contiguous(), g_B.sum(0).to(B.dtype),
+                g_C.sum(0).to(C.dtype), narrowed(g_D.sum(0), D), u.new_empty(0) if z is None else narrowed(g_z, z),
+                narrowed(g_bias.sum(0), dt_bias), g_initial[..., :channels].transpose(1, 2).contiguous())
 
 
 selective_scan_numba = make_scan_op("selective_scan_numba", _forward_numba, _backward_numba, CHUNK)
