@@ -17,6 +17,8 @@ commands:
   validate           score a checkpoint or an artifact
   test               score-first test-time training on a checkpoint or an artifact
   sample             let a checkpoint or an artifact continue a text
+  report             one HTML page on one or more runs
+  package            the challenge's folder for a run, scored there as a referee would
   import-reference   take over the public reference run's checkpoint or quantized file
 
 `hymba <command> --help` explains every option.
@@ -36,7 +38,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hymba_lightning").setLevel(logging.INFO)
     command, rest = args[0], args[1:]
-    if command in ("prepare", "sample", "import-reference"):
+    if command in ("prepare", "sample", "report", "package", "import-reference"):
         from hymba_lightning.commands import run_command
 
         run_command(command, rest)

@@ -1,4 +1,4 @@
-"""The commands that are no part of training: `hymba prepare`, `hymba sample` and `hymba import-reference`."""
+"""The commands that are no part of training: prepare, sample, report, package and import-reference."""
 
 import dataclasses
 import sys
@@ -8,7 +8,8 @@ from jsonargparse import ArgumentParser
 
 def run_command(command: str, args: list[str]) -> None:
     """Parses `args` by the signature of the command's function and runs it; bad input ends with one line."""
-    runner = {"prepare": run_prepare, "sample": run_sample, "import-reference": run_import_reference}[command]
+    runner = {"prepare": run_prepare, "sample": run_sample, "report": run_report, "package": run_package,
+              "import-reference": run_import_reference}[command]
     try:
         runner(args)
     except (ValueError, OSError, ImportError) as error:
@@ -22,8 +23,8 @@ def run_prepare(args: list[str]) -> None:
     from hymba_lightning.data.prepare import prepare
 
     parser = ArgumentParser(prog="hymba prepare", description="Turn text into a tokenizer and token shards.")
-    parser.add_argument("inputs", nargs="+", help='Files, folders, glob patterns, hf:NAME[:SPLIT[:CONFIG]] (Hugging Face); '
-                        '"stdlib" is the Python standard library\'s own sources')
+    parser.add_argument("inputs", nargs="+", help="Files, folders, glob patterns, hf:NAME[:SPLIT[:CONFIG]] (Hugging "
+                        "Face); stdlib is the Python standard library's own sources")
     parser.add_function_arguments(prepare, skip={"inputs"})
     options = parser.parse_args(args).as_dict()
     options["inputs"] = ["python_stdlib" if name == "stdlib" else name for name in options["inputs"]]
@@ -55,6 +56,27 @@ def run_sample(args: list[str]) -> None:
     sample(options["prompt"], options["ckpt_path"], options["tokenizer"] or options["data"]["tokenizer"],
            SamplingConfig(**{key: options[key] for key in keys}), options["device"],
            RuntimeConfig(**options["runtime"]))
+
+
+def run_report(args: list[str]) -> None:
+    """Runs → one HTML page and PNGs."""
+    from hymba_lightning.report.page import write_report
+
+    parser = ArgumentParser(prog="hymba report", description="Write one self-contained HTML page on one or more runs.")
+    parser.add_argument("run", nargs="+", help="Folders of runs (--run_dir of hymba fit)")
+    parser.add_argument("--out", type=str, default="report", help="Folder to write")
+    print(write_report(**parser.parse_args(args).as_dict()))
+
+
+def run_package(args: list[str]) -> None:
+    """A run → the challenge's folder, scored there."""
+    from hymba_lightning.package.submission import package
+
+    parser = ArgumentParser(prog="hymba package", description="Lay out the challenge's folder for a run and score it "
+                            "there in a clean environment.")
+    parser.add_argument("run", type=str, help="Folder of a run that was fitted, exported and tested")
+    parser.add_function_arguments(package, skip={"run"})
+    print(package(**parser.parse_args(args).as_dict()))
 
 
 def run_import_reference(args: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from hymba_lightning.evaluation.score import Score, sum_over_ranks, world
 
@@ -106,7 +107,9 @@ class TrainingStats(pl.Callback):
         self._log(trainer, values, step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.training and not trainer.sanity_checking and pl_module.last_validation is not None:
+        # While it validates, a fitting trainer is not `training`.
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and pl_module.last_validation is not None:
             self.record_validation(trainer, pl_module, pl_module.last_validation)
 
     def record_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, score: Score) -> None:

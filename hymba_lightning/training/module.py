@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from hymba_lightning.callbacks.compile_warmup import CompileWarmup
@@ -198,8 +199,8 @@ class HymbaModule(pl.LightningModule):
         self.last_validation = self.bpb.score
         self.validated_at_step = self.trainer.global_step
         # The value is the same on every rank already; checkpoints and early stopping can monitor it.
-        self.log_dict({"val/bpb": bpb, "val/loss": self.last_validation.loss}, logger=not self.trainer.training,
-                      rank_zero_only=True)
+        self.log_dict({"val/bpb": bpb, "val/loss": self.last_validation.loss}, rank_zero_only=True,
+                      logger=self.trainer.state.fn != TrainerFn.FITTING)  # in a fit, TrainingStats does that
 
     # Test: score first, then train on what was scored --------------------------------------------------------------
 

@@ -1,0 +1,54 @@
+"""Which files of this package a module needs, by reading imports."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import hymba_lightning
+
+ROOT = Path(hymba_lightning.__file__).parent
+
+
+def needed_files(module: str) -> list[Path]:
+    """Files of the package that importing `module`, and calling into it, may import; relative to the package's parent.
+
+    Raises ValueError where there is no such module.
+    """
+    if _file(module) is None:
+        raise ValueError(f"there is no module {module}")
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name in seen or _file(name) is None:
+            continue
+        seen.add(name)
+        # Importing a.b.c runs a/__init__ and a/b/__init__ first.
+        waiting += [name.rpartition(".")[0], *_imports(_file(name))]
+    return sorted(_file(name).relative_to(ROOT.parent) for name in seen)
+
+
+def _file(module: str) -> Path | None:
+    parts = module.split(".")
+    if parts[0] != ROOT.name:
+        return None
+    path = ROOT.joinpath(*parts[1:])
+    if (path / "__init__.py").is_file():
+        return path / "__init__.py"
+    return path.with_suffix(".py") if len(parts) > 1 and path.with_suffix(".py").is_file() else None
+
+
+def _imports(path: Path) -> list[str]:
+    tree = ast.parse(path.read_text())
+    types_only = {id(inner) for node in ast.walk(tree)
+                  if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for inner in ast.walk(node)}
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if id(node) in types_only:
+            continue
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return names

@@ -1,0 +1,171 @@
+"""Line charts: one description, drawn as SVG that follows the page's colours, or as PNG."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLORS = ("#2563a8", "#c8641e", "#2a8f6d", "#8a4fb0", "#b0304f", "#6b7480")
+
+# The drawing's own units; the page scales it. Small enough that its text is legible on a phone.
+WIDTH, HEIGHT = 460, 280
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 40
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line. Points whose y is not finite are left out."""
+
+    label: str
+    points: list[tuple[float, float]]
+    color: int = 0
+    dashed: bool = False
+    markers: bool = False
+    faint: bool = False
+
+    def finite(self) -> list[tuple[float, float]]:
+        """The points that can be drawn."""
+        return [(x, y) for x, y in self.points if y is not None and math.isfinite(y) and math.isfinite(x)]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What to draw."""
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    series: list[Series] = field(default_factory=list)
+    log_x: bool = False
+    note: str = ""
+    categories: tuple[str, ...] = ()
+    """Names of the places 0, 1, … on the x axis."""
+
+    @property
+    def empty(self) -> bool:
+        """Nothing to draw."""
+        return not any(series.finite() for series in self.series)
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers in [low, high], about `count` of them."""
+    if not high > low:
+        return [low]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def short(value: float) -> str:
+    """4096 → 4.1K, 0.25 → 0.25."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size * 0.9999:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.4g}"
+
+
+def _power_label(value: float) -> str:
+    return f"{round(value / 1024)}K" if value >= 1024 else f"{round(value)}"
+
+
+def _limits(chart: Chart) -> tuple[float, float, float, float]:
+    points = [point for series in chart.series for point in series.finite()]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    x_low, x_high, y_low, y_high = min(xs), max(xs), min(ys), max(ys)
+    if len(ys) > 40:
+        # The first steps of a loss curve would press everything else flat.
+        y_high = min(y_high, sorted(ys)[int(0.985 * (len(ys) - 1))])
+    margin = 0.06 * (y_high - y_low) or 0.05 * abs(y_high) or 1.0
+    if chart.categories:
+        return -0.3, len(chart.categories) - 0.7, y_low - margin, y_high + margin
+    if x_low == x_high:
+        x_low, x_high = (x_low / 2, x_high * 2) if chart.log_x else (x_low - 0.5, x_high + 0.5)
+    return x_low, x_high, y_low - margin, y_high + margin
+
+
+def to_svg(chart: Chart) -> str:
+    """The chart as an <svg> element; colours come from the page's CSS variables. Raises ValueError if empty."""
+    if chart.empty:
+        raise ValueError(f"chart {chart.name!r} has no point to draw")
+    x_low, x_high, y_low, y_high = _limits(chart)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        a, b, c = (math.log(x), math.log(x_low), math.log(x_high)) if chart.log_x else (x, x_low, x_high)
+        share = (a - b) / (c - b)
+        height = (min(max(y, y_low), y_high) - y_low) / (y_high - y_low)
+        return (round(LEFT + share * (WIDTH - LEFT - RIGHT), 1),
+                round(HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM), 1))
+
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}">']
+    for value in ticks(y_low, y_high):
+        _, y = place(x_high, value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
+                     f'<text class="tick" x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{short(value)}</text>')
+    for value in _x_ticks(chart, x_low, x_high):
+        x, _ = place(value, y_low)
+        label = chart.categories[int(value)] if chart.categories else \
+            _power_label(value) if chart.log_x else short(value)
+        parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" '
+                 f'y2="{HEIGHT - BOTTOM}"/>'
+                 f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
+                 f'{escape(chart.x_label)}</text>'
+                 f'<text class="label" transform="translate(12 {(HEIGHT - BOTTOM + TOP) / 2}) rotate(-90)" '
+                 f'text-anchor="middle">{escape(chart.y_label)}</text>')
+    for series in chart.series:
+        placed = [place(x, y) for x, y in series.finite()]
+        style = f'class="line c{series.color % len(COLORS)}{" faint" if series.faint else ""}"'
+        dash = ' stroke-dasharray="5 4"' if series.dashed else ""
+        if len(placed) > 1:
+            parts.append(f'<polyline {style}{dash} points="{" ".join(f"{x},{y}" for x, y in placed)}"/>')
+        if series.markers or len(placed) == 1:
+            for (x, y), (raw_x, raw_y) in zip(placed, series.finite(), strict=True):
+                parts.append(f'<circle class="dot c{series.color % len(COLORS)}" cx="{x}" cy="{y}" r="3.2"><title>'
+                             f'{escape(series.label)}: {raw_y:.4f} at {short(raw_x)}</title></circle>')
+    return "".join(parts) + "</svg>"
+
+
+def _x_ticks(chart: Chart, low: float, high: float) -> list[float]:
+    if chart.categories:
+        return [float(place) for place in range(len(chart.categories))]
+    if not chart.log_x:
+        return ticks(low, high)
+    powers = list(range(math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9) + 1))
+    return [2.0**power for power in powers[::max(len(powers) // 6, 1)]]
+
+
+def to_png(chart: Chart, path: Path) -> Path:
+    """The chart as a PNG file."""
+    if chart.empty:
+        raise ValueError(f"chart {chart.name!r} has no point to draw")
+    figure = Figure(figsize=(8.2, 4.8), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for series in chart.series:
+        points = series.finite()
+        axis.plot([x for x, _ in points], [y for _, y in points], color=COLORS[series.color % len(COLORS)],
+                  linestyle="--" if series.dashed else "-", linewidth=0.9 if series.faint else 1.6,
+                  alpha=0.55 if series.faint else 1.0, marker="o" if series.markers or len(points) == 1 else None,
+                  markersize=4, label=series.label)
+    if chart.log_x:
+        axis.set_xscale("log", base=2)
+    if chart.categories:
+        axis.set_xticks(range(len(chart.categories)), chart.categories)
+        axis.set_xlim(*_limits(chart)[:2])
+    axis.set_ylim(*_limits(chart)[2:])
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(True, axis="y", color="#e4e7ea", linewidth=0.8)
+    axis.set_xlabel(chart.x_label)
+    axis.set_ylabel(chart.y_label)
+    axis.set_title(chart.title, loc="left", fontsize=12)
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+    return path

@@ -1,0 +1,180 @@
+"""The report's page: one HTML file with everything inside, for wide and narrow screens, light and dark."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from hymba_lightning.files import write_atomic
+from hymba_lightning.report import charts, treemap
+from hymba_lightning.report.charts import Chart, Series
+from hymba_lightning.report.runs import STAGES, Run, differences, load_runs
+from hymba_lightning.report.style import CSS
+
+# Where a run was written says nothing about what it was.
+IGNORED_OPTIONS = ("run_dir", "overwrite", "ckpt_path", "config")
+
+
+def write_report(run: Sequence[str], out: str = "report") -> Path:
+    """Writes <out>/report.html and a PNG per figure; returns the page's path.
+
+    Args:
+        run: Folders of runs (--run_dir of `hymba fit`), finished, killed or still going.
+        out: Folder to write.
+
+    Raises:
+        FileNotFoundError: A folder holds no run.
+        ValueError: No run, one twice, or a damaged file.
+    """
+    if not run:
+        raise ValueError("no run to report on: give the folder of one or more")
+    runs = load_runs(run)
+    folder = Path(out).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = [chart for chart in build_charts(runs) if not chart.empty]
+    for chart in drawn:
+        charts.to_png(chart, folder / f"{chart.name}.png")
+    for index, one in enumerate(runs):
+        if one.artifact:
+            treemap.to_png(one.artifact, f"Artifact of {one.name}: {one.artifact.bytes:,} bytes",
+                           folder / f"artifact-{index}.png")
+    path = folder / "report.html"
+    write_atomic(path, build_page(runs, drawn))
+    return path
+
+
+def build_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Every chart, also those that have nothing to show."""
+    numbered = list(enumerate(runs))
+    names = [stage for stage in STAGES if stage != "unigram" and any(stage in run.stages for run in runs)]
+    stages = [Series(run.name, [(float(place), run.stages[stage]) for place, stage in enumerate(names)
+                                if stage in run.stages], color, markers=True) for color, run in numbered]
+    return [
+        Chart("loss", "Training loss", "training seconds", "nats per token",
+              [Series(run.name, [(row["seconds"], row["loss"]) for row in run.train], color)
+               for color, run in numbered]),
+        Chart("validation", "Bits per byte while training", "tokens trained on", "bits per byte",
+              [Series(run.name, [(row["tokens"], row["bpb"]) for row in run.val], color, markers=True)
+               for color, run in numbered], note="Averaged weights on the validation stream."),
+        Chart("stages", "Bits per byte by stage", "", "bits per byte", stages, categories=tuple(names),
+              note="Raw weights, their average, the reloaded artifact, test-time training."),
+        Chart("ttt", "Test-time training", "share of the stream scored", "bits per byte",
+              [series for color, run in numbered for series in _ttt_series(run, color)],
+              note="Running score; dashed: the artifact without adaptation."),
+        Chart("context", "What context is worth", "tokens before the scored one", "bits per byte",
+              [Series(run.name, [(point["at_least"] * 2**0.5, point["bpb"])
+                                 for point in run.test.get("bpb_by_context", [])], color, markers=True)
+               for color, run in numbered], log_x=True),
+        Chart("step_time", "Time of a step", "training seconds", "milliseconds",
+              [Series(run.name, run.step_times(), color) for color, run in numbered]),
+        Chart("lr", "Learning-rate scale", "training seconds", "factor",
+              [Series(run.name, [(row["seconds"], row["lr_scale"]) for row in run.train], color)
+               for color, run in numbered]),
+    ]
+
+
+def _ttt_series(run: Run, color: int) -> list[Series]:
+    running = run.running_ttt()
+    series = [Series(run.name, running, color, markers=len(running) < 30)]
+    plain = run.test.get("bpb_without_adaptation")
+    if plain is not None and running:
+        series.append(Series(f"{run.name}, not adapted", [(running[0][0], plain), (1.0, plain)], color, dashed=True))
+    return series
+
+
+def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
+    """The whole page as text."""
+    title = "Run " + runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
+    chips = "".join(f'<span class="chip"><i class="bg{color % len(charts.COLORS)}"></i>{escape(run.name)}</span>'
+                    for color, run in enumerate(runs))
+    figures = "".join(_figure(chart) for chart in drawn)
+    maps = "".join(_map(run) for run in runs if run.artifact)
+    notes = "".join(f"<li><b>{escape(run.name)}</b>: {escape(note)}</li>" for run in runs for note in run.notes)
+    environment = _environment(runs)
+    sections = [
+        f"<header><h1>{escape(title)}</h1><p>{chips}</p><p class=muted>hymba_lightning, written {written}</p></header>",
+        f"<section><h2>Results</h2>{_results(runs)}</section>",
+        f'<section><h2>Curves</h2><div class="grid2">{figures}</div></section>' if figures else "",
+        f"<section><h2>Where the artifact's bytes are</h2>{_legend()}<div class=\"grid2\">{maps}</div></section>"
+        if maps else "",
+        f"<section><h2>What differs</h2>{_config_difference(runs)}</section>" if len(runs) > 1 else
+        f"<section><h2>Config</h2>{_config(runs[0])}</section>",
+        f"<section><h2>Environment</h2>{environment}</section>" if environment else "",
+        f"<section><h2>Missing</h2><ul>{notes}</ul></section>" if notes else "",
+    ]
+    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{CSS}</style></head>'
+            f'<body><main>{"".join(sections)}</main></body></html>\n')
+
+
+def _figure(chart: Chart) -> str:
+    note = f" <span class=muted>{escape(chart.note)}</span>" if chart.note else ""
+    return f"<figure><figcaption><b>{escape(chart.title)}</b>{note}</figcaption>{charts.to_svg(chart)}</figure>"
+
+
+def _map(run: Run) -> str:
+    report = run.artifact
+    largest = _table(["tensor", "stored as", "bytes"],
+                     [[tensor.name, tensor.storage, f"{tensor.bytes:,}"] for tensor in report.largest(8)], numbers=1)
+    return (f"<figure><figcaption><b>{escape(run.name)}</b> <span class=muted>{report.bytes:,} bytes</span>"
+            f"</figcaption>{treemap.to_svg(report, run.name)}<details><summary>Largest tensors</summary>{largest}"
+            "</details></figure>")
+
+
+def _legend() -> str:
+    return "<p>" + "".join(f'<span class="chip"><i class="map{index}"></i>{name}</span>'
+                           for index, name in enumerate(treemap.GROUPS)) + "</p>"
+
+
+def _results(runs: Sequence[Run]) -> str:
+    rows: list[list[str]] = []
+
+    def row(label: str, values: list[Any], form: str) -> None:
+        if any(value is not None for value in values):
+            rows.append([label, *("–" if value is None else format(value, form) for value in values)])
+
+    for stage, label in STAGES.items():
+        row(f"{label}, bits per byte", [run.stages.get(stage) for run in runs], ".4f")
+    for key, label, form in (("steps", "steps", ",d"), ("train_seconds", "training seconds", ",.1f"),
+                             ("tokens", "tokens trained on", ",d"), ("tokens_per_s", "tokens per second", ",.0f"),
+                             ("parameters", "parameters", ",d"), ("artifact_bytes", "artifact bytes", ",d"),
+                             ("code_bytes", "evaluation code bytes", ",d")):
+        row(label, [run.summary.get(key) for run in runs], form)
+    share = [(run.summary["artifact_bytes"] + run.summary["code_bytes"]) / run.summary["limit_bytes"]
+             if "artifact_bytes" in run.summary else None for run in runs]
+    row("share of the byte limit", share, ".1%")
+    row("tokens scored", [run.test.get("tokens") or run.summary.get("scored_tokens") for run in runs], ",d")
+    row("test seconds", [run.test.get("seconds") for run in runs], ",.1f")
+    return _table(["", *(run.name for run in runs)], rows, numbers=len(runs))
+
+
+def _config_difference(runs: Sequence[Run]) -> str:
+    changed = differences([run.config for run in runs], IGNORED_OPTIONS)
+    if not changed:
+        return "<p class=muted>All options are the same.</p>"
+    return _table(["option", *(run.name for run in runs)],
+                  [[key, *(str(value) for value in values)] for key, values in changed.items()])
+
+
+def _config(run: Run) -> str:
+    rows = [[key, str(value)] for key, value in run.config.items() if key not in IGNORED_OPTIONS]
+    return f"<details><summary>{len(rows)} options</summary>{_table(['option', run.name], rows)}</details>"
+
+
+def _environment(runs: Sequence[Run]) -> str:
+    keys = list(dict.fromkeys(key for run in runs for key in run.environment))
+    return _table(["", *(run.name for run in runs)],
+                  [[key, *(str(run.environment.get(key, "–")) for run in runs)] for key in keys]) if keys else ""
+
+
+def _table(head: list[str], rows: list[list[str]], numbers: int = 0) -> str:
+    """`numbers` columns from the right are aligned as numbers."""
+    first = len(head) - numbers
+    cells = "".join("<tr>" + "".join(f"<td{' class=num' if i >= first else ''}>{escape(cell)}</td>"
+                                     for i, cell in enumerate(row)) + "</tr>" for row in rows)
+    heads = "".join(f"<th{' class=num' if i >= first else ''}>{escape(cell)}</th>" for i, cell in enumerate(head))
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'

@@ -1,0 +1,128 @@
+"""The artifact as a map: a rectangle per tensor, its area the tensor's compressed bytes, grouped by layer."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from hymba_lightning.quantization import ArtifactReport
+from hymba_lightning.report.charts import COLORS
+
+WIDTH, HEIGHT = 460.0, 300.0
+GROUPS = ("embedding", "attention", "mamba", "mlp", "other")
+
+
+class Tile(NamedTuple):
+    """A tensor's rectangle in a WIDTH × HEIGHT drawing."""
+
+    name: str
+    group: int
+    storage: str
+    n_bytes: int
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+def group_of(name: str) -> int:
+    """Index in GROUPS."""
+    if re.match(r"tok_emb|lm_head|bigram|smear|meta", name):
+        return 0
+    if re.search(r"c_q|kv_proj|attn\.proj|q_gain", name):
+        return 1
+    if re.search(r"mamba|conv1d|x_proj|dt_proj|A_log|attn\.D$", name):
+        return 2
+    return 3 if ".mlp." in name else 4
+
+
+def tiles(report: ArtifactReport) -> list[Tile]:
+    """Squarified layout (Bruls, Huizing and van Wijk, 2000), first of the groups, then of the tensors in each."""
+    members: dict[int, list] = {}
+    for tensor in report.tensors:
+        if tensor.bytes > 0:
+            members.setdefault(group_of(tensor.name), []).append(tensor)
+    order = sorted(members, key=lambda group: -sum(tensor.bytes for tensor in members[group]))
+    outer = squarify([sum(tensor.bytes for tensor in members[group]) for group in order], 0.0, 0.0, WIDTH, HEIGHT)
+    result = []
+    for group, box in zip(order, outer, strict=True):
+        inside = sorted(members[group], key=lambda tensor: -tensor.bytes)
+        for tensor, (x, y, width, height) in zip(inside, squarify([t.bytes for t in inside], *box), strict=True):
+            result.append(Tile(tensor.name, group, tensor.storage, tensor.bytes, x, y, width, height))
+    return result
+
+
+def squarify(sizes: list[int], x: float, y: float, width: float, height: float) -> list[tuple[float, ...]]:
+    """(x, y, width, height) per size, sizes > 0 in descending order, in a box of that position and extent."""
+    boxes: list[tuple[float, ...]] = []
+    scale = width * height / sum(sizes)
+    areas = [size * scale for size in sizes]
+    while areas:
+        side = min(width, height)
+        row = [areas[0]]
+        while len(row) < len(areas) and _worst([*row, areas[len(row)]], side) <= _worst(row, side):
+            row.append(areas[len(row)])
+        depth, offset = sum(row) / side, 0.0
+        for area in row:
+            length = area / depth
+            boxes.append((x, y + offset, depth, length) if width >= height else (x + offset, y, length, depth))
+            offset += length
+        if width >= height:
+            x, width = x + depth, width - depth
+        else:
+            y, height = y + depth, height - depth
+        areas = areas[len(row):]
+    return boxes
+
+
+def _worst(row: list[float], side: float) -> float:
+    """The worst ratio of sides in a row laid along `side`."""
+    total = sum(row)
+    return max(side**2 * max(row) / total**2, total**2 / (side**2 * min(row)))
+
+
+def _label(name: str) -> str:
+    short = re.sub(r"^blocks\.(\d+)\.(attn\.|mlp\.)?(mamba_)?", r"\1 ", name).removesuffix(".weight")
+    return short.replace("bigram_hash", "bigram")
+
+
+def to_svg(report: ArtifactReport, title: str) -> str:
+    """The map as an <svg> element."""
+    parts = [f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{escape(title)}">']
+    for tile in tiles(report):
+        parts.append(f'<g><rect class="tile g{tile.group}" x="{tile.x:.1f}" y="{tile.y:.1f}" '
+                     f'width="{tile.width:.1f}" height="{tile.height:.1f}"/>'
+                     f'<title>{escape(tile.name)}: {tile.n_bytes:,} bytes, {escape(tile.storage)}</title>')
+        label = _label(tile.name)
+        if tile.height > 15 and tile.width > 6.4 * len(label) + 6:
+            parts.append(f'<text class="tiletext" x="{tile.x + 4:.1f}" y="{tile.y + 13:.1f}">{escape(label)}</text>')
+        parts.append("</g>")
+    return "".join(parts) + "</svg>"
+
+
+def to_png(report: ArtifactReport, title: str, path: Path) -> Path:
+    """The map as a PNG file."""
+    figure = Figure(figsize=(8.2, 5.6), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for tile in tiles(report):
+        axis.add_patch(Rectangle((tile.x, tile.y), tile.width, tile.height, facecolor=COLORS[tile.group],
+                                 edgecolor="white", linewidth=0.8))
+        label = _label(tile.name)
+        if tile.height > 12 and tile.width > 5.0 * len(label) + 6:
+            axis.text(tile.x + 3, tile.y + 4, label, fontsize=7, color="white", va="top")
+    present = sorted({tile.group for tile in tiles(report)})
+    axis.legend(handles=[Rectangle((0, 0), 1, 1, facecolor=COLORS[group], label=GROUPS[group]) for group in present],
+                loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=len(present), fontsize=8, frameon=False)
+    axis.set_xlim(0, WIDTH)
+    axis.set_ylim(HEIGHT, 0)
+    axis.axis("off")
+    axis.set_title(title, loc="left", fontsize=12)
+    figure.savefig(path)
+    return path
