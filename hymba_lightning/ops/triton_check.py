@@ -32,7 +32,7 @@ ODD_CONVS = ((2, 63, 60, 4), (1, 1, 4, 8), (3, 257, 130, 3), (1, 40, 6, 1))
 TRAINING = (2, 32768, 512, 8)
 # What a sweep tries: programs of a launch, channels of a forward program, registers of a backward thread.
 SWEEP = {"TARGET_PROGRAMS": (2048, 4096, 8192, 16384), "FORWARD_BLOCK_E": (64, 128),
-         "BACKWARD_REGISTERS": (168, 184, 200, 224, 255)}
+         "BACKWARD_REGISTERS": (168, 184, 200, 255)}
 Inputs = dict[str, Tensor | None]
 Run = Callable[[Any], tuple[Tensor, ...]]
 

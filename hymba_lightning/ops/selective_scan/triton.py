@@ -26,9 +26,9 @@ BLOCK_E = 64
 MIN_CHUNK_TILES = 8
 # Chunks whose edges the carry loads at once.
 CARRY_AHEAD = 16
-# Registers of a thread that the last backward kernel may take: with 224, nine of its warps share a multiprocessor. It
+# Registers of a thread that the last backward kernel may take: with 200, ten of its warps share a multiprocessor. It
 # needs more for float32 operands, whose products it keeps in full, and for the sums of more states.
-BACKWARD_REGISTERS, FULL_REGISTERS = 224, 255
+BACKWARD_REGISTERS, FULL_REGISTERS = 200, 255
 FEW_STATES = 16
 
 

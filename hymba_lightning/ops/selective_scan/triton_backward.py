@@ -81,15 +81,6 @@ def chunk_adjoints(dt, A, C, z, dt_bias, dout, adjoints, dt_sums, T, tiles_per_c
 
 
 @triton.jit
-def rounded_if(ROUNDED: tl.constexpr, x):
-    """x, in bfloat16 if ROUNDED."""
-    if ROUNDED:
-        return x.to(tl.bfloat16)
-    else:
-        return x
-
-
-@triton.jit
 def prepend(value, values):
     """The tuple (value, *values), which Triton does not know by that name."""
     return (value,) + values  # noqa: RUF005
@@ -154,8 +145,6 @@ def chunk_gradients(u, dt, A, B, C, D, z, dt_bias, dout, starts, adjoints, du, d
     while tile >= chunk * tiles_per_chunk:
         bias = load_float32(dt_bias + channel, inside, MASKED)
         skip = load_float32(D + channel, inside, MASKED)
-        # One state ahead: the loop over them would wait for the device's memory in every turn.
-        next_state = load_float32(starts + channel, inside, MASKED)
         steps = ()
         driven = ()
         dy = ()
@@ -181,8 +170,7 @@ def chunk_gradients(u, dt, A, B, C, D, z, dt_bias, dout, starts, adjoints, du, d
         sums = tl.zeros([STATES, 2 * ROWS], tl.float32)
         for n in range(N):
             decay_rate = load_float32(A + n * E + channel, inside, MASKED) * LOG2E
-            state = next_state
-            next_state = load_float32(starts + tl.minimum(n + 1, N - 1) * E + channel, inside, MASKED)
+            state = load_float32(starts + n * E + channel, inside, MASKED)
             q = load_float32(adjoints + n * E + channel, inside, MASKED)
             d_rate = load_float32(channel_sums + n * E + channel, inside, MASKED)
             decays = ()
@@ -199,7 +187,7 @@ def chunk_gradients(u, dt, A, B, C, D, z, dt_bias, dout, starts, adjoints, du, d
                 before += (state,)
                 state = decay * state + driven[row] * B_n[row]
                 y_next += (y[row] + C_n[row] * state,)
-                dC += (rounded_if(ROUNDED, state * dy[row]),)
+                dC += (state * dy[row],)
             y = y_next
             dB = ()
             d_driven_next = ()
@@ -209,7 +197,7 @@ def chunk_gradients(u, dt, A, B, C, D, z, dt_bias, dout, starts, adjoints, du, d
                 q = decays[row] * g
                 d_exponent = q * before[row]
                 d_rate += d_exponent * steps[row]
-                dB = prepend(rounded_if(ROUNDED, g * driven[row]), dB)
+                dB = prepend(g * driven[row], dB)
                 d_driven_next = prepend(d_driven[row] + g * B_n[row], d_driven_next)
                 d_steps_next = prepend(d_steps[row] + d_exponent * decay_rate, d_steps_next)
             d_driven = d_driven_next
@@ -219,7 +207,7 @@ def chunk_gradients(u, dt, A, B, C, D, z, dt_bias, dout, starts, adjoints, du, d
             products = tl.reshape(interleave(dB + dC), [BLOCK_E, 2 * ROWS])
             if ROUNDED:
                 ones = tl.full([STATES, BLOCK_E], 1.0, tl.float32).to(DOT_TYPE)
-                part = tl.dot(ones, products.to(DOT_TYPE))
+                part = tl.dot(ones, products.to(tl.bfloat16).to(DOT_TYPE))
             else:
                 part = tl.sum(products, axis=0)[None, :]
             sums = tl.where((state_row == n)[:, None], part, sums)
