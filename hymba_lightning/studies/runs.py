@@ -1,0 +1,41 @@
+"""Runs of the `hymba` command for studies: each in a process of its own, not run again where its result is there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def run_once(command: str, run_dir: Path, result: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The JSON file `result` of `hymba <command> --run_dir <run_dir>`, from an earlier call or from one made now.
+
+    A fit that was interrupted goes on from its checkpoint. The output goes to <run_dir>/<command>.log. Raises
+    RuntimeError with the log's end where the command fails.
+    """
+    path = run_dir / result
+    if not path.is_file():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        resume: list[str] = []
+        if command == "fit":
+            killed = (run_dir / "checkpoints" / "last.ckpt").is_file()
+            resume = ["--ckpt_path", "last"] if killed else ["--overwrite", "true"]
+        line = [sys.executable, "-m", "hymba_lightning", command, "--run_dir", str(run_dir), *arguments, *resume]
+        started, log = time.monotonic(), run_dir / f"{command}.log"
+        with open(log, "a") as file:
+            code = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        if code or not path.is_file():
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            raise RuntimeError(f"hymba {command} in {run_dir} ended with code {code}:\n{tail}")
+        print(f"{run_dir.name}: {command} in {time.monotonic() - started:.0f} s", flush=True)
+    return json.loads(path.read_bytes())
+
+
+def hardware(environment: dict[str, Any]) -> str:
+    """A line that says what the numbers were measured on."""
+    return (f"{environment['world_size']} × {environment['device']}, torch {environment['torch']}, hymba_lightning "
+            f"{environment['hymba_lightning']}")

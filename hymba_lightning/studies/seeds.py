@@ -1,0 +1,110 @@
+"""One config over several seeds: every stage's mean ± std, and the p-value of being better than a baseline."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hymba_lightning.files import write_atomic
+from hymba_lightning.report.charts import Chart, Series, to_png
+from hymba_lightning.studies.runs import hardware, run_once
+
+STAGES = {"raw": "raw weights", "ema": "averaged weights", "artifact": "artifact", "ttt": "after TTT"}
+
+
+@dataclass(frozen=True)
+class Test:
+    """A one-sided test that our mean is lower than a baseline's by more than a margin."""
+
+    difference: float
+    """Baseline's mean minus ours."""
+    t: float
+    degrees: float
+    p: float
+    """Probability of a t at least as large where the true difference is the margin."""
+
+
+def student_tail(t: float, degrees: float) -> float:
+    """P(T ≥ t) of Student's distribution by Gauss-Legendre quadrature: with T = √ν·tan θ its density is cos^(ν-1) θ."""
+    nodes, weights = np.polynomial.legendre.leggauss(400)
+
+    def integral(low: float, high: float) -> float:
+        angles = 0.5 * (high - low) * nodes + 0.5 * (high + low)
+        return float(0.5 * (high - low) * (weights * np.cos(angles) ** (degrees - 1)).sum())
+
+    angle = math.atan(abs(t) / math.sqrt(degrees))
+    tail = integral(angle, math.pi / 2) / (2 * integral(0.0, math.pi / 2))
+    return tail if t >= 0 else 1 - tail
+
+
+def better_than(ours: Sequence[float], baseline: Sequence[float], margin: float = 0.0) -> Test:
+    """Welch's t-test (1947), one-sided; with a single baseline value, the one-sample test against it.
+
+    Raises ValueError for fewer than two of our values, or none of the baseline's.
+    """
+    if len(ours) < 2 or not baseline:
+        raise ValueError(f"a p-value needs at least 2 seeds and 1 baseline value, got {len(ours)} and {len(baseline)}")
+    difference = statistics.mean(baseline) - statistics.mean(ours)
+    own = statistics.variance(ours) / len(ours)
+    theirs = statistics.variance(baseline) / len(baseline) if len(baseline) > 1 else 0.0
+    if own + theirs == 0:
+        return Test(difference, math.copysign(math.inf, difference - margin), math.inf, float(difference <= margin))
+    degrees = (own + theirs) ** 2 / (own**2 / (len(ours) - 1)
+                                     + (theirs**2 / (len(baseline) - 1) if len(baseline) > 1 else 0.0))
+    t = (difference - margin) / math.sqrt(own + theirs)
+    return Test(difference, t, degrees, student_tail(t, degrees))
+
+
+def run_seeds(seeds: Sequence[int], folder: Path, arguments: Sequence[str], *, baseline: Sequence[float] = (),
+              margin: float = 0.0, test: bool = True) -> str:
+    """Fits (and tests) once per seed, then writes table.md and seeds.png; returns the table.
+
+    `arguments` are options of `hymba fit`, all of which `hymba test` gets too.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be one or more different numbers, got {list(seeds)}")
+    rows, environment = [], {}
+    for seed in seeds:
+        run_dir = folder / f"seed-{seed}"
+        options = [*arguments, "--seed_everything", str(seed)]
+        summary = run_once("fit", run_dir, "summary.json", options)
+        environment = summary["environment"]
+        values = dict(summary["bpb"])
+        if test:
+            weights = ["--ckpt_path", str(run_dir / "artifact.hymba")]
+            values["ttt"] = run_once("test", run_dir, "test_summary.json", [*options, *weights])["ttt_bpb"]
+        rows.append(values | {key: summary.get(key) for key in ("steps", "artifact_bytes")})
+    table = f"{hardware(environment)}, n = {len(seeds)}\n\n" + _table(seeds, rows)
+    last = next(stage for stage in reversed(STAGES) if stage in rows[0])
+    if baseline and len(seeds) > 1:
+        found = better_than([row[last] for row in rows], baseline, margin)
+        table += (f"\n{STAGES[last]} against a baseline of {statistics.mean(baseline):.4f} (n = {len(baseline)}): "
+                  f"lower by {found.difference:.4f}, t = {found.t:.2f} with {found.degrees:.1f} degrees of freedom, "
+                  f"one-sided p = {found.p:.2g} for a difference of more than {margin:g}\n")
+    write_atomic(folder / "table.md", table)
+    stages = [stage for stage in STAGES if stage in rows[0]]
+    lines = [Series(f"seed {seed}", [(float(place), row[stage]) for place, stage in enumerate(stages)], color,
+                    markers=True) for color, (seed, row) in enumerate(zip(seeds, rows, strict=True))]
+    to_png(Chart("seeds", "Bits per byte by stage and seed", "", "bits per byte", lines,
+                 categories=tuple(STAGES[stage] for stage in stages)), folder / "seeds.png")
+    return table
+
+
+def _table(seeds: Sequence[int], rows: Sequence[dict]) -> str:
+    columns = [key for key in (*STAGES, "steps", "artifact_bytes") if rows[0].get(key) is not None]
+    lines = ["| seed | " + " | ".join(STAGES.get(key, key.replace("_", " ")) for key in columns) + " |",
+             "|---" * (len(columns) + 1) + "|"]
+    for seed, row in zip(seeds, rows, strict=True):
+        lines.append(f"| {seed} | " + " | ".join(f"{row[key]:.4f}" if key in STAGES else f"{row[key]:,}"
+                                                 for key in columns) + " |")
+    cells = []
+    for key in columns:
+        values = [row[key] for row in rows]
+        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        cells.append(f"{statistics.mean(values):.4f}{spread}" if key in STAGES else f"{statistics.mean(values):,.0f}")
+    return "\n".join([*lines, "| mean ± std | " + " | ".join(cells) + " |"]) + "\n"

@@ -1,0 +1,95 @@
+"""Studies over seeds and sequence lengths: the statistics, the tables, and that an interrupted study goes on."""
+
+import json
+import math
+import subprocess
+
+import pytest
+from fit_process import write_config
+
+from hymba_lightning.studies import runs, seeds
+from hymba_lightning.studies.context_scaling import run_lengths
+from hymba_lightning.studies.runs import run_once
+from hymba_lightning.studies.seeds import better_than, run_seeds, student_tail
+
+ENVIRONMENT = {"world_size": 8, "device": "X", "torch": "2", "hymba_lightning": "0"}
+
+
+@pytest.mark.parametrize(("p", "degrees", "t"), [
+    # Quantiles of Student's distribution as printed in tables.
+    (0.05, 1, 6.313752), (0.025, 2, 4.302653), (0.01, 5, 3.364930), (0.05, 10, 1.812461), (0.001, 30, 3.385185),
+    (0.1, 4.0, 1.533206), (0.5, 7, 0.0),
+])
+def test_students_tail_is_the_tables(p, degrees, t):
+    assert student_tail(t, degrees) == pytest.approx(p, rel=1e-5)
+    assert student_tail(-t, degrees) == pytest.approx(1 - p, rel=1e-5)
+
+
+def test_welch_by_hand():
+    # Means 2 and 4, variances 1 and 4, n 3 and 4: t = 2/sqrt(1/3 + 1), ν = (4/3)²/((1/3)²/2 + 1²/3).
+    found = better_than([1.0, 2.0, 3.0], [4 - math.sqrt(6), 4.0, 4.0, 4 + math.sqrt(6)])
+    assert found.t == pytest.approx(2 / math.sqrt(4 / 3))
+    assert found.degrees == pytest.approx((16 / 9) / (1 / 18 + 1 / 3))
+    assert found.p == pytest.approx(student_tail(found.t, found.degrees))
+    assert better_than([1.0, 2.0, 3.0], [4.0]).degrees == pytest.approx(2)  # one sample against a number
+    assert better_than([1.0, 2.0, 3.0], [4.0], margin=2.0).p == pytest.approx(0.5)
+    assert better_than([5.0, 5.0], [4.0, 4.0]).p == 1.0
+    with pytest.raises(ValueError, match="at least 2 seeds"):
+        better_than([1.0], [2.0])
+
+
+def test_table_of_seeds(tmp_path, monkeypatch, capsys):
+    def fake(command, run_dir, result, arguments):
+        seed = int(run_dir.name.removeprefix("seed-"))
+        assert arguments[arguments.index("--seed_everything") + 1] == str(seed)
+        assert ("--ckpt_path" in arguments) == (command == "test")
+        if command == "test":
+            return {"ttt_bpb": 1.1 + seed / 1000}
+        return {"bpb": {"raw": 1.0, "ema": 1.1, "artifact": 1.2}, "steps": 7000 + seed, "artifact_bytes": 14_000_000,
+                "environment": ENVIRONMENT}
+
+    monkeypatch.setattr(seeds, "run_once", fake)
+    table = run_seeds([1, 2, 3], tmp_path, ["--config", "x"], baseline=[1.1866, 1.1881, 1.1873])
+    assert (tmp_path / "table.md").read_text() == table
+    assert "8 × X" in table
+    assert "| 2 | 1.0000 | 1.1000 | 1.2000 | 1.1020 | 7,002 | 14,000,000 |" in table
+    assert "| mean ± std | 1.0000 ± 0.0000 | 1.1000 ± 0.0000 | 1.2000 ± 0.0000 | 1.1020 ± 0.0010 | 7,002 |" in table
+    expected = better_than([1.101, 1.102, 1.103], [1.1866, 1.1881, 1.1873])
+    assert f"one-sided p = {expected.p:.2g}" in table
+    assert (tmp_path / "seeds.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="different numbers"):
+        run_seeds([1, 1], tmp_path, [])
+
+
+@pytest.mark.slow
+def test_lengths_are_fitted_once_and_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
+    arguments = ["--config", str(write_config(tmp_path))]
+    # As if the run at the second length had been killed after two of its four steps.
+    run_once("fit", tmp_path / "out" / "seq-64", "summary.json", [
+        *arguments, "--data.seq_len", "64", "--data.micro_batch_size", "2", "--trainer.max_steps", "2",
+        "--model.budget_seconds", "null"])
+    (tmp_path / "out" / "seq-64" / "summary.json").unlink()
+    table = run_lengths([32, 64], 128, 4, tmp_path / "out", arguments)
+    points = json.loads((tmp_path / "out" / "context_scaling.json").read_text())
+    assert [(point["seq_len"], point["steps"]) for point in points] == [(32, 4), (64, 4)]
+    assert "at step 3" in (tmp_path / "out" / "seq-64" / "fit.log").read_text()
+    assert f"| val_bpb | {points[0]['bpb']:.4f} | {points[1]['bpb']:.4f} |" in table
+    assert (tmp_path / "out" / "context_ms.png").is_file()
+
+    def none(*_, **__):
+        raise AssertionError("a finished run was run again")
+
+    monkeypatch.setattr(runs.subprocess, "run", none)
+    assert run_lengths([32, 64], 128, 4, tmp_path / "out", arguments) == table
+
+
+def test_a_failed_run_shows_the_end_of_its_log(tmp_path, monkeypatch):
+    def fail(line, stdout, **_):
+        stdout.write("first\n" * 20 + "the reason\n")
+        return subprocess.CompletedProcess(line, 3)
+
+    monkeypatch.setattr(runs.subprocess, "run", fail)
+    with pytest.raises(RuntimeError, match=r"ended with code 3:\n(first\n)+the reason"):
+        run_once("fit", tmp_path / "x", "summary.json", [])
+    with pytest.raises(ValueError, match="no multiple"):
+        run_lengths([48], 128, 4, tmp_path, [])
