@@ -133,7 +133,10 @@ class HymbaCLI(LightningCLI):
         if not is_artifact(path):
             return path
         artifact = load_artifact(path)
-        if artifact.tokenizer.get("sha256") != data.tokenizer_fingerprint():
+        if artifact.tokenizer.get("sha256") is None:
+            log.warning("%s does not say which tokenizer it was made for: its score means something only with that one",
+                        path)
+        elif artifact.tokenizer["sha256"] != data.tokenizer_fingerprint():
             raise ValueError(f"{path} was made for another tokenizer (sha256 {artifact.tokenizer.get('sha256')}) than "
                              f"the data's ({data.tokenizer_fingerprint()}): give --data.tokenizer the right one")
         model.use_network(HymbaConfig.from_dict(artifact.config), artifact.state_dict)
