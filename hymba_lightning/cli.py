@@ -146,4 +146,4 @@ class HymbaCLI(LightningCLI):
 def run(args: list[str]) -> None:
     """Runs one of LightningCLI's subcommands."""
     HymbaCLI(HymbaModule, HymbaDataModule, args=args, command=args[0], seed_everything_default=1337,
-             save_config_callback=RunConfig, save_config_kwargs={"overwrite": True})
+             save_config_callback=RunConfig, save_config_kwargs={"overwrite": True}, parser_kwargs={"prog": "hymba"})
