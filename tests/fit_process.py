@@ -74,6 +74,19 @@ def start_ranks(arguments: list[str], log: Path, world_size: int, hook: object =
             for rank in range(world_size)]
 
 
+def start_nodes(arguments: list[str], log: Path, n_nodes: int, hook: object,
+                environment: dict[str, str]) -> list[multiprocessing.Process]:
+    """Starts one process per node, of one rank each, as torchrun on every node would. Node n logs to <log>.n"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n_nodes), "LOCAL_RANK": "0",
+              "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "test"}
+    options = ["--trainer.devices", "1", "--trainer.num_nodes", str(n_nodes), "--trainer.strategy", "ddp"]
+    return [start([*arguments, *options], log.with_name(f"{log.name}.{node}"),
+                  shared | environment | {"RANK": str(node), "GROUP_RANK": str(node)}, hook) for node in range(n_nodes)]
+
+
 def finish(processes: list[multiprocessing.Process], timeout: float = 120.0) -> list[int | None]:
     """Waits for all; exit codes (None for one that still runs, which is then killed)."""
     end = time.monotonic() + timeout

@@ -96,3 +96,8 @@ def prepare_saves_often(rank: int) -> None:
         return original(document, seed)
 
     corpus.SAVE_SECONDS, corpus.split_rank = 0.0, slow
+
+
+def own_folder(rank: int) -> None:
+    """A disk of its own for every node: relative paths lie in node-<n> of the folder named by the environment."""
+    os.chdir(Path(os.environ["TEST_NODES"], f"node-{rank}"))

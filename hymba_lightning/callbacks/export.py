@@ -10,6 +10,7 @@ from hymba_lightning import __version__
 from hymba_lightning.callbacks.ema import EMA
 from hymba_lightning.callbacks.stats import TrainingStats
 from hymba_lightning.evaluation.score import Score, score_batches
+from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization.artifact import (
     ArtifactReport,
@@ -28,11 +29,21 @@ def run_folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.strategy.broadcast(str(trainer.log_dir or trainer.default_root_dir)))
 
 
+def share_with_nodes(trainer: pl.Trainer, path: Path) -> None:
+    """Puts rank 0's file on every node whose disk does not have it yet; rank 0 decides what is in it."""
+    if trainer.num_nodes == 1:
+        return
+    content = trainer.strategy.broadcast(path.read_bytes() if trainer.is_global_zero else None)
+    if trainer.local_rank == 0 and not (path.is_file() and path.read_bytes() == content):
+        write_atomic(path, content)
+    trainer.strategy.barrier()
+
+
 class ExportArtifact(pl.Callback):
     """Quantizes the averaged weights, writes one file, reloads it and scores what was reloaded.
 
-    Runs after training, after EMA's last swap and outside the budget (see HymbaModule.on_train_end). Scores the raw last-step weights, the
-    averaged weights and the reloaded artifact on the validation stream.
+    Runs after training, after EMA's last swap and outside the budget (see HymbaModule.on_train_end). Scores the raw
+    last-step weights, the averaged weights and the reloaded artifact on the validation stream.
 
     Args:
         enabled: Write an artifact at the end of training; otherwise only the weights are scored.
@@ -92,6 +103,7 @@ class ExportArtifact(pl.Callback):
         if isinstance(outcome, Exception):
             raise outcome
         self.report, self.code_bytes = outcome
+        share_with_nodes(trainer, self.path)
         if self.score_stages:
             artifact = load_artifact(self.path)
             net = Hymba(HymbaConfig.from_dict(artifact.config), pl_module.net.runtime)
