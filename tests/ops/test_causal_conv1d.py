@@ -164,7 +164,7 @@ class PackageConv:
 
 @pytest.mark.parametrize("activation", ["silu", None])
 def test_package_adapter_lays_the_operands_out_as_the_package_wants(monkeypatch, activation):
-    from hymba_lightning.ops.causal_conv1d.causal_conv1d import causal_conv1d_package
+    from hymba_lightning.ops.causal_conv1d.package import causal_conv1d_package
 
     interface = types.ModuleType("causal_conv1d.causal_conv1d_interface")
     interface.CausalConv1dFn = PackageConv
@@ -183,3 +183,13 @@ def test_package_adapter_lays_the_operands_out_as_the_package_wants(monkeypatch,
         assert_close("result", actual, reference, 1e-6)
     for name, reference in expected_gradients.items():
         assert_close(f"gradient of {name}", gradients[name], reference, 1e-6)
+
+
+def test_loading_every_backend_leaves_the_function_its_name():
+    """A submodule named like the function would take its place in the package once it is imported."""
+    import hymba_lightning.ops.causal_conv1d.numba
+    import hymba_lightning.ops.causal_conv1d.package
+    import hymba_lightning.ops.causal_conv1d.torch
+    from hymba_lightning.ops import causal_conv1d as folder
+
+    assert callable(folder.causal_conv1d)

@@ -73,7 +73,7 @@ def _implementation(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
         return causal_conv1d_torch
     if name == "causal_conv1d":
-        from hymba_lightning.ops.causal_conv1d.causal_conv1d import causal_conv1d_package
+        from hymba_lightning.ops.causal_conv1d.package import causal_conv1d_package
 
         return causal_conv1d_package
     return causal_conv1d_naive
