@@ -126,7 +126,7 @@ def prepare(
     training = {"vocab_size": vocab_size, "sample_bytes": sample_bytes, "character_coverage": character_coverage}
     arguments = {
         "inputs": list(inputs),
-        "files": _files_digest(files),
+        "files": files_digest(files),
         "name": name,
         "tokenizer": training if given is None else file_sha256(given),
         "val_fraction": val_fraction,
@@ -177,7 +177,7 @@ def prepare(
             "version": VERSION,
             "arguments": arguments,
             "skipped": {"count": len(reader.skipped), "first": reader.skipped[:NAMED_SKIPS]},
-            **_describe(splits, model, "trained here" if given is None else "given"),
+            **describe(splits, model, "trained here" if given is None else "given"),
         }
         # From here on the shards leave the folder that the progress speaks of.
         (work / PROGRESS_FILE).unlink(missing_ok=True)
@@ -191,7 +191,7 @@ def prepare(
     return PrepareSummary(folder, manifest, time.monotonic() - started, up_to_date=False)
 
 
-def _describe(splits: dict[str, SplitTotals], model: Path, origin: str) -> dict[str, Any]:
+def describe(splits: dict[str, SplitTotals], model: Path, origin: str) -> dict[str, Any]:
     """The manifest's account of the tokenizer, the splits, and the unigram model's bits per byte."""
     token_bytes = TokenBytes.from_model(model)
     token_counts = splits["train"].token_counts
@@ -261,7 +261,7 @@ def _check_arguments(val_fraction: float, **counts: int) -> None:
             raise ValueError(f"{field} is {value}; it must be at least 1")
 
 
-def _files_digest(files: list[InputFile]) -> str:
+def files_digest(files: list[InputFile]) -> str:
     """Changes when an input file appears, vanishes or is modified."""
     digest = hashlib.sha256()
     for file in files:
