@@ -189,7 +189,7 @@ def test_loading_every_backend_leaves_the_function_its_name():
     """A submodule named like the function would take its place in the package once it is imported."""
     import hymba_lightning.ops.causal_conv1d.numba
     import hymba_lightning.ops.causal_conv1d.package
-    import hymba_lightning.ops.causal_conv1d.torch
+    import hymba_lightning.ops.causal_conv1d.torch  # noqa: F401
     from hymba_lightning.ops import causal_conv1d as folder
 
     assert callable(folder.causal_conv1d)
