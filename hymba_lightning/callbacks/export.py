@@ -33,7 +33,7 @@ def share_with_nodes(trainer: pl.Trainer, path: Path) -> None:
     """Puts rank 0's file on every node whose disk does not have it yet; rank 0 decides what is in it."""
     if trainer.num_nodes == 1:
         return
-    content = trainer.strategy.broadcast(path.read_bytes() if trainer.is_global_zero else None)
+    content = trainer.strategy.broadcast(path.read_bytes() if trainer.is_global_zero else b"")
     if trainer.local_rank == 0 and not (path.is_file() and path.read_bytes() == content):
         write_atomic(path, content)
     trainer.strategy.barrier()

@@ -94,14 +94,14 @@ class LossGuard(pl.Callback):
             self._batches.append(locate() if locate else [])
         if self._gradient_ok is None:
             return
-        self._pending.append(self._flags_of(trainer.global_step))
+        self._pending.append(self._flags_of(trainer.global_step, self._gradient_ok))
         ending = trainer.should_stop or trainer.global_step == trainer.max_steps
         on_gpu = self._pending[-1].event is not None
         while len(self._pending) > (1 if on_gpu and not ending else 0):
             self._judge(trainer, self._pending.popleft())
 
-    def _flags_of(self, step: int) -> _Step:
-        flags = torch.stack([*self._losses, self._gradient_ok])
+    def _flags_of(self, step: int, gradient_ok: Tensor) -> _Step:
+        flags = torch.stack([*self._losses, gradient_ok])
         batches, self._losses, self._batches, self._gradient_ok = self._batches, [], [], None
         if not flags.is_cuda:
             return _Step(step, flags, None, batches)

@@ -13,7 +13,7 @@ import secrets
 import selectors
 import socket
 import threading
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch.distributed as dist
@@ -125,7 +125,7 @@ class RankWatch(pl.Callback):
                         self._peers[connection] = int(hello["rank"])
                         selector.register(connection, selectors.EVENT_READ)
                         continue
-                    connection = key.fileobj
+                    connection = cast(socket.socket, key.fileobj)
                     message = _receive(connection)
                     selector.unregister(connection)
                     rank = self._peers.pop(connection)

@@ -17,16 +17,17 @@ def needed_files(module: str) -> list[Path]:
     """
     if _file(module) is None:
         raise ValueError(f"there is no module {module}")
-    seen: set[str] = set()
+    found: dict[str, Path] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        if name in seen or _file(name) is None:
+        file = _file(name)
+        if name in found or file is None:
             continue
-        seen.add(name)
+        found[name] = file
         # Importing a.b.c runs a/__init__ and a/b/__init__ first.
-        waiting += [name.rpartition(".")[0], *_imports(_file(name))]
-    return sorted(_file(name).relative_to(ROOT.parent) for name in seen)
+        waiting += [name.rpartition(".")[0], *_imports(file)]
+    return sorted(file.relative_to(ROOT.parent) for file in found.values())
 
 
 def _file(module: str) -> Path | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hymba_lightning.files import write_atomic
+from hymba_lightning.quantization import ArtifactReport
 from hymba_lightning.report import charts, treemap
 from hymba_lightning.report.charts import Chart, Series
 from hymba_lightning.report.runs import STAGES, Run, differences, load_runs
@@ -92,7 +93,7 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
     chips = "".join(f'<span class="chip"><i class="bg{color % len(charts.COLORS)}"></i>{escape(run.name)}</span>'
                     for color, run in enumerate(runs))
     figures = "".join(_figure(chart) for chart in drawn)
-    maps = "".join(_map(run) for run in runs if run.artifact)
+    maps = "".join(_map(run.name, run.artifact) for run in runs if run.artifact)
     notes = "".join(f"<li><b>{escape(run.name)}</b>: {escape(note)}</li>" for run in runs for note in run.notes)
     environment = _environment(runs)
     sections = [
@@ -116,12 +117,11 @@ def _figure(chart: Chart) -> str:
     return f"<figure><figcaption><b>{escape(chart.title)}</b>{note}</figcaption>{charts.to_svg(chart)}</figure>"
 
 
-def _map(run: Run) -> str:
-    report = run.artifact
+def _map(name: str, report: ArtifactReport) -> str:
     largest = _table(["tensor", "stored as", "bytes"],
                      [[tensor.name, tensor.storage, f"{tensor.bytes:,}"] for tensor in report.largest(8)], numbers=1)
-    return (f"<figure><figcaption><b>{escape(run.name)}</b> <span class=muted>{report.bytes:,} bytes</span>"
-            f"</figcaption>{treemap.to_svg(report, run.name)}<details><summary>Largest tensors</summary>{largest}"
+    return (f"<figure><figcaption><b>{escape(name)}</b> <span class=muted>{report.bytes:,} bytes</span>"
+            f"</figcaption>{treemap.to_svg(report, name)}<details><summary>Largest tensors</summary>{largest}"
             "</details></figure>")
 
 

@@ -30,8 +30,8 @@ class Late:
 class LateGuard(LossGuard):
     """Learns of a step after the next one, as on a GPU."""
 
-    def _flags_of(self, step):
-        flags = super()._flags_of(step)
+    def _flags_of(self, step, gradient_ok):
+        flags = super()._flags_of(step, gradient_ok)
         flags.event = Late()
         return flags
 
