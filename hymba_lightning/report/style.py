@@ -50,5 +50,6 @@ td:not(:first-child){{overflow-wrap:anywhere}}
 details{{margin-top:8px}}
 summary{{cursor:pointer;color:var(--muted);font-size:13px;padding:4px 0}}
 @media(max-width:760px){{main{{padding:18px 12px 40px}}.grid2{{grid-template-columns:minmax(0,1fr)}}
-.tick{{font-size:13.5px}}.label{{font-size:14px}}.tiletext{{font-size:11px}}table{{font-size:13px}}th,td{{padding:5px 8px}}figure{{padding:10px 8px 6px}}}}
+.tick{{font-size:13.5px}}.label{{font-size:14px}}.tiletext{{font-size:11px}}table{{font-size:13px}}
+th,td{{padding:5px 8px}}figure{{padding:10px 8px 6px}}}}
 """
