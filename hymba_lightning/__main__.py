@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 from hymba_lightning.help_text import kept_help
+from hymba_lightning.terminal import set_up_messages
 
 OVERVIEW = """usage: hymba <command> [options]
 
@@ -35,8 +35,7 @@ def main() -> None:
     if kept is not None:
         print(kept, end="")
         return
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("hymba_lightning").setLevel(logging.INFO)
+    set_up_messages()
     command, rest = args[0], args[1:]
     if command in ("prepare", "sample", "report", "package", "import-reference"):
         from hymba_lightning.commands import run_command

@@ -55,8 +55,9 @@ class HymbaCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         names = (self._command,) if self._command in SUBCOMMANDS else SUBCOMMANDS
-        return {name: {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"}
-                for name in names}
+        not_options = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only",
+                       "verbose"}
+        return dict.fromkeys(names, not_options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str | None, default=None,
@@ -113,13 +114,13 @@ class HymbaCLI(LightningCLI):
                  **kwargs: Any) -> None:
         """Scores a checkpoint or an artifact on the validation stream."""
         ckpt_path = self._load_weights(model, datamodule, ckpt_path)
-        self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs, **SAFE)
+        self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=True, **kwargs, **SAFE)
 
     def test(self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None,
              **kwargs: Any) -> None:
         """Scores a checkpoint or an artifact chunk by chunk with test-time training in between."""
         ckpt_path = self._load_weights(model, datamodule, ckpt_path)
-        self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs, **SAFE)
+        self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, **kwargs, **SAFE)
 
     def _load_weights(self, model: HymbaModule, data: HymbaDataModule, path: str | None) -> str | None:
         """Takes an artifact's network into `model`; a checkpoint's path goes back for Lightning to load."""

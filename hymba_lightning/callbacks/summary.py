@@ -46,7 +46,7 @@ class RunSummary(pl.Callback):
     def after_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """
         Raises:
-            ArtifactTooLargeError: the artifact and its evaluation code are over the limit; everything is written before.
+            ArtifactTooLargeError: the artifact and its evaluation code are over the limit; all is written before.
         """
         folder = run_folder(trainer)
         if trainer.fast_dev_run:

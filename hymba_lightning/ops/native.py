@@ -53,10 +53,13 @@ def _prepare(kernel: Callable[..., None], name: str, arguments: tuple) -> None:
     with _preparing:
         if name in _ready:
             return
-        logger.info("%s: loading the native loop; the first time on a machine it compiles, which takes seconds", name)
+        if not _ready:
+            logger.info("loading native CPU loops; the first time on a machine they compile, which takes seconds")
         start = time.perf_counter()
         kernel(0, 0, *arguments)
-        logger.info("%s: native loop ready after %.1f s", name, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        if seconds > 1:
+            logger.info("%s: native loop ready after %.1f s", name, seconds)
         _ready.add(name)
 
 

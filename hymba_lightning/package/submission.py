@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hymba_lightning.closure import ROOT, needed_files
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import RuntimeConfig
-from hymba_lightning.package.closure import ROOT, needed_files
 from hymba_lightning.package.referee import ARTIFACT, RESULT, SETTINGS
 from hymba_lightning.quantization import inspect_artifact
 from hymba_lightning.report.runs import STAGES, Run, load_runs

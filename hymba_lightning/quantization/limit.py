@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 
-import hymba_lightning
+from hymba_lightning.closure import ROOT, needed_files
 from hymba_lightning.quantization import container
 from hymba_lightning.quantization.payload import Encoded, lay_out
 from hymba_lightning.quantization.report import ArtifactReport
 
 log = logging.getLogger("hymba_lightning")
 
+# Scores an artifact with nothing but itself, the tokenizer and the validation shards (`hymba package` copies it).
+REFEREE = "hymba_lightning.package.referee"
 MAX_ATTEMPTS = 6
 DRAFT_LEVEL = 1  # entropy coding alone: within 0.05 % of level 22 on weights, and a hundred times as fast
 HEADER_ALLOWANCE = 4096
@@ -26,9 +27,8 @@ class ArtifactTooLargeError(ValueError):
 
 
 def evaluation_code_bytes() -> int:
-    """Bytes of this package's Python files: the code that an evaluation of the artifact needs."""
-    root = Path(hymba_lightning.__file__).parent
-    return sum(file.stat().st_size for file in root.rglob("*.py"))
+    """Bytes of the code that an evaluation of the artifact needs: the referee's module and all that it imports."""
+    return sum((ROOT.parent / file).stat().st_size for file in needed_files(REFEREE))
 
 
 def check_limit(artifact_bytes: int, code_bytes: int, limit: int, report: ArtifactReport | None = None) -> None:

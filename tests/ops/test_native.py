@@ -133,9 +133,16 @@ def test_first_use_of_a_native_loop_is_announced_once(caplog, monkeypatch):
         for _ in range(2):
             native.run_items(lambda *arguments: calls.append(arguments), "a loop", 4, 1.0, ("x",), threads=2)
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 2
-    assert "a loop: loading the native loop" in messages[0]
-    assert "takes seconds" in messages[0]
-    assert messages[1].startswith("a loop: native loop ready after")
+    assert len(messages) == 1
+    assert "compile, which takes seconds" in messages[0]
     # Once with no items to have it compiled, then the work.
     assert calls == [(0, 0, "x"), (0, 4, "x"), (0, 4, "x")]
+
+
+def test_a_native_loop_that_had_to_compile_says_how_long(caplog, monkeypatch):
+    monkeypatch.setattr(native, "_ready", {"another loop"})
+    now = iter([10.0, 12.5])
+    monkeypatch.setattr(native.time, "perf_counter", lambda: next(now))
+    with caplog.at_level(logging.INFO, logger="hymba_lightning"):
+        native.run_items(lambda *arguments: None, "a loop", 4, 1.0, ("x",), threads=1)
+    assert [record.getMessage() for record in caplog.records] == ["a loop: native loop ready after 2.5 s"]

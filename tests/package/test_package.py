@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from hymba_lightning.closure import needed_files
 from hymba_lightning.commands import run_command
 from hymba_lightning.package import submission
-from hymba_lightning.package.closure import needed_files
 from hymba_lightning.package.submission import SubmissionError, package, run_referee
 
 
