@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads at most, and the folder of helper modules on the path."""
+"""Shared by all tests: one thread, and the folder of shared test modules on the path."""
 
 import sys
 from pathlib import Path
