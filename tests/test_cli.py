@@ -13,6 +13,7 @@ from tiny import NET, write_data
 
 from hymba_lightning import help_text
 from hymba_lightning.cli import RUN_DIR_VARIABLE, run
+from hymba_lightning.quantization import inspect_artifact
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -138,6 +139,22 @@ def test_an_artifact_over_the_limit_fails_loudly_and_is_kept_for_a_look(work):
         hymba(work, "fit", "large", "--trainer.max_steps", "1", "--export.quantization.limit_bytes", "1000")
     assert (work / "large" / "artifact.hymba").is_file()
     assert (work / "large" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_gptq_calibrates_on_training_batches_inside_the_clock(work):
+    folder = hymba(work, "fit", "gptq", "--export.quantization.scheme", "gptq", "--export.calibration_batches", "3",
+                   "--export.quantization.keep_float_numel", "100", "--export.quantization.bits", "4")
+    artifact, report = inspect_artifact(folder / "artifact.hymba")
+    assert artifact.quantization["scheme"] == "gptq"
+    assert any(tensor.storage == "int4" for tensor in report.tensors)
+    summary = json.loads((folder / "summary.json").read_text())
+    plain = hymba(work, "fit", "rounded", "--export.quantization.keep_float_numel", "100",
+                  "--export.quantization.bits", "4")
+    rounded = json.loads((plain / "summary.json").read_text())
+    assert summary["bpb"]["ema"] == rounded["bpb"]["ema"]
+    assert summary["bpb"]["artifact"] != rounded["bpb"]["artifact"]
+    assert summary["bpb"]["artifact"] == pytest.approx(summary["bpb"]["ema"], abs=0.05)
+    assert summary["train_seconds"] > 0
 
 
 @pytest.mark.parametrize(("options", "message"), [

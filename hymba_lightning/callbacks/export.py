@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 from hymba_lightning import __version__
 from hymba_lightning.callbacks.ema import EMA
 from hymba_lightning.callbacks.stats import TrainingStats
-from hymba_lightning.evaluation.score import Score, score_batches
+from hymba_lightning.evaluation.score import Score, score_batches, sum_over_ranks
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization.artifact import (
@@ -20,6 +21,7 @@ from hymba_lightning.quantization.artifact import (
     save_artifact,
 )
 from hymba_lightning.quantization.config import QuantizationConfig
+from hymba_lightning.quantization.gptq import collect_hessians
 
 log = logging.getLogger("hymba_lightning")
 
@@ -49,13 +51,18 @@ class ExportArtifact(pl.Callback):
         enabled: Write an artifact at the end of training; otherwise only the weights are scored.
         filename: The artifact's name in the run's folder, or an absolute path.
         quantization: How the weights are stored, and the limit in bytes.
+        calibration_batches: Training batches, over all ranks, on which the scheme 'gptq' measures the layers' inputs.
+            The seconds this takes count as training time: hold them back with model.reserve_seconds.
         score_stages: Score raw, averaged and reloaded weights; each takes one pass over the validation stream.
     """
 
     def __init__(self, enabled: bool = True, filename: str = "artifact.hymba",
                  quantization: QuantizationConfig = QuantizationConfig(),  # noqa: B008 - frozen
-                 score_stages: bool = True) -> None:
+                 calibration_batches: int = 16, score_stages: bool = True) -> None:
+        if calibration_batches < 1:
+            raise ValueError(f"export.calibration_batches is {calibration_batches}; it must be at least 1")
         self.enabled = enabled
+        self.calibration_batches = calibration_batches
         self.filename = filename
         self.quantization = quantization
         self.score_stages = score_stages
@@ -91,12 +98,13 @@ class ExportArtifact(pl.Callback):
                 stats.record_validation(trainer, pl_module, self.stages[last])
         if not self.enabled:
             return
+        hessians = self._calibrate(trainer, pl_module) if self.quantization.scheme == "gptq" else None
         self._announce("quantizing and compressing")
         # Only rank 0 writes; its outcome, good or bad, is everyone's, so that no rank waits for a dead one.
         outcome: Any = None
         if trainer.is_global_zero:
             try:
-                outcome = self._write(trainer, pl_module)
+                outcome = self._write(trainer, pl_module, hessians)
             except (OSError, ValueError) as error:
                 outcome = error
         outcome = trainer.strategy.broadcast(outcome)
@@ -118,14 +126,33 @@ class ExportArtifact(pl.Callback):
         if self.report is not None:
             check_limit(self.report.bytes, self.code_bytes, self.quantization.limit_bytes, self.report)
 
-    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[ArtifactReport, int]:
+    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+        """Hessians of the averaged network's linears on training batches, summed over the ranks, on the CPU."""
+        self._announce("calibrating on training batches")
+        share = -(-self.calibration_batches // trainer.world_size)
+        with pl_module.clock.charged():
+            batches = (batch.inputs.to(pl_module.device) for batch in trainer.datamodule.calibration_batches(share))
+            hessians = collect_hessians(pl_module.net, batches)
+            # A shared projection's Hessian is one tensor under several names: sum it once.
+            for hessian in {id(tensor): tensor for tensor in hessians.values()}.values():
+                sum_over_ranks(hessian)
+            on_cpu = {name: tensor.cpu() for name, tensor in hessians.items()}
+        budget = pl_module.budget_seconds
+        if budget is not None and pl_module.clock.elapsed() > budget:
+            log.warning("calibration ended at %.1f s of a budget of %.1f s: raise model.reserve_seconds",
+                        pl_module.clock.elapsed(), budget)
+        return on_cpu
+
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule,
+               hessians: dict[str, Tensor] | None) -> tuple[ArtifactReport, int]:
         data = trainer.datamodule
+        weights = {name: tensor.detach().cpu() for name, tensor in pl_module.net.state_dict().items()}
         report = save_artifact(
-            self.path, pl_module.net.state_dict(), config=pl_module.net.config.to_dict(),
+            self.path, weights, config=pl_module.net.config.to_dict(),
             tokenizer={"sha256": data.tokenizer_fingerprint(), "vocab_size": data.vocab_size},
             metadata={"hymba_lightning": __version__, "steps": trainer.global_step, "seq_len": data.seq_len,
                       "train_seconds": round(pl_module.clock.elapsed(), 3)},
-            scheme=self.quantization)
+            scheme=self.quantization, hessians=hessians)
         return report, evaluation_code_bytes()
 
     def _score(self, stage: str, trainer: pl.Trainer, net: Hymba) -> None:
