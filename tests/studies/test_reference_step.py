@@ -1,0 +1,68 @@
+"""The reference beside ours: reading its log, stopping it after its last step, saying what went wrong."""
+
+import textwrap
+import time
+
+import pytest
+
+from hymba_lightning.studies.reference_step import Pair, link_shards, run_reference, steady_step_ms, table
+
+# Prints what the reference prints, then works on for long; 7 ms a step after a slow start.
+STAND_IN = """
+import glob, os, time
+assert glob.glob(os.environ["DATA_PATH"] + "/fineweb_train_*.bin") and os.environ["TRAIN_SEQ_LEN"] == "64"
+n = int(os.environ["ITERATIONS"])
+for step in (1, 20, 40, n):
+    print(f"step:{step}/{n} train_loss:1.0 train_time:{500 + 7 * step}ms step_avg:9.0ms")
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def shards(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "val"):
+        (folder / f"books_{split}_000000.bin").write_bytes(b"x")
+    return folder
+
+
+def script(tmp_path, text):
+    path = tmp_path / "train_gpt.py"
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def run(path, shards, tmp_path, **arguments):
+    return run_reference(path, shards, shards / "tokenizer.model", tmp_path / "log", seq_len=64, tokens=64, steps=60,
+                         **arguments)
+
+
+def test_the_step_time_leaves_the_first_steps_out(tmp_path, shards):
+    started = time.monotonic()
+    assert run(script(tmp_path, STAND_IN), shards, tmp_path) == pytest.approx(7.0)
+    assert time.monotonic() - started < 30, "the script was waited for after its last step"
+
+
+def test_a_script_that_fails_is_shown(tmp_path, shards):
+    with pytest.raises(RuntimeError, match="no module named mamba"):
+        run(script(tmp_path, "raise SystemExit('no module named mamba')"), shards, tmp_path)
+
+
+def test_a_script_that_never_gets_there_is_stopped(tmp_path, shards):
+    with pytest.raises(RuntimeError, match="did not reach step 60"):
+        run(script(tmp_path, "import time; time.sleep(60)"), shards, tmp_path, timeout=1.0)
+
+
+def test_a_log_without_steps_is_refused():
+    with pytest.raises(ValueError, match="no two lines"):
+        steady_step_ms("step:3/9 train_loss:1 train_time:30ms")
+
+
+def test_a_folder_without_shards_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="hymba prepare"):
+        link_shards(tmp_path, tmp_path)
+
+
+def test_table_has_the_ratio():
+    assert "**0.500** (0.400–0.600)" in table([Pair(100.0, 40.0), Pair(100.0, 60.0), Pair(80.0, 40.0)])
