@@ -14,10 +14,24 @@ from hymba_lightning.ops.sliding_window import sliding_window_attention
 
 def rope_table(first: int, length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines (T, 1, K/2) in float32 of positions first … first+length-1 (RoPE, arXiv:2104.09864)."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    position = torch.arange(first, first + length, dtype=torch.float32, device=device)
+    table_2T1K = rope_table_op(first, length, head_dim, base, torch.empty(0, device=device))
+    return table_2T1K[0], table_2T1K[1]
+
+
+# An operator, so that a compiled graph makes the table once: as plain expressions the compiler writes sines, cosines
+# and powers into every kernel that rotates, and computes them anew for each head and layer.
+@torch.library.custom_op("hymba::rope_table", mutates_args=())
+def rope_table_op(first: int, length: int, head_dim: int, base: float, like: Tensor) -> Tensor:
+    """Cosines and sines (2, T, 1, K/2), float32, on the device of `like`."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
+    position = torch.arange(first, first + length, dtype=torch.float32, device=like.device)
     angle = torch.outer(position, 1.0 / base**exponent)[:, None, :]
-    return angle.cos(), angle.sin()
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+@rope_table_op.register_fake
+def _(first: int, length: int, head_dim: int, base: float, like: Tensor) -> Tensor:
+    return like.new_empty((2, length, 1, head_dim // 2), dtype=torch.float32)
 
 
 def apply_rope(x_BTHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -37,8 +51,9 @@ def attention_branch(q_BTD: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_gain_H: Tens
     them, or all in a global layer (window None).
     """
     batch, length, _ = q_BTD.shape
-    q_BTHK = apply_rope(rms_norm(q_BTD.view(batch, length, -1, head_dim)), rope)
-    q_BTHK = q_BTHK * q_gain_H.to(q_BTHK.dtype)[:, None]
+    # The gain before the rotation, with which it commutes: its gradient then needs no rotated queries kept.
+    q_BTHK = rms_norm(q_BTD.view(batch, length, -1, head_dim)) * q_gain_H.to(q_BTD.dtype)[:, None]
+    q_BTHK = apply_rope(q_BTHK, rope)
     k_BSGK = apply_rope(rms_norm(k_BTC.view(batch, length, -1, head_dim)), rope)
     v_BSGK = v_BTC.view(batch, length, -1, head_dim)
     if past is not None:

@@ -52,7 +52,7 @@ def steady_step_ms(log: str) -> float:
 
 
 def link_shards(data_dir: Path, folder: Path) -> None:
-    """Gives the shards of `data_dir` the names that the reference looks for. Raises FileNotFoundError without shards."""
+    """Gives the shards of `data_dir` the names that the reference looks for. Raises FileNotFoundError for none."""
     for split in ("train", "val"):
         shards = sorted(data_dir.glob(f"*_{split}_*.bin"))
         if not shards:
