@@ -16,6 +16,7 @@ commands:
   fit                train inside the budget, export the artifact, score every stage
   validate           score a checkpoint or an artifact
   test               score-first test-time training on a checkpoint or an artifact
+  inspect            what an artifact holds and where its bytes are
   sample             let a checkpoint or an artifact continue a text
   report             one HTML page on one or more runs
   package            the challenge's folder for a run, scored there as a referee would
@@ -37,7 +38,7 @@ def main() -> None:
         return
     set_up_messages()
     command, rest = args[0], args[1:]
-    if command in ("prepare", "sample", "report", "package", "import-reference"):
+    if command in ("prepare", "inspect", "sample", "report", "package", "import-reference"):
         from hymba_lightning.commands import run_command
 
         run_command(command, rest)

@@ -1,4 +1,4 @@
-"""The commands that are no part of training: prepare, sample, report, package and import-reference."""
+"""The commands that are no part of training: prepare, inspect, sample, report, package and import-reference."""
 
 import dataclasses
 import sys
@@ -8,8 +8,8 @@ from jsonargparse import ArgumentParser
 
 def run_command(command: str, args: list[str]) -> None:
     """Parses `args` by the signature of the command's function and runs it; bad input ends with one line."""
-    runner = {"prepare": run_prepare, "sample": run_sample, "report": run_report, "package": run_package,
-              "import-reference": run_import_reference}[command]
+    runner = {"prepare": run_prepare, "inspect": run_inspect, "sample": run_sample, "report": run_report,
+              "package": run_package, "import-reference": run_import_reference}[command]
     try:
         runner(args)
     except (ValueError, OSError, ImportError) as error:
@@ -29,6 +29,20 @@ def run_prepare(args: list[str]) -> None:
     options = parser.parse_args(args).as_dict()
     options["inputs"] = ["python_stdlib" if name == "stdlib" else name for name in options["inputs"]]
     print(prepare(**options))
+
+
+def run_inspect(args: list[str]) -> None:
+    """An artifact's config and tensors, and where its bytes are."""
+    import json
+
+    from hymba_lightning.quantization.listing import as_table, list_artifact
+
+    parser = ArgumentParser(prog="hymba inspect", description="Show what an artifact holds and where its bytes are.")
+    parser.add_argument("file", type=str, help="Artifact")
+    parser.add_argument("--json", action="store_true", help="All of it as one JSON object")
+    options = parser.parse_args(args)
+    listing = list_artifact(options.file)
+    print(json.dumps(listing, indent=1) if options.json else as_table(listing))
 
 
 def run_sample(args: list[str]) -> None:

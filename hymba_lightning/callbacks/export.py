@@ -13,7 +13,7 @@ from hymba_lightning.callbacks.stats import TrainingStats
 from hymba_lightning.evaluation.score import Score, score_batches, sum_over_ranks
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba, HymbaConfig
-from hymba_lightning.quantization.artifact import (
+from hymba_lightning.quantization import (
     ArtifactReport,
     check_limit,
     evaluation_code_bytes,

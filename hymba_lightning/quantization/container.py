@@ -1,4 +1,4 @@
-"""The artifact's file: preamble, checksums, JSON header, payload. Bytes only; what they mean is payload.py's.
+"""The artifact's file: preamble, checksums, JSON header, payload. Bytes only; what they mean is layout.py's.
 
     8  magic            4  format version     4  header bytes      8  payload bytes
     32 SHA-256 of the payload                 32 SHA-256 of everything before it and of the header

@@ -17,8 +17,9 @@ from hymba_lightning.quantization.int6 import (
     quantize_reference,
     quantize_rows,
 )
+from hymba_lightning.quantization.layout import Encoded
 from hymba_lightning.quantization.limit import evaluation_code_bytes, fit_to_limit
-from hymba_lightning.quantization.payload import Encoded, check_tensor, encode_tensor
+from hymba_lightning.quantization.payload import check_tensor, encode_tensor
 
 log = logging.getLogger("hymba_lightning")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from hymba_lightning.closure import ROOT, needed_files
 from hymba_lightning.quantization import container
-from hymba_lightning.quantization.payload import Encoded, lay_out
+from hymba_lightning.quantization.layout import Encoded, lay_out
 from hymba_lightning.quantization.report import ArtifactReport
 
 log = logging.getLogger("hymba_lightning")

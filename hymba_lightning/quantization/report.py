@@ -7,17 +7,8 @@ from typing import NamedTuple
 
 import zstandard
 
-from hymba_lightning.quantization.payload import Entry, split_streams, to_planes
-
-
-class Parts(NamedTuple):
-    """A file taken apart, or about to be put together."""
-
-    header: dict
-    counts: dict[str, int]  # entries of each stream
-    table: list[Entry]
-    content: bytes  # the payload uncompressed
-    payload_bytes: int  # and compressed
+from hymba_lightning.quantization.layout import split_streams, to_planes
+from hymba_lightning.quantization.parts import Parts
 
 
 class TensorReport(NamedTuple):

@@ -13,7 +13,8 @@ import zstandard
 
 import hymba_lightning.quantization.container as container
 from hymba_lightning.quantization import ArtifactError, QuantizationConfig, load_artifact, save_artifact
-from hymba_lightning.quantization.artifact import decode, read_verified
+from hymba_lightning.quantization.artifact import decode
+from hymba_lightning.quantization.parts import read_verified
 
 N_MUTATIONS = 10_000
 JUNK = [None, True, False, -1, 0, 1, 7, 2**31, 2**40, 2**63, 10**30, 0.5, 1e308, "", "x", "alias", "int", "float16", [],

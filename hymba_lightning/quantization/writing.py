@@ -1,0 +1,43 @@
+"""A state dict → an artifact on disk. Apart from artifact.py, since the evaluation's code counts against the limit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from hymba_lightning.files import write_atomic
+from hymba_lightning.quantization import container
+from hymba_lightning.quantization.config import QuantizationConfig
+from hymba_lightning.quantization.encode import encode_state_dict
+from hymba_lightning.quantization.int6 import QuantizedTensor
+from hymba_lightning.quantization.layout import lay_out
+from hymba_lightning.quantization.parts import Parts
+from hymba_lightning.quantization.report import ArtifactReport, build_report
+
+
+def save_artifact(path: str | os.PathLike, state_dict: dict[str, Tensor], *, config: dict, tokenizer: dict,
+                  metadata: dict, scheme: QuantizationConfig,
+                  quantized: dict[str, QuantizedTensor] | None = None,
+                  hessians: dict[str, Tensor] | None = None) -> ArtifactReport:
+    """Quantizes, compresses and writes `state_dict`; atomic, and the same bytes for the same arguments.
+
+    `config`, `tokenizer` and `metadata` are plain JSON values. `hessians` (of `collect_hessians`) are what the scheme
+    'gptq' needs; `quantized` has tensors that are rounded already. Raises ValueError naming the tensor or field that
+    cannot be stored, OSError where the file cannot be written (an earlier file at `path` is then untouched). An
+    artifact that no coarsening fits into the limit is written all the same: refusing it is `check_limit`'s part.
+    """
+    if not state_dict:
+        raise ValueError("there are no tensors to export")
+    encoded, scheme = encode_state_dict(state_dict, scheme, quantized or {}, hessians)
+    content, counts, table = lay_out(encoded)
+    header = {"config": config, "tokenizer": tokenizer, "metadata": metadata,
+              "quantization": dataclasses.asdict(scheme), "streams": counts,
+              "tensors": [entry.to_dict() for entry in table]}
+    payload = container.compress(content, scheme.zstd_level)
+    container.check_raw_size(len(content), len(payload))
+    packed = container.pack(header, payload)
+    write_atomic(Path(path), packed)
+    return build_report(len(packed), Parts(header, counts, table, content, len(payload)))

@@ -1,0 +1,99 @@
+"""`hymba inspect`: what it says is what the file holds, quickly, and a damaged file is refused in one line."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from hymba_lightning.commands import run_command
+from hymba_lightning.quantization import QuantizationConfig, evaluation_code_bytes, inspect_artifact, save_artifact
+from hymba_lightning.quantization.listing import as_table, list_artifact
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    path = tmp_path_factory.mktemp("listing") / "net.hymba"
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(40, 32, generator=generator)
+    tensors = {"tok_emb.weight": torch.randn(60, 16, generator=generator), "blocks.0.attn.kv_proj.weight": shared,
+               "blocks.1.attn.kv_proj.weight": shared, "blocks.0.attn.A_log": torch.randn(8, 4, generator=generator)}
+    save_artifact(path, tensors, config={"d_model": 16}, tokenizer={"sha256": "ab"}, metadata={"steps": 3},
+                  scheme=QuantizationConfig(keep_float_numel=500, bits=5, limit_bytes=1_000_000))
+    return path
+
+
+def test_the_listing_is_the_file(artifact):
+    listing = list_artifact(artifact)
+    loaded, report = inspect_artifact(artifact)
+    assert (listing["config"], listing["tokenizer"], listing["metadata"]) == ({"d_model": 16}, {"sha256": "ab"},
+                                                                            {"steps": 3})
+    assert listing["bytes"] == artifact.stat().st_size
+    assert listing["share"] == (listing["bytes"] + evaluation_code_bytes()) / 1_000_000
+    for tensor, expected in zip(listing["tensors"], report.tensors, strict=True):
+        assert (tensor["name"], tensor["storage"], tensor["bytes"]) == (expected.name, expected.storage, expected.bytes)
+        assert tensor["weights"] == loaded.state_dict[tensor["name"]].numel()
+        assert tensor["bits_per_weight"] == 8 * expected.bytes / tensor["weights"]
+    storage = {tensor["name"]: tensor["storage"] for tensor in listing["tensors"]}
+    assert storage["blocks.0.attn.kv_proj.weight"] == "int5"
+    assert storage["blocks.1.attn.kv_proj.weight"].startswith("alias")
+    assert sum(tensor["bytes"] for tensor in listing["tensors"]) + listing["header_bytes"] == \
+        pytest.approx(listing["bytes"], abs=len(listing["tensors"]))
+
+
+def test_the_table_is_aligned_and_counts_shared_weights_once(artifact):
+    text = as_table(list_artifact(artifact))
+    assert "d_model 16" in text
+    assert "bits 5, keep_float_numel 500, limit_bytes 1000000, scheme int6\n" in text
+    rows = text.split("\n\n")[1].splitlines()
+    assert len(rows) == 1 + 4 + 2
+    end = rows[0].index("bytes") + len("bytes")
+    for row in rows[1:]:
+        assert row[:end].rsplit(None, 1)[-1].replace(",", "").isdigit()
+        assert row[end:end + 1] in ("", " ")
+    assert rows[-1].split()[1] == f"{60 * 16 + 40 * 32 + 8 * 4:,}"
+
+
+def test_as_json_it_is_the_same(artifact, capsys):
+    run_command("inspect", [str(artifact), "--json"])
+    assert json.loads(capsys.readouterr().out) == list_artifact(artifact)
+
+
+def test_names_cannot_steer_the_terminal(tmp_path):
+    save_artifact(tmp_path / "a", {"\x1b[2Jw": torch.ones(3)}, config={"\x1b[31m": 1}, tokenizer={}, metadata={},
+                  scheme=QuantizationConfig())
+    assert "\x1b" not in as_table(list_artifact(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda content: content[:300], "truncated"),
+    (lambda content: content[:-20] + b"x" * 20, "damaged"),
+    (lambda content: b"PK\x03\x04" + content, "not an artifact"),
+    (None, "there is no artifact"),
+])
+def test_a_damaged_file_is_refused_within_a_second(artifact, tmp_path, change, message):
+    path = tmp_path / "bad.hymba"
+    if change:
+        path.write_bytes(change(artifact.read_bytes()))
+    times = []
+    for _ in range(3):  # the quickest of three: the machine may be busy
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", "hymba_lightning", "inspect", str(path)], capture_output=True,
+                              text=True, check=False)
+        times.append(time.monotonic() - started)
+        if times[-1] < 1:
+            break
+    assert done.returncode == 1
+    assert done.stderr.startswith("hymba inspect: ")
+    assert message in done.stderr
+    assert "bad.hymba" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert min(times) < 1
+
+
+def test_inspecting_waits_for_no_torch(artifact):
+    code = ("import sys; from hymba_lightning.commands import run_command; "
+            f"run_command('inspect', [{str(artifact)!r}]); sys.exit('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
