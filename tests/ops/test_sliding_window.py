@@ -90,6 +90,21 @@ def test_a_query_sees_exactly_its_window(backend, window, monkeypatch):
     assert torch.equal(out[0, :, 0] > 0, seen)
 
 
+@pytest.mark.parametrize("head_dim", [2, 12, 16, 20])
+def test_flex_never_sees_heads_narrower_than_it_compiles_for(head_dim, monkeypatch):
+    widths = []
+
+    def attention(q, k, v, **options):
+        widths.append({x.size(-1) for x in (q, k, v)})
+        return flex.flex_attention(q, k, v, **options)
+
+    monkeypatch.setattr(flex, "_compiled", lambda: attention)
+    operands = case(2, 20, 33, 6, 2, head_dim)
+    out = flex.sliding_window_attention_flex(*operands.values(), 9, head_dim ** -0.5)
+    assert widths == [{max(head_dim, 16)}]
+    assert_close("out", out, sliding_window_attention(**operands, window=9, backend="naive"), RATIO[torch.float32])
+
+
 def test_naive_is_masked_attention_with_kv_heads_repeated():
     operands = case(2, 20, 20, 6, 2, 8)
     distance = torch.arange(20)[:, None] - torch.arange(20)

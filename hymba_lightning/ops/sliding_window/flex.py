@@ -9,11 +9,18 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 # Rows and columns of the block mask's blocks.
 BLOCK = 128
+# Backward's tiles for 16-bit heads of up to 64: 1.27 ms forward and backward where torch's choice takes 1.39 (H100, two
+# sequences of 32,768, 8 query and 4 kv heads, window 512).
+BACKWARD_TILES = {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64, "bwd_num_warps": 4,
+                  "bwd_num_stages": 3}
+# Narrowest heads that flex_attention compiles for.
+MIN_HEAD_DIM = 16
 
 
 def window_block_mask(n_queries: int, n_keys: int, window: int, device: torch.device) -> BlockMask:
@@ -59,13 +66,16 @@ def _compiled() -> Callable[..., Tensor]:
 def sliding_window_attention_flex(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None,
                                   scale: float) -> Tensor:
     """softmax(scale q·k over the keys seen) v; the window None sees every earlier key."""
-    n_queries, n_keys = q_BTHK.size(1), k_BSGK.size(1)
+    n_queries, n_keys, head_dim = q_BTHK.size(1), k_BSGK.size(1), q_BTHK.size(3)
     arguments = n_queries, n_keys, n_keys if window is None else window, q_BTHK.device
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+    if head_dim < MIN_HEAD_DIM:
+        # Zeros add nothing to q·k, and the outputs they stand for are cut off again.
+        q, k, v = (F.pad(x, (0, MIN_HEAD_DIM - head_dim)) for x in (q, k, v))
     grouped = q.size(1) != k.size(1)
-    if torch.compiler.is_compiling():
-        # Part of a larger graph: the few small tensors of the mask are computed there.
-        out = flex_attention(q, k, v, block_mask=window_block_mask(*arguments), scale=scale, enable_gqa=grouped)
-    else:
-        out = _compiled()(q, k, v, block_mask=_cached_block_mask(*arguments), scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2)
+    tiles = BACKWARD_TILES if head_dim <= 64 and q.dtype != torch.float32 else None
+    # Inside a larger graph the few small tensors of the mask are computed there.
+    attend, make_mask = (flex_attention, window_block_mask) if torch.compiler.is_compiling() else \
+        (_compiled(), _cached_block_mask)
+    out = attend(q, k, v, block_mask=make_mask(*arguments), scale=scale, enable_gqa=grouped, kernel_options=tiles)
+    return out[..., :head_dim].transpose(1, 2)
