@@ -6,12 +6,13 @@ NCCL's timeout, half an hour as Lightning sets it.
 """
 
 import contextlib
+import faulthandler
 import json
 import logging
-import os
 import secrets
 import selectors
 import socket
+import sys
 import threading
 from typing import Any, cast
 
@@ -35,7 +36,7 @@ class RankWatch(pl.Callback):
 
     Args:
         grace_seconds: Time for a rank to end by itself (most do, by the broken collective) before its process is ended
-            with exit code 1.
+            with exit code 1 and a traceback of its threads.
     """
 
     def __init__(self, grace_seconds: float = 10.0) -> None:
@@ -155,9 +156,9 @@ class RankWatch(pl.Callback):
         log.error("rank %d of %d died (%s). Rank %d ends too; the run goes on from its last checkpoint with "
                   "--ckpt_path last", news["rank"], self._size, news["text"], self._rank)
         self._news.set()
-        timer = threading.Timer(self.grace_seconds, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
+        # Not a Python timer: its thread would need the interpreter, which a rank that stands still in a driver's call
+        # may hold for ever. This one needs nothing, and shows where every thread stood.
+        faulthandler.dump_traceback_later(max(self.grace_seconds, 0.001), exit=True, file=sys.__stderr__)
 
 
 def _listen(host: str) -> socket.socket:

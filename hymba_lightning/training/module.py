@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -94,6 +95,7 @@ class HymbaModule(pl.LightningModule):
         self.tested_chunk: ChunkScore | None = None
         self._loss_sum: Tensor | None = None
         self._loss_count = 0
+        self._compiled_forward: Callable[..., Tensor] | None = None
 
     # Set-up ------------------------------------------------------------------------------------------------------
 
@@ -123,7 +125,9 @@ class HymbaModule(pl.LightningModule):
             if self.budget_seconds is None and self.trainer.max_steps < 0:
                 raise ValueError("nothing ends this run: set model.budget_seconds or trainer.max_steps")
             if self.compile_net:
-                self.net.compile()
+                # Only what trains: an evaluation's last sequence is shorter, and a graph for every length costs more
+                # than it saves. Kept as a function, since a module here would name every weight twice.
+                self._compiled_forward = torch.compile(self.net.forward, dynamic=False)
 
     def use_network(self, config: HymbaConfig, state_dict: dict[str, Tensor]) -> None:
         """Replaces the network by another one, such as an artifact's, executed as this module's runtime says."""
@@ -151,7 +155,7 @@ class HymbaModule(pl.LightningModule):
             self.net.set_qat_strength(float(reading.progress >= self.qat_start))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.net(batch.inputs, batch.targets)
+        loss = (self._compiled_forward or self.net)(batch.inputs, batch.targets)
         if not self.warming_up:
             self._loss_sum = loss.detach() if self._loss_sum is None else self._loss_sum + loss.detach()
             self._loss_count += 1

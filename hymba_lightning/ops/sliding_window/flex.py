@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +75,10 @@ def sliding_window_attention_flex(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor
         q, k, v = (F.pad(x, (0, MIN_HEAD_DIM - head_dim)) for x in (q, k, v))
     grouped = q.size(1) != k.size(1)
     tiles = BACKWARD_TILES if head_dim <= 64 and q.dtype != torch.float32 else None
-    # Inside a larger graph the few small tensors of the mask are computed there.
-    attend, make_mask = (flex_attention, window_block_mask) if torch.compiler.is_compiling() else \
-        (_compiled(), _cached_block_mask)
-    out = attend(q, k, v, block_mask=make_mask(*arguments), scale=scale, enable_gqa=grouped, kernel_options=tiles)
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": grouped, "kernel_options": tiles}
+    if torch.compiler.is_compiling():
+        # Part of a larger graph: the few small tensors of the mask are computed there.
+        out = flex_attention(q, k, v, block_mask=window_block_mask(*arguments), **options)
+    else:
+        out = _compiled()(q, k, v, block_mask=_cached_block_mask(*arguments), **options)
     return out[..., :head_dim].transpose(1, 2)
