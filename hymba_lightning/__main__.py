@@ -16,6 +16,7 @@ commands:
   fit                train inside the budget, export the artifact, score every stage
   validate           score a checkpoint or an artifact
   test               score-first test-time training on a checkpoint or an artifact
+  export             a checkpoint → an artifact, by any scheme and limit
   inspect            what an artifact holds and where its bytes are
   sample             let a checkpoint or an artifact continue a text
   report             one HTML page on one or more runs
@@ -38,7 +39,7 @@ def main() -> None:
         return
     set_up_messages()
     command, rest = args[0], args[1:]
-    if command in ("prepare", "inspect", "sample", "report", "package", "import-reference"):
+    if command in ("prepare", "export", "inspect", "sample", "report", "package", "import-reference"):
         from hymba_lightning.commands import run_command
 
         run_command(command, rest)

@@ -1,4 +1,4 @@
-"""The commands that are no part of training: prepare, inspect, sample, report, package and import-reference."""
+"""The commands that are no part of training: prepare, export, inspect, sample, report, package, import-reference."""
 
 import dataclasses
 import sys
@@ -8,8 +8,8 @@ from jsonargparse import ArgumentParser
 
 def run_command(command: str, args: list[str]) -> None:
     """Parses `args` by the signature of the command's function and runs it; bad input ends with one line."""
-    runner = {"prepare": run_prepare, "inspect": run_inspect, "sample": run_sample, "report": run_report,
-              "package": run_package, "import-reference": run_import_reference}[command]
+    runner = {"prepare": run_prepare, "export": run_export, "inspect": run_inspect, "sample": run_sample,
+              "report": run_report, "package": run_package, "import-reference": run_import_reference}[command]
     try:
         runner(args)
     except (ValueError, OSError, ImportError) as error:
@@ -29,6 +29,36 @@ def run_prepare(args: list[str]) -> None:
     options = parser.parse_args(args).as_dict()
     options["inputs"] = ["python_stdlib" if name == "stdlib" else name for name in options["inputs"]]
     print(prepare(**options))
+
+
+def run_export(args: list[str]) -> None:
+    """A checkpoint → an artifact, by any scheme and limit."""
+    from jsonargparse import set_parsing_settings
+
+    from hymba_lightning.model import RuntimeConfig
+    from hymba_lightning.package.export import export
+    from hymba_lightning.quantization.config import QuantizationConfig
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="hymba export", description="Write an artifact of a checkpoint's weights, the "
+                            "averaged ones where it has them. With --data_dir the rounding is calibrated on training "
+                            "batches.")
+    defaults = QuantizationConfig()
+    parser.add_argument("--scheme", type=str, default=defaults.scheme, help="Of `hymba fit`'s "
+                        "export.quantization.scheme")
+    parser.add_argument("--limit", type=int, default=defaults.limit_bytes, help="Most bytes that the artifact and the "
+                        "code for its evaluation may have together")
+    parser.add_argument("--gptq", type=bool | None, default=None, help="Round by GPTQ (default: where --data_dir is "
+                        "given)")
+    parser.add_function_arguments(export, skip={"quantization", "runtime"})
+    parser.add_class_arguments(QuantizationConfig, "quantization", skip={"scheme", "limit_bytes", "gptq"})
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing", "qat_bits"})
+    options = parser.parse_args(args).as_dict()
+    scheme, limit, gptq = (options.pop(key) for key in ("scheme", "limit", "gptq"))
+    if gptq is None:
+        gptq = options["data_dir"] is not None and scheme != "reference"
+    quantization = QuantizationConfig(scheme=scheme, limit_bytes=limit, gptq=gptq, **options.pop("quantization"))
+    print(export(quantization=quantization, runtime=RuntimeConfig(**options.pop("runtime")), **options))
 
 
 def run_inspect(args: list[str]) -> None:

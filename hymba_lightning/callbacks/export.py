@@ -51,7 +51,7 @@ class ExportArtifact(pl.Callback):
         enabled: Write an artifact at the end of training; otherwise only the weights are scored.
         filename: The artifact's name in the run's folder, or an absolute path.
         quantization: How the weights are stored, and the limit in bytes.
-        calibration_batches: Training batches, over all ranks, on which the scheme 'gptq' measures the layers' inputs.
+        calibration_batches: Training batches, over all ranks, on which GPTQ measures the layers' inputs.
             The seconds this takes count as training time: hold them back with model.reserve_seconds.
         score_stages: Score raw, averaged and reloaded weights; each takes one pass over the validation stream.
     """
@@ -98,7 +98,7 @@ class ExportArtifact(pl.Callback):
                 stats.record_validation(trainer, pl_module, self.stages[last])
         if not self.enabled:
             return
-        hessians = self._calibrate(trainer, pl_module) if self.quantization.scheme == "gptq" else None
+        hessians = self._calibrate(trainer, pl_module) if self.quantization.calibrated else None
         self._announce("quantizing and compressing")
         # Only rank 0 writes; its outcome, good or bad, is everyone's, so that no rank waits for a dead one.
         outcome: Any = None

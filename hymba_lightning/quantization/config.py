@@ -16,6 +16,8 @@ class QuantizationConfig:
     throughout. 'gptq': rounded column by column so that the layers' outputs on training batches change least.
     'reference': the reference's quantizer bit for bit, with its defect 4 (scale floor of 1/q_max whatever the row's
     size, one clip quantile per tensor, float16 scales stored but float32 ones rounded with)."""
+    gptq: bool = False
+    """Round by GPTQ, which needs training batches; the scheme 'gptq' is 'int6' with this."""
     bits: int = 6
     """Bits per quantized weight, 2 to 8: q runs from -(2^(bits-1) - 1) to 2^(bits-1) - 1."""
     clip_quantile: float = 0.999
@@ -47,6 +49,8 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise ValueError(f"scheme={self.scheme!r} is unknown: choose from {', '.join(SCHEMES)}")
+        if self.gptq and self.scheme == "reference":
+            raise ValueError("gptq goes with every scheme but 'reference', which is the reference's quantizer as it is")
         named = [(f"name_bits[{key!r}]", bits) for key, bits in self.name_bits.items()]
         for what, bits in [("bits", self.bits), *named]:
             if not 2 <= bits <= 8:
@@ -62,6 +66,11 @@ class QuantizationConfig:
         if self.keep_float_numel < 0 or self.limit_bytes < 1:
             raise ValueError(f"keep_float_numel={self.keep_float_numel} must not be negative and "
                              f"limit_bytes={self.limit_bytes} must be positive")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs what calibration on training batches gives."""
+        return self.gptq or self.scheme == "gptq"
 
     def storage_of(self, name: str, numel: int) -> tuple[str, int]:
         """How the tensor `name` of `numel` entries is kept: ('float32', 32), ('float16', 16) or ('int', bits)."""

@@ -34,9 +34,9 @@ def encode_state_dict(state_dict: dict[str, Tensor], scheme: QuantizationConfig,
     unknown = sorted(set(quantized) - set(state_dict))
     if unknown:
         raise ValueError(f"quantized tensors that the network does not have: {', '.join(unknown)}")
-    if (scheme.scheme == "gptq") != (hessians is not None):
+    if scheme.calibrated != (hessians is not None):
         raise ValueError(f"the scheme {scheme.scheme!r} {'needs' if hessians is None else 'takes no'} Hessians: "
-                         f"collect_hessians makes them from training batches, for the scheme 'gptq' only")
+                         f"collect_hessians makes them from training batches, for GPTQ only")
     for name, tensor in state_dict.items():
         check_tensor(name, tensor)
     base = {name: round_nearest(name, tensor, scheme) for name, tensor in state_dict.items()

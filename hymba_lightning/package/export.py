@@ -1,0 +1,161 @@
+"""`hymba export`: a checkpoint of any run → an artifact, by any scheme and limit, without training."""
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hymba_lightning import __version__
+from hymba_lightning.data.datamodule import HymbaDataModule
+from hymba_lightning.data.tokenizer import file_sha256
+from hymba_lightning.generation.loading import find_tokenizer, load_network
+from hymba_lightning.interop.checkpoint import READ_ERRORS
+from hymba_lightning.model import Hymba, RuntimeConfig
+from hymba_lightning.quantization import (
+    ArtifactReport,
+    QuantizationConfig,
+    check_limit,
+    evaluation_code_bytes,
+    is_artifact,
+    load_artifact,
+    save_artifact,
+)
+from hymba_lightning.quantization.gptq import collect_hessians
+
+log = logging.getLogger("hymba_lightning")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network to export, and what is known of it."""
+
+    net: Hymba
+    metadata: dict[str, Any]
+    fingerprint: str | None
+    """SHA-256 of its tokenizer."""
+    weights: str
+    """Which weights these are, in words."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An artifact that was written."""
+
+    path: Path
+    report: ArtifactReport
+    code_bytes: int
+    limit_bytes: int
+    weights: str
+    seconds: float
+    """For calibration, quantization and compression."""
+
+    def __str__(self) -> str:
+        total = self.report.bytes + self.code_bytes
+        widths: dict[str, int] = {}
+        for tensor in self.report.tensors:
+            if not tensor.storage.startswith("alias"):
+                widths[tensor.storage] = widths.get(tensor.storage, 0) + tensor.bytes
+        shares = ", ".join(f"{storage} {n_bytes:,}" for storage, n_bytes in sorted(widths.items()))
+        return (f"{self.path}: {self.weights}, {self.report.bytes:,} bytes ({shares}) + {self.code_bytes:,} of "
+                f"evaluation code = {total:,}, {total / self.limit_bytes:.2%} of {self.limit_bytes:,}; "
+                f"{self.seconds:.1f} s")
+
+
+def export(ckpt: str, out: str, quantization: QuantizationConfig = QuantizationConfig(),  # noqa: B008 - frozen
+           data_dir: str | None = None, tokenizer: str | None = None, train_files: str = "*_train_*.bin",
+           calibration_batches: int = 16, seq_len: int | None = None, device: str = "auto",
+           runtime: RuntimeConfig = RuntimeConfig()) -> Exported:  # noqa: B008
+    """Writes an artifact of a checkpoint's weights, the averaged ones where it has them.
+
+    Args:
+        ckpt: Checkpoint of `hymba fit`; an artifact too, which is then rounded a second time.
+        out: Artifact to write.
+        quantization: How the weights are stored, and the limit in bytes.
+        data_dir: Folder of the training shards to calibrate on. The challenge counts calibration as training time.
+        tokenizer: SentencePiece model (default: the data's, else the one of the run that the checkpoint lies in).
+        train_files: Pattern of the training shards.
+        calibration_batches: Training sequences to calibrate on.
+        seq_len: Their length (default: as in training).
+        device: cpu, cuda, or auto: where calibration runs.
+        runtime: How the network is executed there.
+
+    Raises:
+        FileNotFoundError: no checkpoint, shards or tokenizer.
+        ValueError: the file is none of ours, or does not fit the data; a scheme that needs calibration without data.
+        ArtifactTooLargeError: what was written is over the limit.
+    """
+    if quantization.calibrated and data_dir is None:
+        raise ValueError("GPTQ needs training batches: give --data_dir, or another scheme")
+    if calibration_batches < 1:
+        raise ValueError(f"calibration_batches={calibration_batches} must be at least 1")
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    source = read_source(Path(ckpt), tokenizer, runtime, where)
+    started, hessians = time.monotonic(), None
+    fingerprint = source.fingerprint
+    if data_dir is not None:
+        data = HymbaDataModule(data_dir, tokenizer, train_files=train_files, micro_batch_size=1,
+                               seq_len=seq_len or source.metadata.get("seq_len") or HymbaDataModule().seq_len)
+        fingerprint = check_data(source, data)
+        if quantization.calibrated:
+            hessians = calibrate(source.net, data, calibration_batches, where)
+    weights = {name: tensor.detach().cpu() for name, tensor in source.net.state_dict().items()}
+    known = {"sha256": fingerprint} if fingerprint else {}
+    report = save_artifact(out, weights, config=source.net.config.to_dict(),
+                           tokenizer=known | {"vocab_size": source.net.config.vocab_size},
+                           metadata=source.metadata | {"hymba_lightning": __version__}, scheme=quantization,
+                           hessians=hessians)
+    code_bytes = evaluation_code_bytes()
+    check_limit(report.bytes, code_bytes, quantization.limit_bytes, report)
+    return Exported(Path(out), report, code_bytes, quantization.limit_bytes, source.weights,
+                    time.monotonic() - started)
+
+
+def read_source(path: Path, tokenizer: str | None, runtime: RuntimeConfig, device: torch.device) -> Source:
+    """The network in a checkpoint or an artifact. Raises FileNotFoundError, or ValueError naming the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--ckpt {path} does not exist")
+    try:
+        net, fingerprint = load_network(path, runtime, device)
+    except ValueError:
+        raise
+    except READ_ERRORS as error:
+        raise ValueError(f"{path} holds no network that can be exported: {error}") from error
+    if is_artifact(path):
+        log.warning("%s is rounded already: the checkpoint it came from loses less", path)
+        return Source(net, load_artifact(path).metadata, fingerprint, "an artifact's weights")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    metadata = {"steps": checkpoint.get("global_step"),
+                "seq_len": checkpoint.get("HymbaDataModule", {}).get("seq_len"),
+                "train_seconds": checkpoint.get("callbacks", {}).get("WallClock", {}).get("elapsed")}
+    if fingerprint is None:
+        try:
+            fingerprint = file_sha256(find_tokenizer(path, tokenizer, None))
+        except FileNotFoundError:
+            if tokenizer is not None:
+                raise
+            log.warning("%s does not tell its tokenizer, and so the artifact cannot: give --tokenizer", path)
+    return Source(net, {key: value for key, value in metadata.items() if value is not None}, fingerprint,
+                  "averaged weights" if "averaging_state" in checkpoint else "last-step weights")
+
+
+def check_data(source: Source, data: HymbaDataModule) -> str:
+    """SHA-256 of the data's tokenizer. Raises ValueError where the network was trained with another one."""
+    if data.vocab_size != source.net.config.vocab_size:
+        raise ValueError(f"{data.tokenizer} has {data.vocab_size} pieces, but the network's vocab_size is "
+                         f"{source.net.config.vocab_size}: give --data_dir and --tokenizer of its training")
+    fingerprint = data.tokenizer_fingerprint()
+    if source.fingerprint not in (None, fingerprint):
+        raise ValueError(f"the network was made for another tokenizer (sha256 {source.fingerprint}) than "
+                         f"{data.tokenizer}: give --data_dir and --tokenizer of its training")
+    return fingerprint
+
+
+def calibrate(net: Hymba, data: HymbaDataModule, n_batches: int, device: torch.device) -> dict[str, Tensor]:
+    """Hessians of the network's linears on training batches, on the CPU."""
+    batches: Iterator[Tensor] = (batch.inputs.to(device) for batch in data.calibration_batches(n_batches))
+    return {name: hessian.cpu() for name, hessian in collect_hessians(net, batches).items()}
