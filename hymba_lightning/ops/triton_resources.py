@@ -24,8 +24,9 @@ from triton.compiler import ASTSource
 
 from hymba_lightning.ops.causal_conv1d import triton as conv_triton
 from hymba_lightning.ops.selective_scan import triton as scan_triton
+from hymba_lightning.ops.softcapped_cross_entropy import triton as loss_triton
 
-TYPE_NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TYPE_NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 COMPILE_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 # A multiprocessor's registers, and the programs it can hold, on every architecture this compiles for.
 REGISTERS_PER_SM, PROGRAMS_PER_SM = 65536, 32
@@ -116,6 +117,16 @@ def conv_launches(batch: int, length: int, channels: int, taps: int, dtype: torc
     return launches
 
 
+def loss_launches(tokens: int, vocab: int, dtype: torch.dtype) -> list[Launch]:
+    """Every launch of the softcapped cross-entropy, the logits contiguous."""
+    logits = torch.empty(tokens, vocab, dtype=dtype, device="meta")
+    targets = torch.empty(tokens, dtype=torch.int64, device="meta")
+    with recorded(loss_triton) as launches:
+        nats, log_sums = loss_triton._forward(logits, targets, 30.0)
+        loss_triton._backward(nats, logits, targets, log_sums, 30.0)
+    return launches
+
+
 def compile_launch(launch: Launch, capability: int) -> Resources:
     """Compiles what `launch` would compile on a GPU of the compute capability (90 for a Hopper); reads its resources.
 
@@ -187,5 +198,7 @@ def main() -> int:
                 launches = scan_launches(2, 32768, 512, states, dtype)
                 clean &= report(launches, f"selective_scan N={states} {label}", capability)
             clean &= report(conv_launches(2, 32768, 512, 4, dtype), f"causal_conv1d {label}", capability)
+            for vocab in (1024, 50257):
+                clean &= report(loss_launches(65536, vocab, dtype), f"cross_entropy V={vocab} {label}", capability)
     print("no kernel spills" if clean else "SPILLS: see the table")
     return 0 if clean else 1

@@ -9,10 +9,11 @@ from torch._dynamo.utils import counters
 from hymba_lightning.ops.causal_conv1d import causal_conv1d
 from hymba_lightning.ops.selective_scan import selective_scan
 from hymba_lightning.ops.sliding_window import sliding_window_attention
+from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
 
 
 class Layer(nn.Module):
-    """A small mixer that uses every op, the window attention also as a global layer."""
+    """A small mixer with a loss that uses every op, the window attention also as a global layer."""
 
     def __init__(self, scan_backend, conv_backend):
         super().__init__()
@@ -32,13 +33,15 @@ class Layer(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, 4)) for part in (q, k, v))
         local = sliding_window_attention(q, k, v, window=5)
         everything = sliding_window_attention(q, k, v, window=None)
-        return (local + everything).flatten(2), state, conv_state
+        out = (local + everything).flatten(2)
+        nats_N = softcapped_cross_entropy(out.flatten(0, 1), torch.arange(out.size(0) * out.size(1)) % 16, cap=5.0)
+        return nats_N, state, conv_state
 
 
 @pytest.mark.parametrize(("scan_backend", "conv_backend"), [("numba", "numba"), ("chunked", "torch"), ("auto", "auto")])
 def test_compiled_graph_has_no_break_and_the_same_gradients(scan_backend, conv_backend):
     layer, x = Layer(scan_backend, conv_backend), random(2, 21, 16).requires_grad_()
-    weights = random(2, 21, 16, seed=1), random(2, 16, 4), random(2, 16, 3)
+    weights = random(42, seed=1), random(2, 16, 4), random(2, 16, 3)
 
     def results(module):
         outputs = module(x)
@@ -67,6 +70,7 @@ CALLS = {"selective_scan_numba": _scan_operands(True), "selective_scan_chunked":
          "selective_scan_chunked without gate": _scan_operands(False),
          "causal_conv1d_numba": (random(2, 33, 20), random(20, 4), random(20), True, random(2, 20, 3)),
          "causal_conv1d_torch": (random(2, 33, 20), random(20, 4), random(20), False, random(2, 20, 3)),
+         "softcapped_cross_entropy_torch": (random(33, 20), torch.arange(33) % 20, 30.0),
          "sliding_window_blocked": (random(2, 33, 4, 8), random(2, 40, 2, 8), random(2, 40, 2, 8), 7, 0.5)}
 
 
@@ -76,8 +80,10 @@ def test_operators_pass_torchs_own_check(call):
     import hymba_lightning.ops.causal_conv1d.torch
     import hymba_lightning.ops.selective_scan.chunked
     import hymba_lightning.ops.selective_scan.numba
-    import hymba_lightning.ops.sliding_window.blocked  # noqa: F401
+    import hymba_lightning.ops.sliding_window.blocked
+    import hymba_lightning.ops.softcapped_cross_entropy.blocked  # noqa: F401
 
     operator = getattr(torch.ops.hymba, call.split()[0]).default
-    arguments = tuple(x.clone().requires_grad_() if isinstance(x, torch.Tensor) else x for x in CALLS[call])
+    arguments = tuple(x.clone().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x
+                      for x in CALLS[call])
     torch.library.opcheck(operator, arguments)

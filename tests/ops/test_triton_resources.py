@@ -28,8 +28,10 @@ def test_production_kernels_do_not_spill_on_hopper(resources, capsys):
     assert all(launch.grid[0] * launch.grid[1] * launch.grid[2] >= 128 for launch in launches)
     assert resources.report([launches[2], launches[5]], "scan", 90)
     assert resources.report(resources.conv_launches(2, 32768, 512, 4, torch.bfloat16), "conv", 90)
+    assert resources.report(resources.loss_launches(65536, 1024, torch.bfloat16), "loss", 90)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines] == ["chunk_outputs", "chunk_gradients", "conv_forward", "conv_backward"]
+    assert [line.split()[2] for line in lines] == ["chunk_outputs", "chunk_gradients", "conv_forward", "conv_backward",
+                                                   "loss_forward", "loss_backward"]
 
 
 @pytest.mark.slow
