@@ -184,6 +184,8 @@ class RuntimeConfig:
     """Causal convolution: auto, naive, torch, triton or causal_conv1d."""
     attention_backend: str = "auto"
     """Sliding-window attention: auto, naive, blocked, flex or flash."""
+    loss_backend: str = "auto"
+    """Cross-entropy of the softcapped logits: auto, naive, torch or triton."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     qat_bits: int = 0

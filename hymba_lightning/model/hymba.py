@@ -19,6 +19,7 @@ from hymba_lightning.model.embedding import BigramHash, SmearGate, embed_tokens
 from hymba_lightning.model.init import initialise
 from hymba_lightning.model.layers import Embedding, Linear, rms_norm
 from hymba_lightning.model.mixer import LayerState
+from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
 
 
 class HymbaState(NamedTuple):
@@ -72,24 +73,30 @@ class Hymba(nn.Module):
                 return_state: bool = False, reduction: str = "mean") -> Tensor | tuple[Tensor, HymbaState]:
         """inputs (B, T) int64 → logits (B, T, V), or with targets (B, T) the cross-entropy in nats.
 
-        The loss is float32: a scalar for reduction 'mean' or 'sum', (B, T) for 'none'. `state` continues an earlier
-        call on the same sequences; `return_state` adds the new state to the result.
+        The loss is float32: a scalar for reduction 'mean' or 'sum', (B, T) for 'none'; any other raises ValueError.
+        `state` continues an earlier call on the same sequences; `return_state` adds the new state to the result.
         """
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
         hidden_BTD, new_state = self.hidden(inputs, state, return_state)
-        logits_BTV = self.logits(hidden_BTD)
         if targets is None:
-            out = logits_BTV
+            out = self.logits(hidden_BTD)
         else:
-            loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets.flatten(), reduction=reduction)
-            out = loss.view_as(targets) if reduction == "none" else loss
+            nats_N = softcapped_cross_entropy(self.raw_logits(hidden_BTD).flatten(0, 1), targets.flatten(),
+                                              cap=self.config.logit_softcap, backend=self.runtime.loss_backend)
+            out = nats_N.view_as(targets) if reduction == "none" else getattr(nats_N, reduction)()
         return (out, new_state) if return_state else out
+
+    def raw_logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits (B, T, V) of the last block's output (B, T, D) before the softcap, in the compute dtype."""
+        head = self.tok_emb.weight.to(hidden_BTD.dtype) if self.lm_head is None else \
+            self.lm_head.cast_weight(hidden_BTD.dtype)
+        return F.linear(rms_norm(hidden_BTD), head)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Softcapped logits (B, T, V) of the last block's output (B, T, D), in the compute dtype."""
-        head = self.tok_emb.weight.to(hidden_BTD.dtype) if self.lm_head is None else \
-            self.lm_head.cast_weight(hidden_BTD.dtype)
         cap = self.config.logit_softcap
-        return cap * torch.tanh(F.linear(rms_norm(hidden_BTD), head) / cap)
+        return cap * torch.tanh(self.raw_logits(hidden_BTD) / cap)
 
     def hidden(self, inputs: Tensor, state: HymbaState | None = None,
                return_state: bool = False) -> tuple[Tensor, HymbaState | None]:

@@ -122,6 +122,22 @@ def test_starts_orthogonal_and_zero():
     assert float(loss.detach()) == pytest.approx(math.log(64), abs=0.05)
 
 
+@pytest.mark.parametrize("changes", [{}, {"logit_softcap": 2.0, "tie_embeddings": False, "meta_tokens": 3}], ids=str)
+def test_loss_is_the_cross_entropy_of_the_logits(changes):
+    net = small(**changes)
+    inputs, targets = torch.randint(0, 64, (2, 21)), torch.randint(0, 64, (2, 21))
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(net(inputs).flatten(0, 1), targets.flatten(), reduction="none")
+        for reduction, value in (("none", expected.view(2, 21)), ("sum", expected.sum()), ("mean", expected.mean())):
+            torch.testing.assert_close(net(inputs, targets, reduction=reduction), value)
+        naive = small(RuntimeConfig(loss_backend="naive"), **changes)
+        torch.testing.assert_close(naive(inputs, targets), expected.mean())
+        with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', not 'median'"):
+            net(inputs, targets, reduction="median")
+        with pytest.raises(ValueError, match="no backend 'fused'; choose auto or one of naive, torch, triton"):
+            small(RuntimeConfig(loss_backend="fused"), **changes)(inputs, targets)
+
+
 def test_bfloat16_stays_close_and_keeps_float32_weights_and_loss():
     inputs, targets = torch.randint(0, 64, (2, 33)), torch.randint(0, 64, (2, 33))
     exact, rounded = small(), small(RuntimeConfig(compute_dtype="bfloat16"))
