@@ -1,11 +1,12 @@
 """The Triton kernels on a real GPU: right against the definition, then timed against the bytes they must move.
 
-B batch, T sequence, E channels, N states, W taps.
+B batch, T sequence, E channels, N states, W taps; of the loss N tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,13 +24,16 @@ from hymba_lightning.ops.selective_scan import triton as scan_triton
 from hymba_lightning.ops.selective_scan.chunked import selective_scan_chunked
 from hymba_lightning.ops.selective_scan.naive import selective_scan_naive
 from hymba_lightning.ops.selective_scan.triton import selective_scan_triton
+from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
 from hymba_lightning.ops.testing import rms_ratio
 
 # Largest RMS(error) / RMS(reference) that passes, by the operands' type.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3}
 ODD_SCANS = ((2, 63, 60, 5), (1, 1, 4, 1), (3, 257, 96, 16), (1, 130, 512, 33), (2, 1000, 130, 64))
 ODD_CONVS = ((2, 63, 60, 4), (1, 1, 4, 8), (3, 257, 130, 3), (1, 40, 6, 1))
+ODD_LOSSES = ((63, 60), (1, 1), (700, 1023), (40, 50257))
 TRAINING = (2, 32768, 512, 8)
+VOCAB = 1024
 # What a sweep tries: programs of a launch, channels of a forward program, registers of a backward thread.
 SWEEP = {"TARGET_PROGRAMS": (2048, 4096, 8192, 16384), "FORWARD_BLOCK_E": (64, 128),
          "BACKWARD_REGISTERS": (168, 184, 200, 255)}
@@ -82,22 +86,33 @@ def run_triton_conv(i: Any) -> tuple[Tensor, Tensor]:
                                 return_state=True)
 
 
-def results(run: Run, inputs: Inputs, gradients: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """Output, state and the gradient of every input, by name."""
+def loss_inputs(tokens: int, vocab: int, dtype: torch.dtype) -> Inputs:
+    """Random logits, some of them beyond the cap."""
+    return {"logits": (20 * torch.randn(tokens, vocab, device="cuda")).to(dtype)}
+
+
+def run_loss(i: Any, backend: str = "triton") -> tuple[Tensor]:
+    """The loss at targets that follow from the shape."""
+    tokens, vocab = i["logits"].shape
+    targets = torch.arange(tokens, device=i["logits"].device) * 7919 % vocab
+    return (softcapped_cross_entropy(i["logits"], targets, cap=30.0, backend=backend),)
+
+
+def results(run: Run, inputs: Inputs, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Output, state where there is one, and the gradient of every input, by name."""
     leaves = {name: x.detach().clone().requires_grad_() if x is not None else None for name, x in inputs.items()}
-    out, state = run(leaves)[:2]
+    outputs = run(leaves)[:2]
     wanted = [name for name, leaf in leaves.items() if leaf is not None and leaf.numel()]
-    found = torch.autograd.grad((out, state), [leaves[name] for name in wanted],
-                                (gradients[0].to(out.dtype), gradients[1].to(state.dtype)))
+    found = torch.autograd.grad(outputs, [leaves[name] for name in wanted],
+                                [g.to(x.dtype) for g, x in zip(gradients, outputs, strict=True)])
     named = {f"d{name}": gradient for name, gradient in zip(wanted, found, strict=True)}
-    return {"out": out.detach(), "state": state.detach()} | named
+    return dict(zip(("out", "state"), (x.detach() for x in outputs), strict=False)) | named
 
 
 def compare(title: str, run: Run, reference: Run, inputs: Inputs, dtype: torch.dtype) -> bool:
     """Prints the worst of output, state and gradients against the reference on the same numbers in float32."""
     with torch.no_grad():
-        out, state = run(inputs)
-    gradients = torch.randn_like(out), torch.randn_like(state)
+        gradients = tuple(torch.randn_like(x) for x in run(inputs))
     with fresh_memory_is_nan():
         found = results(run, inputs, gradients)
     expected = results(reference, {n: None if x is None else x.float() for n, x in inputs.items()}, gradients)
@@ -122,6 +137,9 @@ def check() -> bool:
             passed &= compare(f"conv {shape} {label}", run_triton_conv,
                               lambda i: causal_conv1d_naive(i["x"], i["weight"], i["bias"], True, i["initial_state"]),
                               conv_inputs(*shape, dtype), dtype)
+        for shape in (*ODD_LOSSES, (65536, VOCAB)):
+            passed &= compare(f"loss {shape} {label}", run_loss, functools.partial(run_loss, backend="naive"),
+                              loss_inputs(*shape, dtype), dtype)
         passed &= compare(f"scan {TRAINING} {label}, against chunked", run_triton_scan,
                           lambda i: selective_scan_chunked(*i.values()), scan_inputs(*TRAINING, dtype), dtype)
     return passed
@@ -176,10 +194,11 @@ def timings(dtype: torch.dtype, states: int, rate: float) -> None:
     """Prints forward, and forward with backward, beside the time that the bytes alone would take at the copy rate."""
     batch, length, channels, _ = TRAINING
     tensor = batch * length * channels * dtype.itemsize
-    narrow = batch * length * states * dtype.itemsize
+    narrow, wide = (batch * length * size * dtype.itemsize for size in (states, VOCAB))
     calls = {"scan triton": (run_triton_scan, scan_inputs(batch, length, channels, states, dtype),
                              4 * tensor + 2 * narrow, 7 * tensor + 4 * narrow),
-             "conv triton": (run_triton_conv, conv_inputs(batch, length, channels, 4, dtype), 2 * tensor, 3 * tensor)}
+             "conv triton": (run_triton_conv, conv_inputs(batch, length, channels, 4, dtype), 2 * tensor, 3 * tensor),
+             "loss triton": (run_loss, loss_inputs(batch * length, VOCAB, dtype), wide, 2 * wide)}
     if is_installed("mamba_ssm"):
         # No initial state there: the same operands without it.
         inputs = {n: x for n, x in scan_inputs(batch, length, channels, states, dtype).items() if n != "initial_state"}
@@ -199,10 +218,11 @@ def timings(dtype: torch.dtype, states: int, rate: float) -> None:
 
 
 def kernel_times() -> None:
-    """Prints the device time of each kernel of one scan and one convolution, forward and backward, bfloat16."""
+    """Prints the device time of each kernel of one scan, one convolution and one loss, both passes, bfloat16."""
     _, scan = forward_and_backward(run_triton_scan, scan_inputs(*TRAINING, torch.bfloat16))
     _, conv = forward_and_backward(run_triton_conv, conv_inputs(*TRAINING[:3], 4, torch.bfloat16))
-    for call in (scan, conv):
+    _, loss = forward_and_backward(run_loss, loss_inputs(TRAINING[0] * TRAINING[1], VOCAB, torch.bfloat16))
+    for call in (scan, conv, loss):
         call()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(10):

@@ -1,6 +1,7 @@
 """What a comparison of times runs: our backends of each op, and the other implementations there are, copies included.
 
 Every contender takes the operands of our contract, in our layout (batch, time, channels), and returns the output alone.
+A loss's targets follow from its shape.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hymba_lightning.ops import causal_conv1d, selective_scan, sliding_window
+from hymba_lightning.ops import causal_conv1d, selective_scan, sliding_window, softcapped_cross_entropy
 from hymba_lightning.ops.registry import is_installed
 from hymba_lightning.ops.sliding_window.naive import window_mask
 
@@ -71,6 +72,21 @@ def dense_mask_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, wind
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
+def targets_of(logits_NV: Tensor) -> Tensor:
+    """Target ids (N,) spread over the vocabulary, the same for every call."""
+    return torch.arange(logits_NV.size(0), device=logits_NV.device) * 7919 % logits_NV.size(1)
+
+
+def softcapped_loss(logits_NV: Tensor, *, cap: float, backend: str) -> Tensor:
+    """One of our backends."""
+    return softcapped_cross_entropy.softcapped_cross_entropy(logits_NV, targets_of(logits_NV), cap=cap, backend=backend)
+
+
+def torch_loss(logits_NV: Tensor, *, cap: float) -> Tensor:
+    """torch's cross_entropy of capped logits, as most code does it: both a capped and a float32 copy of the logits."""
+    return F.cross_entropy((cap * torch.tanh(logits_NV / cap)).float(), targets_of(logits_NV), reduction="none")
+
+
 def _ours(op: Callable[..., Any], available: tuple[str, ...], *skipped: str) -> list[Contender]:
     return [Contender(name, functools.partial(op, backend=name), True) for name in available if name not in skipped]
 
@@ -98,3 +114,13 @@ def attention_contenders(device: torch.device, window: int, length: int, dtype: 
     attention = functools.partial(sliding_window.sliding_window_attention, window=window)
     ours = _ours(attention, sliding_window.available_backends(device), *skipped)
     return [dense, *ours] if length <= 8192 else ours
+
+
+def loss_contenders(device: torch.device, cap: float) -> list[Contender]:
+    """torch's cross_entropy first, on a GPU also compiled, then ours."""
+    peer = functools.partial(torch_loss, cap=cap)
+    peers = [Contender("F.cross_entropy", peer)]
+    if device.type == "cuda":
+        peers.append(Contender("F.cross_entropy, compiled", torch.compile(peer, dynamic=False)))
+    ours = functools.partial(softcapped_loss, cap=cap)
+    return peers + _ours(ours, softcapped_cross_entropy.available_backends(device), "naive")

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from hymba_lightning.ops import causal_conv1d, selective_scan, sliding_window
 from hymba_lightning.ops.testing import rms_ratio
-from hymba_lightning.studies.op_peers import Contender, attention_contenders, conv_contenders, scan_contenders
+from hymba_lightning.studies.op_peers import (
+    Contender,
+    attention_contenders,
+    conv_contenders,
+    loss_contenders,
+    scan_contenders,
+    softcapped_loss,
+)
 
 Operands = dict[str, Tensor]
 
@@ -120,6 +127,17 @@ def attention_subject(batch: int, length: int, heads: int, kv_heads: int, head_d
                    attention_contenders(device, window, length, dtype), values * dtype.itemsize / 1e6, flops / 1e9)
 
 
+def loss_subject(tokens: int, vocab: int, cap: float, device: torch.device, dtype: torch.dtype) -> Subject:
+    """The cross-entropy of softcapped logits."""
+    def operands(n_tokens: int) -> Operands:
+        return {"logits_NV": 10 * torch.randn(n_tokens, vocab, dtype=dtype, device=device)}
+
+    # Forward reads the logits; backward reads them and writes their gradient.
+    return Subject(f"softcapped cross-entropy, forward + backward (N {tokens:,}, V {vocab:,}, cap {cap:g})", operands,
+                   tokens, functools.partial(softcapped_loss, cap=cap, backend="naive"), loss_contenders(device, cap),
+                   3 * tokens * vocab * dtype.itemsize / 1e6, 0.0)
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -154,7 +172,8 @@ def problem_with(contender: Contender, subject: Subject) -> str:
     """Empty where output and gradients agree with the definition at up to 700 tokens, else what does not."""
     operands = subject.operands(min(subject.length, 700))
     first = next(iter(operands.values()))
-    weight = torch.randn_like(first)
+    with torch.no_grad():
+        weight = torch.randn_like(subject.definition(**operands))
     found, expected = (_gradients(run, operands, weight) for run in (contender.run, subject.definition))
     tolerance = TOLERANCE.get((first.device.type, first.dtype), TOLERANCE_16_BIT)
     for name, actual, reference in zip(("out", *operands), found, expected, strict=True):

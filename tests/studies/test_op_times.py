@@ -13,14 +13,15 @@ CPU = torch.device("cpu")
 def subjects():
     return {"scan": op_times.scan_subject(1, 40, 8, 2, CPU, torch.float32),
             "conv": op_times.conv_subject(1, 40, 8, 4, CPU, torch.float32),
-            "attention": op_times.attention_subject(1, 40, 4, 2, 8, 16, CPU, torch.float32)}
+            "attention": op_times.attention_subject(1, 40, 4, 2, 8, 16, CPU, torch.float32),
+            "loss": op_times.loss_subject(40, 64, 30.0, CPU, torch.float32)}
 
 
-@pytest.mark.parametrize("name", ["scan", "conv", "attention"])
+@pytest.mark.parametrize("name", ["scan", "conv", "attention", "loss"])
 def test_every_contender_agrees_with_the_definition_and_is_timed(name):
     subject = subjects()[name]
     names = [contender.name for contender in subject.contenders]
-    assert {"scan": "numba", "conv": "numba", "attention": "blocked"}[name] in names
+    assert {"scan": "numba", "conv": "numba", "attention": "blocked", "loss": "torch"}[name] in names
     assert [op_times.problem_with(contender, subject) for contender in subject.contenders] == [""] * len(names)
     results = op_times.time_subject(subject, rounds=2)
     assert list(results) == names
