@@ -187,8 +187,8 @@ def report(launches: list[Launch], title: str, capability: int) -> bool:
 
 def main() -> int:
     """Reports every kernel for three architectures at the training shapes; 1 if any spills."""
-    print(f"triton {triton.__version__}; B 2, T 32768, E 512, W 4; registers, spills and stack of a thread, shared "
-          "memory of a program")
+    print(f"triton {triton.__version__}; B 2, T 32768, E 512, W 4, loss of B·T tokens; registers, spills and stack of a "
+          "thread, shared memory of a program")
     print(_line(*HEADER))
     clean = True
     for capability in (80, 90, 100):
@@ -199,6 +199,6 @@ def main() -> int:
                 clean &= report(launches, f"selective_scan N={states} {label}", capability)
             clean &= report(conv_launches(2, 32768, 512, 4, dtype), f"causal_conv1d {label}", capability)
             for vocab in (1024, 50257):
-                clean &= report(loss_launches(65536, vocab, dtype), f"cross_entropy V={vocab} {label}", capability)
+                clean &= report(loss_launches(65536, vocab, dtype), f"loss V={vocab} {label}", capability)
     print("no kernel spills" if clean else "SPILLS: see the table")
     return 0 if clean else 1
