@@ -187,8 +187,8 @@ def report(launches: list[Launch], title: str, capability: int) -> bool:
 
 def main() -> int:
     """Reports every kernel for three architectures at the training shapes; 1 if any spills."""
-    print(f"triton {triton.__version__}; B 2, T 32768, E 512, W 4, loss of B·T tokens; registers, spills and stack of a "
-          "thread, shared memory of a program")
+    print(f"triton {triton.__version__}; B 2, T 32768, E 512, W 4, loss of B·T tokens; registers, spills and stack of "
+          "a thread, shared memory of a program")
     print(_line(*HEADER))
     clean = True
     for capability in (80, 90, 100):
