@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-SCHEMES = ("int6", "gptq", "reference")
+SCHEMES = ("int6", "gptq", "mixed", "reference")
 CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smeargate", "merge_alpha")
 DYNAMICS_NAMES = ("A_log", ".D", "dt_proj.bias")
 

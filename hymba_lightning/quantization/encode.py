@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -19,17 +20,20 @@ from hymba_lightning.quantization.int6 import (
 )
 from hymba_lightning.quantization.layout import Encoded
 from hymba_lightning.quantization.limit import evaluation_code_bytes, fit_to_limit
+from hymba_lightning.quantization.mixed import encode_mixed
 from hymba_lightning.quantization.payload import check_tensor, encode_tensor
 
 log = logging.getLogger("hymba_lightning")
 
 
 def encode_state_dict(state_dict: dict[str, Tensor], scheme: QuantizationConfig, quantized: dict[str, QuantizedTensor],
-                      hessians: dict[str, Tensor] | None) -> tuple[list[Encoded], QuantizationConfig]:
+                      hessians: dict[str, Tensor] | None, sensitivities: dict[str, Tensor] | None,
+                      measure: Callable[[list[Encoded]], int]) -> tuple[list[Encoded], QuantizationConfig]:
     """Every tensor in the form that is stored, and `scheme` with the coarsening that its limit needed.
 
-    `quantized` are tensors rounded elsewhere, kept as they are; `hessians` (of the scheme 'gptq') are those of
-    `collect_hessians`. Raises ValueError naming a tensor that cannot be stored, or for Hessians missing or unasked for.
+    `quantized` are tensors rounded elsewhere, kept as they are; `hessians` (for GPTQ) are those of `collect_hessians`,
+    `sensitivities` (for 'mixed') of `collect_sensitivities`, without which all tensors count alike; `measure` gives the
+    bytes of a file. Raises ValueError naming a tensor that cannot be stored, or for Hessians missing or unasked for.
     """
     unknown = sorted(set(quantized) - set(state_dict))
     if unknown:
@@ -39,6 +43,13 @@ def encode_state_dict(state_dict: dict[str, Tensor], scheme: QuantizationConfig,
                          f"collect_hessians makes them from training batches, for GPTQ only")
     for name, tensor in state_dict.items():
         check_tensor(name, tensor)
+    budget = scheme.limit_bytes - evaluation_code_bytes()
+    if scheme.scheme == "mixed":
+        named = {name: round_nearest(name, tensor, scheme) for name, tensor in state_dict.items()
+                 if any(pattern in name for pattern in scheme.name_bits)}
+        fixed = {name: encode_tensor(name, state_dict[name], "int", rounded)
+                 for name, rounded in (named | quantized).items()}
+        return encode_mixed(state_dict, sensitivities, hessians or {}, fixed, measure, budget), scheme
     base = {name: round_nearest(name, tensor, scheme) for name, tensor in state_dict.items()
             if name not in quantized and scheme.storage_of(name, tensor.numel())[0] == "int"}
 
@@ -59,11 +70,10 @@ def encode_state_dict(state_dict: dict[str, Tensor], scheme: QuantizationConfig,
     final = nearest if hessians is None else by_gptq
     if not scheme.fit_limit or scheme.scheme == "reference":
         return final(1.0), scheme
-    budget = scheme.limit_bytes - evaluation_code_bytes()
     # Rounding to nearest is cheap and packs about as small: it finds the factor, GPTQ confirms it.
-    factor, encoded = fit_to_limit(nearest, budget, most_coarse(scheme))
+    factor, encoded = fit_to_limit(nearest, measure, budget, most_coarse(scheme))
     if hessians is not None:
-        factor, encoded = fit_to_limit(by_gptq, budget, most_coarse(scheme), start=factor)
+        factor, encoded = fit_to_limit(by_gptq, measure, budget, most_coarse(scheme), start=factor)
     if factor > 1:
         log.warning("at %d bits the artifact exceeds its limit: all row scales are %.3f times as coarse (about %.2f "
                     "bits a weight less)", scheme.bits, factor, math.log2(factor))

@@ -1,7 +1,7 @@
 """How an artifact's tensors lie in its content, and where: bytes and tables only, no torch. Numbers are checked.
 
 The content is four streams, one after the other:
-    q        one byte per quantized weight, recentred to 0 … 2*q_max; tensors of a kind side by side
+    q        one byte per quantized weight, recentred to 0 … 2*q_max; tensors of a width, then of a kind, side by side
     scale    float16 row scales        float16, float32   kept tensors
 each float stream as byte planes: first every value's highest byte, then every second byte, … High bytes repeat and so
 compress; low ones do not and would only break the runs. A tensor that equals an earlier one is stored as its alias.
@@ -81,7 +81,8 @@ def lay_out(tensors: list[Encoded]) -> tuple[bytes, dict[str, int], list[Entry]]
     counts = dict.fromkeys(STREAM_DTYPES, 0)
     first_with: dict[tuple, str] = {}
     table = []
-    for encoded in sorted(tensors, key=lambda encoded: kind_of(encoded.entry.name)):
+    # Tensors of one width side by side: the coder makes a table per stretch, not per tensor.
+    for encoded in sorted(tensors, key=lambda encoded: (encoded.entry.bits, kind_of(encoded.entry.name))):
         entry = dataclasses.replace(encoded.entry)
         table.append(entry)
         scale = b"" if encoded.scale is None else encoded.scale.tobytes()

@@ -7,8 +7,7 @@ import math
 from collections.abc import Callable
 
 from hymba_lightning.closure import ROOT, needed_files
-from hymba_lightning.quantization import container
-from hymba_lightning.quantization.layout import Encoded, lay_out
+from hymba_lightning.quantization.layout import Encoded
 from hymba_lightning.quantization.report import ArtifactReport
 
 log = logging.getLogger("hymba_lightning")
@@ -16,10 +15,7 @@ log = logging.getLogger("hymba_lightning")
 # Scores an artifact with nothing but itself, the tokenizer and the validation shards (`hymba package` copies it).
 REFEREE = "hymba_lightning.package.referee"
 MAX_ATTEMPTS = 6
-DRAFT_LEVEL = 1  # entropy coding alone: within 0.05 % of level 22 on weights, and a hundred times as fast
-HEADER_ALLOWANCE = 4096
-AIM = 0.998  # of the budget, since level 22 may pack a trace worse than the draft
-CLOSE = 0.995  # of the budget is near enough
+AIM, CLOSE = 0.998, 0.995  # of the budget: where to go, and what is near enough
 
 
 class ArtifactTooLargeError(ValueError):
@@ -43,25 +39,25 @@ def check_limit(artifact_bytes: int, code_bytes: int, limit: int, report: Artifa
         f"(name_bits, e.g. {{tok_emb: 8}}), train with more weight decay, or make the network smaller.{largest}")
 
 
-def fit_to_limit(encode: Callable[[float], list[Encoded]], budget: int, max_factor: float,
-                 start: float = 1.0) -> tuple[float, list[Encoded]]:
+def fit_to_limit(encode: Callable[[float], list[Encoded]], measure: Callable[[list[Encoded]], int], budget: int,
+                 max_factor: float, start: float = 1.0) -> tuple[float, list[Encoded]]:
     """The least factor on the row scales, from `start` up, at which the artifact has at most `budget` bytes.
 
-    `encode(factor)` gives all tensors at that factor. Doubling the scales saves the entropy coder about a bit a weight,
-    so the first attempt knows nearly how far to go, and later ones go by the saving they saw. Returns the factor and
-    its tensors; where no factor up to `max_factor` would do, those of `start`.
+    `encode(factor)` gives all tensors at that factor, `measure` the bytes of a file of them. Doubling the scales saves
+    the entropy coder about a bit a weight, so the first attempt knows nearly how far to go, and later ones go by the
+    saving they saw. Returns the factor and its tensors; where no factor up to `max_factor` would do, those of `start`.
     """
     first, log_start = encode(start), math.log2(start)
     log_factor, encoded, best = log_start, first, None
+    n_weights = sum(tensor.entry.numel for tensor in first if tensor.entry.storage == "int")
     sizes: dict[float, int] = {}
     for _ in range(MAX_ATTEMPTS):
-        content, counts, _ = lay_out(encoded)
-        sizes[log_factor] = len(container.compress(content, DRAFT_LEVEL)) + HEADER_ALLOWANCE
+        sizes[log_factor] = measure(encoded)
         if sizes[log_factor] <= budget:
             best = (2**log_factor, encoded)
             if log_factor == log_start or sizes[log_factor] >= CLOSE * budget:
                 break
-        saved_per_doubling = counts["q"] / 8
+        saved_per_doubling = n_weights / 8
         if len(sizes) > 1:
             (low, large), *_, (high, small) = sorted(sizes.items())
             saved_per_doubling = (large - small) / (high - low)

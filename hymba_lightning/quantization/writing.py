@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -13,31 +14,46 @@ from hymba_lightning.quantization import container
 from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.encode import encode_state_dict
 from hymba_lightning.quantization.int6 import QuantizedTensor
-from hymba_lightning.quantization.layout import lay_out
+from hymba_lightning.quantization.layout import Encoded, lay_out
 from hymba_lightning.quantization.parts import Parts
 from hymba_lightning.quantization.report import ArtifactReport, build_report
+
+
+# The header's numbers change by some digits when the payload does.
+HEADER_SLACK = 64
 
 
 def save_artifact(path: str | os.PathLike, state_dict: dict[str, Tensor], *, config: dict, tokenizer: dict,
                   metadata: dict, scheme: QuantizationConfig,
                   quantized: dict[str, QuantizedTensor] | None = None,
-                  hessians: dict[str, Tensor] | None = None) -> ArtifactReport:
+                  hessians: dict[str, Tensor] | None = None,
+                  sensitivities: dict[str, Tensor] | None = None) -> ArtifactReport:
     """Quantizes, compresses and writes `state_dict`; atomic, and the same bytes for the same arguments.
 
-    `config`, `tokenizer` and `metadata` are plain JSON values. `hessians` (of `collect_hessians`) are what the scheme
-    'gptq' needs; `quantized` has tensors that are rounded already. Raises ValueError naming the tensor or field that
-    cannot be stored, OSError where the file cannot be written (an earlier file at `path` is then untouched). An
-    artifact that no coarsening fits into the limit is written all the same: refusing it is `check_limit`'s part.
+    `config`, `tokenizer` and `metadata` are plain JSON values. `hessians` (of `collect_hessians`) are what GPTQ needs,
+    `sensitivities` (of `collect_sensitivities`) what the scheme 'mixed' goes by; `quantized` has tensors that are
+    rounded already. Raises ValueError naming the tensor or field that cannot be stored, OSError where the file cannot be
+    written (an earlier file at `path` is then untouched). An artifact that cannot be brought under its limit is written
+    all the same: refusing it is `check_limit`'s part.
     """
     if not state_dict:
         raise ValueError("there are no tensors to export")
-    encoded, scheme = encode_state_dict(state_dict, scheme, quantized or {}, hessians)
-    content, counts, table = lay_out(encoded)
-    header = {"config": config, "tokenizer": tokenizer, "metadata": metadata,
-              "quantization": dataclasses.asdict(scheme), "streams": counts,
-              "tensors": [entry.to_dict() for entry in table]}
-    payload = container.compress(content, scheme.zstd_level)
-    container.check_raw_size(len(content), len(payload))
-    packed = container.pack(header, payload)
+
+    def lay_out_file(encoded: list[Encoded], scheme: QuantizationConfig,
+                     compress: Callable[[bytes], bytes]) -> tuple[bytes, Parts]:
+        content, counts, table = lay_out(encoded)
+        header = {"config": config, "tokenizer": tokenizer, "metadata": metadata,
+                  "quantization": dataclasses.asdict(scheme), "streams": counts,
+                  "tensors": [entry.to_dict() for entry in table]}
+        payload = compress(content)
+        container.check_raw_size(len(content), len(payload))
+        return container.pack(header, payload), Parts(header, counts, table, content, len(payload))
+
+    def measure(encoded: list[Encoded]) -> int:
+        """Most bytes that the file can have."""
+        return len(lay_out_file(encoded, scheme, container.draft)[0]) + HEADER_SLACK
+
+    encoded, final = encode_state_dict(state_dict, scheme, quantized or {}, hessians, sensitivities, measure)
+    packed, parts = lay_out_file(encoded, final, lambda content: container.compress(content, final.zstd_level))
     write_atomic(Path(path), packed)
-    return build_report(len(packed), Parts(header, counts, table, content, len(payload)))
+    return build_report(len(packed), parts)
