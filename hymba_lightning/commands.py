@@ -43,10 +43,8 @@ def run_export(args: list[str]) -> None:
     parser = ArgumentParser(prog="hymba export", description="Write an artifact of a checkpoint's weights, the "
                             "averaged ones where it has them. With --data_dir the rounding is calibrated on training "
                             "batches.")
-    defaults = QuantizationConfig()
-    parser.add_argument("--scheme", type=str, default=defaults.scheme, help="Of `hymba fit`'s "
-                        "export.quantization.scheme")
-    parser.add_argument("--limit", type=int, default=defaults.limit_bytes, help="Most bytes that the artifact and the "
+    parser.add_argument("--scheme", type=str, default="mixed", help="As export.quantization.scheme of `hymba fit`")
+    parser.add_argument("--limit", type=int, default=16_000_000, help="Most bytes that the artifact and the "
                         "code for its evaluation may have together")
     parser.add_argument("--gptq", type=bool | None, default=None, help="Round by GPTQ (default: where --data_dir is "
                         "given)")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
 
 from hymba_lightning import __version__
 from hymba_lightning.callbacks.ema import EMA
@@ -20,8 +19,8 @@ from hymba_lightning.quantization import (
     load_artifact,
     save_artifact,
 )
+from hymba_lightning.quantization.calibration import Calibration, calibrate
 from hymba_lightning.quantization.config import QuantizationConfig
-from hymba_lightning.quantization.gptq import collect_hessians
 
 log = logging.getLogger("hymba_lightning")
 
@@ -51,7 +50,8 @@ class ExportArtifact(pl.Callback):
         enabled: Write an artifact at the end of training; otherwise only the weights are scored.
         filename: The artifact's name in the run's folder, or an absolute path.
         quantization: How the weights are stored, and the limit in bytes.
-        calibration_batches: Training batches, over all ranks, on which GPTQ measures the layers' inputs.
+        calibration_batches: Training batches, over all ranks, on which GPTQ measures the layers' inputs
+            (and 'mixed' what each weight matters).
             The seconds this takes count as training time: hold them back with model.reserve_seconds.
         score_stages: Score raw, averaged and reloaded weights; each takes one pass over the validation stream.
     """
@@ -98,13 +98,13 @@ class ExportArtifact(pl.Callback):
                 stats.record_validation(trainer, pl_module, self.stages[last])
         if not self.enabled:
             return
-        hessians = self._calibrate(trainer, pl_module) if self.quantization.calibrated else None
+        calibration = self._calibrate(trainer, pl_module) if self.quantization.calibrated else None
         self._announce("quantizing and compressing")
         # Only rank 0 writes; its outcome, good or bad, is everyone's, so that no rank waits for a dead one.
         outcome: Any = None
         if trainer.is_global_zero:
             try:
-                outcome = self._write(trainer, pl_module, hessians)
+                outcome = self._write(trainer, pl_module, calibration)
             except (OSError, ValueError) as error:
                 outcome = error
         outcome = trainer.strategy.broadcast(outcome)
@@ -126,33 +126,33 @@ class ExportArtifact(pl.Callback):
         if self.report is not None:
             check_limit(self.report.bytes, self.code_bytes, self.quantization.limit_bytes, self.report)
 
-    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        """Hessians of the averaged network's linears on training batches, summed over the ranks, on the CPU."""
+    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Calibration:
+        """What the averaged network does on training batches, averaged over the ranks, on the CPU."""
         self._announce("calibrating on training batches")
         share = -(-self.calibration_batches // trainer.world_size)
         with pl_module.clock.charged():
-            batches = (batch.inputs.to(pl_module.device) for batch in trainer.datamodule.calibration_batches(share))
-            hessians = collect_hessians(pl_module.net, batches)
-            # A shared projection's Hessian is one tensor under several names: sum it once.
-            for hessian in {id(tensor): tensor for tensor in hessians.values()}.values():
-                sum_over_ranks(hessian)
-            on_cpu = {name: tensor.cpu() for name, tensor in hessians.items()}
+            batches = [batch.inputs.to(pl_module.device) for batch in trainer.datamodule.calibration_batches(share)]
+            calibration = calibrate(pl_module.net, self.quantization, batches)
+            for tensor in calibration.tensors():
+                sum_over_ranks(tensor).div_(trainer.world_size)
+            calibration = calibration.cpu()
         budget = pl_module.budget_seconds
         if budget is not None and pl_module.clock.elapsed() > budget:
             log.warning("calibration ended at %.1f s of a budget of %.1f s: raise model.reserve_seconds",
                         pl_module.clock.elapsed(), budget)
-        return on_cpu
+        return calibration
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule,
-               hessians: dict[str, Tensor] | None) -> tuple[ArtifactReport, int]:
+               calibration: Calibration | None) -> tuple[ArtifactReport, int]:
         data = trainer.datamodule
+        calibration = calibration or calibrate(pl_module.net, self.quantization, []).cpu()
         weights = {name: tensor.detach().cpu() for name, tensor in pl_module.net.state_dict().items()}
         report = save_artifact(
             self.path, weights, config=pl_module.net.config.to_dict(),
             tokenizer={"sha256": data.tokenizer_fingerprint(), "vocab_size": data.vocab_size},
             metadata={"hymba_lightning": __version__, "steps": trainer.global_step, "seq_len": data.seq_len,
                       "train_seconds": round(pl_module.clock.elapsed(), 3)},
-            scheme=self.quantization, hessians=hessians)
+            scheme=self.quantization, **calibration._asdict())
         return report, evaluation_code_bytes()
 
     def _score(self, stage: str, trainer: pl.Trainer, net: Hymba) -> None:

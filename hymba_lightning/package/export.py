@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from hymba_lightning.quantization import (
     load_artifact,
     save_artifact,
 )
-from hymba_lightning.quantization.gptq import collect_hessians
+from hymba_lightning.quantization.calibration import calibrate
 
 log = logging.getLogger("hymba_lightning")
 
@@ -95,20 +94,20 @@ def export(ckpt: str, out: str, quantization: QuantizationConfig = QuantizationC
         raise ValueError(f"calibration_batches={calibration_batches} must be at least 1")
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     source = read_source(Path(ckpt), tokenizer, runtime, where)
-    started, hessians = time.monotonic(), None
-    fingerprint = source.fingerprint
+    started, fingerprint = time.monotonic(), source.fingerprint
+    batches: list[Tensor] = []
     if data_dir is not None:
         data = HymbaDataModule(data_dir, tokenizer, train_files=train_files, micro_batch_size=1,
                                seq_len=seq_len or source.metadata.get("seq_len") or HymbaDataModule().seq_len)
         fingerprint = check_data(source, data)
-        if quantization.calibrated:
-            hessians = calibrate(source.net, data, calibration_batches, where)
+        batches = [batch.inputs.to(where) for batch in data.calibration_batches(calibration_batches)]
+    calibration = calibrate(source.net, quantization, batches).cpu()
     weights = {name: tensor.detach().cpu() for name, tensor in source.net.state_dict().items()}
     known = {"sha256": fingerprint} if fingerprint else {}
     report = save_artifact(out, weights, config=source.net.config.to_dict(),
                            tokenizer=known | {"vocab_size": source.net.config.vocab_size},
                            metadata=source.metadata | {"hymba_lightning": __version__}, scheme=quantization,
-                           hessians=hessians)
+                           **calibration._asdict())
     code_bytes = evaluation_code_bytes()
     check_limit(report.bytes, code_bytes, quantization.limit_bytes, report)
     return Exported(Path(out), report, code_bytes, quantization.limit_bytes, source.weights,
@@ -153,9 +152,3 @@ def check_data(source: Source, data: HymbaDataModule) -> str:
         raise ValueError(f"the network was made for another tokenizer (sha256 {source.fingerprint}) than "
                          f"{data.tokenizer}: give --data_dir and --tokenizer of its training")
     return fingerprint
-
-
-def calibrate(net: Hymba, data: HymbaDataModule, n_batches: int, device: torch.device) -> dict[str, Tensor]:
-    """Hessians of the network's linears on training batches, on the CPU."""
-    batches: Iterator[Tensor] = (batch.inputs.to(device) for batch in data.calibration_batches(n_batches))
-    return {name: hessian.cpu() for name, hessian in collect_hessians(net, batches).items()}

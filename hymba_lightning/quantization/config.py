@@ -14,10 +14,13 @@ class QuantizationConfig:
     scheme: str = "int6"
     """'int6': per output row, the clip searched per row for least squared error, the stored float16 scale used
     throughout. 'gptq': rounded column by column so that the layers' outputs on training batches change least.
+    'mixed': every tensor's precision, the rows' steps included, solved for so that the file just fits limit_bytes at
+    least predicted loss; of the settings below only gptq, name_bits, zstd_level and limit_bytes matter to it.
     'reference': the reference's quantizer bit for bit, with its defect 4 (scale floor of 1/q_max whatever the row's
     size, one clip quantile per tensor, float16 scales stored but float32 ones rounded with)."""
     gptq: bool = False
-    """Round by GPTQ, which needs training batches; the scheme 'gptq' is 'int6' with this."""
+    """Round by GPTQ, which needs training batches; the scheme 'gptq' is 'int6' with this. 'mixed' then also measures on
+    them what each weight matters to the loss, and otherwise on random tokens."""
     bits: int = 6
     """Bits per quantized weight, 2 to 8: q runs from -(2^(bits-1) - 1) to 2^(bits-1) - 1."""
     clip_quantile: float = 0.999

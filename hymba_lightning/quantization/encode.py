@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
 
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from hymba_lightning.quantization.int6 import (
     quantize_rows,
 )
 from hymba_lightning.quantization.layout import Encoded
-from hymba_lightning.quantization.limit import evaluation_code_bytes, fit_to_limit
+from hymba_lightning.quantization.limit import Measure, evaluation_code_bytes, fit_to_limit
 from hymba_lightning.quantization.mixed import encode_mixed
 from hymba_lightning.quantization.payload import check_tensor, encode_tensor
 
@@ -28,12 +27,13 @@ log = logging.getLogger("hymba_lightning")
 
 def encode_state_dict(state_dict: dict[str, Tensor], scheme: QuantizationConfig, quantized: dict[str, QuantizedTensor],
                       hessians: dict[str, Tensor] | None, sensitivities: dict[str, Tensor] | None,
-                      measure: Callable[[list[Encoded]], int]) -> tuple[list[Encoded], QuantizationConfig]:
+                      measure: Measure) -> tuple[list[Encoded], QuantizationConfig]:
     """Every tensor in the form that is stored, and `scheme` with the coarsening that its limit needed.
 
     `quantized` are tensors rounded elsewhere, kept as they are; `hessians` (for GPTQ) are those of `collect_hessians`,
-    `sensitivities` (for 'mixed') of `collect_sensitivities`, without which all tensors count alike; `measure` gives the
-    bytes of a file. Raises ValueError naming a tensor that cannot be stored, or for Hessians missing or unasked for.
+    `sensitivities` (for 'mixed') of `collect_sensitivities`, without which all tensors count alike; `measure` gives
+    the bytes of a file. Raises ValueError naming a tensor that cannot be stored, or for Hessians or sensitivities
+    missing or unasked for.
     """
     unknown = sorted(set(quantized) - set(state_dict))
     if unknown:
@@ -41,6 +41,8 @@ def encode_state_dict(state_dict: dict[str, Tensor], scheme: QuantizationConfig,
     if scheme.calibrated != (hessians is not None):
         raise ValueError(f"the scheme {scheme.scheme!r} {'needs' if hessians is None else 'takes no'} Hessians: "
                          f"collect_hessians makes them from training batches, for GPTQ only")
+    if sensitivities is not None and scheme.scheme != "mixed":
+        raise ValueError(f"the scheme {scheme.scheme!r} takes no sensitivities: they are for 'mixed'")
     for name, tensor in state_dict.items():
         check_tensor(name, tensor)
     budget = scheme.limit_bytes - evaluation_code_bytes()

@@ -1,7 +1,7 @@
 """How an artifact's tensors lie in its content, and where: bytes and tables only, no torch. Numbers are checked.
 
 The content is four streams, one after the other:
-    q        one byte per quantized weight, recentred to 0 … 2*q_max; tensors of a width, then of a kind, side by side
+    q        one byte per quantized weight, recentred to 0 … 2*q_max; tensors of a kind side by side
     scale    float16 row scales        float16, float32   kept tensors
 each float stream as byte planes: first every value's highest byte, then every second byte, … High bytes repeat and so
 compress; low ones do not and would only break the runs. A tensor that equals an earlier one is stored as its alias.
@@ -81,8 +81,7 @@ def lay_out(tensors: list[Encoded]) -> tuple[bytes, dict[str, int], list[Entry]]
     counts = dict.fromkeys(STREAM_DTYPES, 0)
     first_with: dict[tuple, str] = {}
     table = []
-    # Tensors of one width side by side: the coder makes a table per stretch, not per tensor.
-    for encoded in sorted(tensors, key=lambda encoded: (encoded.entry.bits, kind_of(encoded.entry.name))):
+    for encoded in sorted(tensors, key=lambda encoded: kind_of(encoded.entry.name)):
         entry = dataclasses.replace(encoded.entry)
         table.append(entry)
         scale = b"" if encoded.scale is None else encoded.scale.tobytes()
@@ -101,6 +100,16 @@ def lay_out(tensors: list[Encoded]) -> tuple[bytes, dict[str, int], list[Entry]]
             counts["scale"] += entry.rows
     content = b"".join(to_planes(np.concatenate(parts[stream])) for stream in STREAM_DTYPES if parts[stream])
     return content, counts, table
+
+
+def boundaries(counts: dict[str, int], table: list[Entry]) -> list[int]:
+    """Positions in the content where a quantized tensor or a byte plane ends, rising, the content's end excepted."""
+    ends = [entry.offset + entry.numel for entry in table if entry.storage == "int"]
+    end = counts["q"]
+    for stream, dtype in list(STREAM_DTYPES.items())[1:]:
+        ends += [end + counts[stream] * (plane + 1) for plane in range(dtype.itemsize)]
+        end += counts[stream] * dtype.itemsize
+    return [position for position in sorted(set(ends)) if 0 < position < end]
 
 
 def to_planes(values: np.ndarray) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 from hymba_lightning.closure import ROOT, needed_files
 from hymba_lightning.quantization.layout import Encoded
@@ -16,6 +17,12 @@ log = logging.getLogger("hymba_lightning")
 REFEREE = "hymba_lightning.package.referee"
 MAX_ATTEMPTS = 6
 AIM, CLOSE = 0.998, 0.995  # of the budget: where to go, and what is near enough
+
+
+class Measure(Protocol):
+    """Bytes of the file that these tensors would make; `exact` takes the time to compress it in earnest."""
+
+    def __call__(self, encoded: list[Encoded], exact: bool = False) -> int: ...
 
 
 class ArtifactTooLargeError(ValueError):
@@ -39,8 +46,8 @@ def check_limit(artifact_bytes: int, code_bytes: int, limit: int, report: Artifa
         f"(name_bits, e.g. {{tok_emb: 8}}), train with more weight decay, or make the network smaller.{largest}")
 
 
-def fit_to_limit(encode: Callable[[float], list[Encoded]], measure: Callable[[list[Encoded]], int], budget: int,
-                 max_factor: float, start: float = 1.0) -> tuple[float, list[Encoded]]:
+def fit_to_limit(encode: Callable[[float], list[Encoded]], measure: Measure, budget: int, max_factor: float,
+                 start: float = 1.0) -> tuple[float, list[Encoded]]:
     """The least factor on the row scales, from `start` up, at which the artifact has at most `budget` bytes.
 
     `encode(factor)` gives all tensors at that factor, `measure` the bytes of a file of them. Doubling the scales saves

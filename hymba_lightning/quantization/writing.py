@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,10 +15,9 @@ from hymba_lightning.quantization import container
 from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.encode import encode_state_dict
 from hymba_lightning.quantization.int6 import QuantizedTensor
-from hymba_lightning.quantization.layout import Encoded, lay_out
+from hymba_lightning.quantization.layout import Encoded, boundaries, lay_out
 from hymba_lightning.quantization.parts import Parts
 from hymba_lightning.quantization.report import ArtifactReport, build_report
-
 
 # The header's numbers change by some digits when the payload does.
 HEADER_SLACK = 64
@@ -32,28 +32,29 @@ def save_artifact(path: str | os.PathLike, state_dict: dict[str, Tensor], *, con
 
     `config`, `tokenizer` and `metadata` are plain JSON values. `hessians` (of `collect_hessians`) are what GPTQ needs,
     `sensitivities` (of `collect_sensitivities`) what the scheme 'mixed' goes by; `quantized` has tensors that are
-    rounded already. Raises ValueError naming the tensor or field that cannot be stored, OSError where the file cannot be
-    written (an earlier file at `path` is then untouched). An artifact that cannot be brought under its limit is written
-    all the same: refusing it is `check_limit`'s part.
+    rounded already. Raises ValueError naming the tensor or field that cannot be stored, OSError where the file cannot
+    be written (an earlier file at `path` is then untouched). An artifact that cannot be brought under its limit is
+    written all the same: refusing it is `check_limit`'s part.
     """
     if not state_dict:
         raise ValueError("there are no tensors to export")
 
     def lay_out_file(encoded: list[Encoded], scheme: QuantizationConfig,
-                     compress: Callable[[bytes], bytes]) -> tuple[bytes, Parts]:
+                     compress: Callable[..., bytes]) -> tuple[bytes, Parts]:
         content, counts, table = lay_out(encoded)
         header = {"config": config, "tokenizer": tokenizer, "metadata": metadata,
                   "quantization": dataclasses.asdict(scheme), "streams": counts,
                   "tensors": [entry.to_dict() for entry in table]}
-        payload = compress(content)
+        payload = compress(content, cuts=boundaries(counts, table))
         container.check_raw_size(len(content), len(payload))
         return container.pack(header, payload), Parts(header, counts, table, content, len(payload))
 
-    def measure(encoded: list[Encoded]) -> int:
-        """Most bytes that the file can have."""
-        return len(lay_out_file(encoded, scheme, container.draft)[0]) + HEADER_SLACK
+    def measure(encoded: list[Encoded], exact: bool = False) -> int:
+        """Most bytes that the file can have; a little fewer where the time is taken to compress it in earnest."""
+        compress = partial(container.compress, level=scheme.zstd_level) if exact else container.draft
+        return len(lay_out_file(encoded, scheme, compress)[0]) + HEADER_SLACK
 
     encoded, final = encode_state_dict(state_dict, scheme, quantized or {}, hessians, sensitivities, measure)
-    packed, parts = lay_out_file(encoded, final, lambda content: container.compress(content, final.zstd_level))
+    packed, parts = lay_out_file(encoded, final, partial(container.compress, level=final.zstd_level))
     write_atomic(Path(path), packed)
     return build_report(len(packed), parts)

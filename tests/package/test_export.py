@@ -7,7 +7,12 @@ from tiny import TOKENIZER, write_data
 from hymba_lightning.commands import run_command
 from hymba_lightning.data.tokenizer import train_tokenizer
 from hymba_lightning.package.export import export
-from hymba_lightning.quantization import ArtifactTooLargeError, QuantizationConfig, load_artifact
+from hymba_lightning.quantization import (
+    ArtifactTooLargeError,
+    QuantizationConfig,
+    evaluation_code_bytes,
+    load_artifact,
+)
 
 SMALL = QuantizationConfig(keep_float_numel=100, zstd_level=3)
 
@@ -51,7 +56,8 @@ def test_a_checkpoint_without_averages_gives_its_own_weights(last, tmp_path):
 
 
 def test_data_calibrates_the_rounding(run, last, tmp_path):
-    options = ["--ckpt", str(last), "--quantization.keep_float_numel", "100", "--quantization.bits", "4"]
+    options = ["--ckpt", str(last), "--scheme", "int6", "--quantization.keep_float_numel", "100",
+               "--quantization.bits", "4"]
     run_command("export", [*options, "--out", str(tmp_path / "rounded")])
     run_command("export", [*options, "--out", str(tmp_path / "calibrated"), "--data_dir", str(run.parent / "data"),
                            "--calibration_batches", "3"])
@@ -60,6 +66,20 @@ def test_data_calibrates_the_rounding(run, last, tmp_path):
     name = "blocks.0.mlp.fc.weight"
     assert not torch.equal(rounded.state_dict[name], calibrated.state_dict[name])
     assert torch.equal(rounded.state_dict["tok_emb.weight"], calibrated.state_dict["tok_emb.weight"])
+
+
+@pytest.mark.parametrize("options", [[], ["--data_dir", "data", "--calibration_batches", "2"],
+                                     ["--data_dir", "data", "--gptq", "false"]])
+def test_one_number_drives_the_export(run, last, tmp_path, options, capsys):
+    options = [str(run.parent / "data") if option == "data" else option for option in options]
+    budget = 61_803
+    run_command("export", ["--ckpt", str(last), "--out", str(tmp_path / "a"), "--limit",
+                           str(budget + evaluation_code_bytes()), *options])
+    assert 0.99 * budget < (tmp_path / "a").stat().st_size <= budget
+    stored = load_artifact(tmp_path / "a")
+    assert stored.quantization["scheme"] == "mixed"
+    assert stored.quantization["gptq"] == (options[-1:] == ["2"])
+    assert "% of " in capsys.readouterr().out
 
 
 def test_what_is_over_the_limit_is_refused(last, tmp_path):

@@ -133,6 +133,17 @@ def test_recentred_codes_and_planes_beat_plain_arrays(tmp_path):
     assert entropy_bytes < share < 1.03 * entropy_bytes
 
 
+@pytest.mark.parametrize("levels", [3, 15, 63, 255])
+def test_a_draft_is_never_smaller_than_the_file_will_be(levels):
+    generator = np.random.default_rng(0)
+    content = np.clip(generator.normal(levels / 2, levels / 8, 200_000).round(), 0, levels - 1).astype(np.uint8)
+    draft = container.draft(content.tobytes())
+    for level in (1, 3, 9, 22):
+        packed = container.compress(content.tobytes(), level)
+        assert 0.8 * len(draft) < len(packed) <= len(draft)
+        assert container.decompress(packed, content.size, "payload") == content.tobytes()
+
+
 def test_report_adds_up_and_inspection_repeats_it(tmp_path):
     report = save(tmp_path / "a")
     _, inspected = inspect_artifact(tmp_path / "a")

@@ -1,0 +1,205 @@
+"""The scheme 'mixed': every tensor's precision solved for, so that the file fits its limit at least predicted loss.
+
+An entropy coder charges for the levels in use, so what is chosen is a row's step, not a width. With s the sensitivity
+of a row's weights (sensitivity.py), its rounding costs s step² / 24 nats a weight, and half the step takes a bit a
+weight, whatever the row: steps in proportion to s^-½ waste nothing. That settles the rows of a tensor among themselves.
+The factor on a tensor's steps, or float16 or float32 instead, are the options of which allocation.py takes one for each
+tensor. An option's loss and bytes are those of the tensor rounded and coded by itself; what the whole file has decides.
+R rows, C columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from hymba_lightning.quantization import container
+from hymba_lightning.quantization.allocation import Option, allocate
+from hymba_lightning.quantization.gptq import SingularHessianError, inverse_factor, round_columns
+from hymba_lightning.quantization.int6 import QuantizedTensor, as_rows, normalise, q_max_of, round_to, search_scale
+from hymba_lightning.quantization.layout import STREAM_DTYPES, Encoded, to_planes
+from hymba_lightning.quantization.limit import Measure
+from hymba_lightning.quantization.payload import encode_tensor, fits_float16
+from hymba_lightning.quantization.sensitivity import plain_sensitivity
+
+log = logging.getLogger("hymba_lightning")
+
+LADDER = 4  # factors per octave of the steps
+SMALL = 1024  # entries up to which a tensor stays float
+SAMPLE = 1 << 17  # weights of a tensor on which an option's loss and bytes are counted
+SMOOTHING = 0.1  # share of the tensor's mean sensitivity that every row has at least: calibration saw only so much
+LEAST = 1e-6  # of the plain sensitivity: what showed no gradient is not thrown away while there are bytes
+SCALE_TOP = 13  # the largest scale lies in [2^13, 2^14), which leaves 2^27 below it at float16's full precision
+Q_MAX = q_max_of(8)
+DAMPING = 0.01
+ATTEMPTS = 12
+AIM, CLOSE = 0.9995, 0.999  # of the budget: where to go, and what is near enough
+
+
+class Candidate:
+    """A tensor with its options: its rows on a ladder of steps as integers, float16, float32."""
+
+    def __init__(self, name: str, tensor: Tensor, sensitivity: Tensor, hessian: Tensor | None) -> None:
+        self.name, self.tensor, self.hessian = name, tensor.detach().float(), hessian
+        self.rows_RC = as_rows(self.tensor)
+        self.sensitivity_RC = as_rows(sensitivity + LEAST * plain_sensitivity(name, tensor)).to(self.rows_RC)
+        mean_R = self.sensitivity_RC.double().mean(dim=1)
+        self.step_R = (mean_R + SMOOTHING * mean_R.mean()).rsqrt()
+        self.finest_R, self.coarsest_R = self._finest(), 2.01 * self.rows_RC.abs().amax(dim=1).double()
+        self.made: dict[tuple[float, bool], QuantizedTensor] = {}
+
+    def _finest(self) -> Tensor:
+        """The steps of plain 8-bit rounding: finer ones would cut off more than they gain."""
+        rows_RC, exponent = normalise(self.rows_RC, Q_MAX)
+        return search_scale(rows_RC, Q_MAX, 0.999, 9).double() * 2.0**exponent
+
+    @cached_property
+    def factor(self) -> tuple[Tensor, Tensor] | None:
+        """GPTQ's Cholesky factor and order of columns; None where there is no usable Hessian."""
+        if self.hessian is None:
+            return None
+        try:
+            return inverse_factor(self.hessian, DAMPING, True)
+        except SingularHessianError as error:
+            log.warning("%s is rounded to nearest instead of by GPTQ: %s", self.name, error)
+            return None
+
+    @cached_property
+    def gptq_gain(self) -> float:
+        """What GPTQ leaves of the loss: column j's error counts 1/U_jj² instead of H_jj."""
+        if self.hessian is None or self.factor is None:
+            return 1.0
+        diagonal = float(self.hessian.diagonal().double().mean()) * (1 + DAMPING)
+        return min(float(self.factor[0].diagonal().double().pow(-2).mean()) / diagonal, 1.0)
+
+    def steps(self, factor: float) -> Tensor:
+        """(R,) float64."""
+        return torch.minimum(torch.maximum(self.step_R * factor, self.finest_R), self.coarsest_R)
+
+    def options(self) -> list[Option]:
+        """All of them, finest first."""
+        rows_RC, sensitivity_RC = self.rows_RC, self.sensitivity_RC
+        planes = to_planes(self.tensor.cpu().flatten().numpy().astype(STREAM_DTYPES["float32"]))
+        options = [Option(0.0, len(container.draft(planes)), "float32")]
+        if fits_float16(self.tensor.cpu().flatten()):
+            half = self.tensor.half()
+            planes = to_planes(half.cpu().flatten().numpy().astype(STREAM_DTYPES["float16"]))
+            options.append(Option(self._loss(as_rows(half.float()) - rows_RC, sensitivity_RC),
+                                  len(container.draft(planes)), "float16"))
+        if rows_RC.numel() <= SMALL:
+            return options
+        n_rows = len(rows_RC)
+        picked = torch.linspace(0, n_rows - 1, max(min(n_rows, SAMPLE // rows_RC.shape[1]), 1)).long()
+        rows_RC, sensitivity_RC, share = rows_RC[picked], sensitivity_RC[picked], n_rows / len(picked)
+        live_R = self.coarsest_R > 0
+        lowest = float((self.finest_R / self.step_R)[live_R].min()) if live_R.any() else 1.0
+        highest = float((self.coarsest_R / self.step_R)[live_R].max()) if live_R.any() else 1.0
+        for index in range(math.floor(LADDER * math.log2(lowest)), math.ceil(LADDER * math.log2(highest)) + 1):
+            factor = 2.0 ** (index / LADDER)
+            step_R = self.steps(factor)[picked].float().clamp_min(1e-38)
+            q_RC = round_to(rows_RC, step_R, Q_MAX)
+            loss = self._loss(q_RC * step_R[:, None] - rows_RC, sensitivity_RC) * share * self.gptq_gain
+            codes = (q_RC + Q_MAX).to(torch.uint8).cpu().numpy().tobytes()
+            options.append(Option(loss, len(container.frame(codes, 1)) * share + 2 * n_rows, "int", factor))
+        return options
+
+    @staticmethod
+    def _loss(error_RC: Tensor, sensitivity_RC: Tensor) -> float:
+        """Nats a token."""
+        return 0.5 * float((error_RC.square() * sensitivity_RC).sum(dtype=torch.float64))
+
+    def quantize(self, factor: float, by_gptq: bool) -> QuantizedTensor:
+        """The tensor in the steps of `factor`, with as many bits as its codes take."""
+        if (factor, by_gptq) not in self.made:
+            step_R = self.steps(factor)
+            exponent = max(math.frexp(float(step_R.max()))[1], -126) - 1 - SCALE_TOP
+            scale_R = (step_R * 2.0**-exponent).half().float().clamp_min(2.0**-24)
+            rows_RC = (self.rows_RC.double() * 2.0**-exponent).float()
+            if by_gptq and self.factor is not None:
+                upper_CC, order_C = self.factor
+                q_RC = torch.empty_like(rows_RC)
+                q_RC[:, order_C] = round_columns(rows_RC[:, order_C], upper_CC.to(rows_RC), scale_R, Q_MAX, 128)
+            else:
+                q_RC = round_to(rows_RC, scale_R, Q_MAX)
+            bits = max(int(q_RC.abs().max()).bit_length() + 1, 2)
+            self.made[factor, by_gptq] = QuantizedTensor(q_RC.to(torch.int8), scale_R.half(), exponent, bits)
+        return self.made[factor, by_gptq]
+
+
+def encode_mixed(state_dict: dict[str, Tensor], sensitivities: dict[str, Tensor] | None, hessians: dict[str, Tensor],
+                 fixed: dict[str, Encoded], measure: Measure, budget: int) -> list[Encoded]:
+    """Every tensor encoded, in a file of at most `budget` bytes where that is possible.
+
+    `sensitivities` has a tensor for every name (None: plain ones), `hessians` those of linears to be rounded by GPTQ,
+    `fixed` tensors that are encoded already, `measure` gives the bytes of the whole file. Raises ValueError naming a
+    tensor of no or unusable sensitivity.
+    """
+    for name, tensor in state_dict.items() if sensitivities is not None else ():
+        given = sensitivities.get(name) if sensitivities else None
+        if given is None or given.shape != tensor.shape or not (torch.isfinite(given) & (given >= 0)).all():
+            raise ValueError(f"{name} has no finite sensitivities of its shape {list(tensor.shape)}")
+    leaders: dict[tuple, str] = {}
+    leader_of = {name: leaders.setdefault((tuple(tensor.shape), digest(tensor)), name)
+                 for name, tensor in state_dict.items() if name not in fixed}
+    candidates = {name: Candidate(name, state_dict[name], plain_sensitivity(name, state_dict[name])
+                                  if sensitivities is None else sensitivities[name], hessians.get(name))
+                  for name in leaders.values()}
+    options = {name: candidate.options() for name, candidate in candidates.items()}
+
+    def encode(by_gptq: bool, choice: dict[str, Option]) -> list[Encoded]:
+        encoded = list(fixed.values())
+        for name, leader in leader_of.items():
+            option = choice[leader]
+            rounded = candidates[leader].quantize(option.factor, by_gptq) if option.storage == "int" else None
+            encoded.append(encode_tensor(name, state_dict[name], option.storage, rounded))
+        return encoded
+
+    # Rounding to nearest and drafts of the file are quick: they find the way, the real ones go the last steps.
+    *_, estimate = search(options, partial(encode, False), measure, budget, float(budget))
+    encoded, loss, _ = search(options, partial(encode, bool(hessians)), partial(measure, exact=True), budget, estimate)
+    if math.isinf(loss):
+        log.warning("no division of the bytes brings the artifact under its limit: exported at its smallest")
+    elif sensitivities is not None:
+        log.info("mixed precision: %.5f nats a token are predicted to be lost", loss)
+    return encoded
+
+
+def search(options: dict[str, list[Option]], encode: Callable[[dict[str, Option]], list[Encoded]],
+           measure: Callable[[list[Encoded]], int], budget: int, estimate: float) -> tuple[list[Encoded], float, float]:
+    """Allocates `estimate` bytes, and more or less of them until the real file just fits into `budget`.
+
+    Returns the encoded tensors of least predicted loss that fit, that loss, and the estimate to which they belong; the
+    smallest ones and infinity where nothing fits.
+    """
+    best: tuple[list[Encoded], float, float] | None = None
+    sizes: dict[tuple[Option, ...], int] = {}
+    smallest = allocate(options, 0)
+    for _ in range(ATTEMPTS):
+        choice = allocate(options, estimate)
+        key = tuple(choice.values())
+        if key not in sizes:
+            encoded = encode(choice)
+            sizes[key] = measure(encoded)
+            loss = sum(option.loss for option in key)
+            if sizes[key] <= budget and (best is None or loss < best[1]):
+                best = encoded, loss, estimate
+        elif sizes[key] <= budget:
+            break
+        if CLOSE * budget <= sizes[key] <= budget or (sizes[key] > budget and choice == smallest):
+            break
+        estimate += AIM * budget - sizes[key]
+    if best is None:
+        encoded = encode(smallest)
+        return encoded, math.inf if measure(encoded) > budget else sum(o.loss for o in smallest.values()), estimate
+    return best
+
+
+def digest(tensor: Tensor) -> bytes:
+    """Tells tensors apart by content."""
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).digest()
