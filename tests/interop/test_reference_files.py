@@ -19,6 +19,8 @@ from hymba_lightning.interop import (
     read_reference_checkpoint,
     to_reference,
 )
+from hymba_lightning.interop.checkpoint import read_reference_file
+from hymba_lightning.interop.quantized import quantized_reference_file
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization import inspect_artifact
 from hymba_lightning.quantization.int6 import quantize_reference
@@ -90,6 +92,21 @@ def test_quantized_file_is_read_and_imported_exactly(tmp_path, pack):
     assert sum(tensor.storage == "int6" for tensor in report.tensors) == len(parts["quantized"])
     assert artifact.config["window"] == 32
     assert artifact.config["reset_at_bos"] is False
+
+
+def test_the_file_that_is_written_is_the_quantized_network(tmp_path):
+    state_dict = {f"blocks.0.{name}": torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in
+                  (("mlp.fc.weight", (300, 256)), ("mlp_scale", (70_000,)), ("attn.c_q.weight", (256, 256)))}
+    state_dict["tok_emb.weight"] = torch.randn(512, 256, generator=torch.Generator().manual_seed(1))
+    (tmp_path / "a.ptz").write_bytes(quantized_reference_file(state_dict, 6, level=3))
+    read = read_reference_file(tmp_path / "a.ptz")
+    assert set(read.quantized) == {"blocks.0.mlp.fc.weight"}  # the only matrix of more than 65,536 entries
+    rounded = quantize_reference(state_dict["blocks.0.mlp.fc.weight"], 6)
+    assert torch.equal(read.state_dict["blocks.0.mlp.fc.weight"], rounded.q.float() * rounded.scale.float()[:, None])
+    assert torch.equal(read.state_dict["blocks.0.mlp_scale"], state_dict["blocks.0.mlp_scale"])
+    assert torch.equal(read.state_dict["tok_emb.weight"], state_dict["tok_emb.weight"].half().float())
+    with pytest.raises(ValueError, match=r"conv\.weight is no matrix"):
+        quantized_reference_file({"conv.weight": torch.zeros(70_000, 1, 4)})
 
 
 def test_prefixes_of_ddp_and_compile_are_dropped_and_sharers_filled_in():
