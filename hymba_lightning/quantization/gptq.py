@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hymba_lightning.model.hymba import Hymba
 from hymba_lightning.model.layers import Linear, rms_norm
 from hymba_lightning.model.mixer import HybridMixer
+from hymba_lightning.ops.threads import spread_torch
 from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.int6 import (
     QuantizedTensor,
@@ -146,20 +147,21 @@ def quantize_with_hessians(state_dict: dict[str, Tensor], hessians: dict[str, Te
 
     A matrix whose Hessian is singular is rounded to nearest, with a warning that names it.
     """
+    wanted = [(name, weight, hessians[name], config.storage_of(name, weight.numel())[1])
+              for name, weight in state_dict.items()
+              if name in hessians and config.storage_of(name, weight.numel())[0] == "int"]
+    # Sharers of one weight have one Hessian. Columns are rounded in small steps: a thread a weight, not a step.
+    shared = list({id(hessian): item for item in wanted for hessian in [item[2]]}.values())
     done: dict[int, QuantizedTensor] = {}
-    result = {}
-    for name, weight in state_dict.items():
-        hessian = hessians.get(name)
-        storage, bits = config.storage_of(name, weight.numel())
-        if hessian is None or storage != "int":
-            continue
-        if id(hessian) not in done:
-            options: dict[str, Any] = {"clip_quantile": config.clip_quantile, "clip_steps": config.clip_steps,
-                                       "name": name}
-            try:
-                done[id(hessian)] = quantize_gptq(as_rows(weight), hessian, bits, coarsen=config.coarsen, **options)
-            except SingularHessianError as error:
-                log.warning("%s is rounded to nearest instead of by GPTQ: %s", name, error)
-                done[id(hessian)] = coarsen_rows(weight, quantize_rows(weight, bits, **options), config.coarsen)
-        result[name] = done[id(hessian)]
-    return result
+
+    def quantize(index: int) -> None:
+        name, weight, hessian, bits = shared[index]
+        options: dict[str, Any] = {"clip_quantile": config.clip_quantile, "clip_steps": config.clip_steps, "name": name}
+        try:
+            done[id(hessian)] = quantize_gptq(as_rows(weight), hessian, bits, coarsen=config.coarsen, **options)
+        except SingularHessianError as error:
+            log.warning("%s is rounded to nearest instead of by GPTQ: %s", name, error)
+            done[id(hessian)] = coarsen_rows(weight, quantize_rows(weight, bits, **options), config.coarsen)
+
+    spread_torch(quantize, len(shared))
+    return {name: done[id(hessian)] for name, _, hessian, _ in wanted}

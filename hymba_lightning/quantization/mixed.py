@@ -19,6 +19,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from hymba_lightning.ops.threads import spread_torch
 from hymba_lightning.quantization import container
 from hymba_lightning.quantization.allocation import Option, allocate
 from hymba_lightning.quantization.gptq import SingularHessianError, inverse_factor, round_columns
@@ -147,12 +148,24 @@ def encode_mixed(state_dict: dict[str, Tensor], sensitivities: dict[str, Tensor]
     leaders: dict[tuple, str] = {}
     leader_of = {name: leaders.setdefault((tuple(tensor.shape), digest(tensor)), name)
                  for name, tensor in state_dict.items() if name not in fixed}
-    candidates = {name: Candidate(name, state_dict[name], plain_sensitivity(name, state_dict[name])
-                                  if sensitivities is None else sensitivities[name], hessians.get(name))
-                  for name in leaders.values()}
-    options = {name: candidate.options() for name, candidate in candidates.items()}
+    names = list(leaders.values())
+    candidates: dict[str, Candidate] = {}
+    options: dict[str, list[Option]] = {}
+
+    # Everything here is small steps one after the other: a thread for each tensor, not for each step.
+    def consider(item: int) -> None:
+        name, tensor = names[item], state_dict[names[item]]
+        sensitivity = plain_sensitivity(name, tensor) if sensitivities is None else sensitivities[name]
+        candidates[name] = Candidate(name, tensor, sensitivity, hessians.get(name))
+        options[name] = candidates[name].options()
 
     def encode(by_gptq: bool, choice: dict[str, Option]) -> list[Encoded]:
+        integers = [name for name in names if choice[name].storage == "int"]
+
+        def quantize(item: int) -> None:
+            candidates[integers[item]].quantize(choice[integers[item]].factor, by_gptq)
+
+        spread_torch(quantize, len(integers))
         encoded = list(fixed.values())
         for name, leader in leader_of.items():
             option = choice[leader]
@@ -160,6 +173,8 @@ def encode_mixed(state_dict: dict[str, Tensor], sensitivities: dict[str, Tensor]
             encoded.append(encode_tensor(name, state_dict[name], option.storage, rounded))
         return encoded
 
+    spread_torch(consider, len(names))
+    options = {name: options[name] for name in names}
     # Rounding to nearest and drafts of the file are quick: they find the way, the real ones go the last steps.
     *_, estimate = search(options, partial(encode, False), measure, budget, float(budget))
     encoded, loss, _ = search(options, partial(encode, bool(hessians)), partial(measure, exact=True), budget, estimate)
