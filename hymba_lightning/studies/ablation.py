@@ -1,38 +1,41 @@
 """Runs `hymba fit` once per variant and seed, pairs the results by seed, and writes a table and a plot.
 
-A run that has a summary.json is not run again, so an interrupted study goes on where it was.
+A run that has a summary.json is not run again, so an interrupted study goes on where it was. A run that wrote an
+artifact is also tested, with score-first TTT, where the study says so.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hymba_lightning.files import write_atomic
+from hymba_lightning.studies.runs import run_once
+from hymba_lightning.studies.seeds import STAGES
 
 
 @dataclass(frozen=True)
 class Study:
-    """What to compare. `common` and each variant are options of `hymba fit`, as name: value."""
+    """What to compare. `common` and each variant are options of `hymba fit`, as name: value; a variant's `config` (a list
+    of files) stands in for the study's."""
 
     config: list[str]
     baseline: str
-    variants: dict[str, dict[str, str]]
-    common: dict[str, str] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]]
+    common: dict[str, Any] = field(default_factory=dict)
     stage: str = "ema"
+    test: bool = False
+    """Also run `hymba test` on every artifact."""
 
     @classmethod
     def from_yaml(cls, path: Path) -> Study:
@@ -47,36 +50,34 @@ class Study:
         return study
 
 
-def options(values: dict[str, str]) -> list[str]:
-    """{'model.net.window': 512} → ['--model.net.window', '512']."""
+def options(values: dict[str, Any]) -> list[str]:
+    """{'model.net.window': 512} → ['--model.net.window', '512']. A `config` is left out."""
     flat: list[str] = []
     for name, value in values.items():
+        if name == "config":
+            continue
         flat += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return flat
 
 
-def run_one(study: Study, variant: str, seed: int, folder: Path, extra: list[str], device: str | None) -> Path:
-    """Trains one variant with one seed on one device; returns its summary. Raises RuntimeError with the log's end."""
-    run_dir = folder / f"{variant}-{seed}"
-    summary = run_dir / "summary.json"
-    if summary.is_file():
-        return summary
-    command = [sys.executable, "-m", "hymba_lightning", "fit"]
-    for config in study.config:
-        command += ["--config", config]
-    command += [*options(study.common), *options(study.variants[variant]), "--seed_everything", str(seed),
-                "--run_dir", str(run_dir), "--overwrite", "true", *extra]
-    environment = dict(os.environ) | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
-    run_dir.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with open(run_dir / "log.txt", "w") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-    if code or not summary.is_file():
-        tail = "\n".join((run_dir / "log.txt").read_text().splitlines()[-15:])
-        raise RuntimeError(f"{variant} with seed {seed} ended with code {code}:\n{tail}")
-    seconds = time.monotonic() - started
-    print(f"{variant} seed {seed}: {_bpb(summary, study.stage):.4f} bpb in {seconds:.0f} s", flush=True)
-    return summary
+def run_one(study: Study, variant: str, seed: int, folder: Path, extra: list[str], device: str | None) -> None:
+    """Trains one variant with one seed on one device. Raises RuntimeError with the log's end."""
+    run_dir, changes = folder / f"{variant}-{seed}", study.variants[variant]
+    files = [part for config in changes.get("config", study.config) for part in ("--config", config)]
+    arguments = [*files, *options(study.common), *options(changes), "--seed_everything", str(seed), *extra]
+    environment = {} if device is None else {"CUDA_VISIBLE_DEVICES": device}
+    run_once("fit", run_dir, "summary.json", arguments, environment)
+    if study.test and (run_dir / "artifact.hymba").is_file():
+        run_once("test", run_dir, "test_summary.json", [*arguments, "--ckpt_path", str(run_dir / "artifact.hymba")],
+                 environment)
+    print(f"{variant} seed {seed}: {bits_per_byte(run_dir)[study.stage]:.4f} bpb", flush=True)
+
+
+def bits_per_byte(run_dir: Path) -> dict[str, float]:
+    """Stage → bits per byte of a finished run."""
+    stages = dict(json.loads((run_dir / "summary.json").read_bytes())["bpb"])
+    tested = run_dir / "test_summary.json"
+    return stages | ({"ttt": json.loads(tested.read_bytes())["ttt_bpb"]} if tested.is_file() else {})
 
 
 def run_study(study: Study, seeds: list[int], folder: Path, extra: list[str], devices: list[str | None],
@@ -102,27 +103,33 @@ def run_study(study: Study, seeds: list[int], folder: Path, extra: list[str], de
     return report(study, folder, seeds, names)
 
 
-def _bpb(summary: Path, stage: str) -> float:
-    return json.loads(summary.read_text())["bpb"][stage]
-
-
 def report(study: Study, folder: Path, seeds: list[int], names: list[str]) -> str:
-    """The table: bits per byte mean ± std over seeds, and the paired difference to the baseline with its own std."""
-    scores = {name: [_bpb(folder / f"{name}-{seed}" / "summary.json", study.stage) for seed in seeds]
-              for name in names}
+    """The tables: bits per byte mean ± std over seeds with the paired difference to the baseline and its own std, then
+    every stage."""
+    runs = {name: [bits_per_byte(folder / f"{name}-{seed}") for seed in seeds] for name in names}
     rows = ["| variant | bpb | difference to " + study.baseline + " (paired, thousandths) | n |", "|---|---|---|---|"]
     differences = {}
-    for name, values in scores.items():
-        delta = [1000 * (a - b) for a, b in zip(values, scores[study.baseline], strict=True)]
+    for name, stages in runs.items():
+        values = [run[study.stage] for run in stages]
+        delta = [1000 * (a - b[study.stage]) for a, b in zip(values, runs[study.baseline], strict=True)]
         spread = statistics.stdev(delta) if len(delta) > 1 else math.nan
         differences[name] = (statistics.mean(delta), spread / math.sqrt(len(delta)))
-        std = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         change = "–" if name == study.baseline else f"{statistics.mean(delta):+.1f} ± {spread:.1f}"
-        rows.append(f"| {name} | {statistics.mean(values):.4f}{std} | {change} | {len(values)} |")
+        rows.append(f"| {name} | {_mean(values)} | {change} | {len(values)} |")
+    known = [stage for stage in STAGES if any(stage in run for stages in runs.values() for run in stages)]
+    rows += ["", "| variant | " + " | ".join(STAGES[stage] for stage in known) + " |", "|---" * (len(known) + 1) + "|"]
+    for name, stages in runs.items():
+        cells = [_mean([run[stage] for run in stages]) if all(stage in run for run in stages) else "–"
+                 for stage in known]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
     table = "\n".join(rows) + "\n"
     write_atomic(folder / "table.md", table)
     plot(differences, study.baseline, folder / "plot.png")
     return table
+
+
+def _mean(values: list[float]) -> str:
+    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def plot(differences: dict[str, tuple[float, float]], baseline: str, path: Path) -> None:

@@ -112,11 +112,11 @@ def write(recipe: Recipe, weights: dict[str, Tensor], net: Hymba, calibration: C
 
 
 def run_study(net: Hymba, data: HymbaDataModule, calibration: Calibration, out: Path, device: torch.device,
-              only: list[str] | None = None) -> str:
+              only: list[str] | None = None, coders: bool = True) -> str:
     """Runs the recipes that have no result yet. Returns the tables (Markdown), also in out/table.md; with plot.png.
 
     net: the float weights, on `device`. calibration: Hessians and sensitivities, on the CPU. only: series to run,
-    besides the reference's file. The files stay in `out`.
+    besides the reference's file. coders: also compress every payload by other coders, a minute each for a large net. The files stay in `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
@@ -131,8 +131,8 @@ def run_study(net: Hymba, data: HymbaDataModule, calibration: Calibration, out: 
         stored, result = write(recipe, weights, net, calibration, file, base)
         other.load_state_dict(stored)
         result |= compare(net, other, data.val_dataloader(), device)
-        coders = {} if recipe.scheme is None else {"coders": coder_bytes(file)}
-        results[recipe.name] = {"series": recipe.series, "file": file.name, **result, **coders}
+        others = {"coders": coder_bytes(file)} if coders and recipe.scheme is not None else {}
+        results[recipe.name] = {"series": recipe.series, "file": file.name, **result, **others}
         write_atomic(path, json.dumps(results, indent=1) + "\n")
         print(f"{recipe.name}: {result['bytes']:,.0f} bytes, {1000 * result['gap']:+.2f} thousandths of a bit a byte, "
               f"written in {result['export_seconds']:.1f} s", flush=True)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def run_once(command: str, run_dir: Path, result: str, arguments: Sequence[str]) -> dict[str, Any]:
+def run_once(command: str, run_dir: Path, result: str, arguments: Sequence[str],
+             environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The JSON file `result` of `hymba <command> --run_dir <run_dir>`, from an earlier call or from one made now.
 
-    A fit that was interrupted goes on from its checkpoint. The output goes to <run_dir>/<command>.log. Raises
-    RuntimeError with the log's end where the command fails.
+    `environment` is added to this process's. A fit that was interrupted goes on from its checkpoint. The output goes to
+    <run_dir>/<command>.log. Raises RuntimeError with the log's end where the command fails.
     """
     path = run_dir / result
     if not path.is_file():
@@ -27,7 +29,8 @@ def run_once(command: str, run_dir: Path, result: str, arguments: Sequence[str])
         line = [sys.executable, "-m", "hymba_lightning", command, "--run_dir", str(run_dir), *arguments, *resume]
         started, log = time.monotonic(), run_dir / f"{command}.log"
         with open(log, "a") as file:
-            code = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+            code = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, check=False,
+                                  env=os.environ | dict(environment or {})).returncode
         if code or not path.is_file():
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
             raise RuntimeError(f"hymba {command} in {run_dir} ended with code {code}:\n{tail}")

@@ -45,8 +45,8 @@ class OptimizerConfig:
     """Newton-Schulz steps."""
     muon_coefficients: Literal["quintic", "polar_express"] = "quintic"
     """Coefficients of the Newton-Schulz steps: one quintic for all, or Polar Express's one per step."""
-    muon_row_normalize: bool = False
-    """Scale every row to length 1 before Newton-Schulz (MuonEq-R)."""
+    muon_row_normalize: bool = True
+    """Scale every row to length 1 before Newton-Schulz (MuonEq-R); False is what the reference does."""
     muon_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the Newton-Schulz steps; auto takes bfloat16 on a GPU and float32 on a CPU, where that is faster."""
     muon_shard: bool = True
