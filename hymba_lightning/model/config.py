@@ -65,8 +65,8 @@ class HymbaConfig:
     """Orthogonal start for linears with both sides >= 16 (zero-initialised ones stay zero)."""
     dt_init: str = "linear"
     """Start of the time-step bias: 'mamba' draws dt log-uniformly from [dt_min, dt_max]; 'linear' is a plain linear's
-    bias, dt about 0.7, with which the state forgets within a few tokens at first. The reference has 'linear' (defect 3),
-    and at its size that trains better (README, results)."""
+    bias, dt about 0.7, with which the state forgets within a few tokens at first. The reference has 'linear' (counted
+    as its defect 3), and at its size that trains better (README, results)."""
     dt_min: float = 0.001
     """Smallest starting time step under dt_init 'mamba'."""
     dt_max: float = 0.1

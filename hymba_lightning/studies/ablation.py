@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,8 @@ from hymba_lightning.studies.seeds import STAGES
 
 @dataclass(frozen=True)
 class Study:
-    """What to compare. `common` and each variant are options of `hymba fit`, as name: value; a variant's `config` (a list
-    of files) stands in for the study's."""
+    """What to compare. `common` and each variant are options of `hymba fit`, as name: value; a variant's `config` (a
+    list of files) stands in for the study's."""
 
     config: list[str]
     baseline: str
@@ -105,22 +106,29 @@ def run_study(study: Study, seeds: list[int], folder: Path, extra: list[str], de
 
 def report(study: Study, folder: Path, seeds: list[int], names: list[str]) -> str:
     """The tables: bits per byte mean ± std over seeds with the paired difference to the baseline and its own std, then
-    every stage."""
-    runs = {name: [bits_per_byte(folder / f"{name}-{seed}") for seed in seeds] for name in names}
+    every stage. A variant counts with the seeds that it and the baseline have both ended with, and without any not at
+    all. Raises FileNotFoundError where the baseline has none."""
+    found = {name: [seed for seed in seeds if (folder / f"{name}-{seed}" / "summary.json").is_file()] for name in names}
+    if not found[study.baseline]:
+        raise FileNotFoundError(f"{folder} has no finished run of the baseline {study.baseline!r} with seeds {seeds}")
+    paired = {name: [seed for seed in done if seed in found[study.baseline]] for name, done in found.items()}
+    runs = {name: {seed: bits_per_byte(folder / f"{name}-{seed}") for seed in done}
+            for name, done in paired.items() if done}
     rows = ["| variant | bpb | difference to " + study.baseline + " (paired, thousandths) | n |", "|---|---|---|---|"]
     differences = {}
-    for name, stages in runs.items():
-        values = [run[study.stage] for run in stages]
-        delta = [1000 * (a - b[study.stage]) for a, b in zip(values, runs[study.baseline], strict=True)]
+    for name, by_seed in runs.items():
+        values = [run[study.stage] for run in by_seed.values()]
+        delta = [1000 * (run[study.stage] - runs[study.baseline][seed][study.stage]) for seed, run in by_seed.items()]
         spread = statistics.stdev(delta) if len(delta) > 1 else math.nan
         differences[name] = (statistics.mean(delta), spread / math.sqrt(len(delta)))
-        change = "–" if name == study.baseline else f"{statistics.mean(delta):+.1f} ± {spread:.1f}"
+        change = f"{statistics.mean(delta):+.1f}" + (f" ± {spread:.1f}" if len(delta) > 1 else "")
+        change = "–" if name == study.baseline else change
         rows.append(f"| {name} | {_mean(values)} | {change} | {len(values)} |")
-    known = [stage for stage in STAGES if any(stage in run for stages in runs.values() for run in stages)]
+    known = [stage for stage in STAGES if any(stage in run for by_seed in runs.values() for run in by_seed.values())]
     rows += ["", "| variant | " + " | ".join(STAGES[stage] for stage in known) + " |", "|---" * (len(known) + 1) + "|"]
-    for name, stages in runs.items():
-        cells = [_mean([run[stage] for run in stages]) if all(stage in run for run in stages) else "–"
-                 for stage in known]
+    for name, by_seed in runs.items():
+        ended = list(by_seed.values())
+        cells = [_mean([run[stage] for run in ended]) if all(stage in run for run in ended) else "–" for stage in known]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     table = "\n".join(rows) + "\n"
     write_atomic(folder / "table.md", table)
@@ -135,14 +143,14 @@ def _mean(values: list[float]) -> str:
 def plot(differences: dict[str, tuple[float, float]], baseline: str, path: Path) -> None:
     """Paired differences to the baseline with their standard errors; left of zero is better."""
     names = [name for name in differences if name != baseline][::-1]
-    figure = Figure(figsize=(7.5, 1.4 + 0.36 * len(names)), dpi=130, layout="constrained")
+    figure = Figure(figsize=(8.5, 1.4 + 0.36 * len(names)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     axis.axvline(0, color="#9aa3ad", linewidth=1)
     axis.errorbar([differences[n][0] for n in names], range(len(names)), xerr=[differences[n][1] for n in names],
                   fmt="o", color="#2563a8", capsize=3)
-    axis.set_yticks(range(len(names)), names, fontsize=9)
+    axis.set_yticks(range(len(names)), [textwrap.fill(name, 48) for name in names], fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel(f"bits per byte against {baseline}, thousandths (mean and standard error over paired seeds)",
+    axis.set_xlabel(f"bits per byte against {baseline}, thousandths\n(mean and standard error over paired seeds)",
                     fontsize=9)
     figure.savefig(path)

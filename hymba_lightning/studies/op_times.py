@@ -1,12 +1,14 @@
 """Times of the ops and their peers: medians over interleaved rounds, beside what the machine itself can do.
 
-A contender is timed only after its output and gradients have been compared with the naive definition.
+A contender is timed only after its output and gradients have been compared with the naive definition. On a GPU every
+contender is replayed as a CUDA graph: its kernels and copies count, Python's launches do not.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import platform
 import statistics
 import time
@@ -28,6 +30,8 @@ from hymba_lightning.studies.op_peers import (
     scan_contenders,
     softcapped_loss,
 )
+
+log = logging.getLogger("hymba_lightning")
 
 Operands = dict[str, Tensor]
 
@@ -151,6 +155,27 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
+def _replayed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """On a GPU, `run` as one CUDA graph: a small op is then timed by its kernels, not by how fast Python launches them.
+    `run` itself on a CPU, and where it cannot be captured."""
+    if device.type != "cuda":
+        return run
+    try:
+        # Capture wants everything compiled and allocated once, on a stream of its own.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError as error:
+        log.warning("not captured as a CUDA graph, timed with its launches: %s", str(error).splitlines()[0])
+        return run
+    return graph.replay
+
+
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Copies and multiplies for a moment; the best of ten."""
     size = 2**28 if device.type == "cuda" else 2**24
@@ -227,11 +252,12 @@ def time_subject(subject: Subject, rounds: int) -> dict[str, OpTime]:
             both(contender)
             memory[contender.name] = _peak_memory(functools.partial(both, contender), device)
             times[contender.name] = []
+    runs = {contender.name: (_replayed(functools.partial(contender.run, **leaves), device),
+                             _replayed(functools.partial(both, contender), device))
+            for contender in subject.contenders if contender.name in times}
     for _ in range(rounds):
-        for contender in subject.contenders:
-            if contender.name in times:
-                forward = _milliseconds(functools.partial(contender.run, **leaves), device)
-                times[contender.name].append((forward, _milliseconds(functools.partial(both, contender), device)))
+        for name, (run_forward, run_both) in runs.items():
+            times[name].append((_milliseconds(run_forward, device), _milliseconds(run_both, device)))
     for name, pairs in times.items():
         forwards, together = (list(column) for column in zip(*pairs, strict=True))
         results[name] = OpTime(statistics.median(forwards), statistics.median(together), (min(together), max(together)),

@@ -116,7 +116,8 @@ def run_study(net: Hymba, data: HymbaDataModule, calibration: Calibration, out: 
     """Runs the recipes that have no result yet. Returns the tables (Markdown), also in out/table.md; with plot.png.
 
     net: the float weights, on `device`. calibration: Hessians and sensitivities, on the CPU. only: series to run,
-    besides the reference's file. coders: also compress every payload by other coders, a minute each for a large net. The files stay in `out`.
+    besides the reference's file. coders: also compress every payload by other coders, which takes
+    a minute for a large net. The files stay in `out`.
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"

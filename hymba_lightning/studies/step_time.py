@@ -74,7 +74,8 @@ def measure(config: HymbaConfig, runtime: RuntimeConfig, seq_len: int, tokens: i
     parameters = [p.detach() for p in net.parameters()]
     shadow = [p.float().clone() for p in parameters]
     if compile_net:
-        net.compile()
+        torch.compiler.reset()  # what was compiled for another length is not wanted here
+        net.compile(dynamic=False)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     inputs = torch.randint(0, config.vocab_size, (tokens // seq_len, seq_len + 1), device=device)

@@ -102,7 +102,8 @@ def test_the_full_network_has_the_reference_size():
 
 
 def test_the_time_step_starts_log_uniform_between_its_bounds():
-    dt = torch.nn.functional.softplus(small(d_model=256, n_heads=4).blocks[0].attn.dt_proj.bias.detach())
+    dt = torch.nn.functional.softplus(small(dt_init="mamba", d_model=256, n_heads=4)
+                                      .blocks[0].attn.dt_proj.bias.detach())
     assert float(dt.min()) >= 0.001 * 0.999
     assert float(dt.max()) <= 0.1 * 1.001
     assert abs(float(dt.log().mean()) - math.log(0.01)) < 0.35
@@ -148,7 +149,9 @@ def test_bfloat16_stays_close_and_keeps_float32_weights_and_loss():
     exact(inputs, targets).backward()
     assert float(loss.detach()) == pytest.approx(float(exact(inputs, targets).detach()), rel=5e-3)
     for (name, a), (_, b) in zip(rounded.named_parameters(), exact.named_parameters(), strict=True):
-        assert rms_ratio(a.grad, b.grad) < 0.15, name
+        # A lone number's gradient is the sum of thousands that cancel: only its size against the others' counts.
+        close = float((a.grad - b.grad).abs()) < 1e-5 if a.numel() == 1 else rms_ratio(a.grad, b.grad) < 0.15
+        assert close, name
 
 
 def test_recomputation_changes_no_gradient():

@@ -1,0 +1,72 @@
+"""Ablations: what is run with which options, and the tables of whole and of interrupted studies."""
+
+import json
+
+import pytest
+
+from hymba_lightning.studies import ablation
+from hymba_lightning.studies.ablation import Study, report, run_study
+
+STUDY = Study(config=["base.yaml"], baseline="plain", test=True, common={"trainer.max_steps": 5},
+              variants={"plain": {}, "wide": {"config": ["a.yaml", "b.yaml"], "model.net.window": 64}})
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Records the runs, and leaves what they would: 'wide' is 0.02 better, its seed 1 by 0.04."""
+    made = []
+
+    def fake(command, run_dir, result, arguments, environment):
+        made.append((command, run_dir.name, list(arguments), environment))
+        run_dir.mkdir(parents=True, exist_ok=True)
+        name, seed = run_dir.name.rsplit("-", 1)
+        bpb = 2.0 + int(seed) / 10 - (0.02 * (1 + int(seed)) if name == "wide" else 0.0)
+        values = {"ttt_bpb": bpb - 0.1} if command == "test" else {"bpb": {"raw": bpb + 0.01, "ema": bpb}}
+        (run_dir / result).write_text(json.dumps(values))
+        if command == "fit" and name == "wide":
+            (run_dir / "artifact.hymba").write_bytes(b"")
+
+    monkeypatch.setattr(ablation, "run_once", fake)
+    return made
+
+
+def test_options_config_and_test(calls, tmp_path):
+    run_study(STUDY, [0, 1], tmp_path, ["--data.data_dir", "d"], ["3"])
+    command, name, arguments, environment = calls[1]
+    assert (command, name, environment) == ("fit", "wide-0", {"CUDA_VISIBLE_DEVICES": "3"})
+    assert arguments == ["--config", "a.yaml", "--config", "b.yaml", "--trainer.max_steps", "5", "--model.net.window",
+                         "64", "--seed_everything", "0", "--data.data_dir", "d"]
+    assert calls[0][2][:2] == ["--config", "base.yaml"]
+    # Only what wrote an artifact is tested, with the options it was trained with.
+    assert [(c, n) for c, n, *_ in calls] == [("fit", "plain-0"), ("fit", "wide-0"), ("test", "wide-0"),
+                                              ("fit", "plain-1"), ("fit", "wide-1"), ("test", "wide-1")]
+    assert calls[2][2] == [*arguments, "--ckpt_path", str(tmp_path / "wide-0" / "artifact.hymba")]
+
+
+def test_tables_pair_by_seed(calls, tmp_path):
+    table = run_study(STUDY, [0, 1], tmp_path, [], [None])
+    assert (tmp_path / "table.md").read_text() == table
+    assert "| plain | 2.0500 ± 0.0707 | – | 2 |" in table
+    assert "| wide | 2.0200 ± 0.0566 | -30.0 ± 14.1 | 2 |" in table  # differences -20 and -40
+    assert "| variant | raw weights | averaged weights | after TTT |" in table
+    assert "| plain | 2.0600 ± 0.0707 | 2.0500 ± 0.0707 | – |" in table
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_report_of_an_interrupted_study(calls, tmp_path):
+    run_study(STUDY, [0, 1], tmp_path, [], [None])
+    (tmp_path / "wide-0" / "summary.json").unlink()
+    table = report(STUDY, tmp_path, [0, 1, 2], ["plain", "wide"])
+    assert "| wide | 2.0600 | -40.0 | 1 |" in table  # seed 1 alone
+    assert "| plain | 2.0500 ± 0.0707 | – | 2 |" in table
+    for seed in (0, 1):
+        (tmp_path / f"plain-{seed}" / "summary.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no finished run of the baseline 'plain'"):
+        report(STUDY, tmp_path, [0, 1], ["plain", "wide"])
+
+
+def test_a_study_without_its_baseline_is_refused(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text("config: [x.yaml]\nbaseline: none\nvariants: {a: {}}\n")
+    with pytest.raises(ValueError, match="baseline 'none' is not among the variants"):
+        Study.from_yaml(file)
