@@ -18,7 +18,7 @@ from hymba_lightning.quantization import (
 )
 from hymba_lightning.quantization.calibration import calibrate
 from hymba_lightning.quantization.int6 import as_rows, dequantize_rows
-from hymba_lightning.quantization.mixed import Candidate
+from hymba_lightning.quantization.mixed import LEAST, Candidate
 
 MIXED = QuantizationConfig(scheme="mixed")
 
@@ -114,6 +114,27 @@ def test_the_same_arguments_give_the_same_bytes(net, ids, tmp_path):
     for name in "ab":
         save(tmp_path / name, net, scheme, 50_000, **calibrate(net, scheme, [ids])._asdict())
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_number_of_threads_changes_no_byte(net, known, tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            save(tmp_path / str(count), net, dataclasses.replace(MIXED, gptq=True), 50_000, **known[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "3").read_bytes()
+
+
+def test_what_showed_no_curvature_is_not_free_to_throw_away():
+    # The loss may still have a slope there, which no curvature shows: a whole tensor counts LEAST / 2 nats.
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    options = Candidate("w", weight, torch.zeros_like(weight), None).options()
+    assert options[-1].storage == "int"
+    assert options[-1].loss == pytest.approx(LEAST / 2, rel=0.05)
+    fine = next(option for option in options if option.storage == "int")
+    assert fine.loss < 1e-3 * options[-1].loss
 
 
 def test_shared_weights_are_stored_once_and_small_ones_as_floats(net, known, tmp_path):
