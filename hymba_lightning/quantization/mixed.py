@@ -122,12 +122,15 @@ class Candidate:
             exponent = max(math.frexp(float(step_R.max()))[1], -126) - 1 - SCALE_TOP
             scale_R = (step_R * 2.0**-exponent).half().float().clamp_min(2.0**-24)
             rows_RC = (self.rows_RC.double() * 2.0**-exponent).float()
+            q_RC = round_to(rows_RC, scale_R, Q_MAX)
             if by_gptq and self.factor is not None:
                 upper_CC, order_C = self.factor
-                q_RC = torch.empty_like(rows_RC)
-                q_RC[:, order_C] = round_columns(rows_RC[:, order_C], upper_CC.to(rows_RC), scale_R, Q_MAX, 128)
-            else:
-                q_RC = round_to(rows_RC, scale_R, Q_MAX)
+                corrected_RC = torch.empty_like(rows_RC)
+                corrected_RC[:, order_C] = round_columns(rows_RC[:, order_C], upper_CC.to(rows_RC), scale_R, Q_MAX, 128)
+                # In the coarsest steps corrections pile up in directions that calibration hardly saw.
+                error_RC = corrected_RC * scale_R[:, None] - rows_RC
+                if error_RC.square().sum(dtype=torch.float64) <= rows_RC.square().sum(dtype=torch.float64):
+                    q_RC = corrected_RC
             bits = max(int(q_RC.abs().max()).bit_length() + 1, 2)
             self.made[factor, by_gptq] = QuantizedTensor(q_RC.to(torch.int8), scale_R.half(), exponent, bits)
         return self.made[factor, by_gptq]
