@@ -85,23 +85,32 @@ def run_study(study: Study, seeds: list[int], folder: Path, extra: list[str], de
               only: list[str] | None = None) -> str:
     """Runs everything, seed by seed (so that pairs are complete early), one run per device at a time.
 
-    Returns the table (Markdown); also written to folder/table.md, with plot.png beside it.
+    Returns the table (Markdown); also written to folder/table.md, with plot.png beside it. A run that fails costs no other
+    one: table and plot are made of what ended, and RuntimeError then tells each failure.
     """
     names = [name for name in study.variants if only is None or name in only or name == study.baseline]
     free: Queue[str | None] = Queue()
     for device in devices:
         free.put(device)
+    failures: list[str] = []
 
     def job(pair: tuple[int, str]) -> None:
         device = free.get()
         try:
             run_one(study, pair[1], pair[0], folder, extra, device)
+        except RuntimeError as error:
+            failures.append(str(error))
+            print(error, flush=True)
         finally:
             free.put(device)
 
     with ThreadPoolExecutor(len(devices)) as pool:
         list(pool.map(job, [(seed, name) for seed in seeds for name in names]))
-    return report(study, folder, seeds, names)
+    ended = any((folder / f"{study.baseline}-{seed}" / "summary.json").is_file() for seed in seeds)
+    table = report(study, folder, seeds, names) if ended else ""
+    if failures:
+        raise RuntimeError("\n".join([f"{table}\n{len(failures)} runs failed; the same command tries them again:", *failures]))
+    return table
 
 
 def report(study: Study, folder: Path, seeds: list[int], names: list[str]) -> str:

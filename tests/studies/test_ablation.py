@@ -53,6 +53,22 @@ def test_tables_pair_by_seed(calls, tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
+def test_a_failed_run_costs_no_other(calls, tmp_path, monkeypatch):
+    works = ablation.run_once
+
+    def fails_once(command, run_dir, *rest):
+        if run_dir.name == "wide-0":
+            raise RuntimeError("hymba fit in wide-0 ended with code -6: CUDA error")
+        works(command, run_dir, *rest)
+
+    monkeypatch.setattr(ablation, "run_once", fails_once)
+    with pytest.raises(RuntimeError, match=r"(?s)1 runs failed.*wide-0 ended with code -6"):
+        run_study(STUDY, [0, 1], tmp_path, [], [None])
+    assert "| wide | 2.0600 | -40.0 | 1 |" in (tmp_path / "table.md").read_text()
+    monkeypatch.setattr(ablation, "run_once", works)
+    assert "| wide | 2.0200 ± 0.0566 | -30.0 ± 14.1 | 2 |" in run_study(STUDY, [0, 1], tmp_path, [], [None])
+
+
 def test_report_of_an_interrupted_study(calls, tmp_path):
     run_study(STUDY, [0, 1], tmp_path, [], [None])
     (tmp_path / "wide-0" / "summary.json").unlink()
