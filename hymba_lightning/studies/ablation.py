@@ -85,8 +85,8 @@ def run_study(study: Study, seeds: list[int], folder: Path, extra: list[str], de
               only: list[str] | None = None) -> str:
     """Runs everything, seed by seed (so that pairs are complete early), one run per device at a time.
 
-    Returns the table (Markdown); also written to folder/table.md, with plot.png beside it. A run that fails costs no other
-    one: table and plot are made of what ended, and RuntimeError then tells each failure.
+    Returns the table (Markdown); also written to folder/table.md, with plot.png beside it. A run that fails costs no
+    other one: table and plot are made of what ended, and RuntimeError then tells each failure.
     """
     names = [name for name in study.variants if only is None or name in only or name == study.baseline]
     free: Queue[str | None] = Queue()
@@ -109,7 +109,8 @@ def run_study(study: Study, seeds: list[int], folder: Path, extra: list[str], de
     ended = any((folder / f"{study.baseline}-{seed}" / "summary.json").is_file() for seed in seeds)
     table = report(study, folder, seeds, names) if ended else ""
     if failures:
-        raise RuntimeError("\n".join([f"{table}\n{len(failures)} runs failed; the same command tries them again:", *failures]))
+        head = f"{table}\n{len(failures)} runs failed; the same command tries them again:"
+        raise RuntimeError("\n".join([head, *failures]))
     return table
 
 
