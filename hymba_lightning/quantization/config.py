@@ -9,7 +9,7 @@ DYNAMICS_NAMES = ("A_log", ".D", "dt_proj.bias")
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """How a network becomes an artifact (specification section 5)."""
+    """How a network becomes an artifact."""
 
     scheme: str = "int6"
     """'int6': per output row, the clip searched per row for least squared error, the stored float16 scale used

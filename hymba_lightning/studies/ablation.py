@@ -48,7 +48,16 @@ class Study:
             raise ValueError(f"{path} is no study ({error}): it needs config, baseline, variants") from error
         if study.baseline not in study.variants:
             raise ValueError(f"{path}: baseline {study.baseline!r} is not among the variants {sorted(study.variants)}")
+        if study.stage not in STAGES:
+            raise ValueError(f"{path}: stage {study.stage!r} is unknown, choose from {', '.join(STAGES)}")
         return study
+
+    def names(self, only: list[str] | None) -> list[str]:
+        """The variants `only` names, all without it, and the baseline. Raises ValueError naming what is no variant."""
+        unknown = [name for name in only or () if name not in self.variants]
+        if unknown:
+            raise ValueError(f"no such variants: {unknown}; choose from {list(self.variants)}")
+        return [name for name in self.variants if only is None or name in only or name == self.baseline]
 
 
 def options(values: dict[str, Any]) -> list[str]:
@@ -71,7 +80,8 @@ def run_one(study: Study, variant: str, seed: int, folder: Path, extra: list[str
     if study.test and (run_dir / "artifact.hymba").is_file():
         run_once("test", run_dir, "test_summary.json", [*arguments, "--ckpt_path", str(run_dir / "artifact.hymba")],
                  environment)
-    print(f"{variant} seed {seed}: {bits_per_byte(run_dir)[study.stage]:.4f} bpb", flush=True)
+    stages = ", ".join(f"{stage} {bpb:.4f}" for stage, bpb in bits_per_byte(run_dir).items())
+    print(f"{variant} seed {seed}: {stages} bpb", flush=True)
 
 
 def bits_per_byte(run_dir: Path) -> dict[str, float]:
@@ -88,7 +98,7 @@ def run_study(study: Study, seeds: list[int], folder: Path, extra: list[str], de
     Returns the table (Markdown); also written to folder/table.md, with plot.png beside it. A run that fails costs no
     other one: table and plot are made of what ended, and RuntimeError then tells each failure.
     """
-    names = [name for name in study.variants if only is None or name in only or name == study.baseline]
+    names = study.names(only)
     free: Queue[str | None] = Queue()
     for device in devices:
         free.put(device)
@@ -107,38 +117,47 @@ def run_study(study: Study, seeds: list[int], folder: Path, extra: list[str], de
     with ThreadPoolExecutor(len(devices)) as pool:
         list(pool.map(job, [(seed, name) for seed in seeds for name in names]))
     ended = any((folder / f"{study.baseline}-{seed}" / "summary.json").is_file() for seed in seeds)
-    table = report(study, folder, seeds, names) if ended else ""
+    table = report(study, folder, seeds, only) if ended else ""
     if failures:
         head = f"{table}\n{len(failures)} runs failed; the same command tries them again:"
         raise RuntimeError("\n".join([head, *failures]))
     return table
 
 
-def report(study: Study, folder: Path, seeds: list[int], names: list[str]) -> str:
-    """The tables: bits per byte mean ± std over seeds with the paired difference to the baseline and its own std, then
-    every stage. A variant counts with the seeds that it and the baseline have both ended with, and without any not at
-    all. Raises FileNotFoundError where the baseline has none."""
-    found = {name: [seed for seed in seeds if (folder / f"{name}-{seed}" / "summary.json").is_file()] for name in names}
-    if not found[study.baseline]:
-        raise FileNotFoundError(f"{folder} has no finished run of the baseline {study.baseline!r} with seeds {seeds}")
-    paired = {name: [seed for seed in done if seed in found[study.baseline]] for name, done in found.items()}
-    runs = {name: {seed: bits_per_byte(folder / f"{name}-{seed}") for seed in done}
-            for name, done in paired.items() if done}
+def report(study: Study, folder: Path, seeds: list[int], only: list[str] | None = None) -> str:
+    """The tables: the study's stage, mean ± std over seeds, with the paired difference to the baseline and its own std;
+    then every stage with its difference. A variant counts with the seeds that it and the baseline have both ended with.
+    Raises FileNotFoundError where the baseline has none with the study's stage."""
+    runs = {name: {seed: bits_per_byte(folder / f"{name}-{seed}") for seed in seeds
+                   if (folder / f"{name}-{seed}" / "summary.json").is_file()} for name in study.names(only)}
+    base = runs[study.baseline]
+    if not any(study.stage in stages for stages in base.values()):
+        raise FileNotFoundError(f"{folder} has no finished run of the baseline {study.baseline!r} with {study.stage!r} "
+                                f"and a seed of {seeds}")
+
+    def column(name: str, stage: str) -> tuple[list[float], list[float]]:
+        """The variant's values, and their differences to the baseline's in thousandths."""
+        pairs = [(run[stage], base[seed][stage]) for seed, run in runs[name].items()
+                 if stage in run and stage in base.get(seed, {})]
+        return [a for a, _ in pairs], [1000 * (a - b) for a, b in pairs]
+
     rows = ["| variant | bpb | difference to " + study.baseline + " (paired, thousandths) | n |", "|---|---|---|---|"]
     differences = {}
-    for name, by_seed in runs.items():
-        values = [run[study.stage] for run in by_seed.values()]
-        delta = [1000 * (run[study.stage] - runs[study.baseline][seed][study.stage]) for seed, run in by_seed.items()]
-        spread = statistics.stdev(delta) if len(delta) > 1 else math.nan
-        differences[name] = (statistics.mean(delta), spread / math.sqrt(len(delta)))
-        change = f"{statistics.mean(delta):+.1f}" + (f" ± {spread:.1f}" if len(delta) > 1 else "")
-        change = "–" if name == study.baseline else change
-        rows.append(f"| {name} | {_mean(values)} | {change} | {len(values)} |")
-    known = [stage for stage in STAGES if any(stage in run for by_seed in runs.values() for run in by_seed.values())]
+    for name in runs:
+        values, delta = column(name, study.stage)
+        if values:
+            spread = statistics.stdev(delta) if len(delta) > 1 else math.nan
+            differences[name] = (statistics.mean(delta), spread / math.sqrt(len(delta)))
+            change = "–" if name == study.baseline else _mean(delta, "+.1f")
+            rows.append(f"| {name} | {_mean(values)} | {change} | {len(values)} |")
+    known = [stage for stage in STAGES if any(stage in run for run in base.values())]
     rows += ["", "| variant | " + " | ".join(STAGES[stage] for stage in known) + " |", "|---" * (len(known) + 1) + "|"]
-    for name, by_seed in runs.items():
-        ended = list(by_seed.values())
-        cells = [_mean([run[stage] for run in ended]) if all(stage in run for run in ended) else "–" for stage in known]
+    for name in differences:
+        cells = []
+        for stage in known:
+            values, delta = column(name, stage)
+            change = "" if name == study.baseline or not delta else f" ({_mean(delta, '+.1f')})"
+            cells.append(_mean(values) + change if values else "–")
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     table = "\n".join(rows) + "\n"
     write_atomic(folder / "table.md", table)
@@ -146,8 +165,10 @@ def report(study: Study, folder: Path, seeds: list[int], names: list[str]) -> st
     return table
 
 
-def _mean(values: list[float]) -> str:
-    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+def _mean(values: list[float], digits: str = ".4f") -> str:
+    """Mean ± std, without the latter for a single value."""
+    spread = f" ± {statistics.stdev(values):{digits.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{digits}}{spread}"
 
 
 def plot(differences: dict[str, tuple[float, float]], baseline: str, path: Path) -> None:

@@ -1,7 +1,8 @@
 """Times of the ops and their peers: medians over interleaved rounds, beside what the machine itself can do.
 
-A contender is timed only after its output and gradients have been compared with the naive definition. On a GPU every
-contender is replayed as a CUDA graph: its kernels and copies count, Python's launches do not.
+A contender is timed only after its output and gradients have been compared with the naive definition. On a GPU a
+contender is replayed as a CUDA graph: its kernels and copies count, Python's launches do not. One that cannot be
+captured is timed with its launches, and its row says so.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ class OpTime:
     spread: tuple[float, float]
     extra_megabytes: float | None
     problem: str = ""
+    with_launches: bool = False
+    """On a GPU: Python's launches count too."""
 
 
 def scan_subject(batch: int, length: int, channels: int, states: int, device: torch.device,
@@ -155,11 +158,9 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def _replayed(run: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """On a GPU, `run` as one CUDA graph: a small op is then timed by its kernels, not by how fast Python launches them.
-    `run` itself on a CPU, and where it cannot be captured."""
-    if device.type != "cuda":
-        return run
+def _captured(run: Callable[[], object]) -> Callable[[], object] | None:
+    """`run` as one CUDA graph: a small op is then timed by its kernels, not by how fast Python launches them. None, with
+    a warning, where it cannot be captured."""
     try:
         # Capture wants everything compiled and allocated once, on a stream of its own.
         side = torch.cuda.Stream()
@@ -171,8 +172,8 @@ def _replayed(run: Callable[[], object], device: torch.device) -> Callable[[], o
         with torch.cuda.graph(graph):
             run()
     except RuntimeError as error:
-        log.warning("not captured as a CUDA graph, timed with its launches: %s", str(error).splitlines()[0])
-        return run
+        log.warning("not captured as a CUDA graph, timed with its launches: %s", str(error).partition("\n")[0])
+        return None
     return graph.replay
 
 
@@ -252,16 +253,25 @@ def time_subject(subject: Subject, rounds: int) -> dict[str, OpTime]:
             both(contender)
             memory[contender.name] = _peak_memory(functools.partial(both, contender), device)
             times[contender.name] = []
-    runs = {contender.name: (_replayed(functools.partial(contender.run, **leaves), device),
-                             _replayed(functools.partial(both, contender), device))
-            for contender in subject.contenders if contender.name in times}
+    runs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
+    launched = set()
+    for contender in subject.contenders:
+        if contender.name in times:
+            pair = functools.partial(contender.run, **leaves), functools.partial(both, contender)
+            graphs = [_captured(run) for run in pair] if device.type == "cuda" else []
+            forward_graph, both_graph = graphs or (None, None)
+            if forward_graph is not None and both_graph is not None:
+                runs[contender.name] = forward_graph, both_graph
+            else:
+                runs[contender.name] = pair
+                launched |= {contender.name} if graphs else set()
     for _ in range(rounds):
         for name, (run_forward, run_both) in runs.items():
             times[name].append((_milliseconds(run_forward, device), _milliseconds(run_both, device)))
     for name, pairs in times.items():
         forwards, together = (list(column) for column in zip(*pairs, strict=True))
         results[name] = OpTime(statistics.median(forwards), statistics.median(together), (min(together), max(together)),
-                               memory[name])
+                               memory[name], with_launches=name in launched)
     return results
 
 
@@ -290,6 +300,7 @@ def table(subject: Subject, results: dict[str, OpTime], ceiling: Ceilings) -> st
         if result.problem:
             lines.append(f"| {name} | {result.problem} | | | | |")
             continue
+        name += ", with launches" if result.with_launches else ""
         ratio = "–" if base.problem else f"{base.both / result.both:.1f}×"
         memory = "–" if result.extra_megabytes is None else f"{result.extra_megabytes:,.0f}"
         both = f"{result.both:.2f} ({result.spread[0]:.2f}–{result.spread[1]:.2f})"

@@ -17,8 +17,9 @@ from hymba_lightning.quantization import (
     save_artifact,
 )
 from hymba_lightning.quantization.calibration import calibrate
+from hymba_lightning.quantization.gptq import round_columns
 from hymba_lightning.quantization.int6 import as_rows, dequantize_rows
-from hymba_lightning.quantization.mixed import LEAST, Candidate
+from hymba_lightning.quantization.mixed import LEAST, Q_MAX, Candidate
 
 MIXED = QuantizationConfig(scheme="mixed")
 
@@ -114,6 +115,23 @@ def test_the_same_arguments_give_the_same_bytes(net, ids, tmp_path):
     for name in "ab":
         save(tmp_path / name, net, scheme, 50_000, **calibrate(net, scheme, [ids])._asdict())
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_gptq_is_left_out_where_its_error_outgrows_the_tensor():
+    # Inputs of two directions only: what the others' columns are moved by costs nothing that calibration saw.
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(32, 64, generator=generator), torch.randn(2, 64, generator=generator)
+    hessian = inputs.T @ inputs + 1e-4 * torch.eye(64)
+    candidate = Candidate("w", weight, torch.ones_like(weight), hessian)
+    coarse, fine = (option.factor for option in (candidate.options()[-1], candidate.options()[-12]))
+    upper, order = candidate.factor
+    by_gptq = candidate.quantize(coarse, True)
+    scale = by_gptq.scale.float() * 2.0**by_gptq.exponent
+    corrected = torch.empty_like(weight)
+    corrected[:, order] = round_columns(weight[:, order], upper.float(), scale, Q_MAX, 128)
+    assert float((corrected * scale[:, None] - weight).norm()) > float(weight.norm())  # it would
+    assert torch.equal(by_gptq.q, candidate.quantize(coarse, False).q)
+    assert not torch.equal(candidate.quantize(fine, True).q, candidate.quantize(fine, False).q)
 
 
 def test_the_number_of_threads_changes_no_byte(net, known, tmp_path):

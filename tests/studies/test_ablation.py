@@ -48,8 +48,9 @@ def test_tables_pair_by_seed(calls, tmp_path):
     assert (tmp_path / "table.md").read_text() == table
     assert "| plain | 2.0500 ± 0.0707 | – | 2 |" in table
     assert "| wide | 2.0200 ± 0.0566 | -30.0 ± 14.1 | 2 |" in table  # differences -20 and -40
-    assert "| variant | raw weights | averaged weights | after TTT |" in table
-    assert "| plain | 2.0600 ± 0.0707 | 2.0500 ± 0.0707 | – |" in table
+    assert "| variant | raw weights | averaged weights |" in table
+    assert "| plain | 2.0600 ± 0.0707 | 2.0500 ± 0.0707 |" in table
+    assert "| wide | 2.0300 ± 0.0566 (-30.0 ± 14.1) | 2.0200 ± 0.0566 (-30.0 ± 14.1) |" in table
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
@@ -72,17 +73,22 @@ def test_a_failed_run_costs_no_other(calls, tmp_path, monkeypatch):
 def test_report_of_an_interrupted_study(calls, tmp_path):
     run_study(STUDY, [0, 1], tmp_path, [], [None])
     (tmp_path / "wide-0" / "summary.json").unlink()
-    table = report(STUDY, tmp_path, [0, 1, 2], ["plain", "wide"])
+    table = report(STUDY, tmp_path, [0, 1, 2], ["wide"])  # and the baseline
     assert "| wide | 2.0600 | -40.0 | 1 |" in table  # seed 1 alone
     assert "| plain | 2.0500 ± 0.0707 | – | 2 |" in table
     for seed in (0, 1):
         (tmp_path / f"plain-{seed}" / "summary.json").unlink()
     with pytest.raises(FileNotFoundError, match="no finished run of the baseline 'plain'"):
-        report(STUDY, tmp_path, [0, 1], ["plain", "wide"])
+        report(STUDY, tmp_path, [0, 1])
+    with pytest.raises(ValueError, match=r"no such variants: \['narrow'\]"):
+        report(STUDY, tmp_path, [0, 1], ["narrow"])
 
 
 def test_a_study_without_its_baseline_is_refused(tmp_path):
     file = tmp_path / "study.yaml"
     file.write_text("config: [x.yaml]\nbaseline: none\nvariants: {a: {}}\n")
     with pytest.raises(ValueError, match="baseline 'none' is not among the variants"):
+        Study.from_yaml(file)
+    file.write_text("config: [x.yaml]\nbaseline: a\nstage: averaged\nvariants: {a: {}}\n")
+    with pytest.raises(ValueError, match="stage 'averaged' is unknown, choose from raw, ema, artifact, ttt"):
         Study.from_yaml(file)
