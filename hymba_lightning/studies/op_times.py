@@ -159,8 +159,8 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _captured(run: Callable[[], object]) -> Callable[[], object] | None:
-    """`run` as one CUDA graph: a small op is then timed by its kernels, not by how fast Python launches them. None, with
-    a warning, where it cannot be captured."""
+    """`run` as one CUDA graph: a small op is then timed by its kernels, not by how fast Python launches them. None,
+    with a warning, where it cannot be captured."""
     try:
         # Capture wants everything compiled and allocated once, on a stream of its own.
         side = torch.cuda.Stream()
