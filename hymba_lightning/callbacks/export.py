@@ -1,10 +1,12 @@
 """After training: weights → artifact on disk → reloaded → scored, each stage's bits per byte by itself."""
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from hymba_lightning import __version__
 from hymba_lightning.callbacks.ema import EMA
@@ -71,6 +73,31 @@ class ExportArtifact(pl.Callback):
         self.code_bytes = 0
         self.path: Path | None = None
         self.on_stage: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """On a GPU, calibrates once before the clock starts: what that compiles would not fit into the reserve."""
+        wanted = self.enabled and self.quantization.calibrated and not trainer.fast_dev_run
+        if wanted and pl_module.device.type == "cuda":
+            self._rehearse(trainer, pl_module)
+
+    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrates on random ids, to no effect, and warns where the reserve looks too short for the real thing."""
+        log.info("calibrating on random ids before the clock starts, to compile what that takes")
+        data = trainer.datamodule
+        ids = torch.randint(pl_module.net.config.vocab_size, (data.micro_batch_size, data.seq_len),
+                            generator=torch.Generator().manual_seed(0)).to(pl_module.device)
+        seconds = 0.0
+        for _ in range(2):  # the second time nothing is left to compile
+            started = time.monotonic()
+            calibrate(pl_module.net, self.quantization, [ids])
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+            seconds = time.monotonic() - started
+        needed = -(-self.calibration_batches // trainer.world_size) * seconds
+        if pl_module.budget_seconds is not None and needed > pl_module.reserve_seconds:
+            log.warning("calibration will take about %.1f s, and model.reserve_seconds holds back %.1f s of the "
+                        "budget: raise it, or lower export.calibration_batches",
+                        needed, pl_module.reserve_seconds)
 
     def after_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """

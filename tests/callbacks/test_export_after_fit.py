@@ -25,3 +25,25 @@ def test_a_fit_ends_with_an_artifact_that_just_fits(tmp_path, gptq):
     assert load_artifact(tmp_path / "artifact.hymba").quantization["scheme"] == "mixed"
     assert export.stages["artifact"].bpb == pytest.approx(export.stages["ema"].bpb, abs=0.02)
     assert export.stages["artifact"].bpb != export.stages["ema"].bpb
+
+
+def test_the_rehearsal_before_the_clock_changes_nothing_and_tells_a_short_reserve(tmp_path, caplog):
+    class Rehearsed(ExportArtifact):
+        def on_train_start(self, trainer, pl_module):  # on a GPU by itself
+            self._rehearse(trainer, pl_module)
+
+    scheme = QuantizationConfig(scheme="mixed", gptq=True, limit_bytes=BUDGET + evaluation_code_bytes())
+    data = write_data(tmp_path / "data")
+    for export in (ExportArtifact, Rehearsed):
+        callback = export(filename=f"{export.__name__}.hymba", quantization=scheme, calibration_batches=2)
+        module = tiny_module(budget_seconds=3600, optimizer={"warmdown_iters": 0})
+        tiny_trainer(tmp_path, callbacks=[callback]).fit(module, tiny_data(data))
+    plain, rehearsed = (load_artifact(tmp_path / f"{export.__name__}.hymba").state_dict
+                        for export in (ExportArtifact, Rehearsed))
+    assert all((plain[name] == rehearsed[name]).all() for name in plain)
+    assert "model.reserve_seconds holds back 0.0 s of the budget: raise it" in caplog.text
+    caplog.clear()
+    callback = Rehearsed(quantization=scheme, calibration_batches=2)
+    module = tiny_module(budget_seconds=3600, reserve_seconds=600)
+    tiny_trainer(tmp_path, callbacks=[callback]).fit(module, tiny_data(data))
+    assert "holds back" not in caplog.text
