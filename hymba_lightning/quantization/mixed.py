@@ -122,18 +122,23 @@ class Candidate:
             exponent = max(math.frexp(float(step_R.max()))[1], -126) - 1 - SCALE_TOP
             scale_R = (step_R * 2.0**-exponent).half().float().clamp_min(2.0**-24)
             rows_RC = (self.rows_RC.double() * 2.0**-exponent).float()
-            q_RC = round_to(rows_RC, scale_R, Q_MAX)
-            if by_gptq and self.factor is not None:
-                upper_CC, order_C = self.factor
-                corrected_RC = torch.empty_like(rows_RC)
-                corrected_RC[:, order_C] = round_columns(rows_RC[:, order_C], upper_CC.to(rows_RC), scale_R, Q_MAX, 128)
-                # In the coarsest steps corrections pile up in directions that calibration hardly saw.
-                error_RC = corrected_RC * scale_R[:, None] - rows_RC
-                if error_RC.square().sum(dtype=torch.float64) <= rows_RC.square().sum(dtype=torch.float64):
-                    q_RC = corrected_RC
+            q_RC = self._by_gptq(*self.factor, rows_RC, scale_R) if by_gptq and self.factor is not None else None
+            if q_RC is None:
+                q_RC = round_to(rows_RC, scale_R, Q_MAX)
             bits = max(int(q_RC.abs().max()).bit_length() + 1, 2)
             self.made[factor, by_gptq] = QuantizedTensor(q_RC.to(torch.int8), scale_R.half(), exponent, bits)
         return self.made[factor, by_gptq]
+
+    def _by_gptq(self, upper_CC: Tensor, order_C: Tensor, rows_RC: Tensor, scale_R: Tensor) -> Tensor | None:
+        """Float q (R, C). None, and told, where the error outgrows the tensor: in the coarsest steps corrections pile up
+        in directions that calibration hardly saw."""
+        q_RC = torch.empty_like(rows_RC)
+        q_RC[:, order_C] = round_columns(rows_RC[:, order_C], upper_CC.to(rows_RC), scale_R, Q_MAX, 128)
+        error_RC = q_RC * scale_R[:, None] - rows_RC
+        if error_RC.square().sum(dtype=torch.float64) <= rows_RC.square().sum(dtype=torch.float64):
+            return q_RC
+        log.info("%s is rounded to nearest instead of by GPTQ, whose error outgrows it at so few bits", self.name)
+        return None
 
 
 def encode_mixed(state_dict: dict[str, Tensor], sensitivities: dict[str, Tensor] | None, hessians: dict[str, Tensor],

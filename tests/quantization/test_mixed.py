@@ -117,7 +117,7 @@ def test_the_same_arguments_give_the_same_bytes(net, ids, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_gptq_is_left_out_where_its_error_outgrows_the_tensor():
+def test_gptq_is_left_out_where_its_error_outgrows_the_tensor(caplog):
     # Inputs of two directions only: what the others' columns are moved by costs nothing that calibration saw.
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(32, 64, generator=generator), torch.randn(2, 64, generator=generator)
@@ -125,7 +125,9 @@ def test_gptq_is_left_out_where_its_error_outgrows_the_tensor():
     candidate = Candidate("w", weight, torch.ones_like(weight), hessian)
     coarse, fine = (option.factor for option in (candidate.options()[-1], candidate.options()[-12]))
     upper, order = candidate.factor
-    by_gptq = candidate.quantize(coarse, True)
+    with caplog.at_level("INFO", logger="hymba_lightning"):
+        by_gptq = candidate.quantize(coarse, True)
+    assert "w is rounded to nearest instead of by GPTQ" in caplog.text
     scale = by_gptq.scale.float() * 2.0**by_gptq.exponent
     corrected = torch.empty_like(weight)
     corrected[:, order] = round_columns(weight[:, order], upper.float(), scale, Q_MAX, 128)
