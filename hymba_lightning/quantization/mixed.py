@@ -130,8 +130,8 @@ class Candidate:
         return self.made[factor, by_gptq]
 
     def _by_gptq(self, upper_CC: Tensor, order_C: Tensor, rows_RC: Tensor, scale_R: Tensor) -> Tensor | None:
-        """Float q (R, C). None, and told, where the error outgrows the tensor: in the coarsest steps corrections pile up
-        in directions that calibration hardly saw."""
+        """Float q (R, C). None, and told, where the error outgrows the tensor: in the coarsest steps corrections pile
+        up in directions that calibration hardly saw."""
         q_RC = torch.empty_like(rows_RC)
         q_RC[:, order_C] = round_columns(rows_RC[:, order_C], upper_CC.to(rows_RC), scale_R, Q_MAX, 128)
         error_RC = q_RC * scale_R[:, None] - rows_RC
