@@ -8,37 +8,71 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hymba_lightning.model.layers import rms_norm
+from hymba_lightning.model.layers import RMS_EPS, rms_norm
 from hymba_lightning.ops.sliding_window import sliding_window_attention
 
 
 def rope_table(first: int, length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (T, 1, K/2) in float32 of positions first … first+length-1 (RoPE, arXiv:2104.09864)."""
-    table_2T1K = rope_table_op(first, length, head_dim, base, torch.empty(0, device=device))
-    return table_2T1K[0], table_2T1K[1]
+    """Of positions first … first+length-1 (RoPE, arXiv:2104.09864), float32: what `rotate` takes as cos and sin.
+
+    Cosines (T, 1, 1, K/2), and sines (T, 1, 2, K/2) with their sign in the first and in the second half of a head.
+    """
+    return rope_table_op(first, length, head_dim, base, torch.empty(0, device=device))
 
 
 # An operator, so that a compiled graph makes the table once: as plain expressions the compiler writes sines, cosines
 # and powers into every kernel that rotates, and computes them anew for each head and layer.
 @torch.library.custom_op("hymba::rope_table", mutates_args=())
-def rope_table_op(first: int, length: int, head_dim: int, base: float, like: Tensor) -> Tensor:
-    """Cosines and sines (2, T, 1, K/2), float32, on the device of `like`."""
+def rope_table_op(first: int, length: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The two tables, on the device of `like`."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
     position = torch.arange(first, first + length, dtype=torch.float32, device=like.device)
     angle = torch.outer(position, 1.0 / base**exponent)[:, None, :]
-    return torch.stack((angle.cos(), angle.sin()))
+    sin = angle.sin()
+    return angle.cos()[:, None], torch.stack((sin, -sin), dim=-2)
 
 
 @rope_table_op.register_fake
-def _(first: int, length: int, head_dim: int, base: float, like: Tensor) -> Tensor:
-    return like.new_empty((2, length, 1, head_dim // 2), dtype=torch.float32)
+def _(first: int, length: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    return (like.new_empty((length, 1, 1, head_dim // 2), dtype=torch.float32),
+            like.new_empty((length, 1, 2, head_dim // 2), dtype=torch.float32))
 
 
-def apply_rope(x_BTHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotates the two halves of the last axis: (x1*cos + x2*sin, -x1*sin + x2*cos)."""
-    cos, sin = (table.to(x_BTHK.dtype) for table in rope)
-    x1, x2 = x_BTHK.chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the two halves of the last axis: (x1*cos + x2*sin, x2*cos - x1*sin)."""
+    # Not put together from its halves: a compiler would write those out in the backward pass.
+    halves = x_BTHK.unflatten(-1, (2, -1))
+    return (halves * cos.to(x_BTHK.dtype) + halves.flip(-2) * sin.to(x_BTHK.dtype)).flatten(-2)
+
+
+class RotaryNorm(torch.autograd.Function):
+    """rotate(gain·rms_norm(x)) of x (B, T, H, K), with one gain per head (H,) or None.
+
+    Its gradient is written out because compilers do worse: the sum over a head's width that the norm's gradient needs
+    is, added up over the tokens, also the gain's.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BTHK, gain_H, cos, sin):  # type: ignore[no-untyped-def]
+        """x, its gain and the tables of `rope_table` → (B, T, H, K)."""
+        ctx.save_for_backward(x_BTHK, gain_H, cos, sin)
+        normed_BTHK = rms_norm(x_BTHK)
+        return rotate(normed_BTHK if gain_H is None else normed_BTHK * gain_H.to(x_BTHK.dtype)[:, None], cos, sin)
+
+    @staticmethod
+    def backward(ctx, g_BTHK):  # type: ignore[no-untyped-def]
+        """Gradients of x and of the gain, in float32 until they are returned."""
+        x_BTHK, gain_H, cos, sin = ctx.saved_tensors
+        x = x_BTHK.float()
+        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS)
+        normed = x * scale
+        g_normed = rotate(g_BTHK.float(), cos, -sin)
+        along_BTH1 = (g_normed * normed).sum(-1, keepdim=True)
+        g_gain = None
+        if gain_H is not None:
+            scale = scale * gain_H[:, None]
+            g_gain = along_BTH1.sum((0, 1, 3)).to(gain_H.dtype)
+        return (scale * (g_normed - normed * (along_BTH1 / x.size(-1)))).to(x_BTHK.dtype), g_gain, None, None
 
 
 def attention_branch(q_BTD: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_gain_H: Tensor, rope: tuple[Tensor, Tensor], *,
@@ -51,10 +85,8 @@ def attention_branch(q_BTD: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_gain_H: Tens
     them, or all in a global layer (window None).
     """
     batch, length, _ = q_BTD.shape
-    # The gain before the rotation, with which it commutes: its gradient then needs no rotated queries kept.
-    q_BTHK = rms_norm(q_BTD.view(batch, length, -1, head_dim)) * q_gain_H.to(q_BTD.dtype)[:, None]
-    q_BTHK = apply_rope(q_BTHK, rope)
-    k_BSGK = apply_rope(rms_norm(k_BTC.view(batch, length, -1, head_dim)), rope)
+    q_BTHK = RotaryNorm.apply(q_BTD.view(batch, length, -1, head_dim), q_gain_H, *rope)
+    k_BSGK = RotaryNorm.apply(k_BTC.view(batch, length, -1, head_dim), None, *rope)
     v_BSGK = v_BTC.view(batch, length, -1, head_dim)
     if past is not None:
         k_BSGK = torch.cat([past[0], k_BSGK], dim=1)

@@ -79,11 +79,12 @@ def measure(config: HymbaConfig, runtime: RuntimeConfig, seq_len: int, tokens: i
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     inputs = torch.randint(0, config.vocab_size, (tokens // seq_len, seq_len + 1), device=device)
-    times = []
-    for step in range(warmup + n_steps):
-        pieces = one_step(net, optimizer, inputs, parameters, shadow)
-        if step >= warmup:
-            times.append(pieces)
+    watches = []
+    for _ in range(warmup + n_steps):
+        watches.append(Stopwatch(device))
+        one_step(net, optimizer, inputs, parameters, shadow, watches[-1])
+    # Read only now: a wait for the GPU after each step would add the time in which the next one is launched.
+    times = [watch.pieces() for watch in watches[warmup:]]
     totals = [sum(pieces) for pieces in times]
     total = statistics.median(totals)
     peak = device_peak_tflops(device)
@@ -98,9 +99,8 @@ def measure(config: HymbaConfig, runtime: RuntimeConfig, seq_len: int, tokens: i
 
 
 def one_step(net: Hymba, optimizer: torch.optim.Optimizer, inputs: Tensor, parameters: list[Tensor],
-             shadow: list[Tensor]) -> list[float]:
-    """One step as the trainer makes it; returns milliseconds of forward, backward, optimizer, average."""
-    watch = Stopwatch(inputs.device)
+             shadow: list[Tensor], watch: Stopwatch) -> None:
+    """One step as the trainer makes it, with a mark before and after forward, backward, optimizer and average."""
     watch.mark()
     loss = net(inputs[:, :-1], inputs[:, 1:])
     watch.mark()
@@ -112,19 +112,20 @@ def one_step(net: Hymba, optimizer: torch.optim.Optimizer, inputs: Tensor, param
     with torch.no_grad():
         torch._foreach_lerp_(shadow, parameters, 0.003)
     watch.mark()
-    return watch.pieces()
 
 
-def table(rows: list[StepTime], device: torch.device) -> str:
-    """Markdown table of the measurements, with the hardware and versions above it."""
+def header(device: torch.device) -> str:
+    """The hardware and versions, and the head of the markdown table whose rows `row` gives."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    lines = [f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads", "",
-             "| seq_len | tokens a step | ms/step (min–max) | forward | backward | optimizer | average | tokens/s "
-             "| MFU | memory |", "|---|---|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        mfu = f"{row.mfu:.1%}" if row.mfu is not None else "–"
-        spread = f"{row.spread[0]:.1f}–{row.spread[1]:.1f}"
-        lines.append(f"| {row.seq_len:,} | {row.tokens:,} | {row.total:.1f} ({spread}) | "
-                     f"{row.forward:.1f} | {row.backward:.1f} | {row.optimizer:.1f} | {row.average:.1f} | "
-                     f"{row.tokens_per_s:,.0f} | {mfu} | {row.memory_gb:.1f} GB |")
-    return "\n".join(lines)
+    return "\n".join([f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads", "",
+                      "| seq_len | tokens a step | ms/step (min–max) | forward | backward | optimizer | average "
+                      "| tokens/s | MFU | memory |", "|---|---|---|---|---|---|---|---|---|---|"])
+
+
+def row(time: StepTime) -> str:
+    """One measurement as a line of the table."""
+    mfu = f"{time.mfu:.1%}" if time.mfu is not None else "–"
+    spread = f"{time.spread[0]:.1f}–{time.spread[1]:.1f}"
+    return (f"| {time.seq_len:,} | {time.tokens:,} | {time.total:.1f} ({spread}) | {time.forward:.1f} "
+            f"| {time.backward:.1f} | {time.optimizer:.1f} | {time.average:.1f} | {time.tokens_per_s:,.0f} | {mfu} "
+            f"| {time.memory_gb:.1f} GB |")

@@ -7,7 +7,10 @@ import torch
 def _filled(allocate):
     def allocate_filled(*arguments, **keywords):
         tensor = allocate(*arguments, **keywords)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            with torch.no_grad():  # the tensor may be a leaf that wants a gradient
+                tensor.fill_(float("nan"))
+        return tensor
 
     return allocate_filled
 

@@ -19,8 +19,7 @@ _operation = registry.Operation(
         "torch": registry.Backend(registry.anywhere),
         "triton": registry.Backend(registry.needs_triton),
     },
-    # 'triton' comes first once it has been timed on a GPU.
-    order={"cuda": ("torch", "triton"), "other": ("torch",)},
+    order={"cuda": ("triton", "torch"), "other": ("torch",)},
 )
 registry.register("softcapped_cross_entropy", _operation)
 
@@ -38,9 +37,6 @@ def softcapped_cross_entropy(logits_NV: Tensor, targets_N: Tensor, *, cap: float
     BackendUnavailableError for a named backend that cannot serve the call.
     """
     _check(logits_NV, targets_N, cap)
-    if backend == "auto" and logits_NV.is_cuda and torch.compiler.is_compiling():
-        # The compiler fuses the plain expression: 0.2 ms of a step, forward and backward, and no float32 logits (H100).
-        backend = "naive"
     name = registry.choose("softcapped_cross_entropy", backend, logits_NV.device.type)
     if name == "naive":
         return softcapped_cross_entropy_naive(logits_NV, targets_N, cap)
