@@ -66,7 +66,11 @@ class Embedding(nn.Module):
         return F.embedding(ids_BT, self.weight).to(dtype)
 
 
-def fused_linear(x: Tensor, linears: list[Linear]) -> list[Tensor]:
-    """Several projections of the same input as one matrix product; returns one output per linear."""
-    weights = [linear.cast_weight(x.dtype) for linear in linears]
-    return list(F.linear(x, torch.cat(weights)).split([w.size(0) for w in weights], dim=-1))
+def fused_linear(x: Tensor, linears: list[Linear], sizes: list[int], unit: int) -> list[Tensor]:
+    """Several projections of the same input (B, T, D) as one matrix product, cut into outputs (B, T, size).
+
+    `unit`, a divisor of every size, is the granularity of the cut.
+    """
+    product = F.linear(x, torch.cat([linear.cast_weight(x.dtype) for linear in linears]))
+    pieces = product.unflatten(-1, (-1, unit)).split([size // unit for size in sizes], dim=-2)
+    return [piece.flatten(-2) for piece in pieces]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,32 @@ class LayerState(NamedTuple):
     values: Tensor  # (B, P, G, K)
     conv: Tensor  # (B, E, W-1) last inputs of the convolution
     scan: Tensor  # (B, E, N) float32
+
+
+class Merge(torch.autograd.Function):
+    """sigmoid(α)·a + (1-sigmoid(α))·s of a and s (B, T, D), with one α or one per channel (D,).
+
+    Its gradient is written out so that a compiler can take α's sums over `unit` channels in the pass that reads a and
+    the gradient for attention's own backward.
+    """
+
+    @staticmethod
+    def forward(ctx, a_BTD, s_BTD, alpha, unit):  # type: ignore[no-untyped-def]
+        """The two branches, α (1,) or (D,), and a divisor of D → (B, T, D)."""
+        ctx.save_for_backward(a_BTD, s_BTD, alpha)
+        ctx.unit = unit
+        weight = torch.sigmoid(alpha).to(a_BTD.dtype)
+        return weight * a_BTD + (1 - weight) * s_BTD
+
+    @staticmethod
+    def backward(ctx, g_BTD):  # type: ignore[no-untyped-def]
+        """Gradients of a, s and α."""
+        a_BTD, s_BTD, alpha = ctx.saved_tensors
+        gate = torch.sigmoid(alpha)
+        weight = gate.to(a_BTD.dtype)
+        along = (g_BTD.float() * (a_BTD.float() - s_BTD.float())).unflatten(-1, (-1, ctx.unit))
+        total = along.sum(-1).sum() if alpha.numel() == 1 else along.sum((0, 1)).flatten()
+        return weight * g_BTD, (1 - weight) * g_BTD, gate * (1 - gate) * total, None
 
 
 class HybridMixer(nn.Module):
@@ -52,9 +79,11 @@ class HybridMixer(nn.Module):
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None,
                 return_state: bool) -> tuple[Tensor, LayerState | None]:
         """x (B, T, D) → (B, T, D), and the layer's new state when asked."""
-        q_BTD, kv_BTC, uz_BTE2 = fused_linear(x_BTD, [self.c_q, self.kv_proj, self.mamba_proj])
-        k_BTC, v_BTC = kv_BTC.chunk(2, dim=-1)
-        u_BTE, z_BTE = uz_BTE2.chunk(2, dim=-1)
+        width = self.A_log.size(0)
+        kv = self.kv_proj.weight.size(0) // 2
+        q_BTD, k_BTC, v_BTC, u_BTE, z_BTE = fused_linear(
+            x_BTD, [self.c_q, self.kv_proj, self.mamba_proj], [self.c_q.weight.size(0), kv, kv, width, width],
+            unit=math.gcd(self.head_dim, width))
         past = None if state is None else (state.keys, state.values)
         attended_BTD, kept = attention_branch(q_BTD, k_BTC, v_BTC, self.q_gain, rope, head_dim=self.head_dim,
                                               window=self.window, past=past, backend=self.runtime.attention_backend)
@@ -65,6 +94,5 @@ class HybridMixer(nn.Module):
         scanned_BTD = self.mamba_out_proj(y_BTE)
         if self.branch_norm:
             attended_BTD, scanned_BTD = rms_norm(attended_BTD), rms_norm(scanned_BTD)
-        weight = torch.sigmoid(self.merge_alpha).to(x_BTD.dtype)
-        out_BTD = self.proj(weight * attended_BTD + (1 - weight) * scanned_BTD)
+        out_BTD = self.proj(Merge.apply(attended_BTD, scanned_BTD, self.merge_alpha, self.head_dim))
         return out_BTD, LayerState(*kept, conv_state, scan_state) if return_state else None
