@@ -143,6 +143,31 @@ def test_operands_may_be_slices_of_a_projection(name, usable):
         assert_close("result", actual, expected, 1e-7)
 
 
+def foreach_at_once(xs, decays, before):
+    """What foreach may become: every result from the old values."""
+    results = [torch.addcmul(*operands) for operands in zip(xs, decays, before, strict=True)]
+    for x, result in zip(xs, results, strict=True):
+        x.copy_(result)
+
+
+@pytest.mark.parametrize("foreach", [None, foreach_at_once], ids=["in order", "at once"])
+@pytest.mark.parametrize(("shape", "block"), [((2, 330, 20, 3), 4), ((1, 257, 16, 2), 4), ((3, 200, 700, 2), 1)],
+                         ids=str)
+def test_chunked_in_blocks_with_and_without_foreach(foreach, shape, block, monkeypatch):
+    batch, length, channels, states = shape
+    operands = case(*shape)
+    assert chunked._Layout(operands["u_BTE"], states).block == block
+    if foreach is not None:
+        monkeypatch.setattr(torch, "_foreach_addcmul_", foreach)
+    chunked._foreach_keeps_order.cache_clear()
+    try:
+        assert foreach is None or not chunked._foreach_keeps_order()
+        compare("chunked", operands, (random(batch, length, channels), random(batch, channels, states)),
+                RATIO[torch.float32])
+    finally:
+        chunked._foreach_keeps_order.cache_clear()
+
+
 def test_long_sequences_agree_between_backends():
     """Rounding must not pile up over 16,384 tokens: two orders of summation agree about as well as over a hundred."""
     operands = case(1, 16384, 16, 2)
