@@ -111,12 +111,22 @@ class _Work:
         # Views of single tokens are made once: making one costs as much as the arithmetic on it.
         self.decays, self.xs = self.decay.unbind(2), self.x.unbind(2)
         self.gs = self.g.unbind(2) if rest else self.xs
+        if tokens % CHUNK == 0:
+            # The tokens at the same place of each chunk, (B, P, chunks, N, E).
+            self.chunk_decays, self.chunk_xs = (x.unflatten(2, (-1, CHUNK)).unbind(3) for x in (self.decay, self.x))
 
     def advance(self, state: Tensor, tokens: int) -> Tensor:
         """Turns the inflows in x into states in place, beginning from `state`; returns the last one."""
         xs = self.xs[:tokens]
         _recur(xs, self.decays[:tokens], (state, *xs[:-1]))
         return xs[-1]
+
+    def advance_chunks(self, starts: Tensor, tokens: int) -> None:
+        """`advance` from the known state before each chunk: where all are whole, they advance side by side."""
+        if tokens == len(self.xs) and tokens % CHUNK == 0:
+            _recur(self.chunk_xs, self.chunk_decays, (starts, *self.chunk_xs[:-1]))
+        else:
+            self.advance(starts[:, :, 0], tokens)
 
     def retreat(self, carry: Tensor, tokens: int) -> Tensor:
         """Turns the outputs' gradients in g into the states', in place, from the last token to the first.
@@ -232,7 +242,7 @@ def _backward_chunked(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: 
         for chunks in reversed(layout.blocks()):
             span, start = layout.span(chunks), starts[:, :, chunks.start]
             block = _Block(ops, work, span)
-            work.advance(start, block.tokens)
+            work.advance_chunks(starts[:, :, chunks.start:chunks.stop], block.tokens)
             g_y = g_out[:, :, span].float()
             if block.z is not None and g_z is not None:
                 y = torch.matmul(block.C.unsqueeze(-2), block.x).squeeze(-2).addcmul_(block.u, ops.D)
