@@ -40,7 +40,7 @@ class _Layout:
         self.chunks = chunks_per_segment(self.length, u.device.type)
         self.count = n_chunks(self.length, self.chunks * CHUNK)
         self.tokens = self.length if self.count == 1 else self.chunks * CHUNK
-        fitting = BLOCK_ELEMENTS // (CHUNK * batch * states * channels) if u.device.type == "cpu" else 1
+        fitting = BLOCK_ELEMENTS // max(1, CHUNK * batch * states * channels) if u.device.type == "cpu" else 1
         self.block = max(1, min(fitting, MAX_BLOCK))
 
     def cut(self, x_BTX: Tensor, fill: float = 0.0) -> Tensor:
