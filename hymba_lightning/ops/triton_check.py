@@ -34,9 +34,9 @@ ODD_CONVS = ((2, 63, 60, 4), (1, 1, 4, 8), (3, 257, 130, 3), (1, 40, 6, 1))
 ODD_LOSSES = ((63, 60), (1, 1), (700, 1023), (40, 50257))
 TRAINING = (2, 32768, 512, 8)
 VOCAB = 1024
-# What a sweep tries: programs of a launch, channels of a forward program, registers of a backward thread.
-SWEEP = {"TARGET_PROGRAMS": (2048, 4096, 8192, 16384), "FORWARD_BLOCK_E": (64, 128),
-         "BACKWARD_REGISTERS": (168, 184, 200, 255)}
+# What a sweep tries: programs for each multiprocessor, channels of a forward program, registers of a backward thread.
+SWEEP = {"FORWARD_PROGRAMS": (16, 24, 48), "BACKWARD_PROGRAMS": (16, 24, 32, 64), "FORWARD_BLOCK_E": (32, 64, 128),
+         "BACKWARD_REGISTERS": (168, 224, 255)}
 Inputs = dict[str, Tensor | None]
 Run = Callable[[Any], tuple[Tensor, ...]]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,17 @@ from torch import Tensor
 TARGET_PROGRAMS = 4096
 # One warp a program, so that no barrier waits for another. Products and sums fused, which Triton will stop assuming.
 COMPILE_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the GPU; for what is not run on one (the interpreter, a look at the compiled code) those of a Hopper."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def can_prefetch(device: torch.device) -> bool:
+    """Whether kernels for the device may hold NVIDIA's assembly: not in the interpreter, nor on others' GPUs."""
+    return device.type != "cpu" and torch.version.hip is None
 
 
 def readable(x: Tensor) -> Tensor:

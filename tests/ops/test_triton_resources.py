@@ -59,8 +59,8 @@ def test_recording_gives_the_kernels_back(resources):
 
 
 @pytest.mark.parametrize(("shape", "tokens"), [((2, 32768, 512), 128), ((2, 65536, 512), 256), ((64, 4096, 4096), 4096),
-                                               ((1, 1000, 64), 64), ((1, 5, 64), 64)])
+                                               ((1, 1000, 64), 64), ((1, 5, 64), 8), ((1, 32768, 512), 64)])
 def test_chunks_leave_enough_programs(resources, shape, tokens):
     from hymba_lightning.ops.selective_scan.triton import ROWS, tiles_per_chunk
 
-    assert tiles_per_chunk(*shape) * ROWS == tokens
+    assert tiles_per_chunk(*shape, 32 * 132) * ROWS == tokens

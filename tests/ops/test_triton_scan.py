@@ -71,7 +71,8 @@ def compare(shape):
     """A case: the ratios of everything."""
     from hymba_lightning.ops.selective_scan import triton as module
 
-    module.TARGET_PROGRAMS, module.MIN_CHUNK_TILES = (1 if "one chunk" in shape[-1] else 4096), 2
+    module.FORWARD_PROGRAMS, module.BACKWARD_PROGRAMS = (0, 0) if "one chunk" in shape[-1] else (24, 32)
+    module.MIN_CHUNK_TILES = 2
 
     def run_triton(u, dt, A, B, C, D, z, dt_bias, initial_state):
         return module.selective_scan_triton(u, dt, A, B, C, D, z, dt_bias_E=dt_bias, initial_state_BEN=initial_state,

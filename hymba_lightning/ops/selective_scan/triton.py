@@ -15,7 +15,7 @@ from torch import Tensor
 from hymba_lightning.ops.selective_scan.custom import make_scan_op
 from hymba_lightning.ops.selective_scan.triton_backward import chunk_adjoints, chunk_gradients
 from hymba_lightning.ops.selective_scan.triton_forward import carry_chunks, chunk_ends, chunk_outputs
-from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, TARGET_PROGRAMS, as_gradient, readable
+from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, as_gradient, can_prefetch, multiprocessors, readable
 
 # Tokens of a tile: those that a thread holds in registers, and the distance of the states saved for backward.
 ROWS = 8
@@ -26,22 +26,21 @@ BLOCK_E = 64
 MIN_CHUNK_TILES = 8
 # Chunks whose edges the carry loads at once.
 CARRY_AHEAD = 16
-# Registers of a thread that the last backward kernel may take: with 200, ten of its warps share a multiprocessor. It
-# needs more for float32 operands, whose products it keeps in full, and for the sums of more states.
-BACKWARD_REGISTERS, FULL_REGISTERS = 200, 255
+# Programs of a launch for each multiprocessor. It holds 24 of the forward kernels' and 8 of the last backward one's at
+# once: chunks are as long as that leaves no last round of a few programs.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 24, 32
+# Registers of a thread that the last backward kernel may take: all there are, since 8 warps share a multiprocessor
+# with any number between 169 and 255.
+BACKWARD_REGISTERS = 255
+# States below which the matrix units' smallest product is not filled.
 FEW_STATES = 16
 
 
-def tiles_per_chunk(batch: int, length: int, channels: int) -> int:
-    """Tiles in a chunk, a power of two: as many as leave TARGET_PROGRAMS programs, all if the batch has enough."""
+def tiles_per_chunk(batch: int, length: int, channels: int, programs: int) -> int:
+    """Tiles in a chunk, such that a launch has at most about `programs` programs; all if the batch has enough."""
     n_tiles = triton.cdiv(length, ROWS)
-    wanted_chunks = triton.cdiv(TARGET_PROGRAMS, batch * triton.cdiv(channels, BLOCK_E))
-    if wanted_chunks == 1:
-        return n_tiles
-    tiles = MIN_CHUNK_TILES
-    while tiles < n_tiles and triton.cdiv(n_tiles, 2 * tiles) >= wanted_chunks:
-        tiles *= 2
-    return tiles
+    chunks = max(1, programs // (batch * triton.cdiv(channels, BLOCK_E)))
+    return min(n_tiles, max(MIN_CHUNK_TILES, triton.cdiv(n_tiles, chunks)))
 
 
 def _by_state(x_EN: Tensor) -> Tensor:
@@ -73,7 +72,8 @@ def _forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     # Without a gate its pointer is passed on but never read.
     gate = u if z is None else readable(z)
     A_NE, D, dt_bias = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
-    n_tiles, chunk_tiles = triton.cdiv(length, ROWS), tiles_per_chunk(batch, length, channels)
+    n_tiles = triton.cdiv(length, ROWS)
+    chunk_tiles = tiles_per_chunk(batch, length, channels, FORWARD_PROGRAMS * multiprocessors(u.device))
     n_chunks, n_blocks = triton.cdiv(n_tiles, chunk_tiles), triton.cdiv(channels, FORWARD_BLOCK_E)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     starts = torch.empty(batch, n_tiles, n_states, channels, dtype=torch.float32, device=u.device)
@@ -100,7 +100,7 @@ def _backward(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, 
     u, dt, B, C, g_out = map(readable, (u, dt, B, C, g_out))
     gate = u if z is None else readable(z)
     A_NE, skip_E, bias_E = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
-    chunk_tiles = tiles_per_chunk(batch, length, channels)
+    chunk_tiles = tiles_per_chunk(batch, length, channels, BACKWARD_PROGRAMS * multiprocessors(device))
     n_chunks, n_blocks = triton.cdiv(starts.size(1), chunk_tiles), triton.cdiv(channels, BLOCK_E)
     adjoints = torch.empty(batch, n_chunks, n_states, channels, dtype=torch.float32, device=device)
     dt_sums = torch.empty(batch, n_chunks, channels, dtype=torch.float32, device=device)
@@ -111,7 +111,7 @@ def _backward(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, 
     token_sums = torch.empty(n_blocks, batch, length, 2, n_states, dtype=torch.float32, device=device)
     shape = _shape(dt, n_states, BLOCK_E) | {"C_ROW": C.stride(1), "Z_ROW": gate.stride(1), "DOUT_ROW": g_out.stride(1),
                                     "HAS_Z": z is not None}
-    registers = BACKWARD_REGISTERS if u.dtype != torch.float32 and n_states <= FEW_STATES else FULL_REGISTERS
+    states = triton.next_power_of_2(n_states)
     with torch.cuda.device_of(u):
         if n_chunks > 1:
             chunk_adjoints[n_blocks, n_chunks - 1, batch](
@@ -121,11 +121,11 @@ def _backward(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, 
         chunk_gradients[n_blocks, n_chunks, batch](
             u, dt, A_NE, B, C, skip_E, gate, bias_E, g_out, starts, adjoints, du, ddt, dz, channel_sums, token_sums,
             length, chunk_tiles, u.stride(0), dt.stride(0), B.stride(0), C.stride(0), gate.stride(0), g_out.stride(0),
-            U_ROW=u.stride(1), B_ROW=B.stride(1), STATES=max(FEW_STATES, triton.next_power_of_2(n_states)),
+            U_ROW=u.stride(1), B_ROW=B.stride(1), STATES=max(FEW_STATES, states),
             ROUNDED=u.dtype != torch.float32,
             # The interpreter, which runs on the CPU, has no bfloat16 product.
             DOT_TYPE=tl.float32 if device.type == "cpu" else tl.bfloat16,
-            num_stages=1, maxnreg=registers, **shape)
+            PREFETCHED=states if can_prefetch(device) else 0, num_stages=1, maxnreg=BACKWARD_REGISTERS, **shape)
     d_channel = channel_sums.sum(0)
     d_token = token_sums.sum(0)
     dA_EN, dD_E, d_bias_E = d_channel[:n_states].t(), d_channel[n_states], d_channel[n_states + 1]

@@ -15,6 +15,7 @@ from hymba_lightning.ops.triton_math import (
     LOG2E,
     inside_if,
     load_float32,
+    prefetch_rows,
     sigmoid,
     softplus,
     store_rounded,
@@ -105,7 +106,7 @@ def chunk_gradients(u, dt, A, B, C, D, z, dt_bias, dout, starts, adjoints, du, d
                     N: tl.constexpr, U_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr,
                     C_ROW: tl.constexpr, Z_ROW: tl.constexpr, DOUT_ROW: tl.constexpr, HAS_Z: tl.constexpr,
                     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STATES: tl.constexpr,
-                    ROUNDED: tl.constexpr, DOT_TYPE: tl.constexpr, MASKED: tl.constexpr):
+                    ROUNDED: tl.constexpr, DOT_TYPE: tl.constexpr, PREFETCHED: tl.constexpr, MASKED: tl.constexpr):
     """Gradients of u, dt and z (B, T, E), and partial sums of the others.
 
     Grid (E blocks, chunks, B). Slot c of `adjoints` (B, chunks, N, E) holds what enters chunk c from behind, and at the
@@ -113,7 +114,8 @@ def chunk_gradients(u, dt, A, B, C, D, z, dt_bias, dout, starts, adjoints, du, d
     and dt_bias; token_sums (E blocks, B, T, 2, N) this block's part of those of B and C. That sum over channels,
     exchanged between threads, would be half the kernel's work: when ROUNDED, for 16-bit operands, it is a product with
     a matrix of ones, which the matrix units take in DOT_TYPE (bfloat16) and add in float32. STATES is N rounded up to a
-    size they accept.
+    size they accept. PREFETCHED is N rounded up to a power of two where the next tile can be asked for ahead, else 0:
+    too few programs fit a multiprocessor to hide the memory's latency behind one another.
     """
     channel = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     chunk = tl.program_id(1)
@@ -167,12 +169,29 @@ def chunk_gradients(u, dt, A, B, C, D, z, dt_bias, dout, starts, adjoints, du, d
             y += (skip * u_row,)
             d_driven += (tl.zeros([BLOCK_E], tl.float32),)
             d_steps += (tl.zeros([BLOCK_E], tl.float32),)
+        if PREFETCHED > 0:
+            if tile > chunk * tiles_per_chunk:
+                left = tl.program_id(0) * BLOCK_E
+                prefetch_rows(u - ROWS * U_ROW + left, U_ROW, ROWS - 1, ROWS, BLOCK_E)
+                prefetch_rows(dt - ROWS * DT_ROW + left, DT_ROW, ROWS - 1, ROWS, BLOCK_E)
+                prefetch_rows(dout - ROWS * DOUT_ROW + left, DOUT_ROW, ROWS - 1, ROWS, BLOCK_E)
+                if HAS_Z:
+                    prefetch_rows(z - ROWS * Z_ROW + left, Z_ROW, ROWS - 1, ROWS, BLOCK_E)
+                prefetch_rows(B - ROWS * B_ROW, B_ROW, ROWS - 1, ROWS, PREFETCHED)
+                prefetch_rows(C - ROWS * C_ROW, C_ROW, ROWS - 1, ROWS, PREFETCHED)
+                prefetch_rows(starts - N * E + left, E, N - 1, PREFETCHED, BLOCK_E)
         sums = tl.zeros([STATES, 2 * ROWS], tl.float32)
+        if ROUNDED:
+            ones = tl.full([STATES, BLOCK_E], 1.0, tl.float32).to(DOT_TYPE)
+            rounded = tl.zeros([BLOCK_E, 2 * ROWS], tl.bfloat16)
         for n in range(N):
             decay_rate = load_float32(A + n * E + channel, inside, MASKED) * LOG2E
             state = load_float32(starts + n * E + channel, inside, MASKED)
             q = load_float32(adjoints + n * E + channel, inside, MASKED)
             d_rate = load_float32(channel_sums + n * E + channel, inside, MASKED)
+            if ROUNDED:
+                # The product of the state before this one: nothing waits for it here.
+                sums = tl.where((state_row == n - 1)[:, None], tl.dot(ones, rounded.to(DOT_TYPE)), sums)
             decays = ()
             before = ()
             B_n = ()
@@ -206,11 +225,11 @@ def chunk_gradients(u, dt, A, B, C, D, z, dt_bias, dout, starts, adjoints, du, d
             store_rounded(channel_sums + n * E + channel, d_rate, inside, MASKED)
             products = tl.reshape(interleave(dB + dC), [BLOCK_E, 2 * ROWS])
             if ROUNDED:
-                ones = tl.full([STATES, BLOCK_E], 1.0, tl.float32).to(DOT_TYPE)
-                part = tl.dot(ones, products.to(tl.bfloat16).to(DOT_TYPE))
+                rounded = products.to(tl.bfloat16)
             else:
-                part = tl.sum(products, axis=0)[None, :]
-            sums = tl.where((state_row == n)[:, None], part, sums)
+                sums = tl.where((state_row == n)[:, None], tl.sum(products, axis=0)[None, :], sums)
+        if ROUNDED:
+            sums = tl.where((state_row == N - 1)[:, None], tl.dot(ones, rounded.to(DOT_TYPE)), sums)
         wanted = (state_row < N)[:, None] & (tile * ROWS + column % ROWS < T)[None, :]
         place = state_row[:, None] + ((column % ROWS) * (2 * N) + (column // ROWS) * N)[None, :]
         tl.store(token_sums + place, sums, mask=wanted)
