@@ -169,7 +169,7 @@ def chunk_gradients(u, dt, A, B, C, D, z, dt_bias, dout, starts, adjoints, du, d
             y += (skip * u_row,)
             d_driven += (tl.zeros([BLOCK_E], tl.float32),)
             d_steps += (tl.zeros([BLOCK_E], tl.float32),)
-        if PREFETCHED > 0:
+        if PREFETCHED > 0:  # noqa: SIM102 (decided when compiled; the other while running)
             if tile > chunk * tiles_per_chunk:
                 left = tl.program_id(0) * BLOCK_E
                 prefetch_rows(u - ROWS * U_ROW + left, U_ROW, ROWS - 1, ROWS, BLOCK_E)
