@@ -117,7 +117,7 @@ def test_automatic_choice_and_refusals(monkeypatch):
     pick = functools.partial(choose, "softcapped_cross_entropy", "auto")
     assert (pick("cpu"), pick("cuda"), pick("mps")) == ("torch", "torch", "torch")
     installed.add("triton")
-    assert (pick("cpu"), pick("cuda"), pick("mps")) == ("torch", "torch", "torch")
+    assert (pick("cpu"), pick("cuda"), pick("mps")) == ("torch", "triton", "torch")
     assert choose("softcapped_cross_entropy", "triton", "cuda") == "triton"
     with pytest.raises(BackendUnavailableError, match="TRITON_INTERPRET=1"):
         choose("softcapped_cross_entropy", "triton", "cpu")
