@@ -28,8 +28,9 @@ from hymba_lightning.ops.softcapped_cross_entropy import triton as loss_triton
 
 TYPE_NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 COMPILE_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
-# A multiprocessor's registers, and the programs it can hold, on every architecture this compiles for.
-REGISTERS_PER_SM, PROGRAMS_PER_SM = 65536, 32
+# A multiprocessor's schedulers, the registers of each, and the programs it can hold, on every architecture this
+# compiles for.
+SCHEDULERS, REGISTERS_PER_SCHEDULER, PROGRAMS_PER_SM = 4, 16384, 32
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Resources:
     def resident_warps(self) -> int:
         """Warps that a multiprocessor holds at once, as far as registers decide it."""
         per_warp = -(-self.registers // 8) * 8 * 32
-        return min(REGISTERS_PER_SM // per_warp // self.warps, PROGRAMS_PER_SM) * self.warps
+        return min(REGISTERS_PER_SCHEDULER // per_warp * SCHEDULERS // self.warps, PROGRAMS_PER_SM) * self.warps
 
 
 class _Recorder:

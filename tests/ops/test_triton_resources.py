@@ -64,3 +64,9 @@ def test_chunks_leave_enough_programs(resources, shape, tokens):
     from hymba_lightning.ops.selective_scan.triton import ROWS, tiles_per_chunk
 
     assert tiles_per_chunk(*shape, 32 * 132) * ROWS == tokens
+
+
+@pytest.mark.parametrize(("registers", "warps", "resident"), [(221, 1, 8), (255, 1, 8), (168, 1, 12), (80, 1, 24),
+                                                              (32, 1, 32), (128, 4, 16), (168, 8, 8)])
+def test_resident_warps_fill_each_schedulers_registers(resources, registers, warps, resident):
+    assert resources.Resources("kernel", registers, 0, 0, 0, warps).resident_warps == resident
