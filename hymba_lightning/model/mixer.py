@@ -46,7 +46,7 @@ class Merge(torch.autograd.Function):
         weight = gate.to(a_BTD.dtype)
         along = (g_BTD.float() * (a_BTD.float() - s_BTD.float())).unflatten(-1, (-1, ctx.unit))
         total = along.sum(-1).sum() if alpha.numel() == 1 else along.sum((0, 1)).flatten()
-        return weight * g_BTD, (1 - weight) * g_BTD, gate * (1 - gate) * total, None
+        return weight * g_BTD, (1 - weight) * g_BTD, (gate * (1 - gate) * total).to(alpha.dtype), None
 
 
 class HybridMixer(nn.Module):

@@ -7,8 +7,6 @@ import functools
 import torch
 from torch import Tensor
 
-# Programs that a launch should have: some 30 for each of a large GPU's multiprocessors.
-TARGET_PROGRAMS = 4096
 # One warp a program, so that no barrier waits for another. Products and sums fused, which Triton will stop assuming.
 COMPILE_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 

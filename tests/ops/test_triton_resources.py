@@ -35,6 +35,16 @@ def test_production_kernels_do_not_spill_on_hopper(resources, capsys):
 
 
 @pytest.mark.slow
+def test_as_many_programs_fit_as_the_chunks_are_made_for(resources):
+    from hymba_lightning.ops.selective_scan import triton
+
+    launches = {launch.kernel.__name__: launch for launch in resources.scan_launches(2, 32768, 512, 8, torch.bfloat16)}
+    assert resources.compile_launch(launches["chunk_outputs"], 90).resident_warps == triton.FORWARD_PROGRAMS
+    assert triton.BACKWARD_PROGRAMS % resources.compile_launch(launches["chunk_gradients"], 90).resident_warps == 0
+    assert launches["chunk_gradients"].arguments["PREFETCHED"] == 8
+
+
+@pytest.mark.slow
 def test_a_spill_is_reported(resources, monkeypatch, capsys):
     from hymba_lightning.ops.selective_scan import triton
 
@@ -58,12 +68,13 @@ def test_recording_gives_the_kernels_back(resources):
     assert isinstance(before, triton.JITFunction)
 
 
-@pytest.mark.parametrize(("shape", "tokens"), [((2, 32768, 512), 128), ((2, 65536, 512), 256), ((64, 4096, 4096), 4096),
-                                               ((1, 1000, 64), 64), ((1, 5, 64), 8), ((1, 32768, 512), 64)])
+@pytest.mark.parametrize(("shape", "tokens"), [((2, 32768, 8), 128), ((2, 65536, 8), 256), ((64, 4096, 64), 4096),
+                                               ((1, 1000, 1), 64), ((1, 5, 1), 8), ((1, 32768, 8), 64)])
 def test_chunks_leave_enough_programs(resources, shape, tokens):
     from hymba_lightning.ops.selective_scan.triton import ROWS, tiles_per_chunk
 
     assert tiles_per_chunk(*shape, 32 * 132) * ROWS == tokens
+    assert tiles_per_chunk(2, 32768, 8, 24 * 132) == 21
 
 
 @pytest.mark.parametrize(("registers", "warps", "resident"), [(221, 1, 8), (255, 1, 8), (168, 1, 12), (80, 1, 24),

@@ -19,6 +19,8 @@ SHAPES = {
     "one token": (2, 1, 4, 1, torch.float32, ()),
     "whole tiles, two chunks": (1, 32, 64, 1, torch.float32, ()),
     "one chunk": (2, 20, 8, 2, torch.float32, ("one chunk",)),
+    "odd chunks": (1, 100, 8, 2, torch.float32, ("odd chunks",)),
+    "bfloat16, odd chunks": (1, 100, 8, 2, torch.bfloat16, ("odd chunks",)),
     "no gate, two channel blocks": (1, 18, 70, 1, torch.float32, ("no gate",)),
     "sixteen states": (1, 17, 8, 16, torch.float32, ()),
     "more than sixteen states": (1, 10, 8, 33, torch.float32, ()),
@@ -73,6 +75,10 @@ def compare(shape):
 
     module.FORWARD_PROGRAMS, module.BACKWARD_PROGRAMS = (0, 0) if "one chunk" in shape[-1] else (24, 32)
     module.MIN_CHUNK_TILES = 2
+    if "odd chunks" in shape[-1]:
+        # Three and five tiles in a chunk, of thirteen.
+        module.FORWARD_PROGRAMS, module.BACKWARD_PROGRAMS, module.MIN_CHUNK_TILES = 5, 3, 1
+    module.multiprocessors = lambda device: 1 if "odd chunks" in shape[-1] else 132
 
     def run_triton(u, dt, A, B, C, D, z, dt_bias, initial_state):
         return module.selective_scan_triton(u, dt, A, B, C, D, z, dt_bias_E=dt_bias, initial_state_BEN=initial_state,

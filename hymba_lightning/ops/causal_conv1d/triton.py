@@ -11,8 +11,10 @@ from torch import Tensor
 
 from hymba_lightning.ops.causal_conv1d.custom import last_inputs, make_conv_op
 from hymba_lightning.ops.causal_conv1d.triton_kernels import conv_backward, conv_forward
-from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, TARGET_PROGRAMS, as_gradient, readable
+from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, as_gradient, readable
 
+# Programs that a launch should have: some 30 for each of a large GPU's multiprocessors.
+TARGET_PROGRAMS = 4096
 # Tokens of a tile: more of them re-read less of the W-1 neighbours, and take more registers.
 ROWS = 16
 # Channels of a program of one warp: two or four for each thread, loaded together.

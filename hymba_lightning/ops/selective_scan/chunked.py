@@ -1,7 +1,7 @@
 """The selective scan in plain PyTorch, chunk by chunk inside one operator, on any device.
 
 The sequence is cut into segments that advance side by side (one on a CPU; about sqrt(T) on a GPU, which so waits for
-about sqrt(T) launches instead of T), a segment into blocks of one chunk or some. Inside a block everything but the
+about sqrt(T) launches instead of T), a segment into blocks of one or a few chunks. Inside a block everything but the
 recurrence itself is done for all its tokens at once. Every exponential is of dt·A <= 0 or of a sum of those, so no dt·A
 overflows.
 
@@ -23,7 +23,8 @@ from hymba_lightning.ops.threads import one_torch_thread
 
 # Tokens between two saved states.
 CHUNK = 64
-# Chunks of a CPU's block: small operands need long blocks to be worth an operator's call, large ones fill the cache.
+# A CPU's block has at most MAX_BLOCK chunks and, with more than one, BLOCK_ELEMENTS of B·L·N·E: small operands need
+# long blocks to be worth an operator's call, large ones fill the cache.
 MAX_BLOCK, BLOCK_ELEMENTS = 4, 2**19
 
 

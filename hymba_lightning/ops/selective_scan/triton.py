@@ -26,8 +26,8 @@ BLOCK_E = 64
 MIN_CHUNK_TILES = 8
 # Chunks whose edges the carry loads at once.
 CARRY_AHEAD = 16
-# Programs of a launch for each multiprocessor. It holds 24 of the forward kernels' and 8 of the last backward one's at
-# once: chunks are as long as that leaves no last round of a few programs.
+# Programs of a launch for each multiprocessor. From Hopper on it holds 24 of chunk_outputs' and 8 of chunk_gradients'
+# at once (an Ampere 20 and 8): chunks are as long as that leaves no last round of a few programs.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 24, 32
 # Registers of a thread that the last backward kernel may take: all there are, since 8 warps share a multiprocessor
 # with any number between 169 and 255.
@@ -36,10 +36,10 @@ BACKWARD_REGISTERS = 255
 FEW_STATES = 16
 
 
-def tiles_per_chunk(batch: int, length: int, channels: int, programs: int) -> int:
-    """Tiles in a chunk, such that a launch has at most about `programs` programs; all if the batch has enough."""
+def tiles_per_chunk(batch: int, length: int, n_blocks: int, programs: int) -> int:
+    """Tiles in a chunk, such that a launch has at most `programs` programs or, if the batch has more, one chunk."""
     n_tiles = triton.cdiv(length, ROWS)
-    chunks = max(1, programs // (batch * triton.cdiv(channels, BLOCK_E)))
+    chunks = max(1, programs // (batch * n_blocks))
     return min(n_tiles, max(MIN_CHUNK_TILES, triton.cdiv(n_tiles, chunks)))
 
 
@@ -73,8 +73,9 @@ def _forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     gate = u if z is None else readable(z)
     A_NE, D, dt_bias = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
     n_tiles = triton.cdiv(length, ROWS)
-    chunk_tiles = tiles_per_chunk(batch, length, channels, FORWARD_PROGRAMS * multiprocessors(u.device))
-    n_chunks, n_blocks = triton.cdiv(n_tiles, chunk_tiles), triton.cdiv(channels, FORWARD_BLOCK_E)
+    n_blocks = triton.cdiv(channels, FORWARD_BLOCK_E)
+    chunk_tiles = tiles_per_chunk(batch, length, n_blocks, FORWARD_PROGRAMS * multiprocessors(u.device))
+    n_chunks = triton.cdiv(n_tiles, chunk_tiles)
     out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
     starts = torch.empty(batch, n_tiles, n_states, channels, dtype=torch.float32, device=u.device)
     final_BNE = torch.empty(batch, n_states, channels, dtype=torch.float32, device=u.device)
@@ -100,8 +101,9 @@ def _backward(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, 
     u, dt, B, C, g_out = map(readable, (u, dt, B, C, g_out))
     gate = u if z is None else readable(z)
     A_NE, skip_E, bias_E = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
-    chunk_tiles = tiles_per_chunk(batch, length, channels, BACKWARD_PROGRAMS * multiprocessors(device))
-    n_chunks, n_blocks = triton.cdiv(starts.size(1), chunk_tiles), triton.cdiv(channels, BLOCK_E)
+    n_blocks = triton.cdiv(channels, BLOCK_E)
+    chunk_tiles = tiles_per_chunk(batch, length, n_blocks, BACKWARD_PROGRAMS * multiprocessors(device))
+    n_chunks = triton.cdiv(starts.size(1), chunk_tiles)
     adjoints = torch.empty(batch, n_chunks, n_states, channels, dtype=torch.float32, device=device)
     dt_sums = torch.empty(batch, n_chunks, channels, dtype=torch.float32, device=device)
     du = torch.empty(u.shape, dtype=u.dtype, device=device)
@@ -125,7 +127,9 @@ def _backward(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, 
             ROUNDED=u.dtype != torch.float32,
             # The interpreter, which runs on the CPU, has no bfloat16 product.
             DOT_TYPE=tl.float32 if device.type == "cpu" else tl.bfloat16,
-            PREFETCHED=states if can_prefetch(device) else 0, num_stages=1, maxnreg=BACKWARD_REGISTERS, **shape)
+            # Of whole tiles only, whose addresses are all inside.
+            PREFETCHED=states if can_prefetch(device) and not shape["MASKED"] else 0,
+            num_stages=1, maxnreg=BACKWARD_REGISTERS, **shape)
     d_channel = channel_sums.sum(0)
     d_token = token_sums.sum(0)
     dA_EN, dD_E, d_bias_E = d_channel[:n_states].t(), d_channel[n_states], d_channel[n_states + 1]
