@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hymba_lightning.model.attention import RotaryNorm, rope_table
+from hymba_lightning.model.attention import RotaryNorm, rope_table, rope_table_op
 from hymba_lightning.model.layers import Linear, fused_linear, rms_norm
 from hymba_lightning.model.mixer import Merge
 
@@ -64,3 +64,7 @@ def test_one_product_for_several_projections(unit):
     apart = torch.cat([linear(x) for linear in linears], dim=-1).split([2, 4, 4], dim=-1)
     for piece, expected in zip(pieces, apart, strict=True):
         torch.testing.assert_close(piece, expected)
+
+
+def test_the_tables_are_a_sound_operator():
+    torch.library.opcheck(rope_table_op, (3, 7, 8, 100.0, torch.empty(0)))
