@@ -1,0 +1,82 @@
+"""One writer a folder: a claim that other processes see, and that ends with its owner however that dies."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+
+from hymba_lightning.files import write_atomic
+
+LOCK, OWNER = ".lock", ".owner.json"
+
+
+class FolderInUseError(OSError):
+    """Another process writes to the folder."""
+
+
+class FolderClaim:
+    """The right to write to a folder, held by one process at a time.
+
+    The claim is the operating system's lock of a file in the folder: it is taken in one step, and ends with the process
+    that holds it, killed or not, so that no claim can be left behind. Beside it lies who holds it, for the message to
+    whoever comes second. It may be used as a context manager, and taken once at a time.
+
+    Args:
+        folder: Made if it does not exist.
+        work: What the holder does, such as "hymba fit"; shown to others.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | Path, work: str) -> None:
+        self.folder = Path(folder)
+        self.work = work
+        self._lock = FileLock(self.folder / LOCK, timeout=0)
+
+    @property
+    def held(self) -> bool:
+        """Whether this object holds the folder."""
+        return self._lock.is_locked
+
+    def take(self) -> None:
+        """
+        Raises:
+            FolderInUseError: another process, or another claim in this one, holds the folder.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise FolderInUseError(f"{self.folder} is in use by {self._owner()}: wait for its end, or choose another "
+                                   "folder") from None
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        owner = {"work": self.work, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
+        write_atomic(self.folder / OWNER, json.dumps(owner) + "\n")
+
+    def release(self) -> None:
+        """Lets others write; nothing happens where it is not held."""
+        if self.held:
+            (self.folder / OWNER).unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> FolderClaim:
+        self.take()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.release()
+
+    def _owner(self) -> str:
+        try:
+            owner = json.loads((self.folder / OWNER).read_text(encoding="utf-8"))
+            return f"{owner['work']} (process {owner['pid']} on {owner['host']}, since {owner['since']})"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "another process, which does not say who it is"

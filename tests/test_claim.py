@@ -1,0 +1,54 @@
+"""A folder has one writer: who comes second is told who came first, and a killed owner leaves nothing behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hymba_lightning.claim import LOCK, FolderClaim, FolderInUseError
+
+HOLD = """
+import sys, time
+from hymba_lightning.claim import FolderClaim
+FolderClaim(sys.argv[1], "hymba fit").take()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_second_is_refused_and_told_of_the_first(tmp_path):
+    with FolderClaim(tmp_path / "run", "hymba fit"):
+        with pytest.raises(FolderInUseError, match=f"in use by hymba fit .process {os.getpid()} on "):
+            FolderClaim(tmp_path / "run", "hymba fit").take()
+    FolderClaim(tmp_path / "run", "hymba fit").take()
+
+
+def test_a_claim_of_another_process_ends_when_it_is_killed(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(FolderInUseError, match=f"process {holder.pid} on "):
+            FolderClaim(tmp_path, "hymba fit").take()
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    for _ in range(50):  # the kernel closes a killed process's files a moment after its end
+        try:
+            FolderClaim(tmp_path, "hymba fit").take()
+            return
+        except FolderInUseError:
+            time.sleep(0.1)
+    pytest.fail("the claim outlived its process")
+
+
+def test_a_claim_whose_owner_is_not_written_down_yet_still_refuses(tmp_path):
+    claim = FolderClaim(tmp_path, "hymba prepare")
+    claim.take()
+    (tmp_path / ".owner.json").write_text("{")
+    with pytest.raises(FolderInUseError, match="does not say who it is"):
+        FolderClaim(tmp_path, "hymba prepare").take()
+    assert (tmp_path / LOCK).exists()
+    claim.release()
