@@ -13,7 +13,8 @@ from hymba_lightning.claim import LOCK, FolderClaim, FolderInUseError
 HOLD = """
 import sys, time
 from hymba_lightning.claim import FolderClaim
-FolderClaim(sys.argv[1], "hymba fit").take()
+claim = FolderClaim(sys.argv[1], "hymba fit")
+claim.take()
 print("held", flush=True)
 time.sleep(60)
 """
