@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -58,7 +59,9 @@ class FolderClaim:
                                    "folder") from None
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         owner = {"work": self.work, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
-        write_atomic(self.folder / OWNER, json.dumps(owner) + "\n")
+        # Only for the message to others: the lock holds without it, also on a full disk.
+        with contextlib.suppress(OSError):
+            write_atomic(self.folder / OWNER, json.dumps(owner) + "\n")
 
     def release(self) -> None:
         """Lets others write; nothing happens where it is not held."""

@@ -1,12 +1,14 @@
 """The `hymba` command: LightningCLI with the callbacks of a run, and artifacts wherever a checkpoint is taken."""
 
-import datetime
+import importlib
+import inspect
 import logging
-import os
+import time
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -16,8 +18,11 @@ from hymba_lightning.callbacks.export import ExportArtifact
 from hymba_lightning.callbacks.progress import BudgetProgressBar
 from hymba_lightning.callbacks.summary import RunSummary
 from hymba_lightning.data.datamodule import HymbaDataModule
+from hymba_lightning.files import write_atomic
 from hymba_lightning.model import HymbaConfig
 from hymba_lightning.quantization import is_artifact, load_artifact
+from hymba_lightning.run import Run, RunFolder
+from hymba_lightning.run.run import new_folder
 from hymba_lightning.training.module import HymbaModule
 
 log = logging.getLogger("hymba_lightning")
@@ -30,16 +35,36 @@ SAFE = {"weights_only": True}
 
 SUBCOMMANDS = ("fit", "validate", "test")
 
-# Ranks that Lightning starts inherit the environment: it tells them the folder that rank 0 named after its start time.
-RUN_DIR_VARIABLE = "HYMBA_RUN_DIR"
+# Loggers that write to a folder: their option for it, and options that would add folders in between.
+LOGGER_FOLDERS = ("save_dir", "root_dir", "dir")
 
 
 class RunConfig(SaveConfigCallback):
-    """Saves the resolved config into the run's folder: config.yaml for fit, <stage>_config.yaml otherwise."""
+    """Writes the resolved config into the run's folder: config.yaml for fit, <stage>_config.yaml otherwise."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False, **kwargs)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.config_filename = "config.yaml" if stage == "fit" else f"{TrainerFn(stage).value}_config.yaml"
-        super().setup(trainer, pl_module, stage)
+        """A fit writes at its start, when nothing can be refused any more."""
+        if stage != "fit":
+            self._write(trainer, f"{TrainerFn(stage).value}_config.yaml")
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self._write(trainer, "config.yaml")
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger) and not trainer.fast_dev_run:
+                    text = self.parser.dump(self.config, skip_none=False)
+                    logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Done above."""
+
+    def _write(self, trainer: Any, name: str) -> None:
+        folder = Run.of(trainer).folder_of(trainer)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            write_atomic(folder / name, self.parser.dump(self.config, skip_none=False))
 
 
 class HymbaCLI(LightningCLI):
@@ -47,10 +72,12 @@ class HymbaCLI(LightningCLI):
 
     Args:
         command: The only subcommand to build a parser for, which takes a second or more each; another name builds all.
+        started: time.monotonic() when the command began; limits on an evaluation's seconds count from it.
     """
 
-    def __init__(self, *args: Any, command: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, command: str, started: float | None = None, **kwargs: Any) -> None:
         self._command = command
+        self._started = time.monotonic() if started is None else started
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
@@ -78,36 +105,46 @@ class HymbaCLI(LightningCLI):
         """LightningCLI would let a checkpoint's hyper-parameters override explicit flags; here flags win, and
         HymbaModule.on_load_checkpoint refuses a checkpoint that does not fit them."""
 
+    def before_instantiate_classes(self) -> None:
+        """Names the run's folder, and sends the loggers there that were not sent elsewhere."""
+        folder = self._get(self.config, "run_dir")
+        # Ranks of one run may name it differently here; rank 0's name counts from the moment they can talk.
+        self.folder = RunFolder(folder or new_folder(), bool(self._get(self.config, "overwrite", default=False)))
+        loggers = self._get(self.config, "trainer")["logger"]
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if isinstance(logger, Namespace) and "class_path" in logger:
+                send_logger(logger, self.folder.path)
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        folder = self._get(self.config_init, "run_dir") or os.environ.get(RUN_DIR_VARIABLE)
-        if folder is None:
-            folder = str(Path("runs") / datetime.datetime.now().strftime("%Y%m%d-%H%M%S"))
-        os.environ[RUN_DIR_VARIABLE] = folder
-        self.run_dir = Path(folder)
         trainer_config = self._get(self.config_init, "trainer", default={})
         if trainer_config.get("logger") in (None, True):
-            kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
-        kwargs["default_root_dir"] = folder
-        return super().instantiate_trainer(**kwargs)
+            kwargs["logger"] = TensorBoardLogger(self.folder.path, name="", version="", default_hp_metric=False)
+        kwargs["default_root_dir"] = str(self.folder.path)
+        trainer = super().instantiate_trainer(**kwargs)
+        run = Run.of(trainer)
+        run.folder, run.started = self.folder, self._started
+        return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
+        """A progress bar of the user's takes the place of ours."""
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if any(isinstance(callback, ProgressBar) for callback in given):
+            callbacks = [callback for callback in callbacks if not isinstance(callback, BudgetProgressBar)]
+        return super()._instantiate_trainer(config, callbacks)
 
     # What the subcommands do beyond Trainer.fit/validate/test --------------------------------------------------------
 
     def fit(self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None, **kwargs: Any) -> None:
         """Trains. `--ckpt_path last` goes on from the run folder's last checkpoint."""
-        last = self.run_dir / "checkpoints" / "last.ckpt"
         if ckpt_path == "last":
-            if not last.is_file():
-                raise FileNotFoundError(f"{last} does not exist: --ckpt_path last needs the --run_dir of a run")
-            ckpt_path = str(last)
+            ckpt_path = self._last()
         if ckpt_path is not None and not Path(ckpt_path).is_file():
             raise FileNotFoundError(f"--ckpt_path {ckpt_path} does not exist")
         if ckpt_path is not None and is_artifact(ckpt_path):
             raise ValueError(f"--ckpt_path {ckpt_path} is an artifact, which holds no state of training: fit goes on "
                              "from a checkpoint, e.g. --ckpt_path last")
-        held = [name for name in ("summary.json", "checkpoints") if (self.run_dir / name).exists()]
-        if ckpt_path is None and held and not self._get(self.config_init, "overwrite"):
-            raise FileExistsError(f"{self.run_dir} already holds a run ({', '.join(held)}): go on with --ckpt_path "
-                                  "last, choose another --run_dir, or give --overwrite true")
+        self.folder.check(ckpt_path)
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs, **SAFE)
 
     def validate(self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None,
@@ -122,15 +159,21 @@ class HymbaCLI(LightningCLI):
         ckpt_path = self._load_weights(model, datamodule, ckpt_path)
         self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, **kwargs, **SAFE)
 
+    def _last(self) -> str:
+        if not self.folder.checkpoint.is_file():
+            raise FileNotFoundError(f"{self.folder.checkpoint} does not exist: --ckpt_path last needs the --run_dir of "
+                                    "a run")
+        return str(self.folder.checkpoint)
+
     def _load_weights(self, model: HymbaModule, data: HymbaDataModule, path: str | None) -> str | None:
         """Takes an artifact's network into `model`; a checkpoint's path goes back for Lightning to load."""
         if path is None:
             raise ValueError("nothing to score: give --ckpt_path with an artifact or a checkpoint")
         if path == "last":
-            path = str(self.run_dir / "checkpoints" / "last.ckpt")
+            path = self._last()
         if not Path(path).is_file():
             raise FileNotFoundError(f"--ckpt_path {path} does not exist")
-        model.weights_from = path
+        Run.of(self.trainer).weights_from = Path(path)
         if not is_artifact(path):
             return path
         artifact = load_artifact(path)
@@ -144,7 +187,24 @@ class HymbaCLI(LightningCLI):
         return None
 
 
-def run(args: list[str]) -> None:
-    """Runs one of LightningCLI's subcommands."""
-    HymbaCLI(HymbaModule, HymbaDataModule, args=args, command=args[0], seed_everything_default=1337,
-             save_config_callback=RunConfig, save_config_kwargs={"overwrite": True}, parser_kwargs={"prog": "hymba"})
+def send_logger(logger: Namespace, folder: Path) -> None:
+    """Sets a logger's folder to the run's, unless the user named another one than its default."""
+    module, _, name = logger.class_path.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    options = logger.get("init_args") or Namespace()
+    for option in LOGGER_FOLDERS:
+        default = parameters[option].default if option in parameters else None
+        if option in parameters and options.get(option) in (None, default):
+            options[option] = str(folder / default if isinstance(default, str) else folder)
+            # Folders named after a version would pile up beside each other when a run goes on.
+            for level in ("name", "version"):
+                if name in ("CSVLogger", "TensorBoardLogger") and options.get(level) in (None, "lightning_logs"):
+                    options[level] = ""
+            break
+    logger["init_args"] = options
+
+
+def run(args: list[str], started: float | None = None) -> None:
+    """Runs one of LightningCLI's subcommands. `started`: time.monotonic() when the command began."""
+    HymbaCLI(HymbaModule, HymbaDataModule, args=args, command=args[0], started=started, seed_everything_default=1337,
+             save_config_callback=RunConfig, auto_configure_optimizers=False, parser_kwargs={"prog": "hymba"})

@@ -10,9 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from hymba_lightning.callbacks.stats import TrainRow, ValRow
     from hymba_lightning.evaluation.curve import CurvePoint
     from hymba_lightning.evaluation.score import Score
+    from hymba_lightning.run.history import TrainRow, ValRow
 
 INK, BLUE, ORANGE, GREY = "#22262b", "#2563a8", "#c8641e", "#9aa3ad"
 
@@ -28,7 +28,7 @@ def _figure(width: float, height: float, n_rows: int = 1, ratios: list[float] | 
     return figure, list(axes)
 
 
-def plot_training(train: list[TrainRow], val: list[ValRow], stages: dict[str, Score], path: Path,
+def plot_training(train: list[TrainRow], val: list[ValRow], stages: dict[str, float], path: Path,
                   unigram_bpb: float | None = None) -> Path:
     """Training loss (nats per token, left axis), bits per byte of validations and stages (right axis), lr scale below.
 
@@ -47,9 +47,9 @@ def plot_training(train: list[TrainRow], val: list[ValRow], stages: dict[str, Sc
     points = [(row.seconds, row.bpb) for row in val]
     if points:
         right.plot([p[0] for p in points], [p[1] for p in points], color=ORANGE, marker="o", markersize=4)
-    for (name, score), marker in zip(stages.items(), "s^Dv", strict=False):
-        right.plot(seconds[-1], score.bpb, marker=marker, color=ORANGE, markersize=6, linestyle="none",
-                   markeredgecolor=INK, label=f"{name} {score.bpb:.4f}")
+    for (name, bpb), marker in zip(stages.items(), "s^Dv", strict=False):
+        right.plot(seconds[-1], bpb, marker=marker, color=ORANGE, markersize=6, linestyle="none",
+                   markeredgecolor=INK, label=f"{name} {bpb:.4f}")
     if unigram_bpb is not None:
         right.axhline(unigram_bpb, color=GREY, linestyle="--", linewidth=1, label=f"unigram {unigram_bpb:.3f}")
     if stages or unigram_bpb is not None:

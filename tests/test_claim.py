@@ -21,9 +21,11 @@ time.sleep(60)
 
 
 def test_the_second_is_refused_and_told_of_the_first(tmp_path):
-    with FolderClaim(tmp_path / "run", "hymba fit"):
-        with pytest.raises(FolderInUseError, match=f"in use by hymba fit .process {os.getpid()} on "):
-            FolderClaim(tmp_path / "run", "hymba fit").take()
+    first = FolderClaim(tmp_path / "run", "hymba fit")
+    first.take()
+    with pytest.raises(FolderInUseError, match=f"in use by hymba fit .process {os.getpid()} on "):
+        FolderClaim(tmp_path / "run", "hymba fit").take()
+    first.release()
     FolderClaim(tmp_path / "run", "hymba fit").take()
 
 

@@ -12,7 +12,7 @@ import yaml
 from tiny import NET, write_data
 
 from hymba_lightning import help_text
-from hymba_lightning.cli import RUN_DIR_VARIABLE, run
+from hymba_lightning.cli import run
 from hymba_lightning.quantization import inspect_artifact
 
 ROOT = Path(__file__).parent.parent
@@ -34,16 +34,8 @@ def work(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _own_run_dir(monkeypatch):
-    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
-
-
 def hymba(work: Path, command: str, run_dir: str, *options: str) -> Path:
     """Runs a command in this process; returns the run's folder."""
-    import os
-
-    os.environ.pop(RUN_DIR_VARIABLE, None)
     run([command, "--config", str(work / "tiny.yaml"), "--run_dir", str(work / run_dir), *options])
     return work / run_dir
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from hymba_lightning.callbacks.wall_clock import ClockReading
+from hymba_lightning.run.run import ClockReading, Run
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
 
 VOCAB, WIDTH = 16, 8
@@ -78,7 +78,6 @@ class TinyModule(pl.LightningModule):
             self.net = TinyNet(dropout)
         self.optimizer_config = config or OptimizerConfig(warmdown_iters=4)
         self.step_seconds = step_seconds
-        self.warming_up = False
         self.readings: list[ClockReading] = []
         self.losses: list[float] = []
         self.val_weights: list[Tensor] = []
@@ -86,6 +85,13 @@ class TinyModule(pl.LightningModule):
 
     def configure_optimizers(self) -> HymbaOptimizer:
         return build_optimizer(self.net.named_parameters(), self.optimizer_config, tied=True)
+
+    def setup(self, stage: str) -> None:
+        Run.of(self.trainer).schedules = [self.on_clock]
+
+    @property
+    def warming_up(self) -> bool:
+        return Run.of(self.trainer).warming_up
 
     def on_clock(self, reading: ClockReading) -> None:
         self.readings.append(reading)

@@ -3,6 +3,7 @@
 import io
 import signal
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -15,16 +16,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from hymba_lightning.callbacks.owner import FolderOwner
 from hymba_lightning.callbacks.random_state import random_states, restore_random_states
-from hymba_lightning.callbacks.wall_clock import clock_paused, find_clock
 from hymba_lightning.files import write_atomic
+from hymba_lightning.run.run import Run, require_clock
+from hymba_lightning.trainer_internals import dump_checkpoint, is_trial, signals_not_broadcast
 
 
 class CheckpointWriteError(OSError):
     """The last checkpoint of a run could not be written."""
 
 
-class TrainingCheckpoint(ModelCheckpoint):
+class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
     """Keeps one file, `last.ckpt`, from which `fit` goes on exactly.
 
     It is written at an interval, after the last step, and on SIGINT or SIGTERM, which end the run after the step in
@@ -36,7 +39,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     over on resume: with one seed for all ranks, as Lightning sets it, and equal work their states are equal.
 
     Args:
-        dirpath: Folder of last.ckpt; null puts it beside the logs.
+        dirpath: Folder of last.ckpt; null for checkpoints/ in the run's folder.
         every_n_seconds: Training seconds between two checkpoints; null for none. Needs a WallClock.
         every_n_steps: Optimizer steps between two checkpoints; null for none.
         on_signal: Save and end on SIGINT and SIGTERM. Needs a WallClock, without which Lightning's handling stays.
@@ -71,6 +74,7 @@ class TrainingCheckpoint(ModelCheckpoint):
         self._seen_step = 0
         self._restored_randomness: dict[str, Any] | None = None
         self._handlers: dict[signal.Signals, Any] = {}
+        self._quiet: AbstractContextManager[None] | None = None
 
     @property
     def state_key(self) -> str:
@@ -82,10 +86,13 @@ class TrainingCheckpoint(ModelCheckpoint):
         Raises:
             ValueError: an interval in seconds, but no clock among the callbacks.
         """
+        run = Run.of(trainer)
+        if self.dirpath is None:
+            self.dirpath = str(run.folder_of(trainer).checkpoint.parent)
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if self.every_n_seconds is not None and find_clock(trainer) is None:
+        if self.every_n_seconds is not None and run.clock is None:
             raise ValueError("checkpoint.every_n_seconds needs a WallClock callback; add one, or use every_n_steps")
         self._last_global_step_saved = -1
         if trainer.is_global_zero:
@@ -93,7 +100,8 @@ class TrainingCheckpoint(ModelCheckpoint):
                 leftover.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        clock = find_clock(trainer)
+        run = Run.of(trainer)
+        clock = run.clock
         self._seen_step = trainer.global_step
         self._saved_at = 0.0 if clock is None else clock.elapsed()
         if self._restored_randomness is not None:
@@ -103,14 +111,17 @@ class TrainingCheckpoint(ModelCheckpoint):
         if self.on_signal and clock is not None and threading.current_thread() is threading.main_thread():
 
             def handle(signum: int, frame: FrameType | None) -> None:
-                if signum == signal.SIGINT and clock.request_pending:
+                if signum == signal.SIGINT and (clock.request_pending or run.ended):
                     raise KeyboardInterrupt
+                if run.ended:  # no step will come whose end could be waited for
+                    raise SIGTERMException(128 + signum)
                 clock.request_stop(signum)
 
             self._handlers = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
             # The ranks agree on signals through the clock. Lightning's own broadcast, for which every batch of a DDP
             # run waits on the GPU, has nothing left to tell.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+            self._quiet = signals_not_broadcast(trainer)
+            self._quiet.__enter__()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -122,7 +133,7 @@ class TrainingCheckpoint(ModelCheckpoint):
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = trainer.global_step
-        clock = find_clock(trainer)
+        clock = Run.of(trainer).clock
         code = 0 if clock is None else clock.stop_code
         # The end of training is saved here, not in on_train_end: there Lightning counts the epoch as finished, and a
         # resumed run with a larger budget would have nothing left to do.
@@ -145,13 +156,18 @@ class TrainingCheckpoint(ModelCheckpoint):
         Raises:
             CheckpointWriteError: the last checkpoint cannot be written.
         """
-        self._release_signals(trainer)
+        self._release_signals()
         if trainer.global_step != self._last_global_step_saved:
             self._save(trainer, must_succeed=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Nothing is saved: weights in the middle of a step, or full of NaN, must not replace a good checkpoint."""
-        self._release_signals(trainer)
+        self._release_signals()
+        super().on_exception(trainer, pl_module, exception)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._path.is_file() and trainer.ckpt_path and Path(trainer.ckpt_path).resolve() == self._path.resolve():
+            self._last_global_step_saved = checkpoint["global_step"]
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "random_states": random_states()}
@@ -161,23 +177,24 @@ class TrainingCheckpoint(ModelCheckpoint):
 
     @property
     def _path(self) -> Path:
-        return Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
+        return Path(self.dirpath or ".") / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}"
 
     def _due(self, trainer: Trainer) -> bool:
         """The same on all ranks: from the step and from the reading that they agreed on."""
         by_steps = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         if self.every_n_seconds is None:
             return by_steps
-        return by_steps or find_clock(trainer).reading.elapsed - self._saved_at >= self.every_n_seconds
+        return by_steps or require_clock(Run.of(trainer)).reading.elapsed - self._saved_at >= self.every_n_seconds
 
     def _save(self, trainer: Trainer, *, must_succeed: bool) -> None:
-        if trainer.fast_dev_run or trainer.sanity_checking:
+        if is_trial(trainer) or trainer.sanity_checking:
             return
-        with clock_paused(trainer):
+        clock = Run.of(trainer).clock
+        with nullcontext() if clock is None else clock.paused():
             path = self._path
             # Part of the state that is saved.
             self.last_model_path = self.best_model_path = str(path)
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            checkpoint = dump_checkpoint(trainer)
             error: str | None = None
             if trainer.is_global_zero:
                 error = _not_finite(checkpoint["state_dict"] | checkpoint.get("current_model_state", {}))
@@ -188,7 +205,6 @@ class TrainingCheckpoint(ModelCheckpoint):
                     error = str(failure)
             # Rank 0's outcome is everyone's, so that no rank waits for one that failed.
             error = trainer.strategy.broadcast(error)
-        clock = find_clock(trainer)
         self._saved_at = 0.0 if clock is None else clock.reading.elapsed
         if error is not None:
             text = f"checkpoint {path} of step {trainer.global_step} not written: {error}. "
@@ -204,13 +220,15 @@ class TrainingCheckpoint(ModelCheckpoint):
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
-    def _release_signals(self, trainer: Trainer) -> None:
+    def _release_signals(self) -> None:
         if not self._handlers:
             return
         for signum, handler in self._handlers.items():
             signal.signal(signum, handler)
         self._handlers = {}
-        del trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
+        if self._quiet is not None:
+            self._quiet.__exit__(None, None, None)
+        self._quiet = None
 
 
 def _not_finite(tensors: dict[str, torch.Tensor]) -> str | None:

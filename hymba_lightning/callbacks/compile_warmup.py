@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hymba_lightning.callbacks.random_state import random_states, restore_random_states
+from hymba_lightning.run.run import Run
+from hymba_lightning.trainer_internals import datamodule_of, gradient_sync_blocked, moved_to_device
 
 
 @contextmanager
@@ -40,7 +42,7 @@ class CompileWarmup(Callback):
     """Runs `steps` optimizer steps on the first training batches before the clock starts, then undoes them exactly.
 
     Weights, buffers, optimizer state, random state and, because `datamodule.train_batch(i)` is a pure function, the
-    data position are as if nothing had happened. Nothing is logged: `pl_module.warming_up` is True meanwhile, and
+    data position are as if nothing had happened. Nothing is logged: the run's `warming_up` is True meanwhile, and
     `pl_module.log` does nothing. A LightningModule that keeps other state in `training_step` must heed that flag.
 
     Args:
@@ -58,14 +60,14 @@ class CompileWarmup(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.steps == 0:
             return
-        if not hasattr(getattr(trainer, "datamodule", None), "train_batch"):
+        if not hasattr(datamodule_of(trainer), "train_batch"):
             rank_zero_warn(
                 "no warm-up steps before the clock: they need a datamodule with train_batch(i). "
                 "Compilation will count as training time"
             )
             return
         rank_zero_info(f"warming up: {self.steps} steps that are undone before training starts")
-        with everything_restored(pl_module, trainer.optimizers), self._unlogged(pl_module):
+        with everything_restored(pl_module, trainer.optimizers), self._unlogged(trainer, pl_module):
             for step in range(self.steps):
                 self._run_step(trainer, pl_module, step)
             if pl_module.device.type == "cuda":
@@ -76,24 +78,26 @@ class CompileWarmup(Callback):
         """One optimizer step through the strategy, so that DDP's hooks and the precision plugin take part."""
         strategy, optimizer = trainer.strategy, trainer.optimizers[0]
         accumulate = trainer.accumulate_grad_batches
+        data: Any = datamodule_of(trainer)
         for micro in range(accumulate):
             index = step * accumulate + micro
-            batch = trainer.precision_plugin.convert_input(trainer.datamodule.train_batch(index))
-            batch = strategy.batch_to_device(pl_module._on_before_batch_transfer(batch, dataloader_idx=0))
-            with _block_parallel_sync_behavior(strategy, block=micro < accumulate - 1):
+            batch = trainer.precision_plugin.convert_input(data.train_batch(index))
+            batch = moved_to_device(trainer, pl_module, batch)
+            with gradient_sync_blocked(trainer, micro < accumulate - 1):
                 output = strategy.training_step(batch, index)
-                loss = output["loss"] if isinstance(output, dict) else output
+                loss: Any = output["loss"] if isinstance(output, dict) else output
                 strategy.backward(loss / accumulate, optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     @staticmethod
     @contextmanager
-    def _unlogged(pl_module: LightningModule) -> Iterator[None]:
-        pl_module.warming_up = True
-        pl_module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    def _unlogged(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+        run = Run.of(trainer)
+        run.warming_up = True
+        pl_module.log = lambda *args, **kwargs: None  # type: ignore[assignment,method-assign]
         try:
             yield
         finally:
-            pl_module.warming_up = False
+            run.warming_up = False
             del pl_module.log

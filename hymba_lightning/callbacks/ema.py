@@ -13,7 +13,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
+
+from hymba_lightning.run.run import Run
 
 
 class EMA(Callback):
@@ -60,7 +62,7 @@ class EMA(Callback):
         return self._raw is not None
 
     @contextmanager
-    def swapped(self, pl_module: LightningModule) -> Iterator[None]:
+    def swapped(self, pl_module: nn.Module) -> Iterator[None]:
         """The averaged weights are in the module inside, and whatever was there before afterwards."""
         change = self.has_average and not self.averaged_inside
         if change:
@@ -72,7 +74,7 @@ class EMA(Callback):
                 self._swap_out(pl_module)
 
     @contextmanager
-    def raw_weights(self, pl_module: LightningModule) -> Iterator[None]:
+    def raw_weights(self, pl_module: nn.Module) -> Iterator[None]:
         """The trained weights are in the module inside, and whatever was there before afterwards."""
         change = self.averaged_inside
         if change:
@@ -85,6 +87,7 @@ class EMA(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            Run.of(trainer).average = self
             self._shadow, self._raw, self._restored = {}, None, {}
             self.n_averaged = self._last_step = 0
 
@@ -126,7 +129,7 @@ class EMA(Callback):
             return
         self._last_step = trainer.global_step
         if self.swa_start is None:
-            weight = 1.0 - self.decay
+            weight = 1.0 - (self.decay or 0.0)
         elif self._last_step % self.swa_every == 0 and self._lr_scale(trainer) < self.swa_start:
             weight = 1.0 / (self.n_averaged + 1)
         else:
@@ -170,7 +173,7 @@ class EMA(Callback):
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self.n_averaged)}
 
     @staticmethod
-    def _parameters(pl_module: LightningModule) -> list[tuple[str, Tensor]]:
+    def _parameters(pl_module: nn.Module) -> list[tuple[str, Tensor]]:
         return [(name, p) for name, p in pl_module.named_parameters() if p.is_floating_point()]
 
     @staticmethod
@@ -188,12 +191,12 @@ class EMA(Callback):
         return group["lr"] / group.get("base_lr", group["lr"])
 
     @torch.no_grad()
-    def _swap_in(self, pl_module: LightningModule) -> None:
+    def _swap_in(self, pl_module: nn.Module) -> None:
         parameters = [p for _, p in self._parameters(pl_module)]
         self._raw = [p.detach().clone() for p in parameters]
         torch._foreach_copy_(parameters, list(self._shadow.values()))
 
     @torch.no_grad()
-    def _swap_out(self, pl_module: LightningModule) -> None:
-        torch._foreach_copy_([p for _, p in self._parameters(pl_module)], self._raw)
+    def _swap_out(self, pl_module: nn.Module) -> None:
+        torch._foreach_copy_([p for _, p in self._parameters(pl_module)], self._raw or [])
         self._raw = None

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from hymba_lightning.callbacks.export import ExportArtifact
+from hymba_lightning.run.run import Run, require_clock
 
 
 class BudgetProgressBar(ProgressBar):
@@ -76,14 +76,12 @@ class BudgetProgressBar(ProgressBar):
         super().setup(trainer, pl_module, stage)
         if not trainer.is_global_zero:
             self.disable()
-        for callback in trainer.callbacks:
-            if isinstance(callback, ExportArtifact):
-                callback.on_stage = self._show_export
+        Run.of(trainer).display = self._show_work
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
-        reading = pl_module.clock.reading
-        rows = next((c.train_rows for c in trainer.callbacks if hasattr(c, "train_rows")), [])
+        run = Run.of(trainer)
+        reading, rows = require_clock(run).reading, run.history.train
         detail = f"step {trainer.global_step}"
         if rows:
             detail += f"  loss {rows[-1].loss:.4f}  {rows[-1].tokens_per_s:,.0f} tok/s"
@@ -105,12 +103,17 @@ class BudgetProgressBar(ProgressBar):
             total = trainer.num_val_batches[0]
             self._show("validation", batch_idx + 1, total, f"batch {batch_idx + 1} of {total}")
 
-    def _show_export(self, text: str) -> None:
-        self._show("export", 0.0, 1.0, text, force=True)
+    def _show_work(self, text: str, done: float, total: float) -> None:
+        self._show("export", done, total, text, force=True)
+        if done >= total:
+            self._close()
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
                           batch_idx: int, dataloader_idx: int = 0) -> None:
-        total = pl_module.test_score()
+        testing = Run.of(trainer).testing
+        if testing is None:
+            return
+        total = testing.total()
         last = batch_idx + 1 == batch.n_chunks
         self._show("test", batch_idx + 1, batch.n_chunks,
                    f"chunk {batch_idx + 1} of {batch.n_chunks}  running bpb {total.bpb:.4f}", force=last)

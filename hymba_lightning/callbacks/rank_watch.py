@@ -158,7 +158,7 @@ class RankWatch(pl.Callback):
         self._news.set()
         # Not a Python timer: its thread would need the interpreter, which a rank that stands still in a driver's call
         # may hold for ever. This one needs nothing, and shows where every thread stood.
-        faulthandler.dump_traceback_later(max(self.grace_seconds, 0.001), exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(max(self.grace_seconds, 0.001), exit=True, file=sys.__stderr__ or 2)
 
 
 def _listen(host: str) -> socket.socket:

@@ -1,37 +1,27 @@
-"""The end of a run: summary.json and history.json, or test_summary.json, the plots, and a table on the terminal."""
+"""What came out: record, summaries, plots and a table on the terminal, at the end of a fit, a validation or a test."""
 
 import dataclasses
 import json
-import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from rich.console import Console
-from rich.table import Table
 
-from hymba_lightning import __version__
-from hymba_lightning.callbacks.export import ExportArtifact, run_folder
-from hymba_lightning.callbacks.stats import TrainingStats
+from hymba_lightning.callbacks.export import end_run, expect_end
+from hymba_lightning.callbacks.owner import FolderOwner
+from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.audit import StreamAudit, describe_context
 from hymba_lightning.files import write_atomic
-from hymba_lightning.plots import plot_context, plot_training, plot_ttt
+from hymba_lightning.plots import plot_context, plot_ttt
+from hymba_lightning.run.record import DataIdentity, ScoreRecord, weights_sha256
+from hymba_lightning.run.run import Run, settings_of
+from hymba_lightning.run.summary import environment, print_table, score_as_dict
+from hymba_lightning.trainer_internals import datamodule_of
 
 
-def environment(trainer: pl.Trainer) -> dict[str, Any]:
-    """What a number was measured on."""
-    device = trainer.lightning_module.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"hymba_lightning": __version__, "torch": torch.__version__, "lightning": pl.__version__,
-            "python": platform.python_version(), "device": name, "world_size": trainer.world_size,
-            "threads": torch.get_num_threads()}
-
-
-class RunSummary(pl.Callback):
-    """Writes and prints what came out. Put it after the export, whose figures it reads.
+class RunSummary(FolderOwner):
+    """Writes and prints what came out.
 
     Args:
         plots: also draw training.png, ttt.png and context.png into the run's folder.
@@ -41,88 +31,81 @@ class RunSummary(pl.Callback):
     def __init__(self, plots: bool = True, per_token_nats: bool = False) -> None:
         self.plots = plots
         self.per_token_nats = per_token_nats
-        self._test_started = 0.0
 
-    def after_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """
-        Raises:
-            ArtifactTooLargeError: the artifact and its evaluation code are over the limit; all is written before.
-        """
-        folder = run_folder(trainer)
-        if trainer.fast_dev_run:
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        Run.of(trainer).plots = self.plots
+        if stage == "fit":
+            expect_end(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end_run(trainer, pl_module)
+
+    # Validation --------------------------------------------------------------------------------------------------
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Puts the score of `hymba validate` into the record, with what it was measured on."""
+        run = Run.of(trainer)
+        if trainer.state.fn != "validate" or not trainer.is_global_zero or run.validation is None:
             return
-        export = next((c for c in trainer.callbacks if isinstance(c, ExportArtifact)), None)
-        if trainer.is_global_zero:
-            self._write_fit(trainer, pl_module, export, folder)
-        if export:
-            export.check()
+        score, net = run.validation.score, run.net
+        data = _data(trainer)
+        settings = settings_of(seq_len=data and data.seq_len, dtype=net.runtime.compute_dtype)
+        record = ScoreRecord("validate", score.nats, score.n_tokens, score.n_bytes, _identity(data), _weights(run),
+                             "cold", settings)
+        run.record.add(record)
+        run.record.save(run.folder_of(trainer).path)
 
-    def _write_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, export: ExportArtifact | None,
-                   folder: Path) -> None:
-        stats = next(c for c in trainer.callbacks if isinstance(c, TrainingStats))
-        unigram = getattr(trainer.datamodule, "unigram_bpb", None)
-        stages = export.stages if export else {}
-        summary: dict[str, Any] = {
-            "steps": trainer.global_step,
-            "train_seconds": pl_module.clock.elapsed(),
-            "budget_seconds": pl_module.budget_seconds,
-            "tokens": trainer.global_step * pl_module.tokens_per_step,
-            "tokens_per_s": stats.mean_tokens_per_s(pl_module.tokens_per_step),
-            "parameters": sum(p.numel() for p in pl_module.net.parameters()),
-            "unigram_bpb": unigram,
-            "bpb": {name: score.bpb for name, score in stages.items()},
-            "loss": {name: score.loss for name, score in stages.items()},
-            "scored_tokens": next(iter(stages.values())).n_tokens if stages else None,
-            "scored_bytes": next(iter(stages.values())).n_bytes if stages else None,
-        }
-        if export and export.report:
-            summary |= {"artifact": str(export.path), "artifact_bytes": export.report.bytes,
-                        "code_bytes": export.code_bytes, "limit_bytes": export.quantization.limit_bytes}
-        summary["environment"] = environment(trainer)
-        write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        history = {"train": [dataclasses.asdict(row) for row in stats.train_rows],
-                   "val": [dataclasses.asdict(row) for row in stats.val_rows]}
-        write_atomic(folder / "history.json", json.dumps(history) + "\n")
-        if self.plots and stats.train_rows:
-            plot_training(stats.train_rows, stats.val_rows, stages, folder / "training.png", unigram)
-        print_table("Training", summary, folder)
+    # Test --------------------------------------------------------------------------------------------------------
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._test_started = time.monotonic()
-        keep = self.per_token_nats and trainer.is_global_zero
-        self._audit = StreamAudit(run_folder(trainer), pl_module.net.config.bos_id, keep)
+        run, keep = Run.of(trainer), self.per_token_nats and trainer.is_global_zero
+        self._audit = StreamAudit(run.folder_of(trainer).path, run.net.config.bos_id, keep)
+        self._weights = _weights(run) if trainer.is_global_zero else ""
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
                           batch_idx: int, dataloader_idx: int = 0) -> None:
-        total = pl_module.test_score()
-        self._audit.add(batch, pl_module.tested_chunk)
+        testing = Run.of(trainer).testing
+        if testing is None or testing.chunk is None:
+            return
+        total = testing.total()
+        self._audit.add(batch, testing.chunk)
         for logger in trainer.loggers:
-            logger.log_metrics({"ttt/running_bpb": total.bpb, "ttt/chunk_bpb": pl_module.test_scores[-1].bpb},
+            logger.log_metrics({"ttt/running_bpb": total.bpb, "ttt/chunk_bpb": testing.scores[-1].bpb},
                                step=total.n_tokens)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        folder = run_folder(trainer)
-        if not trainer.is_global_zero or not pl_module.test_scores:
+        run = Run.of(trainer)
+        folder, testing = run.folder_of(trainer), run.testing
+        if not trainer.is_global_zero or testing is None or not testing.scores:
             return
-        total = pl_module.test_score()
-        plain = _plain_bpb(folder, total.n_tokens)
-        weights = getattr(pl_module, "weights_from", None)
-        config, seq_len = pl_module.ttt_config, trainer.datamodule.seq_len
+        total, config = testing.total(), testing.ttt.config
+        data = _data(trainer)
+        seq_len, chunk_tokens = testing.ttt.seq_len, data.ttt_chunk_tokens if data else testing.scores[0].n_tokens
+        settings = {"seq_len": seq_len, "chunk_tokens": chunk_tokens, "ttt": dataclasses.asdict(config),
+                    "dtype": run.net.runtime.compute_dtype, "world_size": trainer.world_size,
+                    "epochs_done": testing.ttt.epochs_done}
+        score = ScoreRecord("ttt", total.nats, total.n_tokens, total.n_bytes, _identity(data), self._weights,
+                            config.mode, settings, time.monotonic() - run.started)
+        plain = run.record.without_adaptation(score)
+        run.record.add(score)
+        identity = {key: value for key, value in score_as_dict(score).items() if key not in ("bpb", "loss")}
         summary = {
-            "weights": weights, "weights_sha256": file_sha256(weights) if weights else None, "mode": config.mode,
+            "weights": run.weights_from and _shown(run.weights_from, folder.path), "mode": config.mode,
             "context": describe_context(config, seq_len, trainer.world_size),
-            "ttt_bpb": total.bpb, "ttt_loss": total.loss, "nats": total.nats, "tokens": total.n_tokens,
-            "bytes": total.n_bytes, "bpb_without_adaptation": plain, "chunks": len(pl_module.test_scores),
-            "seconds": time.monotonic() - self._test_started, "limit_seconds": config.limit_seconds,
-            "epochs_done": pl_module.ttt.epochs_done, "seq_len": seq_len,
-            "chunk_tokens": trainer.datamodule.ttt_chunk_tokens, "ttt": dataclasses.asdict(config),
-            "chunk_bpb": [score.bpb for score in pl_module.test_scores],
-            "chunk_bytes": [score.n_bytes for score in pl_module.test_scores], **self._audit.finish(),
+            "ttt_bpb": total.bpb, "ttt_loss": total.loss, "nats": total.nats, **identity,
+            "bpb_without_adaptation": plain and plain.bpb, "chunks": len(testing.scores),
+            "seconds": score.seconds, "limit_seconds": config.limit_seconds,
+            "epochs_done": testing.ttt.epochs_done, "seq_len": seq_len,
+            "chunk_tokens": chunk_tokens, "ttt": dataclasses.asdict(config),
+            "chunk_bpb": [score.bpb for score in testing.scores],
+            "chunk_bytes": [score.n_bytes for score in testing.scores], **self._audit.finish(),
             "environment": environment(trainer),
         }
         write_atomic(folder / "test_summary.json", json.dumps(summary, indent=2) + "\n")
+        run.record.save(folder.path)
         if self.plots:
-            plot_ttt(pl_module.test_scores, pl_module.test_scores[0].n_tokens, folder / "ttt.png", plain)
+            plot_ttt(testing.scores, chunk_tokens, folder / "ttt.png", None if plain is None else plain.bpb)
             plot_context(self._audit.by_context.points(), self._audit.by_document.points(), folder / "context.png",
                          config.mode)
         for logger in trainer.loggers:
@@ -132,42 +115,21 @@ class RunSummary(pl.Callback):
         print_table("Test", summary, folder)
 
 
-def _plain_bpb(folder: Path, n_tokens: int) -> float | None:
-    """The artifact's score without adaptation from the fit in the same folder, if it scored the same tokens."""
-    path = folder / "summary.json"
-    if not path.is_file():
-        return None
-    fit = json.loads(path.read_text())
-    return fit.get("bpb", {}).get("artifact") if fit.get("scored_tokens") == n_tokens else None
+def _data(trainer: pl.Trainer) -> HymbaDataModule | None:
+    data = datamodule_of(trainer)
+    return data if isinstance(data, HymbaDataModule) else None
 
 
-def print_table(title: str, summary: dict[str, Any], folder: Path) -> None:
-    """The closing table: a row per figure that the summary holds."""
-    table = Table(title=f"{title}: {folder}", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
+def _identity(data: HymbaDataModule | None) -> DataIdentity | None:
+    return None if data is None else DataIdentity(data.data_digest("val"), data.tokenizer_fingerprint())
 
-    def row(label: str, value: Any, form: str = "") -> None:
-        if value is not None:
-            table.add_row(label, f"{value:{form}}")
 
-    row("unigram model of the same tokenizer, bpb", summary.get("unigram_bpb"), ".4f")
-    names = {"raw": "raw last-step weights, bpb", "ema": "averaged weights, bpb", "artifact": "reloaded artifact, bpb"}
-    for stage, bpb in summary.get("bpb", {}).items():
-        row(names.get(stage, stage), bpb, ".4f")
-    row("without adaptation, bpb", summary.get("bpb_without_adaptation"), ".4f")
-    row("evaluation mode", summary.get("mode"))
-    row("score-first TTT, bpb", summary.get("ttt_bpb"), ".4f")
-    if "artifact_bytes" in summary:
-        used = summary["artifact_bytes"] + summary["code_bytes"]
-        row("artifact bytes", summary["artifact_bytes"], ",")
-        row("evaluation code bytes", summary["code_bytes"], ",")
-        row("share of the limit", used / summary["limit_bytes"], ".1%")
-    row("parameters", summary.get("parameters"), ",")
-    row("steps", summary.get("steps"), ",")
-    row("training seconds", summary.get("train_seconds"), ".2f")
-    row("budget seconds", summary.get("budget_seconds"), ".0f")
-    row("tokens per second", summary.get("tokens_per_s"), ",.0f")
-    row("tokens scored", summary.get("scored_tokens") or summary.get("tokens"), ",")
-    row("test seconds", summary.get("seconds"), ".1f")
-    Console().print(table)
+def _weights(run: Run) -> str:
+    """SHA-256 of the file that the weights came from as they are in it, else of the weights."""
+    return file_sha256(run.weights_from) if run.weights_from else weights_sha256(run.net.state_dict())
+
+
+def _shown(path: Any, folder: Any) -> str:
+    """A path as others may see it: relative to the run's folder where it lies inside, else its name."""
+    path, folder = path.resolve(), folder.resolve()
+    return str(path.relative_to(folder)) if folder in path.parents else path.name

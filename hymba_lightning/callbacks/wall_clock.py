@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,31 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hymba_lightning.callbacks.stopwatch import Stopwatch
-
-
-@dataclass(frozen=True)
-class ClockReading:
-    """What every rank agrees on before an optimizer step."""
-
-    step: int
-    """Optimizer steps done."""
-    elapsed: float
-    """Training seconds spent."""
-    mean_step: float | None
-    """Mean seconds per optimizer step so far, None before the first."""
-    budget: float | None
-    """Usable seconds in all (budget minus reserve), None without a budget."""
-    progress: float
-    """Share of the run done, 0 to 1: of the budget or of max_steps, whichever is further on."""
-    remaining: float | None
-    """Usable seconds left, not below 0, None without a budget."""
-    max_steps: int | None = None
-    """Step limit of the run, None without one."""
-
-    @property
-    def remaining_steps(self) -> int | None:
-        """Optimizer steps left to the step limit, None without one."""
-        return None if self.max_steps is None else max(self.max_steps - self.step, 0)
+from hymba_lightning.run.run import ClockReading, Run
 
 
 class WallClock(Callback):
@@ -138,6 +113,10 @@ class WallClock(Callback):
         """What happens inside counts, although training is over: for work that the reserve was held back for."""
         return self.watch.charged()
 
+    def end(self) -> None:
+        """Training is over: nothing counts any more but what is `charged`."""
+        self.watch.stop()
+
     def request_stop(self, code: int = 1) -> None:
         """End training on all ranks after the optimizer step in progress; safe to call in a signal handler.
 
@@ -154,6 +133,7 @@ class WallClock(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        Run.of(trainer).clock = self
         self.watch.reset()
         self._inside_step, self._event = False, None
         self.stop_reason, self.stop_code, self._requested_code = None, 0, 0
@@ -192,8 +172,8 @@ class WallClock(Callback):
         if self._inside_step:
             return
         self._inside_step = True
-        if hasattr(pl_module, "on_clock"):
-            pl_module.on_clock(self.reading)
+        for set_schedule in Run.of(trainer).schedules:
+            set_schedule(self.reading)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -302,19 +282,3 @@ class WallClock(Callback):
     def _finish_gpu_work(self) -> None:
         if self._event is not None:
             self._event.synchronize()
-
-
-def find_clock(trainer: Trainer) -> WallClock | None:
-    """The Trainer's clock, if it has one."""
-    return next((callback for callback in trainer.callbacks if isinstance(callback, WallClock)), None)
-
-
-@contextmanager
-def clock_paused(trainer: Trainer) -> Iterator[None]:
-    """`paused()` of the Trainer's clock; without a clock it does nothing."""
-    clock = find_clock(trainer)
-    if clock is None:
-        yield
-        return
-    with clock.paused():
-        yield

@@ -23,6 +23,7 @@ from hymba_lightning.data.sequences import n_chunks as count_chunks
 from hymba_lightning.data.shards import find_shards
 from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
+from hymba_lightning.trainer_internals import rewind_to_accumulation_window
 
 log = logging.getLogger("hymba_lightning")
 
@@ -116,6 +117,14 @@ class HymbaDataModule(pl.LightningDataModule):
         """SHA-256 of the tokenizer file, in hexadecimal."""
         load_tokenizer(self.tokenizer)
         return file_sha256(self.tokenizer)
+
+    def data_digest(self, split: str) -> str:
+        """SHA-256 over the shards of "train" or "val"."""
+        import hashlib
+        digest = hashlib.sha256()
+        for path in find_shards(self.val_files if split == "val" else self.train_files, self.data_dir):
+            digest.update(file_sha256(path).encode())
+        return digest.hexdigest()
 
     # Opening ------------------------------------------------------------------------------------------------------
 
@@ -235,7 +244,7 @@ class HymbaDataModule(pl.LightningDataModule):
     def _training_batches(self) -> Iterator[Batch]:
         if self._resuming and self.trainer is not None:
             self._resuming = False
-            _rewind_to_accumulation_window(self.trainer)
+            rewind_to_accumulation_window(self.trainer)
         rank, world_size = self._rank_and_world()
         per_step = self.micro_batch_size * world_size
         start = self._position.spans(self._global_step())
@@ -305,19 +314,3 @@ class HymbaDataModule(pl.LightningDataModule):
     def _ahead(self) -> int:
         # Validation batches and chunks are few and big: two in flight hide the reading.
         return min(self.prefetch_batches, 2)
-
-
-def _rewind_to_accumulation_window(trainer: pl.Trainer) -> None:
-    """Let Lightning count from the first micro-batch of the accumulation window it was interrupted in.
-
-    A checkpoint holds no half-accumulated gradient, so the window's batches are read again; the batch counter must go
-    back with them, or the first optimizer step would see fewer micro-batches than the others.
-    """
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    surplus = progress.current.ready % trainer.accumulate_grad_batches
-    progress.total.increment_by(-surplus)
-    progress.current.increment_by(-surplus)
-    # The fetcher ends a run of limit_train_batches; it counts the batches before the restart too.
-    fetcher = trainer.fit_loop._data_fetcher
-    if fetcher is not None:
-        fetcher.fetched -= surplus

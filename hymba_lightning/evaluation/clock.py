@@ -20,7 +20,7 @@ MARGIN = 1.1
 
 
 class EvaluationClock:
-    """Seconds since construction, rank 0's on every rank, and what they allow.
+    """Seconds since the evaluation began, rank 0's on every rank, and what they allow.
 
     What comes is taken to last as long as it last did, and a tenth more: a slow start, which compiles kernels, is soon
     forgotten. Every rank must make the same calls.
@@ -29,14 +29,15 @@ class EvaluationClock:
         limit_seconds: Seconds for everything; None for no limit.
         device: Where the tensor lives that carries rank 0's time to the others.
         time_fn: A monotonic clock in seconds.
+        started: Its reading when the evaluation began; None for now.
     """
 
     def __init__(self, limit_seconds: float | None, device: torch.device,
-                 time_fn: Callable[[], float] = time.monotonic) -> None:
+                 time_fn: Callable[[], float] = time.monotonic, started: float | None = None) -> None:
         self.limit_seconds = limit_seconds
         self._device = device
         self._time = time_fn
-        self._start = time_fn()
+        self._start = time_fn() if started is None else started
         self._score_seconds = 0.0
         self._epoch_seconds: float | None = None
         self._warned = False

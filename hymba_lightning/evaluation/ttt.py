@@ -43,21 +43,22 @@ class ScoreFirstTTT:
     """Scores chunks in order and trains `net` in between. Every rank calls each method with the same chunks.
 
     Usage: for each chunk `score_chunk`, then `adapt_chunk`. Raises ValueError if a chunk comes out of turn, comes
-    twice, or is adapted to before it was scored. The clock of `config.limit_seconds` starts here.
+    twice, or is adapted to before it was scored.
 
     Args:
         net: The network, which is changed.
         seq_len: Tokens of one forward pass: of a sequence, a window or a piece, as the mode is.
         config: How to score and how to adapt.
         time_fn: A monotonic clock in seconds.
+        started: Its reading when the evaluation began, which `config.limit_seconds` counts from; None for now.
     """
 
     def __init__(self, net: Hymba, seq_len: int, config: TTTConfig,
-                 time_fn: Callable[[], float] = time.monotonic) -> None:
+                 time_fn: Callable[[], float] = time.monotonic, started: float | None = None) -> None:
         self.net, self.seq_len, self.config = net, seq_len, config
         self.scorer = build_scorer(net, seq_len, config)
         self.adapter = Adapter(net, config) if config.epochs else None
-        self.clock = EvaluationClock(config.limit_seconds, net.tok_emb.weight.device, time_fn)
+        self.clock = EvaluationClock(config.limit_seconds, net.tok_emb.weight.device, time_fn, started)
         self.n_scored = self.n_adapted = 0
         self.epochs_done: list[int] = []
         """Epochs trained on each chunk so far."""

@@ -15,15 +15,23 @@ from hymba_lightning.callbacks.ema import EMA
 from hymba_lightning.callbacks.loss_guard import LossGuard
 from hymba_lightning.callbacks.rank_watch import RankWatch
 from hymba_lightning.callbacks.stats import TrainingStats
-from hymba_lightning.callbacks.wall_clock import ClockReading, WallClock
+from hymba_lightning.callbacks.wall_clock import WallClock
+from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.sequences import Batch, Chunk
 from hymba_lightning.evaluation.score import Score
-from hymba_lightning.evaluation.ttt import ChunkScore, ScoreFirstTTT, TTTConfig
+from hymba_lightning.evaluation.ttt import ScoreFirstTTT, TTTConfig
 from hymba_lightning.metrics import BitsPerByte
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.run.run import ClockReading, Run, Testing, Validation
+from hymba_lightning.trainer_internals import callbacks_of, datamodule_of
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
 
 log = logging.getLogger("hymba_lightning")
+
+# What a loader may give: this package's batches, or pairs (inputs, targets) of (B, T) token ids.
+AnyBatch = Batch | tuple[Tensor, ...] | list[Tensor]
+# The Trainer's precisions that leave the weights float32, as the optimizer needs them.
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class HymbaModule(pl.LightningModule):
@@ -73,6 +81,9 @@ class HymbaModule(pl.LightningModule):
                 with the checkpoint from before kept; 'skip' leaves that gradient out and goes on.
         """
         super().__init__()
+        # load_from_checkpoint brings back what was saved: plain values.
+        net = HymbaConfig.from_dict(net) if isinstance(net, dict) else net
+        optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         self.net = Hymba(net, runtime)
         self.optimizer_config, self.ttt_config = optimizer, ttt
         self.budget_seconds, self.reserve_seconds = budget_seconds, reserve_seconds
@@ -86,15 +97,7 @@ class HymbaModule(pl.LightningModule):
         self.save_hyperparameters({"net": net.to_dict(), "optimizer": dataclasses.asdict(optimizer),
                                    "budget_seconds": budget_seconds, "ema_decay": ema_decay})
         self.bpb = BitsPerByte()
-        self.lr_scale = 1.0
-        self.last_validation: Score | None = None
-        self.validated_at_step: int | None = None
-        self.warming_up = False
-        self.weights_from: str | None = None
-        self.test_scores: list[Score] = []
-        self.tested_chunk: ChunkScore | None = None
-        self._loss_sum: Tensor | None = None
-        self._loss_count = 0
+        self._weights_before_test: dict[str, Tensor] = {}
         self._compiled_forward: Callable[..., Tensor] | None = None
 
     # Set-up ------------------------------------------------------------------------------------------------------
@@ -109,10 +112,18 @@ class HymbaModule(pl.LightningModule):
             TrainingStats(self.log_every_n_steps, self.peak_tflops),
         ]
         return [callback for callback in wanted
-                if not any(isinstance(present, type(callback)) for present in self.trainer.callbacks)]
+                if not any(isinstance(present, type(callback)) for present in callbacks_of(self.trainer))]
+
+    @property
+    def run(self) -> Run:
+        """What the parts of this module's run know of each other."""
+        return Run.of(self.trainer)
 
     def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        self.run.net = self.net
+        self.run.schedules = [self.set_schedule]
+        self._check_trainer()
+        data = datamodule_of(self.trainer)
         vocab = getattr(data, "vocab_size", None)
         if vocab is not None and vocab != self.net.config.vocab_size:
             raise ValueError(f"the data's tokenizer has {vocab} tokens, but model.net.vocab_size is "
@@ -127,7 +138,7 @@ class HymbaModule(pl.LightningModule):
             if self.compile_net:
                 # Only what trains: an evaluation's last sequence is shorter, and a graph for every length costs more
                 # than it saves. Kept as a function, since a module here would name every weight twice.
-                self._compiled_forward = torch.compile(self.net.forward, dynamic=False)
+                self._compiled_forward = torch.compile(self.net.forward, dynamic=False)  # type: ignore[arg-type]
                 # One graph under DDP too: cut at its gradient buckets, a step on two GPUs took 58.3 ms, whole 56.9.
                 torch._dynamo.config.optimize_ddp = False
 
@@ -136,104 +147,124 @@ class HymbaModule(pl.LightningModule):
         runtime = self.net.runtime
         self.net = Hymba(config, runtime)
         self.net.load_state_dict(state_dict)
+        if self._has_trainer:
+            self.run.net = self.net
 
     def configure_optimizers(self) -> HymbaOptimizer:
         return build_optimizer(self.net.named_parameters(), self.optimizer_config, tied=self.net.config.tie_embeddings)
 
-    @property
-    def clock(self) -> WallClock:
-        """The callback that owns the training clock."""
-        return next(callback for callback in self.trainer.callbacks if isinstance(callback, WallClock))
+    def _check_trainer(self) -> None:
+        """Options of the Trainer that would do something else than what they say."""
+        if self.trainer.precision not in PRECISIONS:
+            raise ValueError(f"trainer.precision is {self.trainer.precision}: leave it at 32-true; the network "
+                             "computes in bfloat16 with model.runtime.dtype bfloat16, over float32 weights")
 
     # Training ----------------------------------------------------------------------------------------------------
 
-    def on_clock(self, reading: ClockReading) -> None:
+    def set_schedule(self, reading: ClockReading) -> None:
         """Sets learning rates, momentum and quantization-aware training for the step about to run."""
         config = self.optimizer_config
-        self.lr_scale = config.lr_scale(remaining_seconds=reading.remaining, mean_step=reading.mean_step,
-                                        remaining_steps=reading.remaining_steps)
-        self.trainer.optimizers[0].set_schedule(self.lr_scale, config.momentum(reading.step))
+        self.run.lr_scale = config.lr_scale(remaining_seconds=reading.remaining, mean_step=reading.mean_step,
+                                            remaining_steps=reading.remaining_steps)
+        optimizer = self.trainer.optimizers[0]
+        assert isinstance(optimizer, HymbaOptimizer)
+        optimizer.set_schedule(self.run.lr_scale, config.momentum(reading.step))
         if self.net.runtime.qat_bits:
             self.net.set_qat_strength(float(reading.progress >= self.qat_start))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Logits (B, T, V), softcapped, of token ids (B, T) int64."""
+        return self.net(ids_BT)
+
+    def training_step(self, batch: AnyBatch, batch_idx: int) -> Tensor:
+        batch = as_batch(batch)
+        run = self.run
+        run.batch_tokens, run.batch_seq_len = batch.targets.numel(), batch.targets.size(1)
         loss = (self._compiled_forward or self.net)(batch.inputs, batch.targets)
-        if not self.warming_up:
-            self._loss_sum = loss.detach() if self._loss_sum is None else self._loss_sum + loss.detach()
-            self._loss_count += 1
+        if not run.warming_up:
+            run.losses.add(loss)
         return loss
 
-    def take_mean_loss(self) -> Tensor | None:
-        """This rank's mean loss (0-dim, nats per token) since the last call; None if there was no step."""
-        if self._loss_sum is None:
-            return None
-        mean = self._loss_sum / self._loss_count
-        self._loss_sum, self._loss_count = None, 0
-        return mean
-
     def on_train_end(self) -> None:
-        """Averaged weights are in place and the network is still on its device: the time to score and export it.
-
-        Callbacks with an `after_training` method run here, in order. Lightning's own `on_fit_end` is too late: the
-        network has been moved to the CPU by then.
-        """
         if self.net.runtime.qat_bits:
             self.net.set_qat_strength(0.0)
-        for callback in self.trainer.callbacks:
-            if hasattr(callback, "after_training"):
-                callback.after_training(self.trainer, self)
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step over all ranks and accumulated batches."""
-        data = self.trainer.datamodule
-        return data.micro_batch_size * data.seq_len * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     # Validation --------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
         self.bpb.reset()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: AnyBatch, batch_idx: int) -> None:
+        batch = as_batch(batch)
         if not batch.inputs.numel():
             return  # a rank whose share of the sequences is one short
         nats_BT = self.net(batch.inputs, batch.targets, reduction="none")
-        self.bpb.update(nats_BT, batch.target_bytes)
+        if batch.target_bytes.numel():
+            self.bpb.update(nats_BT, batch.target_bytes)
+        else:
+            # A loader of token pairs does not say what text they stand for: a loss, but no bits per byte.
+            self.log("val/loss", nats_BT.mean(), batch_size=nats_BT.numel(), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
+        if not self.bpb.update_called:
+            return
         bpb = float(self.bpb.compute())
-        self.last_validation = self.bpb.score
-        self.validated_at_step = self.trainer.global_step
+        score = self.bpb.score
+        assert score is not None
+        self.run.validation = Validation(self.trainer.global_step, score)
         # The value is the same on every rank already; checkpoints and early stopping can monitor it.
-        self.log_dict({"val/bpb": bpb, "val/loss": self.last_validation.loss}, rank_zero_only=True,
+        self.log_dict({"val/bpb": bpb, "val/loss": score.loss}, rank_zero_only=True,
                       logger=self.trainer.state.fn != TrainerFn.FITTING)  # in a fit, TrainingStats does that
+
+    def predict_step(self, batch: AnyBatch | Tensor, batch_idx: int) -> Tensor:
+        """Of token ids (B, T) the logits (B, T, V); of inputs and targets every target's nats (B, T), float32."""
+        if isinstance(batch, Tensor):
+            return self.net(batch)
+        batch = as_batch(batch)
+        return self.net(batch.inputs, batch.targets, reduction="none")
 
     # Test: score first, then train on what was scored --------------------------------------------------------------
 
     def on_test_start(self) -> None:
         self._weights_before_test = {name: p.detach().clone() for name, p in self.net.named_parameters()}
+        data = datamodule_of(self.trainer)
+        if not isinstance(data, HymbaDataModule):
+            raise ValueError("test-time training needs a HymbaDataModule, which hands over the stream in chunks: use "
+                             "trainer.validate for a loader of your own")
         with torch.inference_mode(False):  # what is made here is trained
-            self.ttt = ScoreFirstTTT(self.net, self.trainer.datamodule.seq_len, self.ttt_config)
-        self.test_scores = []
+            self.run.testing = Testing(ScoreFirstTTT(self.net, data.seq_len, self.ttt_config,
+                                                     started=self.run.started))
+
+    @property
+    def testing(self) -> Testing:
+        """The test in progress, or the last one.
+
+        Raises:
+            RuntimeError: none has started.
+        """
+        if self.run.testing is None:
+            raise RuntimeError("nothing was tested yet")
+        return self.run.testing
+
+    def test_score(self) -> Score:
+        """Sum of the scores of all chunks tested so far."""
+        return self.testing.total()
+
+    @property
+    def last_validation(self) -> Score | None:
+        """The latest validation's sums over all ranks, None before the first."""
+        return None if self.run.validation is None else self.run.validation.score
 
     def test_step(self, chunk: Chunk, batch_idx: int) -> None:
         # Lightning's inference mode would forbid the adaptation; tensors made under it cannot be trained on, so copy.
         with torch.inference_mode(False):
             chunk = chunk._replace(tokens=chunk.tokens.clone(), target_bytes=chunk.target_bytes.clone())
             # One chunk's nats at a time: the stream may be longer than memory.
-            self.tested_chunk = self.ttt.score_chunk(chunk)
-            self.test_scores.append(self.tested_chunk.score)
-            self.ttt.adapt_chunk(chunk)
-
-    def test_score(self) -> Score:
-        """Sum of the scores of all chunks tested so far."""
-        total = self.test_scores[0]
-        for score in self.test_scores[1:]:
-            total = total + score
-        return total
+            self.testing.add(self.testing.ttt.score_chunk(chunk))
+            self.testing.ttt.adapt_chunk(chunk)
 
     def on_test_epoch_end(self) -> None:
-        total = self.test_score()
+        total = self.testing.total()
         self.log_dict({"ttt/bpb": total.bpb, "ttt/loss": total.loss}, rank_zero_only=True)
 
     def on_test_end(self) -> None:
@@ -241,18 +272,73 @@ class HymbaModule(pl.LightningModule):
         with torch.no_grad():
             for name, parameter in self.net.named_parameters():
                 parameter.copy_(self._weights_before_test[name])
-        del self._weights_before_test
+        self._weights_before_test = {}
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        data = datamodule_of(self.trainer)
+        if isinstance(data, HymbaDataModule):
+            checkpoint["tokenizer_sha256"] = data.tokenizer_fingerprint()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another architecture with the fields that differ, before any weight is touched."""
-        saved = checkpoint.get("hyper_parameters", {}).get("net")
-        if saved is None:
+        """Refuses a checkpoint of another architecture or tokenizer, before any weight is touched; says which of the
+        optimizer's settings go on with other values.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        saved = checkpoint.get("hyper_parameters", {})
+        if saved.get("net") is not None:
+            own = self.net.config.to_dict()
+            different = [f"{key}: checkpoint {value!r}, config {own.get(key)!r}" for key, value in saved["net"].items()
+                         if value != own.get(key)]
+            if different:
+                raise ValueError("the checkpoint holds another network than the config describes ("
+                                 + "; ".join(different) + "): use the config it was trained with")
+        if not self._has_trainer:
             return
-        own = self.net.config.to_dict()
-        different = [f"{key}: checkpoint {saved[key]!r}, config {own.get(key)!r}" for key in saved
-                     if saved[key] != own.get(key)]
-        if different:
-            raise ValueError("the checkpoint holds another network than the config describes (" + "; ".join(different)
-                             + "): use the config it was trained with")
+        self._check_tokenizer(checkpoint.get("tokenizer_sha256"))
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            now = dataclasses.asdict(self.optimizer_config)
+            before = saved.get("optimizer") or {}
+            changed = [f"{key} {before[key]} → {value}" for key, value in now.items()
+                       if key in before and _plain(before[key]) != _plain(value)]
+            if changed:
+                log.info("going on with other settings of the optimizer than before: %s", ", ".join(changed))
+
+    @property
+    def _has_trainer(self) -> bool:
+        return self._trainer is not None
+
+    def _check_tokenizer(self, saved: str | None) -> None:
+        data = datamodule_of(self.trainer)
+        if not isinstance(data, HymbaDataModule):
+            return
+        if saved is None:
+            log.warning("the checkpoint does not say which tokenizer it was trained with: what comes out means "
+                        "something only with that one")
+        elif saved != data.tokenizer_fingerprint():
+            raise ValueError(f"the checkpoint was trained with another tokenizer (sha256 {saved}) than "
+                             f"{data.tokenizer} ({data.tokenizer_fingerprint()}): give --data.tokenizer, or "
+                             "--data.data_dir, of its training")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def as_batch(batch: AnyBatch) -> Batch:
+    """(inputs, targets) of any loader as a `Batch`, whose bytes of text are unknown.
+
+    Raises:
+        TypeError: it is no pair of (B, T) tensors.
+    """
+    if isinstance(batch, Batch):
+        return batch
+    if isinstance(batch, list | tuple) and len(batch) in (2, 3) and all(isinstance(part, Tensor) for part in batch):
+        inputs, targets, *more = batch
+        if inputs.dim() == 2 and inputs.shape == targets.shape:
+            return Batch(inputs, targets, more[0] if more else torch.empty(0, dtype=torch.int16))
+    raise TypeError(f"a batch is a pair (inputs, targets) of (B, T) int64 token ids, not {type(batch).__name__}")
+

@@ -86,7 +86,7 @@ class HymbaOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore groups and state.
+        """Restore the state; settings of the groups stay what they are here.
 
         Raises:
             ValueError: the groups' names or sizes are not those of this optimizer.
@@ -98,13 +98,12 @@ class HymbaOptimizer(Optimizer):
                 f"the checkpoint's optimizer groups {theirs} are not this run's {ours}; "
                 "resume with the network and optimizer switches that the checkpoint was made with"
             )
-        # Adam's kernel belongs to this machine, not to the one that wrote the checkpoint.
+        # State comes from the checkpoint; rates, decay and kernels are this run's: a resumed run does what it was told.
         self._choose_kernels()
-        kernels = [{key: group[key] for key in ("fused", "foreach") if key in group} for group in self.param_groups]
         state_dict = copy(state_dict)
-        state_dict["param_groups"] = [
-            saved | kernel for saved, kernel in zip(state_dict["param_groups"], kernels, strict=True)
-        ]
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        state_dict["param_groups"] = [saved | own for saved, own
+                                      in zip(state_dict["param_groups"], settings, strict=True)]
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, index in zip(group["params"], saved["params"], strict=True):

@@ -68,7 +68,7 @@ class OptimizerConfig:
         for name in ("muon_momentum", "muon_momentum_start"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        self.adam_betas = tuple(self.adam_betas)
+        self.adam_betas = tuple(self.adam_betas)  # type: ignore[assignment] # its length is checked next
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"optimizer.adam_betas is {self.adam_betas}; it must be two numbers in [0, 1)")
         if not self.adam_eps > 0:

@@ -17,7 +17,8 @@ from tiny_lightning import (
     run_ranks,
 )
 
-from hymba_lightning.callbacks.wall_clock import WallClock, clock_paused
+from hymba_lightning.callbacks.wall_clock import WallClock
+from hymba_lightning.run.run import Run
 from hymba_lightning.training.optim import OptimizerConfig
 
 
@@ -74,8 +75,8 @@ def test_the_schedule_follows_the_clock(tmp_path):
 def test_validation_and_pauses_do_not_count(tmp_path):
     class Saving(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
-            with clock_paused(trainer):
-                with clock_paused(trainer):
+            with Run.of(trainer).clock.paused():
+                with Run.of(trainer).clock.paused():
                     pl_module.fake_time.advance(1000.0)
                 pl_module.fake_time.advance(1000.0)
             pl_module.fake_time.advance(0.5)  # this does

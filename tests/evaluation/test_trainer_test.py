@@ -12,6 +12,7 @@ from tiny import tiny_data, tiny_module, tiny_trainer, write_data
 
 from hymba_lightning.callbacks.summary import RunSummary
 from hymba_lightning.evaluation import TTTConfig
+from hymba_lightning.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +29,9 @@ def run_test(folder, out, ttt, **summary):
                 parameter.normal_(std=0.1)
     (out / "weights.bin").parent.mkdir(parents=True, exist_ok=True)
     (out / "weights.bin").write_bytes(b"stands for an artifact")
-    module.weights_from = str(out / "weights.bin")
     logger = TensorBoardLogger(str(out), name="", version="")
     trainer = tiny_trainer(out, logger=logger, callbacks=[RunSummary(**summary)])
+    Run.of(trainer).weights_from = out / "weights.bin"
     before = {name: p.detach().clone() for name, p in module.net.named_parameters()}
     trainer.test(module, tiny_data(folder), verbose=False)
     for name, parameter in module.net.named_parameters():
@@ -79,5 +80,5 @@ def test_tensorboard_has_the_curves(folder, tmp_path):
 
 def test_one_chunks_nats_are_kept_at_a_time(folder, tmp_path):
     module, _ = run_test(folder, tmp_path, {"epochs": 0})
-    assert module.tested_chunk.nats.numel() == 699 - 3 * 192
-    assert len(module.test_scores) == 4
+    assert module.testing.chunk.nats.numel() == 699 - 3 * 192
+    assert len(module.testing.scores) == 4

@@ -24,7 +24,7 @@ class Recorder(pl.Callback):
         self.lr_scale, self.momentum, self.loss = [], [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.lr_scale.append(pl_module.lr_scale)
+        self.lr_scale.append(pl_module.run.lr_scale)
         self.loss.append(float(outputs["loss"]))
         muon = next(g for g in trainer.optimizers[0].param_groups if g["algorithm"] == "muon")
         self.momentum.append(muon["momentum"])
@@ -80,11 +80,11 @@ def test_test_scores_the_stream_adapts_and_gives_the_weights_back(fitted):
     plain = trainer.validate(module, data, verbose=False)[0]["val/loss"]
     result = trainer.test(module, data, verbose=False)[0]
     assert module.test_score().n_tokens == 699
-    assert len(module.test_scores) == 4
+    assert len(module.testing.scores) == 4
     cold = score_tokens(module.net, data.val_stream()[:193], 1, seq_len=64, stride=64, batch_size=4)
-    assert module.test_scores[0].nats == pytest.approx(float(cold.sum()), rel=1e-6)
-    assert module.tested_chunk.nats.numel() == 699 - 3 * 192
-    assert module.ttt.n_adapted == 4
+    assert module.testing.scores[0].nats == pytest.approx(float(cold.sum()), rel=1e-6)
+    assert module.testing.chunk.nats.numel() == 699 - 3 * 192
+    assert module.testing.ttt.n_adapted == 4
     assert result["ttt/loss"] != pytest.approx(plain, rel=1e-7)  # chunks of 192 = 3 sequences: only adaptation differs
     for name, parameter in module.net.named_parameters():
         assert torch.equal(parameter, before[name]), name

@@ -1,0 +1,290 @@
+"""The end of a run, top to bottom: score raw → average → calibrate → write → reload → score → summarise.
+
+It may be called again after a kill: what is written is written whole, and a record that says `finished` ends it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from hymba_lightning import __version__
+from hymba_lightning.data.datamodule import HymbaDataModule
+from hymba_lightning.data.tokenizer import file_sha256
+from hymba_lightning.evaluation.score import score_batches, sum_over_ranks
+from hymba_lightning.files import write_atomic
+from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.quantization import (
+    ArtifactReport,
+    QuantizationConfig,
+    check_limit,
+    evaluation_code_bytes,
+    load_artifact,
+    save_artifact,
+)
+from hymba_lightning.quantization.calibration import Calibration, calibrate
+from hymba_lightning.run.record import ArtifactRecord, DataIdentity, ScoreRecord, Trained, weights_sha256
+from hymba_lightning.run.run import Run, require_clock, settings_of
+from hymba_lightning.run.summary import environment, write_fit_summary
+from hymba_lightning.trainer_internals import datamodule_of
+
+log = logging.getLogger("hymba_lightning")
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What is to become of the weights; see ExportArtifact for the fields."""
+
+    enabled: bool = True
+    filename: str = "artifact.hymba"
+    quantization: QuantizationConfig = QuantizationConfig()  # noqa: RUF009 - frozen
+    calibration_batches: int = 16
+    score_stages: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for the record."""
+        return {"quantization": dataclasses.asdict(self.quantization), "calibration_batches": self.calibration_batches}
+
+
+def finish(trainer: pl.Trainer, module: pl.LightningModule, settings: ExportSettings, plots: bool = True) -> None:
+    """Scores, exports and sums up what was trained; every rank must call it. Costs no budget, but for calibration.
+
+    Raises:
+        OSError: a file cannot be written; an older one in its place is untouched.
+        ValueError: a tensor that cannot be stored, such as one with NaN.
+        ArtifactTooLargeError: the artifact and its evaluation code are over the limit; all is written before.
+    """
+    run = Run.of(trainer)
+    ending = _Ending(trainer, module, settings, run)
+    if ending.is_done():
+        log.info("%s is finished already: nothing is left to do", ending.folder)
+        return
+    run.record.finished = False
+    ending.note_training()
+    if settings.score_stages and ending.val_batches:
+        if ending.has_average:
+            with ending.raw_weights():
+                ending.score("raw", ending.net)
+        with ending.averaged_weights():
+            ending.score("ema" if ending.has_average else "raw", ending.net, validated=True)
+    if settings.enabled:
+        with ending.averaged_weights():
+            calibration = ending.calibrate()
+            ending.write(calibration)
+        if settings.score_stages and ending.val_batches:
+            ending.score("artifact", ending.reload(), weights=ending.artifact().sha256)
+    ending.summarise(plots)
+    if settings.enabled:
+        ending.check_limit()
+
+
+class _Ending:
+    """What the steps of `finish` share."""
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, settings: ExportSettings, run: Run) -> None:
+        self.trainer, self.module, self.settings, self.run = trainer, module, settings, run
+        self.net: Hymba = module.net  # type: ignore[assignment]
+        self.folder = run.folder_of(trainer)
+        self.path = self.folder / settings.filename
+        self.clock = require_clock(run)
+        self.clock.end()
+        if self.net.runtime.qat_bits:
+            self.net.set_qat_strength(0.0)
+        data = datamodule_of(trainer)
+        self.data = data if isinstance(data, HymbaDataModule) else None
+        loader = None if self.data is None else self.data.val_dataloader()
+        self.val_batches = 0 if loader is None else _limit(trainer.limit_val_batches, len(loader))
+        self.report: ArtifactReport | None = None
+        self.shown = 0
+
+    @property
+    def has_average(self) -> bool:
+        return self.run.average is not None and self.run.average.has_average
+
+    def raw_weights(self) -> Any:
+        return nullcontext() if self.run.average is None else self.run.average.raw_weights(self.module)
+
+    def averaged_weights(self) -> Any:
+        return nullcontext() if self.run.average is None else self.run.average.swapped(self.module)
+
+    def artifact(self) -> ArtifactRecord:
+        assert self.run.record.artifact is not None
+        return self.run.record.artifact
+
+    def is_done(self) -> bool:
+        """Whether the record says so, of this very training and these settings, and the artifact still lies there."""
+        record = self.run.record
+        done = record.finished and record.trained is not None and record.trained.steps == self.trainer.global_step
+        if done and self.settings.enabled:
+            artifact = record.artifact
+            done = (artifact is not None and artifact.settings == self.settings.as_dict() and self.path.is_file()
+                    and file_sha256(self.path) == artifact.sha256)
+        return bool(self.trainer.strategy.broadcast(done))
+
+    def note_training(self) -> None:
+        """What training came to, whatever ended it."""
+        trainer, run = self.trainer, self.run
+        reason = self.clock.stop_reason
+        if reason is None:
+            reason = "max_steps" if trainer.global_step == trainer.max_steps else "epochs"
+        run.record.trained = Trained(trainer.global_step, run.history.tokens, self.clock.elapsed(),
+                                     self.clock.budget_seconds, sum(p.numel() for p in self.net.parameters()),
+                                     self.identity("train"), reason)
+        run.record.environment = environment(trainer)
+        run.record.artifact = None
+        run.record.scores = [score for score in run.record.scores if score.stage == "ttt"]
+
+    def identity(self, split: str) -> DataIdentity | None:
+        data = self.data
+        return None if data is None else DataIdentity(data.data_digest(split), data.tokenizer_fingerprint())
+
+    def score(self, stage: str, net: Hymba, weights: str | None = None, validated: bool = False) -> None:
+        """One pass over the validation stream; a validation of these very weights and tokens is not repeated."""
+        self.announce(f"scoring {stage} weights")
+        assert self.data is not None
+        started, last = time.monotonic(), self.run.validation
+        if validated and last is not None and last.step == self.trainer.global_step:
+            score = last.score
+        else:
+            batches: Iterator[Any] = itertools.islice(self.data.val_dataloader(), self.val_batches)
+            score = score_batches(net, batches, self.module.device)
+            if validated:
+                self.run.note_validation(self.trainer, score)
+        settings = settings_of(seq_len=self.data.seq_len, dtype=net.runtime.compute_dtype)
+        record = ScoreRecord(stage, score.nats, score.n_tokens, score.n_bytes, self.identity("val"),
+                             weights or weights_sha256(net.state_dict()), "cold", settings, time.monotonic() - started)
+        self.run.record.add(record)
+        log.info("%s weights: %.4f bits per byte", stage, record.bpb)
+        for logger in self.trainer.loggers:
+            logger.log_metrics({f"export/{stage}_bpb": record.bpb}, step=self.trainer.global_step)
+
+    def calibrate(self) -> Calibration:
+        """What rounding has to know, averaged over the ranks, on the CPU; training batches count as training time."""
+        quantization = self.settings.quantization
+        if not quantization.calibrated:
+            return calibrate(self.net, quantization, []).cpu()
+        if self.data is None:
+            raise ValueError("export.quantization.gptq needs training batches, and so a HymbaDataModule: set it to "
+                             "false")
+        self.announce("calibrating on training batches")
+        world_size = self.trainer.world_size
+        share = -(-self.settings.calibration_batches // world_size)
+        with self.clock.charged():
+            batches = [batch.inputs.to(self.module.device) for batch in self.data.calibration_batches(share)]
+            calibration = calibrate(self.net, quantization, batches)
+            for tensor in calibration.tensors():
+                sum_over_ranks(tensor).div_(world_size)
+            calibration = calibration.cpu()
+        budget = self.clock.budget_seconds
+        if budget is not None and self.clock.elapsed() > budget:
+            log.warning("calibration ended at %.1f s of a budget of %.1f s: raise model.reserve_seconds",
+                        self.clock.elapsed(), budget)
+        return calibration
+
+    def write(self, calibration: Calibration) -> None:
+        """Only rank 0 writes; its outcome, good or bad, is everyone's, so that no rank waits for a dead one."""
+        self.announce("quantizing and compressing")
+        outcome: Any = None
+        if self.trainer.is_global_zero:
+            try:
+                outcome = self._save(calibration)
+            except (OSError, ValueError) as error:
+                outcome = error
+        outcome = self.trainer.strategy.broadcast(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        self.report, self.run.record.artifact = outcome
+        share_with_nodes(self.trainer, self.path)
+
+    def _save(self, calibration: Calibration) -> tuple[ArtifactReport, ArtifactRecord]:
+        weights = {name: tensor.detach().cpu() for name, tensor in self.net.state_dict().items()}
+        tokenizer: dict[str, Any] = {"vocab_size": self.net.config.vocab_size}
+        metadata = {"hymba_lightning": __version__, "steps": self.trainer.global_step,
+                    "train_seconds": round(self.clock.elapsed(), 3)}
+        if self.data is not None:
+            tokenizer["sha256"] = self.data.tokenizer_fingerprint()
+            metadata["seq_len"] = self.data.seq_len
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        report = save_artifact(self.path, weights, config=self.net.config.to_dict(), tokenizer=tokenizer,
+                               metadata=metadata, scheme=self.settings.quantization, **calibration._asdict())
+        inside = self.folder.path.resolve() in self.path.resolve().parents
+        name = str(self.path.resolve().relative_to(self.folder.path.resolve()) if inside else self.path.resolve())
+        return report, ArtifactRecord(name, file_sha256(self.path), report.bytes, evaluation_code_bytes(),
+                                      self.settings.quantization.limit_bytes, self.settings.as_dict())
+
+    def reload(self) -> Hymba:
+        """The network that was written."""
+        artifact = load_artifact(self.path)
+        net = Hymba(HymbaConfig.from_dict(artifact.config), self.net.runtime)
+        net.load_state_dict(artifact.state_dict)
+        return net.to(self.module.device)
+
+    def summarise(self, plots: bool) -> None:
+        """record.json last: with it the run is finished."""
+        self.announce("writing the summary")
+        if self.trainer.is_global_zero:
+            # Calibration counts as training time too.
+            assert self.run.record.trained is not None
+            self.run.record.trained.seconds = self.clock.elapsed()
+            write_fit_summary(self.run, self.folder, getattr(self.data, "unigram_bpb", None), plots)
+            self.run.record.finished = True
+            self.run.record.save(self.folder.path)
+        self.run.display("finished", 1.0, 1.0)
+
+    def check_limit(self) -> None:
+        artifact = self.artifact()
+        check_limit(artifact.bytes, artifact.code_bytes, artifact.limit_bytes, self.report)
+
+    def announce(self, text: str) -> None:
+        steps = 2 + (3 if self.settings.score_stages else 0) + (2 if self.settings.enabled else 0)
+        self.run.display(text, min(self.shown / steps, 0.99), 1.0)
+        self.shown += 1
+
+
+def _limit(limit: float | None, n_batches: int) -> int:
+    """trainer.limit_val_batches as a number of batches: a share if it is a float, as Lightning reads it."""
+    if limit is None:
+        return n_batches
+    return min(limit, n_batches) if isinstance(limit, int) else int(n_batches * limit)
+
+
+def share_with_nodes(trainer: pl.Trainer, path: Path) -> None:
+    """Puts rank 0's file on every node whose disk does not have it yet; rank 0 decides what is in it."""
+    if trainer.num_nodes == 1:
+        return
+    content = trainer.strategy.broadcast(path.read_bytes() if trainer.is_global_zero else b"")
+    if trainer.local_rank == 0 and not (path.is_file() and path.read_bytes() == content):
+        write_atomic(path, content)
+    trainer.strategy.barrier()
+
+
+def rehearse(trainer: pl.Trainer, module: pl.LightningModule, settings: ExportSettings) -> None:
+    """Calibrates on random ids, to no effect, before the clock starts: what that compiles would not fit into the
+    reserve. Warns where the reserve looks too short for the real thing."""
+    log.info("calibrating on random ids before the clock starts, to compile what that takes")
+    data: HymbaDataModule = datamodule_of(trainer)  # type: ignore[assignment]
+    net: Hymba = module.net  # type: ignore[assignment]
+    ids = torch.randint(net.config.vocab_size, (data.micro_batch_size, data.seq_len),
+                        generator=torch.Generator().manual_seed(0)).to(module.device)
+    seconds = 0.0
+    for _ in range(2):  # the second time nothing is left to compile
+        started = time.monotonic()
+        calibrate(net, settings.quantization, [ids])
+        if module.device.type == "cuda":
+            torch.cuda.synchronize(module.device)
+        seconds = time.monotonic() - started
+    needed = -(-settings.calibration_batches // trainer.world_size) * seconds
+    clock = require_clock(Run.of(trainer))
+    if clock.budget_seconds is not None and needed > clock.reserve_seconds:
+        log.warning("calibration will take about %.1f s, and model.reserve_seconds holds back %.1f s of the "
+                    "budget: raise it, or lower export.calibration_batches", needed, clock.reserve_seconds)

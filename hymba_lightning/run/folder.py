@@ -1,0 +1,133 @@
+"""The folder of a run: what lies where in it, who writes to it, and what a new run in it takes away first."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from hymba_lightning.claim import FolderClaim
+from hymba_lightning.run.record import RecordError, RunRecord
+
+ARTIFACT = "artifact.hymba"
+# Everything that a fit, validate or test writes. Logger files are those of loggers that write to the folder itself.
+OURS = ("record.json", "summary.json", "test_summary.json", "history.json", "config.yaml", "validate_config.yaml",
+        "test_config.yaml", "training.png", "ttt.png", "context.png", "nats.npy", ARTIFACT, "checkpoints",
+        "events.out.tfevents.*", "hparams.yaml", "metrics.csv")
+# What shows that a folder holds a run.
+SIGNS = ("record.json", "summary.json", "checkpoints", "config.yaml", ARTIFACT)
+
+
+class RunExistsError(FileExistsError):
+    """The folder holds a run that would be overwritten."""
+
+
+class RunFolder:
+    """Paths of a run's files, wherever the loggers write theirs.
+
+    Args:
+        path: The folder; made by `open`.
+        overwrite: Let a new run take the place of one that the folder holds.
+    """
+
+    def __init__(self, path: str | Path, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.overwrite = overwrite
+        self._claim: FolderClaim | None = None
+        self._old: list[Path] = []
+
+    def __truediv__(self, name: str | Path) -> Path:
+        return self.path / name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint to go on from."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this process may write here."""
+        return self._claim is not None
+
+    def owns(self, checkpoint: str | Path | None) -> bool:
+        """Whether a checkpoint lies in this folder, so that a fit from it goes on with this run."""
+        return checkpoint is not None and self.path.resolve() in Path(checkpoint).resolve().parents
+
+    def held(self) -> list[str]:
+        """Names of what shows that a run is in the folder already."""
+        return [name for name in SIGNS if (self.path / name).exists()]
+
+    def check(self, resumed_from: str | Path | None = None) -> None:
+        """Whether a fit may write here: into a folder without a run, on from its own checkpoint, or to overwrite it.
+
+        Raises:
+            RunExistsError: the folder holds a run that `resumed_from` is no checkpoint of.
+        """
+        if self.owns(resumed_from):
+            return
+        held = self.held()
+        if not held or self.overwrite:
+            return
+        remedy = "go on with --ckpt_path last, choose another --run_dir, or give --overwrite true"
+        if resumed_from is not None:
+            remedy = (f"{resumed_from} is another run's checkpoint; choose another --run_dir, or give --overwrite true")
+        raise RunExistsError(f"{self.path} already holds a run ({', '.join(held)}): {remedy}")
+
+    def open(self, work: str, resumed_from: str | Path | None = None) -> None:
+        """Claims the folder for a fit. What an old run left is still there: `clear` takes it away.
+
+        Raises:
+            RunExistsError: as `check` does.
+            FolderInUseError: another process writes here.
+            OSError: the folder cannot be made.
+        """
+        if self._claim is not None:
+            return
+        claim = FolderClaim(self.path, work)
+        claim.take()
+        try:
+            self.check(resumed_from)
+        except RunExistsError:
+            claim.release()
+            raise
+        self._claim = claim
+        self._old = [] if self.owns(resumed_from) else self._files()
+
+    def clear(self) -> None:
+        """Takes away what the old run left, once nothing can be refused any more."""
+        for path in self._old:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        self._old = []
+
+    def claim(self, work: str) -> None:
+        """Claims the folder for work that adds to a run, such as a test.
+
+        Raises:
+            FolderInUseError: another process writes here.
+        """
+        if self._claim is None:
+            claim = FolderClaim(self.path, work)
+            claim.take()
+            self._claim = claim
+
+    def close(self) -> None:
+        """Lets others write."""
+        if self._claim is not None:
+            self._claim.release()
+        self._claim = None
+
+    def _files(self) -> list[Path]:
+        """What lies here of a run, whatever name it gave its artifact."""
+        found = [path for pattern in OURS for path in self.path.glob(pattern)]
+        try:
+            named = RunRecord.load(self.path).artifact
+        except RecordError:
+            named = None
+        if named is not None and not Path(named.file).is_absolute() and (self.path / named.file).is_file():
+            found.append(self.path / named.file)
+        return list(dict.fromkeys(found))

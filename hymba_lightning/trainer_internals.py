@@ -1,0 +1,87 @@
+"""What is used of Lightning beyond its public interface, all of it, so that a new release is tried in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+
+def is_trial(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer only tries its loops (`fast_dev_run`): nothing is to be written then."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
+    """The Trainer's datamodule, None where it was given loaders."""
+    return getattr(trainer, "datamodule", None)
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The Trainer's callbacks."""
+    return list(getattr(trainer, "callbacks", []))
+
+
+def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
+    """Everything that Lightning puts into a checkpoint, without writing it."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+@contextmanager
+def signals_not_broadcast(trainer: pl.Trainer) -> Iterator[None]:
+    """Without the broadcast with which every batch of a DDP run asks the GPU for signals."""
+    loop = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del loop._broadcast_sigterm_tensor
+
+
+def gradient_sync_blocked(trainer: pl.Trainer, block: bool) -> AbstractContextManager[None]:
+    """Micro-batches that only accumulate do not reduce their gradients over the ranks."""
+    return _block_parallel_sync_behavior(trainer.strategy, block=block)
+
+
+def moved_to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
+    """A batch as the training loop hands it to `training_step`."""
+    return trainer.strategy.batch_to_device(module._on_before_batch_transfer(batch, dataloader_idx=0))
+
+
+def rewind_to_accumulation_window(trainer: pl.Trainer) -> None:
+    """Lets Lightning count from the first micro-batch of the accumulation window it was interrupted in.
+
+    A checkpoint holds no half-accumulated gradient, so the window's batches are read again; the batch counter must go
+    back with them, or the first optimizer step would see fewer micro-batches than the others.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    surplus = progress.current.ready % trainer.accumulate_grad_batches
+    progress.total.increment_by(-surplus)
+    progress.current.increment_by(-surplus)
+    # The fetcher ends a run of limit_train_batches; it counts the batches before the restart too.
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is not None:
+        fetcher.fetched -= surplus
+
+
+def end_where_nothing_is_left(trainer: pl.Trainer) -> None:
+    """Has `on_train_end` called for a resumed run whose steps or epochs are all done: Lightning would leave it out.
+
+    A run that was killed after its last step still has its end before it.
+    """
+    loop = trainer.fit_loop
+    run: Callable[[], STEP_OUTPUT | None] = loop.run
+
+    def run_or_end() -> Any:
+        loop.setup_data()
+        if loop.restarting and loop.done and trainer.limit_train_batches != 0:
+            del loop.run  # type: ignore[method-assign]
+            return loop.on_run_end()
+        del loop.run  # type: ignore[method-assign]
+        return run()
+
+    loop.run = run_or_end  # type: ignore[method-assign,assignment]
