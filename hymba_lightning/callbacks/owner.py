@@ -1,8 +1,9 @@
 """For callbacks that write to the run's folder: claim it, clear what an old run left, let go of it."""
 
-from typing import Any
+from collections.abc import Callable
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 
 from hymba_lightning.run.record import RunRecord
 from hymba_lightning.run.run import Run
@@ -15,19 +16,37 @@ class FolderOwner(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """
         Raises:
-            RunExistsError: the folder holds another run.
-            FolderInUseError: another process writes there.
+            FolderInUseError: another process writes to the folder.
             OSError: it cannot be made.
         """
         super().setup(trainer, pl_module, stage)
+        run = Run.of(trainer)
+        folder = run.folder_of(trainer)
+
+        def claim() -> None:
+            folder.claim(f"hymba {TrainerFn(trainer.state.fn).value}")
+            if stage != "fit":
+                run.record = RunRecord.load(folder.path)
+
         if not is_trial(trainer):
-            _own(trainer, stage)
+            _on_rank_0(trainer, claim)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Everything that can be refused was: what an old run left may go."""
-        folder = Run.of(trainer).folder
-        if folder is not None and trainer.is_global_zero and not is_trial(trainer):
-            folder.clear()
+        """Everything else that can be refused was: what an old run left may go.
+
+        Raises:
+            RunExistsError: the folder holds another run.
+        """
+        run = Run.of(trainer)
+        folder = run.folder_of(trainer)
+
+        def start() -> None:
+            folder.start(trainer.ckpt_path)
+            run.record = RunRecord.load(folder.path)
+
+        if not is_trial(trainer) and not run.started_fit:
+            run.started_fit = True
+            _on_rank_0(trainer, start)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
@@ -37,21 +56,13 @@ class FolderOwner(pl.Callback):
         _close(trainer)
 
 
-def _own(trainer: pl.Trainer, stage: str) -> None:
-    run = Run.of(trainer)
-    folder = run.folder_of(trainer)
-    outcome: Any = None
-    # Rank 0's outcome is everyone's, so that no rank waits for one that was refused.
-    if trainer.is_global_zero and not folder.is_open:
+def _on_rank_0(trainer: pl.Trainer, work: Callable[[], None]) -> None:
+    """Rank 0's outcome is everyone's, so that no rank waits for one that was refused."""
+    outcome: Exception | None = None
+    if trainer.is_global_zero:
         try:
-            if stage == "fit":
-                folder.open("hymba fit", trainer.ckpt_path)
-                run.record = RunRecord.load(folder.path) if folder.owns(trainer.ckpt_path) else RunRecord()
-            else:
-                folder.claim(f"hymba {stage}")
-                run.record = RunRecord.load(folder.path)
+            work()
         except (OSError, ValueError) as error:
-            folder.close()
             outcome = error
     outcome = trainer.strategy.broadcast(outcome)
     if outcome is not None:
@@ -59,6 +70,7 @@ def _own(trainer: pl.Trainer, stage: str) -> None:
 
 
 def _close(trainer: pl.Trainer) -> None:
-    folder = Run.of(trainer).folder
-    if folder is not None:
-        folder.close()
+    run = Run.of(trainer)
+    run.started_fit = False
+    if run.folder is not None:
+        run.folder.close()

@@ -25,7 +25,7 @@ class RunFolder:
     """Paths of a run's files, wherever the loggers write theirs.
 
     Args:
-        path: The folder; made by `open`.
+        path: The folder; made by `claim`.
         overwrite: Let a new run take the place of one that the folder holds.
     """
 
@@ -33,7 +33,6 @@ class RunFolder:
         self.path = Path(path)
         self.overwrite = overwrite
         self._claim: FolderClaim | None = None
-        self._old: list[Path] = []
 
     def __truediv__(self, name: str | Path) -> Path:
         return self.path / name
@@ -75,45 +74,32 @@ class RunFolder:
             remedy = (f"{resumed_from} is another run's checkpoint; choose another --run_dir, or give --overwrite true")
         raise RunExistsError(f"{self.path} already holds a run ({', '.join(held)}): {remedy}")
 
-    def open(self, work: str, resumed_from: str | Path | None = None) -> None:
-        """Claims the folder for a fit. What an old run left is still there: `clear` takes it away.
+    def claim(self, work: str) -> None:
+        """Takes the folder for this process; nothing happens where it has it already.
 
         Raises:
-            RunExistsError: as `check` does.
             FolderInUseError: another process writes here.
             OSError: the folder cannot be made.
-        """
-        if self._claim is not None:
-            return
-        claim = FolderClaim(self.path, work)
-        claim.take()
-        try:
-            self.check(resumed_from)
-        except RunExistsError:
-            claim.release()
-            raise
-        self._claim = claim
-        self._old = [] if self.owns(resumed_from) else self._files()
-
-    def clear(self) -> None:
-        """Takes away what the old run left, once nothing can be refused any more."""
-        for path in self._old:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        self._old = []
-
-    def claim(self, work: str) -> None:
-        """Claims the folder for work that adds to a run, such as a test.
-
-        Raises:
-            FolderInUseError: another process writes here.
         """
         if self._claim is None:
             claim = FolderClaim(self.path, work)
             claim.take()
             self._claim = claim
+
+    def start(self, resumed_from: str | Path | None = None) -> None:
+        """Begins a fit: takes away what an old run left, unless the fit goes on with it.
+
+        Raises:
+            RunExistsError: as `check` does.
+        """
+        self.check(resumed_from)
+        if self.owns(resumed_from):
+            return
+        for path in self._files():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Lets others write."""

@@ -130,6 +130,8 @@ class Run:
         self.export: ExportSettings | None = None
         """What is to become of the weights, None for nothing."""
         self.plots = True
+        self.started_fit = False
+        """Whether the folder belongs to the fit in progress."""
         self.ends = False
         """Whether somebody finishes the fit in progress."""
         self.ended = False
