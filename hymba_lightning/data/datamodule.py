@@ -3,6 +3,7 @@
 B is the micro-batch of one rank, T = seq_len, W the number of ranks.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,8 +16,9 @@ import numpy as np
 import sentencepiece
 import torch
 
+from hymba_lightning.data.digests import file_digests
 from hymba_lightning.data.loader import Loader, ResumableLoader, read_ahead
-from hymba_lightning.data.manifest import check_manifest, read_manifest
+from hymba_lightning.data.manifest import SPLITS, check_manifest, read_manifest
 from hymba_lightning.data.position import ReadPosition
 from hymba_lightning.data.sequences import Batch, Chunk, TokenStream, TrainSpans, ValSequences, chunk_at, first_span
 from hymba_lightning.data.sequences import n_chunks as count_chunks
@@ -116,6 +118,24 @@ class HymbaDataModule(pl.LightningDataModule):
         """SHA-256 of the tokenizer file, in hexadecimal."""
         load_tokenizer(self.tokenizer)
         return file_sha256(self.tokenizer)
+
+    def data_digest(self, split: str) -> str:
+        """SHA-256, in hexadecimal, of what a split's tokens are: the shards' SHA-256 in order, and the tokenizer's.
+
+        Equal for equal data wherever they lie. Shards are read as a whole the first time only (see `file_digests`).
+
+        Args:
+            split: "train" or "val".
+
+        Raises:
+            FileNotFoundError: No tokenizer, or no shard matches the split's pattern.
+            ValueError: Another split, or a tokenizer that is none.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        paths = find_shards(self.train_files if split == "train" else self.val_files, self.data_dir)
+        lines = [self.tokenizer_fingerprint(), *file_digests(paths, sample=False)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     # Opening ------------------------------------------------------------------------------------------------------
 
