@@ -17,6 +17,7 @@ import sentencepiece
 import torch
 
 from hymba_lightning.data.digests import file_digests
+from hymba_lightning.data.inputs import first_common
 from hymba_lightning.data.loader import Loader, ResumableLoader, read_ahead
 from hymba_lightning.data.manifest import SPLITS, check_manifest, read_manifest
 from hymba_lightning.data.position import ReadPosition
@@ -145,20 +146,26 @@ class HymbaDataModule(pl.LightningDataModule):
         Raises:
             FileNotFoundError: No tokenizer, or no shard matches a pattern.
             ValueError: A damaged shard, ids beyond the tokenizer's vocabulary, data shorter than seq_len, a tokenizer
-                other than the one that made the shards.
+                other than the one that made the shards, a file for both training and validation.
         """
         val_paths = find_shards(self.val_files, self.data_dir)
         train_paths = find_shards(self.train_files, self.data_dir) if stage == "fit" else []
-        both = sorted(set(train_paths) & set(val_paths))
+        both = first_common(train_paths, val_paths)
         if both:
+            same = f" and is the same as {both[1]}, which matches" if both[0] != both[1] else " and"
             raise ValueError(
-                f"{both[0]} matches data.train_files={self.train_files!r} and data.val_files={self.val_files!r}; "
+                f"{both[0]} matches data.train_files={self.train_files!r}{same} data.val_files={self.val_files!r}; "
                 "training on validation text makes its score worthless: narrow the patterns"
             )
-        check_manifest(self.data_dir, [*train_paths, *val_paths], self.tokenizer)
+        # One process of a node reads samples of the shards again; whole ones are read once, by whoever comes first.
+        sample = self.trainer is None or self.trainer.local_rank == 0
+        manifest = read_manifest(self.data_dir)
+        check_manifest(self.data_dir, [*train_paths, *val_paths], self.tokenizer, sample=sample)
         self.val_stream()
         if stage == "fit":
             self._check_training_size()
+        if read_manifest(self.data_dir) != manifest:
+            raise ValueError(f"the data in {self.data_dir} were replaced while they were opened; start again")
 
     def _check_training_size(self) -> None:
         n_tokens, rank_spans = self.train_spans.stream.n_tokens, self._rank_and_world()[1] * self.micro_batch_size
