@@ -25,9 +25,12 @@ def run_prepare(args: list[str]) -> None:
     parser = ArgumentParser(prog="hymba prepare", description="Turn text into a tokenizer and token shards.")
     parser.add_argument("inputs", nargs="+", help="Files, folders, glob patterns, hf:NAME[:SPLIT[:CONFIG]] (Hugging "
                         "Face); stdlib is the Python standard library's own sources")
-    parser.add_function_arguments(prepare, skip={"inputs"})
+    parser.add_argument("--val_inputs", nargs="+", type=str | None, default=None, help="The validation texts, named as "
+                        "the inputs are; all inputs are for training then")
+    parser.add_function_arguments(prepare, skip={"inputs", "val_inputs"})
     options = parser.parse_args(args).as_dict()
-    options["inputs"] = ["python_stdlib" if name == "stdlib" else name for name in options["inputs"]]
+    for key in ("inputs", "val_inputs"):
+        options[key] = options[key] and ["python_stdlib" if name == "stdlib" else name for name in options[key]]
     print(prepare(**options))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hymba_lightning.data.documents import DocumentReader, split_rank
+from hymba_lightning.data.documents import Document, DocumentReader, document_digest, split_rank
 from hymba_lightning.data.manifest import SPLITS
 from hymba_lightning.data.shards import ShardWriter
 from hymba_lightning.data.text_encoder import EncoderPool, TextEncoder, TextPiece
@@ -27,6 +27,7 @@ TASKS_PER_WORKER = 3
 SAMPLE_PIECE_CHARS = 2000
 
 PROGRESS_FILE = "progress.json"
+PROGRESS_VERSION = 2
 SAVE_SECONDS = 30.0
 
 
@@ -45,10 +46,44 @@ class SplitTotals:
                 "documents": self.documents, "text_bytes": self.text_bytes}
 
 
+@dataclass(frozen=True)
+class Splitter:
+    """Which split a document belongs to."""
+
+    val_fraction: float
+    """Share of the documents that is for validation."""
+    seed: int
+    """Of the draw."""
+    held_out: frozenset[bytes] = frozenset()
+    """Digests of the validation documents, where these are given; no equal one is for training."""
+
+    def __call__(self, document: Document, rank: float) -> str | None:
+        """
+        Args:
+            document: With a split of its own or without.
+            rank: Its `split_rank`.
+
+        Returns:
+            The split, or None for a training document that is for validation too.
+        """
+        split = document.split or ("val" if rank < self.val_fraction else "train")
+        return None if split == "train" and self.held_out and document_digest(document) in self.held_out else split
+
+
 def read_progress(work: Path) -> dict[str, Any] | None:
-    """What an interrupted `encode_documents` left in its folder, None where it left nothing."""
-    path = work / PROGRESS_FILE
-    return json.loads(path.read_bytes()) if path.is_file() else None
+    """What an interrupted `encode_documents` left in its folder to go on from, None where it left nothing."""
+    try:
+        progress = json.loads((work / PROGRESS_FILE).read_bytes())
+        return progress if progress["version"] == PROGRESS_VERSION else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def can_go_on(work: Path, model: Path, progress: dict[str, Any], arguments: dict[str, Any]) -> bool:
+    """Whether the files that the progress speaks of are there."""
+    return model.is_file() and all(
+        ShardWriter.holds(work, f"{arguments['name']}_{split}", arguments["shard_tokens"], state["writer"])
+        for split, state in progress["splits"].items())
 
 
 def encode_documents(
@@ -58,8 +93,7 @@ def encode_documents(
     *,
     name: str,
     shard_tokens: int,
-    val_fraction: float,
-    seed: int,
+    splitter: Splitter,
     workers: int,
     report: Callable[[int], None],
     arguments: dict[str, Any],
@@ -73,8 +107,8 @@ def encode_documents(
     """
     processor = load_tokenizer(model)
     encoder = TextEncoder(processor)
-    progress = read_progress(work) or {"splits": dict.fromkeys(SPLITS), "ranks": (1.0, 0.0)}
-    lowest_rank, highest_rank = progress["ranks"]
+    progress = read_progress(work) or {"splits": dict.fromkeys(SPLITS), "ranks": (1.0, 0.0), "left_out": 0}
+    (lowest_rank, highest_rank), left_out = progress["ranks"], progress["left_out"]
     if "reader" in progress:
         reader.resume(progress["reader"])
     before = {split: state or {} for split, state in progress["splits"].items()}
@@ -118,9 +152,12 @@ def encode_documents(
 
         saved_at = time.monotonic()
         for document in reader:
-            rank = split_rank(document, seed)
+            rank = split_rank(document, splitter.seed)
             lowest_rank, highest_rank = min(lowest_rank, rank), max(highest_rank, rank)
-            split = "val" if rank < val_fraction else "train"
+            split = splitter(document, rank)
+            if split is None:
+                left_out += 1
+                continue
             splits[split].documents += 1
             splits[split].text_bytes += len(document.utf8)
             for piece in encoder.cut(document.text):
@@ -131,23 +168,32 @@ def encode_documents(
             report(reader.bytes_read)
             if time.monotonic() - saved_at >= SAVE_SECONDS:
                 flush()
-                state = {"arguments": arguments, "reader": reader.position(), "ranks": (lowest_rank, highest_rank),
+                state = {"version": PROGRESS_VERSION, "arguments": arguments, "reader": reader.position(),
+                         "ranks": (lowest_rank, highest_rank), "left_out": left_out,
                          "splits": {split: totals.state() for split, totals in splits.items()}}
                 write_atomic(work / PROGRESS_FILE, json.dumps(state))
                 saved_at = time.monotonic()
         flush()
         report(reader.total_bytes)
+    if left_out:
+        reader.skips.note("training document that is for validation too, left out", "equal texts", left_out)
     if both_splits:
-        _check_split(splits, lowest_rank, highest_rank, val_fraction)
+        _check_split(splits, lowest_rank, highest_rank, splitter.val_fraction, reader)
     return splits
 
 
-def _check_split(splits: dict[str, SplitTotals], lowest_rank: float, highest_rank: float, val_fraction: float) -> None:
+def _check_split(splits: dict[str, SplitTotals], lowest_rank: float, highest_rank: float, val_fraction: float,
+                 reader: DocumentReader) -> None:
     n_documents = sum(split.documents for split in splits.values())
+    if any(file.split for file in reader.files):
+        for split, inputs in (("train", "inputs"), ("val", "validation inputs")):
+            if splits[split].documents == 0:
+                raise ValueError(f"the {inputs} hold no document that can be read{unread(reader)}")
+        return
     if n_documents < 2:
         raise ValueError(
-            f"the inputs hold {n_documents} document that can be read; training and validation need one each: "
-            "give more files, or cut a text file into documents with separator"
+            f"the inputs hold {n_documents} document that can be read{unread(reader)}; training and validation need "
+            "one each: give more files, cut a text file into documents with separator, or give val_inputs"
         )
     if splits["val"].documents == 0:
         raise ValueError(
@@ -161,12 +207,18 @@ def _check_split(splits: dict[str, SplitTotals], lowest_rank: float, highest_ran
         )
 
 
-def tokenizer_sample(reader: DocumentReader, sample_bytes: int, val_fraction: float, seed: int) -> list[str]:
+def unread(reader: DocumentReader) -> str:
+    """What was not read, in parentheses, for the message that too little was."""
+    state = reader.skips.state()
+    return f" ({state['count']:,} could not: {'; '.join(state['first'][:3])})" if state["count"] else ""
+
+
+def tokenizer_sample(reader: DocumentReader, sample_bytes: int, splitter: Splitter) -> list[str]:
     """Up to `sample_bytes` of training text in pieces that SentencePiece takes."""
     sample: list[str] = []
     left = sample_bytes
     for document in reader:
-        if split_rank(document, seed) < val_fraction:
+        if splitter(document, split_rank(document, splitter.seed)) != "train":
             continue
         # A character has at least one byte: no more than `left` characters can be wanted.
         text = document.utf8[:left].decode("utf-8", errors="ignore") if len(document.utf8) > left else document.text
@@ -176,6 +228,7 @@ def tokenizer_sample(reader: DocumentReader, sample_bytes: int, val_fraction: fl
             break
     if not sample:
         raise ValueError(
-            "there is no training document to train a tokenizer on; give more documents, or lower val_fraction"
+            f"there is no training document to train a tokenizer on{unread(reader)}; give more documents, or lower "
+            "val_fraction"
         )
     return sample

@@ -3,6 +3,7 @@
 B is the micro-batch of one rank, T = seq_len, W the number of ranks.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterator
 from functools import cached_property
@@ -15,8 +16,10 @@ import numpy as np
 import sentencepiece
 import torch
 
+from hymba_lightning.data.digests import file_digests
+from hymba_lightning.data.inputs import first_common
 from hymba_lightning.data.loader import Loader, ResumableLoader, read_ahead
-from hymba_lightning.data.manifest import check_manifest, read_manifest
+from hymba_lightning.data.manifest import SPLITS, check_manifest, read_manifest
 from hymba_lightning.data.position import ReadPosition
 from hymba_lightning.data.sequences import Batch, Chunk, TokenStream, TrainSpans, ValSequences, chunk_at, first_span
 from hymba_lightning.data.sequences import n_chunks as count_chunks
@@ -119,12 +122,22 @@ class HymbaDataModule(pl.LightningDataModule):
         return file_sha256(self.tokenizer)
 
     def data_digest(self, split: str) -> str:
-        """SHA-256 over the shards of "train" or "val"."""
-        import hashlib
-        digest = hashlib.sha256()
-        for path in find_shards(self.val_files if split == "val" else self.train_files, self.data_dir):
-            digest.update(file_sha256(path).encode())
-        return digest.hexdigest()
+        """SHA-256, in hexadecimal, of what a split's tokens are: the shards' SHA-256 in order, and the tokenizer's.
+
+        Equal for equal data wherever they lie. Shards are read as a whole the first time only (see `file_digests`).
+
+        Args:
+            split: "train" or "val".
+
+        Raises:
+            FileNotFoundError: No tokenizer, or no shard matches the split's pattern.
+            ValueError: Another split, or a tokenizer that is none.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+        paths = find_shards(self.train_files if split == "train" else self.val_files, self.data_dir)
+        lines = [self.tokenizer_fingerprint(), *file_digests(paths, sample=False)]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     # Opening ------------------------------------------------------------------------------------------------------
 
@@ -134,20 +147,26 @@ class HymbaDataModule(pl.LightningDataModule):
         Raises:
             FileNotFoundError: No tokenizer, or no shard matches a pattern.
             ValueError: A damaged shard, ids beyond the tokenizer's vocabulary, data shorter than seq_len, a tokenizer
-                other than the one that made the shards.
+                other than the one that made the shards, a file for both training and validation.
         """
         val_paths = find_shards(self.val_files, self.data_dir)
         train_paths = find_shards(self.train_files, self.data_dir) if stage == "fit" else []
-        both = sorted(set(train_paths) & set(val_paths))
+        both = first_common(train_paths, val_paths)
         if both:
+            same = f" and is the same as {both[1]}, which matches" if both[0] != both[1] else " and"
             raise ValueError(
-                f"{both[0]} matches data.train_files={self.train_files!r} and data.val_files={self.val_files!r}; "
+                f"{both[0]} matches data.train_files={self.train_files!r}{same} data.val_files={self.val_files!r}; "
                 "training on validation text makes its score worthless: narrow the patterns"
             )
-        check_manifest(self.data_dir, [*train_paths, *val_paths], self.tokenizer)
+        # One process of a node reads samples of the shards again; whole ones are read once, by whoever comes first.
+        sample = self.trainer is None or self.trainer.local_rank == 0
+        manifest = read_manifest(self.data_dir)
+        check_manifest(self.data_dir, [*train_paths, *val_paths], self.tokenizer, sample=sample)
         self.val_stream()
         if stage == "fit":
             self._check_training_size()
+        if read_manifest(self.data_dir) != manifest:
+            raise ValueError(f"the data in {self.data_dir} were replaced while they were opened; start again")
 
     def _check_training_size(self) -> None:
         n_tokens, rank_spans = self.train_spans.stream.n_tokens, self._rank_and_world()[1] * self.micro_batch_size

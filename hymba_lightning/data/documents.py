@@ -1,65 +1,30 @@
-"""Files and folders → documents: which files, in which order, and the text of each, a document at a time."""
+"""Files → documents: the text of each, a document at a time, whatever the files hold."""
 
 from __future__ import annotations
 
-import fnmatch
-import glob
-import gzip
+import codecs
+import csv
 import hashlib
 import io
 import json
-import os
-import sysconfig
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from itertools import chain
 from typing import IO, Any, NamedTuple
 
-import zstandard
+from hymba_lightning.data.inputs import CSV_SUFFIXES, JSONL_SUFFIXES, PARQUET_SUFFIXES, InputFile
+from hymba_lightning.data.skips import Skips, shown
+from hymba_lightning.data.sources import Row, hub_rows, parquet_rows, row_of
+from hymba_lightning.data.streams import SourceError, bounded_lines, read_blocks
 
-from hymba_lightning.data.sources import (
-    HUB_PREFIX,
-    PARQUET_SUFFIXES,
-    Row,
-    UnreadableSourceError,
-    hub_rows,
-    parquet_rows,
-)
+# A longer line or row is left out, a longer text file is cut: what one document takes bounds the memory.
+MAX_DOCUMENT_BYTES = 1 << 25
+TEXT_BLOCK_BYTES = 1 << 22
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-KNOWN_SUFFIXES = TEXT_SUFFIXES + JSONL_SUFFIXES + PARQUET_SUFFIXES
-PYTHON_STDLIB = "python_stdlib"
-
-# Never documents: caches, installed packages, version control (any hidden folder).
-EXCLUDED_FOLDERS = ("__pycache__", "site-packages", "dist-packages", "node_modules", ".*")
-# The standard library's tests are half of it, much of that generated or encoding puzzles.
-STDLIB_EXCLUDED_FOLDERS = ("test", "tests", "idle_test")
-
-
-class InputFile(NamedTuple):
-    """A file of documents, or a Hugging Face data set (whose path is its name, hf:…)."""
-
-    path: Path
-    key: str
-    """Name that does not depend on where the input folder lies; orders the files."""
-
-    @property
-    def on_hub(self) -> bool:
-        """It is no file."""
-        return self.key.startswith(HUB_PREFIX)
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk; 0 for a data set."""
-        return 0 if self.on_hub else self.path.stat().st_size
-
-    @property
-    def stamp(self) -> str:
-        """Changes when the file is replaced or modified; a data set's is its name."""
-        if self.on_hub:
-            return self.key
-        stat = self.path.stat()
-        return f"{self.key}\0{stat.st_size}\0{stat.st_mtime_ns}"
+BOM = b"\xef\xbb\xbf"
+UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+# Where a text that is too long for one document is cut, the best place first.
+CUTS = ("\n\n", "\n", " ")
 
 
 class Document(NamedTuple):
@@ -67,36 +32,8 @@ class Document(NamedTuple):
 
     text: str
     utf8: bytes
-
-
-def find_inputs(inputs: Sequence[str], exclude: Sequence[str], seed: int, out: Path) -> list[InputFile]:
-    """Files to read, in an order drawn from the seed and their names (neighbours in a folder are alike).
-
-    Args:
-        inputs: Files, folders (searched recursively), glob patterns, hf:NAME (see `hub_rows`), or "python_stdlib".
-        exclude: Names or patterns of folders and files to leave out when a folder is searched.
-        seed: Of the order.
-        out: Folder that is being written; nothing below it is read.
-
-    Raises:
-        FileNotFoundError: An input matches no file of a known kind.
-        ValueError: A named file is of no known kind.
-    """
-    found: dict[Path, InputFile] = {}
-    for given in inputs:
-        if given.startswith(HUB_PREFIX):
-            found.setdefault(Path(given), InputFile(Path(given), given))
-            continue
-        files = list(_expand(given, exclude))
-        known = ", ".join(KNOWN_SUFFIXES)
-        if not files:
-            raise FileNotFoundError(f"input {given!r} matches no file; inputs are files, folders or globs of {known}")
-        for file in files:
-            if not file.path.name.lower().endswith(KNOWN_SUFFIXES):
-                raise ValueError(f"{file.path} is of no known kind ({known}); rename it or leave it out")
-            if out.resolve() not in file.path.resolve().parents:
-                found.setdefault(file.path.resolve(), file)
-    return sorted(found.values(), key=lambda file: (_digest(f"{seed}/{file.key}".encode()), file.key))
+    split: str | None = None
+    """Its split, where it is not its content that decides."""
 
 
 def split_rank(document: Document, seed: int) -> float:
@@ -109,155 +46,244 @@ def split_rank(document: Document, seed: int) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
+def document_digest(document: Document) -> bytes:
+    """Equal for equal texts."""
+    return hashlib.blake2b(document.utf8, digest_size=16).digest()
+
+
+def unescaped(separator: str) -> str:
+    r"""A separator as typed in a shell: \n, \t, \r, \\ are what they mean, and line ends those of the text."""
+    meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    text = re.sub(r"\\([ntr\\])", lambda found: meant[found[1]], separator)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 class DocumentReader:
     """Iterates over the documents of files, one in memory at a time.
 
+    A text file is one document (its line ends become "\\n", a byte order mark is dropped), a line of a JSON-lines file
+    another, and so is a row of a CSV or Parquet file or of a data set.
+
     Args:
-        files: What to read: a text file is one document, a line of a JSON-lines file another.
-        text_key: Field of a JSON line that holds the text.
+        files: What to read.
+        text_key: Field of a JSON line, or column, that holds the text.
         separator: Cut text files into documents at this string. None: a file is a document.
-        strict: Raise at the first file or line that cannot be read instead of skipping it.
+        skips: Where what cannot be read is counted; by default a new one.
+        max_bytes: Most UTF-8 bytes of a document.
     """
 
-    def __init__(self, files: Sequence[InputFile], text_key: str, separator: str | None, strict: bool) -> None:
+    def __init__(self, files: Sequence[InputFile], text_key: str, separator: str | None, skips: Skips | None = None,
+                 max_bytes: int = MAX_DOCUMENT_BYTES) -> None:
         self.files = files
         self.text_key = text_key
         self.separator = separator
-        self.strict = strict
+        self.max_bytes = max_bytes
         self.total_bytes = sum(file.size for file in files)
         """Size of all files on disk."""
         self.bytes_read = 0
         """Of total_bytes, how much is done."""
-        self.skipped: list[str] = []
+        self.skips = Skips() if skips is None else skips
         """What could not be read, and why."""
-        self._file, self._document, self._skipped_before = 0, 0, 0
+        self._skips_before_all = self._skips_before = self.skips.state()
+        self._file, self._document = 0, 0
         self._resume_at = (0, 0)
+
+    def of(self, files: Sequence[InputFile]) -> DocumentReader:
+        """The same of other files, with a count of its own."""
+        return DocumentReader(files, self.text_key, self.separator, None, self.max_bytes)
 
     def position(self) -> dict[str, Any]:
         """Plain values from which `resume` goes on with the next document."""
-        return {"file": self._file, "document": self._document, "skipped": self.skipped[:self._skipped_before]}
+        return {"file": self._file, "document": self._document, "skips": self._skips_before}
 
     def resume(self, position: dict[str, Any]) -> None:
         """Let the next iteration begin after `position`. What comes before in the same file is read, not returned."""
         self._resume_at = (position["file"], position["document"])
-        self.skipped = list(position["skipped"])
+        self.skips.restore(position["skips"])
 
     def __iter__(self) -> Iterator[Document]:
         """Documents that are not empty.
 
         Raises:
             ImportError: A package for this kind of input is not installed.
-            ValueError: With strict, something that is not UTF-8 text or not a JSON line with text in it.
+            UnreadableDatasetError: A data set cannot be read.
+            ValueError: With strict skips, something that cannot be read.
         """
         (first_file, first_document), self._resume_at = self._resume_at, (0, 0)
         if first_file == first_document == 0:
-            self.skipped = []
+            self.skips.restore(self._skips_before_all)
         self.bytes_read = sum(file.size for file in self.files[:first_file])
         for index, file in enumerate(self.files[first_file:], start=first_file):
             done_before = self.bytes_read
             to_skip = first_document if index == first_file else 0
-            self._file, self._document, self._skipped_before = index, 0, len(self.skipped)
+            self._file, self._document, self._skips_before = index, 0, self.skips.state()
             try:
-                for document, share in self._documents(file):
+                for text, share in self._texts(file):
+                    try:
+                        document = Document(text, text.encode("utf-8"), file.split)
+                    except UnicodeEncodeError as error:
+                        self._skip(file, "no text", f"no text under {self.text_key!r} ({error})")
+                        continue
                     self._document += 1
                     if self._document <= to_skip:
                         continue
                     self.bytes_read = done_before + int(share * file.size)
                     if document.utf8:
                         yield document
-            except (OSError, EOFError, zstandard.ZstdError, UnreadableSourceError) as error:
-                self._skip(f"{file.path}: {error}")
+            except SourceError as error:
+                self._skip(file, error.kind, str(error))
+            except OSError as error:
+                self._skip(file, "cannot be read", error.strerror or str(error))
             self.bytes_read = done_before + file.size
 
-    def _documents(self, file: InputFile) -> Iterator[tuple[Document, float]]:
+    def _texts(self, file: InputFile) -> Iterator[tuple[str, float]]:
         """Documents of one file, and how much of it is read with each."""
-        if file.on_hub or file.path.name.lower().endswith(PARQUET_SUFFIXES):
-            rows = hub_rows(file.key, self.text_key) if file.on_hub else parquet_rows(file.path, self.text_key)
-            yield from self._rows(file, rows)
-            return
-        with open(file.path, "rb") as raw:
-            texts = self._lines(file.path, raw) if _is_jsonl(file.path) else self._text_file(file.path, raw)
-            for document in texts:
-                yield document, raw.tell() / max(file.size, 1)
-
-    def _rows(self, file: InputFile, rows: Iterator[Row]) -> Iterator[tuple[Document, float]]:
-        for number, row in enumerate(rows, start=1):
-            try:
-                document = Document(row.text, row.text.encode("utf-8"))
-            except (AttributeError, UnicodeEncodeError) as error:
-                self._skip(f"{file.path}, row {number}: no text under {self.text_key!r} ({error})")
-            else:
-                yield document, row.share
-
-    def _text_file(self, path: Path, raw: IO[bytes]) -> Iterator[Document]:
-        content = raw.read()
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            self._skip(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})")
-            return
-        if self.separator is None:
-            yield Document(text, content)
+        if file.on_hub:
+            yield from self._rows(file, hub_rows(file.key, self.text_key, self.max_bytes))
+        elif file.is_of(PARQUET_SUFFIXES):
+            yield from self._rows(file, parquet_rows(file.path, self.text_key, self.max_bytes))
         else:
-            for part in text.split(self.separator):
-                yield Document(part, part.encode())
+            with open(file.path, "rb") as raw:
+                read = (self._json_lines if file.is_of(JSONL_SUFFIXES) else
+                        self._csv if file.is_of(CSV_SUFFIXES) else self._text_file)
+                for text in read(file, raw):
+                    yield text, (raw.tell() - file.start) / max(file.size, 1)
 
-    def _lines(self, path: Path, raw: IO[bytes]) -> Iterator[Document]:
-        for number, line in enumerate(_decompressed(path, raw), start=1):
+    def _rows(self, file: InputFile, rows: Iterator[Row]) -> Iterator[tuple[str, float]]:
+        for number, row in enumerate(rows, start=1):
+            if row.text is None:
+                self._skip(file, row.kind, row.cause, f", row {number}")
+            else:
+                yield row.text, row.share
+
+    def _json_lines(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
+        for number, line in enumerate(bounded_lines(read_blocks(file.path, raw), self.max_bytes), start=1):
+            if line is None:
+                self._skip(file, "too long", self._too_long("a line"), f":{number}")
+                continue
+            line = line.removeprefix(BOM) if number == 1 else line
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[self.text_key]
-                document = Document(text, text.encode("utf-8"))
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                self._skip(f"{path}:{number}: no text under {self.text_key!r} ({type(error).__name__}: {error})")
+                row = row_of(json.loads(line.decode("utf-8"))[self.text_key], 0.0, self.text_key, self.max_bytes)
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "no text"
+                self._skip(file, kind, f"no text under {self.text_key!r} ({type(error).__name__}: {error})",
+                           f":{number}")
+                continue
+            if row.text is None:
+                self._skip(file, row.kind, row.cause, f":{number}")
             else:
-                yield document
+                yield row.text
 
-    def _skip(self, what: str) -> None:
-        if self.strict:
-            raise ValueError(f"{what}; leave it out, or prepare without strict to skip what cannot be read")
-        self.skipped.append(what)
+    def _csv(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
+        delimiter = "\t" if ".tsv" in file.path.name.lower() else ","
+        csv.field_size_limit(self.max_bytes)
+        rows = csv.reader(self._csv_lines(file, raw), delimiter=delimiter, strict=True)
+        header: list[str] = []
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                self._skip(file, "damaged CSV", f"no row of CSV ({error})", f":{rows.line_num}")
+                if not header or "field larger" in str(error) or "end of data" in str(error):
+                    return
+                continue
+            if not header:
+                header = row
+                if self.text_key not in header:
+                    raise SourceError("no text column", f"no column {self.text_key!r} among {', '.join(header[:20])}; "
+                                      "set text_key")
+            elif row and len(row) != len(header):
+                self._skip(file, "damaged CSV", f"{len(row)} fields, not {len(header)}", f":{rows.line_num}")
+            elif row:
+                yield row[header.index(self.text_key)]
+
+    def _csv_lines(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
+        for number, line in enumerate(bounded_lines(read_blocks(file.path, raw), self.max_bytes), start=1):
+            if line is None:
+                raise SourceError("too long", f"line {number}: {self._too_long('a line')}")
+            line = line.removeprefix(BOM) if number == 1 else line
+            yield _decoded(line, f"line {number}").removesuffix("\r") + "\n"
+
+    def _text_file(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
+        raw.seek(file.start)
+        # One that fits is decoded as a whole before anything of it is given.
+        fits = file.size <= self.max_bytes
+        rest, n_cut = "", 0
+        for text in _decoded_blocks([raw.read(file.size)] if fits else _range(raw, file.size), fits):
+            rest += text
+            if self.separator is not None:
+                *whole, rest = rest.split(self.separator)
+                yield from whole
+            while 4 * len(rest) > self.max_bytes and len(rest.encode("utf-8")) > self.max_bytes:
+                end = _cut_place(rest, self.max_bytes // 4)
+                n_cut += 1
+                yield rest[:end]
+                rest = rest[end:]
+        yield rest
+        if n_cut:
+            self.skips.note("file with a document longer than max_document_bytes, cut into several",
+                            f"{shown(file.path)}: {n_cut:,} cuts")
+
+    def _too_long(self, what: str) -> str:
+        return f"{what} longer than {self.max_bytes:,} bytes; raise max_document_bytes to keep it"
+
+    def _skip(self, file: InputFile, kind: str, cause: str, place: str = "") -> None:
+        self.skips.add(kind, f"{shown(file.path)}{place}: {cause}")
 
 
-def _expand(given: str, exclude: Sequence[str]) -> Iterator[InputFile]:
-    if given == PYTHON_STDLIB and not os.path.exists(given):
-        stdlib = Path(sysconfig.get_path("stdlib"))
-        yield from _walk(stdlib, (*exclude, *STDLIB_EXCLUDED_FOLDERS), (".py",))
-        return
-    matches = [given] if os.path.exists(given) else glob.glob(os.path.expanduser(given), recursive=True)
-    for match in sorted(matches):
-        path = Path(match)
-        if path.is_dir():
-            yield from _walk(path, exclude, KNOWN_SUFFIXES)
-        else:
-            yield InputFile(path, path.name)
+def _range(raw: IO[bytes], size: int) -> Iterator[bytes]:
+    while size > 0 and (block := raw.read(min(TEXT_BLOCK_BYTES, size))):
+        size -= len(block)
+        yield block
 
 
-def _walk(root: Path, exclude: Sequence[str], suffixes: tuple[str, ...]) -> Iterator[InputFile]:
-    def excluded(name: str) -> bool:
-        return any(fnmatch.fnmatch(name, pattern) for pattern in exclude)
+def _decoded_blocks(blocks: Iterable[bytes], whole: bool) -> Iterator[str]:
+    """UTF-8 → text with "\\n" for every kind of line end.
 
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not excluded(name))
-        for name in sorted(names):
-            path = Path(folder, name)
-            if name.lower().endswith(suffixes) and not excluded(name) and path.is_file():
-                yield InputFile(path, path.relative_to(root).as_posix())
+    Args:
+        blocks: The text's bytes.
+        whole: There is one block only.
+
+    Raises:
+        SourceError: It is no UTF-8 text; what came before has been given.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    n_bytes = 0
+    for block in chain(blocks, () if whole else [b""]):
+        if n_bytes == 0 and block.startswith(UTF16_BOMS):
+            raise SourceError("not UTF-8", "not UTF-8 text but UTF-16; convert it")
+        kept = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(block, final=whole or not block)
+        except UnicodeDecodeError as error:
+            raise SourceError("not UTF-8", f"not UTF-8 text ({error.reason} at byte "
+                              f"{n_bytes - kept + error.start})") from error
+        if "\0" in text:
+            raise SourceError("NUL bytes", "it holds NUL bytes: a damaged file, or no text")
+        text = text.removeprefix("\ufeff") if n_bytes == 0 else text
+        n_bytes += len(block)
+        yield newlines.decode(text, final=whole or not block)
 
 
-def _is_jsonl(path: Path) -> bool:
-    return path.name.lower().endswith(JSONL_SUFFIXES)
+def _decoded(content: bytes, place: str) -> str:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceError("not UTF-8", f"{place}: not UTF-8 text ({error.reason})") from error
+    if "\0" in text:
+        raise SourceError("NUL bytes", f"{place}: it holds NUL bytes: a damaged file, or no text")
+    return text
 
 
-def _decompressed(path: Path, raw: IO[bytes]) -> Iterable[bytes]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(raw)
-    if path.suffix.lower() == ".zst":
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
-        return io.BufferedReader(reader, 1 << 20)
-    return raw
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=8).digest()
+def _cut_place(text: str, most: int) -> int:
+    """Where to end a document of at most `most` characters: after a paragraph, a line, a word, or anywhere."""
+    for cut in CUTS:
+        found = text.rfind(cut, most // 2, most)
+        if found >= 0:
+            return found + len(cut)
+    return most

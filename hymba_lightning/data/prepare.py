@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,14 +14,44 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hymba_lightning.data.corpus import PROGRESS_FILE, SplitTotals, encode_documents, read_progress, tokenizer_sample
-from hymba_lightning.data.documents import EXCLUDED_FOLDERS, DocumentReader, InputFile, find_inputs
-from hymba_lightning.data.manifest import FORMAT, SPLITS, VERSION, check_may_write, install, is_whole, read_manifest
-from hymba_lightning.data.shards import HEADER_BYTES, MAX_VOCAB_SIZE, TOKEN_DTYPE, Shard
+from hymba_lightning.claim import FolderClaim
+from hymba_lightning.data.corpus import (
+    Splitter,
+    SplitTotals,
+    can_go_on,
+    encode_documents,
+    read_progress,
+    tokenizer_sample,
+)
+from hymba_lightning.data.digests import FileDigest, hash_files
+from hymba_lightning.data.documents import MAX_DOCUMENT_BYTES, DocumentReader, document_digest, unescaped
+from hymba_lightning.data.inputs import (
+    EXCLUDED_FOLDERS,
+    TEXT_SUFFIXES,
+    InputFile,
+    apart,
+    find_inputs,
+    head_and_tail,
+)
+from hymba_lightning.data.manifest import (
+    FORMAT,
+    JOURNAL_FILE,
+    PARTS_FOLDER,
+    SPLITS,
+    VERSION,
+    WORK_FOLDER,
+    check_may_write,
+    finish_install,
+    first_damage,
+    install,
+    read_manifest,
+    sealed,
+)
+from hymba_lightning.data.shards import HEADER_BYTES, MAX_SHARD_TOKENS, MAX_VOCAB_SIZE, TOKEN_DTYPE, Shard
+from hymba_lightning.data.skips import Skips, skip_lines
 from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer, train_tokenizer
-
-NAMED_SKIPS = 10
+from hymba_lightning.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -54,10 +85,7 @@ class PrepareSummary:
                 f"  this tokenizer does not keep all of the text: bits per byte count {val['counted_bytes']:,} of "
                 f"{val['text_bytes']:,} validation bytes"
             )
-        skipped = self.manifest["skipped"]
-        if skipped["count"]:
-            lines.append(f"  skipped {skipped['count']:,}: " + "; ".join(skipped["first"]))
-        return "\n".join(lines)
+        return "\n".join(lines + skip_lines(self.manifest["skipped"]))
 
 
 def prepare(
@@ -67,12 +95,14 @@ def prepare(
     vocab_size: int = 1024,
     tokenizer: str | None = None,
     val_fraction: float = 0.05,
+    val_inputs: list[str] | None = None,
     shard_tokens: int = 100_000_000,
     sample_bytes: int = 16_000_000,
     character_coverage: float = 0.9995,
     text_key: str = "text",
     separator: str | None = None,
     exclude: tuple[str, ...] = EXCLUDED_FOLDERS,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
     workers: int | None = None,
     seed: int = 0,
     strict: bool = False,
@@ -81,25 +111,30 @@ def prepare(
 ) -> PrepareSummary:
     """Turn text into a tokenizer, token shards and a manifest.
 
-    Every document begins with BOS and belongs wholly to training or to validation, by a hash of its content. The
-    folder is complete when it has a manifest.json. Doing it again with the same arguments and files does nothing, or
-    goes on where an interrupted call was.
+    Every document begins with BOS and belongs wholly to training or to validation, by a hash of its content; of one
+    single text file the end is for validation. The folder is complete when it has a manifest.json; one process at a
+    time writes to it. Doing it again with the same arguments and files does nothing, or goes on where an interrupted
+    call was.
 
     Args:
         inputs: Files, folders (searched recursively) or glob patterns of .txt, .md, .rst, .py (a file is a document),
-            .jsonl, .jsonl.gz, .jsonl.zst (a line is one) and .parquet (a row is one); hf:NAME[:SPLIT[:CONFIG]], a
-            Hugging Face data set; "python_stdlib", the Python standard library's sources.
+            .jsonl, .jsonl.gz, .jsonl.zst (a line is one), .csv, .tsv and .parquet (a row is one);
+            hf:NAME[:SPLIT[:CONFIG]], a Hugging Face data set; "python_stdlib", the Python standard library's sources.
         out: Folder to write.
         name: Begin of the shards' names.
         vocab_size: Pieces of the tokenizer that is trained (on training documents only).
         tokenizer: Existing SentencePiece model to use instead.
         val_fraction: Share of the documents that is for validation.
+        val_inputs: Files, folders or patterns of the validation documents; all of `inputs` is for training then,
+            except documents that are among these too.
         shard_tokens: Tokens of a shard.
         sample_bytes: UTF-8 bytes of text that the tokenizer is trained on.
         character_coverage: Share of the sample's characters that get pieces of their own; the rest become bytes.
         text_key: Field of a JSON line, or column, that holds the text.
-        separator: Cut text files into documents at this string. By default a file is one document.
+        separator: Cut text files into documents at this string, in which \\n, \\t and \\\\ are understood. By default a
+            file is one document.
         exclude: Names or patterns of folders and files to leave out when a folder is searched.
+        max_document_bytes: A line or row with a longer text is left out, a longer document of a text file is cut.
         workers: Encoding processes. By default one per available core.
         seed: Of the split and of the order of the files.
         strict: Stop at a file or line that cannot be read, instead of skipping and counting it.
@@ -112,14 +147,24 @@ def prepare(
     Raises:
         FileNotFoundError: An input or the tokenizer does not exist.
         FileExistsError: `out` holds something else.
+        FolderInUseError: Another process is writing to `out`.
         ImportError: A Parquet file or a Hugging Face data set, without the packages of the extra `data`.
-        ValueError: An argument out of range, too little text for a tokenizer, or a split without documents.
+        ValueError: An argument out of range, too little text for a tokenizer, a split without documents, or a file for
+            both training and validation.
     """
     started = time.monotonic()
     workers = _available_cores() if workers is None else workers
-    _check_arguments(val_fraction, shard_tokens=shard_tokens, sample_bytes=sample_bytes, workers=workers)
+    _check_arguments(name, val_fraction, shard_tokens=shard_tokens, sample_bytes=sample_bytes, workers=workers,
+                     max_document_bytes=max_document_bytes)
     folder = Path(out).expanduser()
-    files = find_inputs(inputs, exclude, seed, folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"out={folder} is a file; name a folder")
+    skips = Skips(strict)
+    files = find_inputs(inputs, exclude, seed, folder, skips)
+    if val_inputs is not None:
+        files = apart(files, find_inputs(val_inputs, exclude, seed, folder, skips))
+    elif len(files) == 1 and files[0].is_of(TEXT_SUFFIXES) and separator is None:
+        files = head_and_tail(files[0], val_fraction)
     given = Path(tokenizer).expanduser() if tokenizer else None
     if given is not None and (n_pieces := load_tokenizer(given).get_piece_size()) > MAX_VOCAB_SIZE:
         raise ValueError(f"{given} has {n_pieces:,} pieces; the shards' uint16 holds ids below {MAX_VOCAB_SIZE:,}")
@@ -136,63 +181,102 @@ def prepare(
         "exclude": list(exclude),
         "seed": seed,
     }
-    existing = read_manifest(folder)
-    if existing is not None and existing["arguments"] == arguments and is_whole(folder, existing):
+    if val_inputs is not None:
+        arguments["val_inputs"] = list(val_inputs)
+    if max_document_bytes != MAX_DOCUMENT_BYTES:
+        arguments["max_document_bytes"] = max_document_bytes
+    reader = DocumentReader(files, text_key, None if separator is None else unescaped(separator), skips,
+                            max_document_bytes)
+    claim = FolderClaim(folder, "hymba prepare")
+    try:
+        claim.take()
+    except PermissionError:
+        # What nobody can write to may still be what is wanted.
+        existing = read_manifest(folder)
+        if existing is None or existing["arguments"] != arguments or first_damage(folder, existing):
+            raise
         return PrepareSummary(folder, existing, time.monotonic() - started, up_to_date=True)
-    check_may_write(folder, name, existing, arguments, overwrite)
+    try:
+        existing = _existing(folder, overwrite)
+        if existing is not None and existing["arguments"] == arguments and not first_damage(folder, existing):
+            return PrepareSummary(folder, existing, time.monotonic() - started, up_to_date=True)
+        check_may_write(folder, name, existing, arguments, overwrite)
+        manifest = _make(folder, reader, arguments, given, workers, progress)
+    finally:
+        claim.release()
+    return PrepareSummary(folder, manifest, time.monotonic() - started, up_to_date=False)
 
-    work = folder / ".partial"
+
+def _existing(folder: Path, overwrite: bool) -> dict[str, Any] | None:
+    """The manifest of what the folder holds, after what an earlier call had decided is done."""
+    if (folder / PARTS_FOLDER).exists():
+        raise FileExistsError(f"out={folder} holds the parts of a preparation on a cluster; finish that, remove "
+                              f"{folder / PARTS_FOLDER}, or choose another folder")
+    try:
+        finish_install(folder)
+        return read_manifest(folder)
+    except ValueError:
+        if not overwrite:
+            raise
+        (folder / JOURNAL_FILE).unlink(missing_ok=True)
+        return None
+
+
+def _make(folder: Path, reader: DocumentReader, arguments: dict[str, Any], given: Path | None, workers: int,
+          progress: bool) -> dict[str, Any]:
+    """Encode everything in a folder inside `folder`, then install it; returns the manifest."""
+    work = folder / WORK_FOLDER
+    model = work / TOKENIZER_FILE
     earlier = read_progress(work)
-    if earlier is None or earlier["arguments"] != arguments:
+    if earlier is None or earlier["arguments"] != arguments or not can_go_on(work, model, earlier, arguments):
         earlier = None
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-    model = work / TOKENIZER_FILE
-    reader = DocumentReader(files, text_key, separator, strict)
     try:
         with _progress_bar(progress) as bar:
+            held_out = [file for file in reader.files if file.split == "val"] if "val_inputs" in arguments else []
+            splitter = Splitter(arguments["val_fraction"], arguments["seed"], frozenset(
+                document_digest(document) for document in reader.of(held_out)))
             if given is not None:
-                shutil.copyfile(given, model)
+                write_atomic(model, given.read_bytes())
             elif earlier is None:
                 task = bar.add_task("tokenizer", total=None)
-                sample = tokenizer_sample(reader, sample_bytes, val_fraction, seed)
-                trained = train_tokenizer(sample, vocab_size, character_coverage=character_coverage)
-                model.write_bytes(trained)
+                training = arguments["tokenizer"]
+                sample = tokenizer_sample(reader, training["sample_bytes"], splitter)
+                trained = train_tokenizer(sample, training["vocab_size"],
+                                          character_coverage=training["character_coverage"])
+                write_atomic(model, trained)
                 bar.update(task, total=1, completed=1)
             task = bar.add_task("encoding", total=reader.total_bytes or None)
             splits = encode_documents(
                 reader,
                 model,
                 work,
-                name=name,
-                shard_tokens=shard_tokens,
-                val_fraction=val_fraction,
-                seed=seed,
+                name=arguments["name"],
+                shard_tokens=arguments["shard_tokens"],
+                splitter=splitter,
                 workers=workers,
                 report=lambda bytes_read: bar.update(task, completed=bytes_read),
                 arguments=arguments,
             )
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "arguments": arguments,
-            "skipped": {"count": len(reader.skipped), "first": reader.skipped[:NAMED_SKIPS]},
-            **describe(splits, model, "trained here" if given is None else "given"),
-        }
-        # From here on the shards leave the folder that the progress speaks of.
-        (work / PROGRESS_FILE).unlink(missing_ok=True)
-        install(work, folder, name, existing, manifest)
+        described, digests = describe(splits, model, "trained here" if given is None else "given")
+        manifest = sealed({"format": FORMAT, "version": VERSION, "arguments": arguments,
+                           "skipped": reader.skips.state(), **described})
+        install(work, folder, arguments["name"], manifest, digests)
     except BaseException:
-        # Progress that was saved is kept for the same call to go on from.
-        if read_progress(work) is None:
+        # Progress that was saved is kept for the same call to go on from, and so is what is being installed.
+        if read_progress(work) is None and not (folder / JOURNAL_FILE).exists():
             shutil.rmtree(work, ignore_errors=True)
         raise
-    shutil.rmtree(work, ignore_errors=True)
-    return PrepareSummary(folder, manifest, time.monotonic() - started, up_to_date=False)
+    return manifest
 
 
-def describe(splits: dict[str, SplitTotals], model: Path, origin: str) -> dict[str, Any]:
-    """The manifest's account of the tokenizer, the splits, and the unigram model's bits per byte."""
+def describe(splits: dict[str, SplitTotals], model: Path, origin: str
+             ) -> tuple[dict[str, Any], dict[str, FileDigest]]:
+    """The manifest's account of the tokenizer, the splits, and the unigram model's bits per byte; the shards' digests.
+    """
+    digests = {path.name: digest for path, digest in
+               hash_files([path for totals in splits.values() for path in totals.writer.paths]).items()}
     token_bytes = TokenBytes.from_model(model)
     token_counts = splits["train"].token_counts
     nats_of = np.log(token_counts.sum() + token_counts.size) - np.log(token_counts + 1)
@@ -213,7 +297,7 @@ def describe(splits: dict[str, SplitTotals], model: Path, origin: str) -> dict[s
                 "documents": totals.documents,
                 "text_bytes": totals.text_bytes,
                 "tokens": totals.writer.n_tokens,
-                "shards": [_describe_shard(path) for path in totals.writer.paths],
+                "shards": [_describe_shard(path, digests[path.name].sha256) for path in totals.writer.paths],
             }
             for split, totals in splits.items()
         },
@@ -221,13 +305,13 @@ def describe(splits: dict[str, SplitTotals], model: Path, origin: str) -> dict[s
     described["splits"]["val"]["counted_bytes"] = counted_bytes
     # Last, because it is long.
     described["train_token_counts"] = token_counts.tolist()
-    return described
+    return described, digests
 
 
-def _describe_shard(path: Path) -> dict[str, Any]:
+def _describe_shard(path: Path, sha256: str) -> dict[str, Any]:
     size = path.stat().st_size
     n_tokens = (size - HEADER_BYTES) // TOKEN_DTYPE.itemsize
-    return {"file": path.name, "bytes": size, "tokens": n_tokens, "sha256": file_sha256(path)}
+    return {"file": path.name, "bytes": size, "tokens": n_tokens, "sha256": sha256}
 
 
 def _target_pairs(paths: list[Path], block: int = 1 << 22) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -253,12 +337,17 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_arguments(val_fraction: float, **counts: int) -> None:
+def _check_arguments(name: str, val_fraction: float, **counts: int) -> None:
+    if not re.fullmatch(r"(?!\.)[^/\\\0]+", name) or re.search("_(train|val)_", f"{name}_"):
+        raise ValueError(f"name is {name!r}; it must begin file names, and not look like a split's")
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1, both excluded")
+        raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1, both excluded: for validation "
+                         "texts of their own give val_inputs")
     for field, value in counts.items():
         if value < 1:
             raise ValueError(f"{field} is {value}; it must be at least 1")
+    if counts["shard_tokens"] > MAX_SHARD_TOKENS:
+        raise ValueError(f"shard_tokens is {counts['shard_tokens']:,}; a shard's header counts to {MAX_SHARD_TOKENS:,}")
 
 
 def files_digest(files: list[InputFile]) -> str:

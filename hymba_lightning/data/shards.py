@@ -7,7 +7,6 @@ shrunk would otherwise end the process with a bus error and no message.
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from hymba_lightning.data.paths import find_paths
+
 MAGIC = 20240520
 VERSION = 1
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 TOKEN_DTYPE = np.dtype("<u2")
 MAX_VOCAB_SIZE = 1 << 16
+MAX_SHARD_TOKENS = (1 << 31) - 1
 
 # Ids of this many tokens are checked when a shard is opened; the rest are checked as they are read.
 OPEN_CHECK_TOKENS = 1 << 20
@@ -140,6 +142,18 @@ class ShardWriter:
             self._file.sync()
         return {"tokens": self.n_tokens}
 
+    @staticmethod
+    def holds(folder: Path, prefix: str, shard_tokens: int, state: dict[str, Any]) -> bool:
+        """Whether what `state` speaks of is in the folder, so that a writer can go on from it."""
+        def is_there(index: int, n_tokens: int) -> bool:
+            path = folder / f"{prefix}_{index:06d}.bin"
+            whole = HEADER_BYTES + TOKEN_DTYPE.itemsize * n_tokens
+            return any(each.is_file() and each.stat().st_size >= whole for each in (path, _temporary(path)))
+
+        n_complete, unfinished = divmod(state["tokens"], shard_tokens)
+        return all(is_there(index, shard_tokens) for index in range(n_complete)) and (
+            not unfinished or is_there(n_complete, unfinished))
+
     def _path(self, index: int) -> Path:
         return self._folder / f"{self._prefix}_{index:06d}.bin"
 
@@ -182,7 +196,7 @@ class _ShardFile:
     def __init__(self, path: Path, kept_tokens: int = 0) -> None:
         self.path = path
         self.n_tokens = kept_tokens
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._temporary = _temporary(path)
         if kept_tokens and not self._temporary.exists():
             # The earlier process completed the shard after its state was taken.
             os.replace(path, self._temporary)
@@ -219,24 +233,28 @@ class _ShardFile:
             self._file.close()
 
 
+def _temporary(path: Path) -> Path:
+    """Where a shard lies until it is complete."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def find_shards(files: str | Sequence[str], data_dir: str | os.PathLike[str] = ".") -> list[Path]:
-    """Sorted shard files of one glob pattern, or of several. Relative patterns are looked up in `data_dir`.
+    """Sorted shard files of one path or glob pattern, or of several; relative ones are looked up in `data_dir`.
 
     Raises:
         FileNotFoundError: A pattern matches no file.
     """
     patterns = [files] if isinstance(files, str) else list(files)
-    found: set[str] = set()
+    found: set[Path] = set()
     for pattern in patterns:
-        full_pattern = os.path.join(data_dir, os.path.expanduser(pattern))
-        matches = [match for match in glob.glob(full_pattern, recursive=True) if os.path.isfile(match)]
+        matches = [path for path in find_paths(pattern, data_dir) if path.is_file()]
         if not matches:
             raise FileNotFoundError(
-                f"no shard matches {full_pattern!r}; make shards from text with `hymba prepare`, "
-                "or point data_dir and the file patterns at existing ones"
+                f"no shard matches {os.path.join(data_dir, os.path.expanduser(pattern))!r}; make shards from text with "
+                "`hymba prepare`, or point data_dir and the file patterns at existing ones"
             )
         found.update(matches)
-    return [Path(path) for path in sorted(found)]
+    return sorted(found)
 
 
 def _check_header(path: Path) -> int:

@@ -3,25 +3,129 @@
 from __future__ import annotations
 
 import importlib
+import pickle
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
+
+from hymba_lightning.data.processes import isolated_python
+from hymba_lightning.data.streams import SourceError
 
 PARQUET_SUFFIXES = (".parquet",)
 HUB_PREFIX = "hf:"
-ROWS_AT_ONCE = 256
-
-
-class UnreadableSourceError(ValueError):
-    """A file or data set that holds no texts as asked for."""
 
 
 class Row(NamedTuple):
-    """One row's text, or whatever is in its place, and how much of the source is read with it."""
+    """One row's text, or why it has none."""
 
-    text: Any
+    text: str | None
     share: float
+    """How much of the source is read with it."""
+    kind: str = ""
+    """As `Skips.add` takes it."""
+    cause: str = ""
+
+
+class UnreadableDatasetError(ValueError):
+    """A data set that was asked for by name cannot be read."""
+
+
+def row_of(value: Any, share: float, text_key: str, limit: int) -> Row:
+    """A row by its value, which may be anything."""
+    if value is None:
+        return Row(None, share, "no text", f"no text under {text_key!r} (it is empty)")
+    if isinstance(value, bytes):
+        return Row(None, share, "not UTF-8", f"no text under {text_key!r} (it is not UTF-8)")
+    if not isinstance(value, str):
+        return Row(None, share, "no text", f"no text under {text_key!r} (it is of type {type(value).__name__})")
+    if len(value) > limit or (4 * len(value) > limit and len(value.encode("utf-8", "surrogatepass")) > limit):
+        return Row(None, share, "too long", f"longer than {limit:,} bytes; raise max_document_bytes to keep it")
+    return Row(value, share)
+
+
+def parquet_rows(path: Path, text_key: str, limit: int) -> Iterator[Row]:
+    """The column `text_key` of a Parquet file, in constant memory.
+
+    A process of its own reads it, whose memory is bounded: a file that is made to blow up, or to crash the reader,
+    costs itself only.
+
+    Args:
+        path: The file.
+        text_key: The column: texts, or bytes that are UTF-8.
+        limit: Most bytes of a text.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+        SourceError: No Parquet file, it has no such column of texts, or it is damaged.
+    """
+    _package("pyarrow", f"{path}, a Parquet file,")
+    command = isolated_python("hymba_lightning.data.parquet", str(path), text_key, str(limit))
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
+    answers = cast(IO[bytes], process.stdout)
+    try:
+        while True:
+            try:
+                kind, content = pickle.load(answers)  # type: ignore[arg-type]
+            except (EOFError, pickle.UnpicklingError) as error:
+                raise SourceError("corrupt Parquet", f"reading the Parquet file ended with status {process.wait()}; "
+                                  "it is damaged, or a row group needs too much memory") from error
+            if kind == "end":
+                return
+            if kind == "error":
+                raise SourceError(*content)
+            yield from (Row(*row) for row in content)
+    finally:
+        process.kill()
+        process.wait()
+        answers.close()
+
+
+def hub_rows(name: str, text_key: str, limit: int) -> Iterator[Row]:
+    """The column `text_key` of a data set on the Hugging Face hub or in a local folder, streamed.
+
+    Args:
+        name: hf:PATH, hf:PATH:SPLIT or hf:PATH:SPLIT:CONFIG, e.g. hf:roneneldan/TinyStories:train. PATH may be a folder
+            that `save_to_disk` wrote. SPLIT is train where it is not given.
+        text_key: The column.
+        limit: Most bytes of a text.
+
+    Raises:
+        ImportError: The package datasets is not installed.
+        UnreadableDatasetError: It does not exist, cannot be reached, or has no such column, configuration or split.
+    """
+    datasets = _package("datasets", f"{name}, a Hugging Face data set,")
+    path, _, rest = name.removeprefix(HUB_PREFIX).partition(":")
+    split, _, config = rest.partition(":")
+    split = split or "train"
+    try:
+        rows = (_from_disk(datasets, path, split) if _is_saved(Path(path).expanduser())
+                else datasets.load_dataset(path, config or None, split=split, streaming=True))
+        columns = rows.column_names
+        if columns is not None and text_key not in columns:
+            raise ValueError(f"it has no column {text_key!r} among {', '.join(columns)}; set text_key")
+        total = rows.info.splits[split].num_examples if rows.info.splits and split in rows.info.splits else None
+        for done, row in enumerate(rows, start=1):
+            yield row_of(row.get(text_key), done / total if total else 0.0, text_key, limit)
+    except Exception as error:
+        # datasets raises errors of its own, of the hub, of HTTP and of file systems.
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise UnreadableDatasetError(f"{name} cannot be read: {first or type(error).__name__}") from error
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _from_disk(datasets: ModuleType, path: str, split: str) -> Any:
+    loaded = datasets.load_from_disk(str(Path(path).expanduser()))
+    if not isinstance(loaded, dict):
+        return loaded
+    if split not in loaded:
+        raise ValueError(f"it has no split {split!r}, but {', '.join(loaded)}; name one as {HUB_PREFIX}{path}:SPLIT")
+    return loaded[split]
 
 
 def _package(name: str, what: str) -> ModuleType:
@@ -32,54 +136,3 @@ def _package(name: str, what: str) -> ModuleType:
             f"{what} needs the package {name.split('.')[0]}, which cannot be imported ({error}): "
             'pip install "hymba-lightning[data]"'
         ) from error
-
-
-def parquet_rows(path: Path, text_key: str) -> Iterator[Row]:
-    """The column `text_key` of a Parquet file, in constant memory.
-
-    Raises:
-        ImportError: pyarrow is not installed.
-        UnreadableSourceError: No Parquet file, or it has no such column.
-    """
-    parquet = _package("pyarrow.parquet", f"{path}, a Parquet file,")
-    try:
-        file = parquet.ParquetFile(path)
-    except ValueError as error:
-        raise UnreadableSourceError(f"no Parquet file ({error})") from error
-    with file:
-        columns = file.schema_arrow.names
-        if text_key not in columns:
-            raise UnreadableSourceError(f"no column {text_key!r} among {', '.join(columns)}; set text_key")
-        total, done = file.metadata.num_rows, 0
-        for batch in file.iter_batches(ROWS_AT_ONCE, columns=[text_key]):
-            for value in batch.column(0).to_pylist():
-                done += 1
-                yield Row(value, done / total)
-
-
-def hub_rows(name: str, text_key: str) -> Iterator[Row]:
-    """The column `text_key` of a data set on the Hugging Face hub or in a local folder, streamed.
-
-    Args:
-        name: hf:PATH, hf:PATH:SPLIT or hf:PATH:SPLIT:CONFIG, e.g. hf:roneneldan/TinyStories:train. SPLIT is train
-            where it is not given.
-        text_key: The column.
-
-    Raises:
-        ImportError: The package datasets is not installed.
-        UnreadableSourceError: It has no such column, configuration or split.
-        OSError: It does not exist, or the hub cannot be reached.
-    """
-    datasets = _package("datasets", f"{name}, a Hugging Face data set,")
-    path, _, rest = name.removeprefix(HUB_PREFIX).partition(":")
-    split, _, config = rest.partition(":")
-    try:
-        rows = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
-    except ValueError as error:
-        raise UnreadableSourceError(str(error)) from error
-    columns = rows.column_names
-    if columns is not None and text_key not in columns:
-        raise UnreadableSourceError(f"no column {text_key!r} among {', '.join(columns)}; set text_key")
-    total = rows.info.splits[split or "train"].num_examples if rows.info.splits else None
-    for done, row in enumerate(rows, start=1):
-        yield Row(row.get(text_key), done / total if total else 0.0)

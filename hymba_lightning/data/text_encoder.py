@@ -1,18 +1,20 @@
 """Text → token ids that decode to exactly that text, and the processes that do it in parallel.
 
-A long text is encoded in pieces of a few kilobytes: SentencePiece takes half the time on them, and the ids are those
-of the whole, because no piece of the vocabulary reaches across the single spaces where the text is cut.
+A long text is encoded in pieces of a few kilobytes: SentencePiece takes half the time on them, and a fraction of the
+memory. The ids are those of the whole, because a text is cut only between two characters that stand side by side in no
+piece of the vocabulary: no merge of a byte-pair encoding, and no piece of a unigram model, reaches across. (A unigram
+model chooses among equally probable segmentations by rounding errors; there the ids may be the other ones of a tie.)
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import re
 import subprocess
 import sys
 import threading
+import unicodedata
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -22,15 +24,21 @@ from typing import IO, NamedTuple, cast
 import numpy as np
 import sentencepiece
 
+from hymba_lightning.data.processes import isolated_python
 from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.tokenizer import SPACE, load_tokenizer
 
 PIECE_CHARS = 2000
-CUT = re.compile(r"(?<=[!-~]) (?=[!-~])")
 SPACE_BYTES = SPACE.encode()
 
-# Encoded in front of a piece that begins with a space, so that neither a dummy prefix nor stripping changes it.
+# Encoded in front of a piece that goes on with a text, so that neither a dummy prefix nor stripping changes it. With
+# byte pieces the stand-in serves, which nothing merges with.
 ANCHOR = "."
+# What stands for a "▁" of the text; the vocabulary decides, never the text.
+STAND_IN = 0x10FFFD
+
+# Hangul vowels and finals, which a normalisation joins to the character before them, as it does marks.
+JOINING = re.compile("[\u1160-\u11ff\ud7b0-\ud7ff]")
 
 
 class TextPiece(NamedTuple):
@@ -70,29 +78,65 @@ class TextEncoder:
         self._byte_ids = {
             int(processor.id_to_piece(token)[3:5], 16): token for token in range(vocab_size) if processor.is_byte(token)
         }
-        self._can_cut = not any(re.search(f"[^{SPACE}]{SPACE}", processor.id_to_piece(i)) for i in range(vocab_size))
-        self._n_anchor = len(processor.encode(ANCHOR))
+        pieces = [processor.id_to_piece(token).replace(SPACE, " ") for token in range(vocab_size)
+                  if not (processor.is_byte(token) or processor.is_control(token) or processor.is_unknown(token))]
+        self._characters = set("".join(pieces))
+        self._pairs = {piece[start : start + 2] for piece in pieces for start in range(len(piece) - 1)}
+        self._stand_in = next(chr(code) for code in range(STAND_IN, 0, -1) if chr(code) not in self._characters)
+        self._anchor = self._stand_in if self._byte_ids else ANCHOR
+        self._n_anchor = len(processor.encode(self._anchor))
+        # Where a space is put at the end of every text, it would come to the end of every piece.
+        self._can_cut = not "".join(processor.encode("a", out_type=str)).endswith(SPACE)
+        self._kept: dict[str, bool] = {" ": True, SPACE: False}
 
     def cut(self, text: str) -> list[TextPiece]:
-        """Pieces of about PIECE_CHARS characters, whose ids in a row are those of the whole text."""
+        """Pieces of about PIECE_CHARS characters, whose ids in a row are those of the whole text.
+
+        Between characters that some piece of the vocabulary holds side by side nothing is cut: one endless word of
+        these stays whole.
+        """
         pieces = []
         start = 0
         while self._can_cut and len(text) - start > PIECE_CHARS:
-            space = CUT.search(text, start + PIECE_CHARS)
-            if space is None:
+            places = range(start + PIECE_CHARS, len(text) - 1)
+            end = next((place for place in places if self._may_cut(text, place)), None)
+            if end is None:
                 break
-            pieces.append(TextPiece(start == 0, text[start : space.start()]))
-            start = space.start()
+            pieces.append(TextPiece(start == 0, text[start:end]))
+            start = end
         pieces.append(TextPiece(start == 0, text[start:]))
         return pieces
 
+    def _may_cut(self, text: str, place: int) -> bool:
+        """Whether the ids on both sides of `place` are those that each side has alone."""
+        before, after = text[place - 1], text[place]
+        if before == " " or before + after in self._pairs or self._anchor + after in self._pairs:
+            return False
+        # A normalisation may join what follows to `after`, or drop all but one of several spaces.
+        follows = text[place + 1]
+        if not self._keeps(follows) or after == follows == " ":
+            return False
+        # Without byte pieces, unknown characters in a row are one token.
+        if not self._byte_ids and after != " " and after not in self._characters:
+            return False
+        return self._keeps(before) and self._keeps(after)
+
+    def _keeps(self, char: str) -> bool:
+        """Whether the tokenizer's normalisation leaves a character as it is, whatever stands beside it."""
+        kept = self._kept.get(char)
+        if kept is None:
+            joins = JOINING.match(char) is not None or unicodedata.category(char)[0] in "MZ"
+            kept = not joins and self.processor.normalize(f"a{char}a").strip(SPACE) == f"a{char}a"
+            self._kept[char] = kept
+        return kept
+
     def encode_pieces(self, pieces: list[TextPiece]) -> np.ndarray:
         """Ids (n,) uint16 of consecutive pieces, BOS before every first one."""
-        rows = self.processor.encode([piece.text if piece.first else ANCHOR + piece.text for piece in pieces])
+        rows = self.processor.encode([piece.text if piece.first else self._anchor + piece.text for piece in pieces])
         bos = [self.processor.bos_id()]
         for index, piece in enumerate(pieces):
             if SPACE in piece.text and self._byte_ids:
-                rows[index] = self._encode_with_spaces_of_text(piece.text if piece.first else ANCHOR + piece.text)
+                rows[index] = self._encode_with_spaces_of_text(piece.text if piece.first else self._anchor + piece.text)
             rows[index] = bos + rows[index] if piece.first else rows[index][self._n_anchor :]
         return np.fromiter(chain.from_iterable(rows), dtype=np.uint16)
 
@@ -111,17 +155,20 @@ class TextEncoder:
         return ByteAudit(int(counted.sum()), len(text.encode()), int((ids == self.processor.unk_id()).sum()))
 
     def _encode_with_spaces_of_text(self, text: str) -> list[int]:
-        """Encode with a private-use character that the text lacks in place of U+2581, then put that one's bytes in."""
-        stand_in = next(chr(code) for code in range(0x10FFFD, 0, -1) if chr(code) not in text)
-        stand_in_ids = [self._byte_ids[byte] for byte in stand_in.encode()]
+        """Encode with the stand-in in place of U+2581, then put that one's bytes in where it was."""
+        characters = iter([char for char in text if char in (SPACE, self._stand_in)])
+        stand_in_ids = [self._byte_ids[byte] for byte in self._stand_in.encode()]
         space_ids = [self._byte_ids[byte] for byte in SPACE_BYTES]
-        encoded = self.processor.encode(text.replace(SPACE, stand_in))
+        encoded = self.processor.encode(text.replace(SPACE, self._stand_in))
         ids: list[int] = []
         position = 0
         while position < len(encoded):
-            found = encoded[position : position + len(stand_in_ids)] == stand_in_ids
-            ids += space_ids if found else encoded[position : position + 1]
-            position += len(stand_in_ids) if found else 1
+            if encoded[position : position + len(stand_in_ids)] == stand_in_ids:
+                ids += space_ids if next(characters) == SPACE else stand_in_ids
+                position += len(stand_in_ids)
+            else:
+                ids.append(encoded[position])
+                position += 1
         return ids
 
 
@@ -179,13 +226,10 @@ class EncoderPool:
             ) from error
 
     def _start(self) -> _Worker:
-        package_parent = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [package_parent, os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(self._model)],
+            isolated_python(__name__, str(self._model)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": path},
             # Ctrl-C is for the parent; this process ends with its input.
             start_new_session=True,
         )
@@ -202,9 +246,10 @@ class _Worker(NamedTuple):
     answers: IO[bytes]
 
 
-def serve(model: str, requests: IO[bytes], answers: IO[bytes]) -> None:
-    """Encode pickled lists of pieces from `requests` until it ends; the parent process is the only one to send them."""
-    encoder = TextEncoder(load_tokenizer(model))
+def main(arguments: list[str]) -> None:
+    """Encode pickled lists of pieces from standard input until it ends; the parent process is the only one to send."""
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    encoder = TextEncoder(load_tokenizer(arguments[0]))
     while True:
         try:
             pieces = pickle.load(requests)
@@ -213,7 +258,3 @@ def serve(model: str, requests: IO[bytes], answers: IO[bytes]) -> None:
         ids = encoder.encode_pieces([TextPiece(*piece) for piece in pieces])
         pickle.dump(ids, answers, pickle.HIGHEST_PROTOCOL)
         answers.flush()
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1], sys.stdin.buffer, sys.stdout.buffer)

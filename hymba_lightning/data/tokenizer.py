@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import sentencepiece
 
@@ -43,8 +44,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> sentencepiece.SentencePieceP
 def train_tokenizer(texts: Iterable[str], vocab_size: int, *, character_coverage: float = 0.9995) -> bytes:
     """Train a byte-pair encoding that decodes to exactly the text it was given; returns the serialized model.
 
-    Characters outside the vocabulary become byte pieces, nothing is normalised, every whitespace is kept. Ids: pad 0,
-    BOS 1, EOS 2, unknown 3, then the bytes.
+    Characters outside the vocabulary become byte pieces, nothing is normalised, every whitespace is kept, and the space
+    is always a piece. Ids: pad 0, BOS 1, EOS 2, unknown 3, then the bytes.
 
     Args:
         texts: The sample, in pieces of a few kilobytes (a piece over 16 KiB is ignored by SentencePiece).
@@ -56,10 +57,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, character_coverage
     """
     if not N_SPECIAL < vocab_size <= 1 << 16:
         raise ValueError(f"vocab_size is {vocab_size}; it must lie in {N_SPECIAL + 1} … 65,536")
+    texts = [text.replace(SPACE, " ") for text in texts]
+    model = _train(texts, vocab_size, character_coverage)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    if processor.id_to_piece(processor.piece_to_id(SPACE)) == SPACE:
+        return model
+    # A text without spaces: where one comes all the same, it must count as the one byte that it is.
+    return _train(texts, vocab_size, character_coverage, required_chars=SPACE)
+
+
+def _train(texts: list[str], vocab_size: int, character_coverage: float, **more: Any) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(text.replace(SPACE, " ") for text in texts),
+            sentence_iterator=iter(texts),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -78,6 +89,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, *, character_coverage
             pad_piece="<pad>",
             num_threads=TRAINING_THREADS,
             minloglevel=2,
+            **more,
         )
     except RuntimeError as error:
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from hymba_lightning.callbacks.wall_clock import ClockReading
+from hymba_lightning.run.run import ClockReading
 from hymba_lightning.training.muon import iteration_coefficients
 from hymba_lightning.training.schedule import (
     WARMDOWN_SHAPES,

@@ -14,9 +14,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hymba_lightning.data import corpus, documents, shards, text_encoder
+from hymba_lightning.data import corpus, shards, text_encoder
 from hymba_lightning.data.datamodule import HymbaDataModule
-from hymba_lightning.data.documents import Document, find_inputs, split_rank
+from hymba_lightning.data.documents import Document, split_rank
+from hymba_lightning.data.inputs import EXCLUDED_FOLDERS, find_inputs
 from hymba_lightning.data.prepare import PrepareSummary, prepare
 from hymba_lightning.data.shards import Shard, find_shards, write_shard
 from hymba_lightning.data.text_encoder import EncoderPool, TextPiece
@@ -73,7 +74,7 @@ def _documents(out: Path, split: str) -> list[str]:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in folder.iterdir()}
+    return {path.name: file_sha256(path) for path in folder.iterdir() if not path.name.startswith(".")}
 
 
 def test_every_document_is_in_one_split_and_decodes_to_itself(tmp_path: Path, texts: dict[str, str]) -> None:
@@ -266,11 +267,10 @@ def test_other_data_are_replaced_only_on_demand(tmp_path: Path, texts: dict[str,
         _prepare(tmp_path, tokenizer=tokenizer, shard_tokens=3000)
     assert _files(out) == before
     _prepare(tmp_path, tokenizer=tokenizer, overwrite=True)
-    assert {path.name for path in out.iterdir()} == {
-        "manifest.json", "tokenizer.model", "text_train_000000.bin", "text_val_000000.bin",
-    }  # fmt: skip
+    assert set(_files(out)) == {"manifest.json", "tokenizer.model", "text_train_000000.bin", "text_val_000000.bin"}
+    assert not (out / ".partial").exists()
     (out / "text_val_000000.bin").unlink()
-    with pytest.raises(FileExistsError, match="damaged or missing"):
+    with pytest.raises(FileExistsError, match=r"text_val_000000\.bin is missing; .* pass overwrite"):
         _prepare(tmp_path, tokenizer=tokenizer)
     _prepare(tmp_path, tokenizer=tokenizer, name="renamed", overwrite=True)
     assert not list(out.glob("text_*"))
@@ -294,10 +294,11 @@ def test_interrupted_run_leaves_the_old_data_whole(tmp_path: Path, texts, tokeni
     assert _files(tmp_path / "out") == before
     with pytest.raises(OSError, match="No space left"):
         _prepare(tmp_path, tokenizer=tokenizer, out=str(tmp_path / "new"))
-    assert not list((tmp_path / "new").iterdir())
+    assert _files(tmp_path / "new") == {}
+    assert not (tmp_path / "new" / ".partial").exists()
 
 
-def test_data_are_complete_only_with_the_manifest(tmp_path: Path, texts, tokenizer: str, monkeypatch) -> None:
+def test_an_installation_that_began_is_finished_by_the_next_call(tmp_path, texts, tokenizer: str, monkeypatch) -> None:
     _prepare(tmp_path, tokenizer=tokenizer)
     move = os.replace
 
@@ -308,13 +309,19 @@ def test_data_are_complete_only_with_the_manifest(tmp_path: Path, texts, tokeniz
 
     with monkeypatch.context() as patch:
         # A stand-in for the module, since shards.py moves its finished files with os.replace too.
-        patch.setattr("hymba_lightning.data.manifest.os", type("Os", (), {"replace": staticmethod(interrupted)}))
+        stand_in = {"replace": staticmethod(interrupted), "path": os.path}
+        patch.setattr("hymba_lightning.data.manifest.os", type("Os", (), stand_in))
         with pytest.raises(KeyboardInterrupt):
             _prepare(tmp_path, tokenizer=tokenizer, seed=5, overwrite=True)
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    with pytest.raises(FileExistsError, match="without a manifest"):
+    with pytest.raises(ValueError, match="are being replaced, or were when `hymba prepare` ended"):
+        HymbaDataModule(str(tmp_path / "out"), seq_len=16).setup("fit")
+    # The next call finishes what was decided, whatever it wants itself.
+    with pytest.raises(FileExistsError, match="made with another files, seed"):
         _prepare(tmp_path, tokenizer=tokenizer)
-    assert not _prepare(tmp_path, tokenizer=tokenizer, overwrite=True).up_to_date
+    assert _prepare(tmp_path, tokenizer=tokenizer, seed=5).up_to_date
+    _prepare(tmp_path, tokenizer=tokenizer, seed=5, out=str(tmp_path / "whole"))
+    assert _files(tmp_path / "out") == _files(tmp_path / "whole")
+    assert not (tmp_path / "out" / ".partial").exists()
 
 
 def test_memory_is_bounded_by_the_requests_in_flight(tmp_path: Path, texts, tokenizer: str, monkeypatch) -> None:
@@ -364,9 +371,9 @@ def test_smallest_fraction_that_would_do_is_named(tmp_path: Path, texts: dict[st
 
 
 def test_single_document_is_refused_with_a_remedy(tmp_path: Path, tokenizer: str) -> None:
-    (tmp_path / "one.txt").write_text("a b c")
-    with pytest.raises(ValueError, match=r"hold 1 document .*separator"):
-        _prepare(tmp_path, [str(tmp_path / "one.txt")], tokenizer=tokenizer)
+    (tmp_path / "one.jsonl").write_text('{"text": "a b c"}\n{"tex')
+    with pytest.raises(ValueError, match=r"hold 1 document .*\(1 could not: .*one\.jsonl:2.*\).*separator.*val_inputs"):
+        _prepare(tmp_path, [str(tmp_path / "one.jsonl")], tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -391,23 +398,23 @@ def test_impossible_arguments(tmp_path: Path, texts: dict[str, str], arguments, 
 
 
 def test_folders_globs_and_exclusions(tmp_path: Path) -> None:
-    there = "a.txt b.md c.csv sub/d.py sub/.git/e.py sub/__pycache__/f.py sub/skip/g.py out/h.md"
+    there = "a.txt b.md c.pdf sub/d.py sub/.git/e.py sub/__pycache__/f.py sub/skip/g.py out/h.md"
     for name in there.split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
 
-    def found(*inputs: str, exclude: tuple[str, ...] = documents.EXCLUDED_FOLDERS) -> set[str]:
+    def found(*inputs: str, exclude: tuple[str, ...] = EXCLUDED_FOLDERS) -> set[str]:
         return {file.key for file in find_inputs([str(tmp_path / i) for i in inputs], exclude, 0, tmp_path / "out")}
 
     assert found("") == {"a.txt", "b.md", "sub/d.py", "sub/skip/g.py"}
-    assert found("", exclude=(*documents.EXCLUDED_FOLDERS, "skip", "*.md")) == {"a.txt", "sub/d.py"}
+    assert found("", exclude=(*EXCLUDED_FOLDERS, "skip", "*.md")) == {"a.txt", "sub/d.py"}
     assert found("**/*.py", "a.txt") == {"a.txt", "d.py", "f.py", "g.py"}
     order = [[f.key for f in find_inputs([str(tmp_path)], (), seed, tmp_path / "out")] for seed in (0, 0, 1)]
     assert order[0] == order[1] != order[2]
 
 
 def test_python_standard_library_is_an_input(tmp_path: Path) -> None:
-    files = find_inputs(["python_stdlib"], documents.EXCLUDED_FOLDERS, 0, tmp_path)
+    files = find_inputs(["python_stdlib"], EXCLUDED_FOLDERS, 0, tmp_path)
     keys = {file.key for file in files}
     assert {"argparse.py", "json/decoder.py"} <= keys
     assert len(keys) > 300

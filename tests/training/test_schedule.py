@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from hymba_lightning.callbacks.wall_clock import ClockReading
+from hymba_lightning.run.run import ClockReading
 from hymba_lightning.training.optim import OptimizerConfig
 from hymba_lightning.training.schedule import (
     muon_momentum,

@@ -1,0 +1,96 @@
+"""The process that reads one Parquet file for `parquet_rows`: pyarrow on a file that nobody vouches for."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from hymba_lightning.data.sources import row_of
+
+ROWS_AT_ONCE = 256
+BATCH_BYTES = 32 << 20
+MEMORY_BYTES = 2 << 30
+
+
+def main(arguments: list[str]) -> None:
+    """Writes pickled ("rows", rows), …, and ("end", None) or ("error", (kind, cause)), to standard output."""
+    path, text_key, limit = arguments[0], arguments[1], int(arguments[2])
+    answers = sys.stdout.buffer
+    # What libraries print must not get among the answers.
+    sys.stdout = sys.stderr
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        resource = importlib.import_module("resource")
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    try:
+        for rows in _rows(path, text_key, limit):
+            pickle.dump(("rows", [tuple(row) for row in rows]), answers, pickle.HIGHEST_PROTOCOL)
+        last: tuple[str, Any] = ("end", None)
+    except _ColumnError as error:
+        last = ("error", ("no text column", str(error)))
+    except MemoryError:
+        last = ("error", ("too much memory", f"reading it needs more than {MEMORY_BYTES >> 20:,} MiB"))
+    except (ValueError, OSError, TypeError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        last = ("error", ("corrupt Parquet", f"no Parquet file, or a damaged one ({first})"))
+    pickle.dump(last, answers, pickle.HIGHEST_PROTOCOL)
+    answers.flush()
+
+
+class _ColumnError(Exception):
+    """The file holds no column of texts of that name."""
+
+
+def _rows(path: str, text_key: str, limit: int) -> Iterator[list]:
+    arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    arrow.set_cpu_count(1)
+    with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+        names = file.schema_arrow.names
+        if text_key not in names:
+            raise _ColumnError(f"no column {text_key!r} among {', '.join(names)}; set text_key")
+        kind = file.schema_arrow.field(text_key).type
+        values = kind.value_type if arrow.types.is_dictionary(kind) else kind
+        is_text = (arrow.types.is_string, arrow.types.is_large_string, arrow.types.is_string_view,
+                   arrow.types.is_binary, arrow.types.is_large_binary, arrow.types.is_binary_view)
+        if not any(check(values) for check in is_text):
+            raise _ColumnError(f"no texts in column {text_key!r}, but {kind}; set text_key")
+        total, done = max(file.metadata.num_rows, 1), 0
+        for batch in file.iter_batches(_batch_rows(file, text_key), columns=[text_key], use_threads=False):
+            rows, n_bytes = [], 0
+            for value in _values(batch.column(0)):
+                done += 1
+                rows.append(row_of(value, min(done / total, 1.0), text_key, limit))
+                # Rows may share one long text that the file holds once.
+                n_bytes += len(rows[-1].text or "")
+                if n_bytes > BATCH_BYTES:
+                    yield rows
+                    rows, n_bytes = [], 0
+            yield rows
+
+
+def _batch_rows(file: Any, text_key: str) -> int:
+    """Rows whose texts are together about BATCH_BYTES, by the file's own account."""
+    groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+    columns = [group.column(index) for group in groups for index in range(group.num_columns)
+               if group.column(index).path_in_schema == text_key]
+    n_bytes = sum(column.total_uncompressed_size for column in columns)
+    return max(1, min(ROWS_AT_ONCE, BATCH_BYTES * max(file.metadata.num_rows, 1) // max(n_bytes, 1)))
+
+
+def _values(column: Any) -> Iterator[Any]:
+    """Python values; bytes that are UTF-8 as text, those that are not as bytes."""
+    for scalar in column:
+        if not scalar.is_valid:
+            yield None
+            continue
+        buffer = (scalar.value if hasattr(scalar, "index") else scalar).as_buffer()
+        content = b"" if buffer is None else buffer.to_pybytes()
+        try:
+            yield content.decode("utf-8")
+        except UnicodeDecodeError:
+            yield content

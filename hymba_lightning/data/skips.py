@@ -1,0 +1,98 @@
+"""What a preparation leaves out: counted by kind, the first of each kind named, nothing growing with their number."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+NAMED = 10
+NAMED_OF_A_KIND = 3
+
+
+class Skips:
+    """Counts by kind and the first names.
+
+    Args:
+        strict: `add` raises instead of counting.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        self.strict = strict
+        self.count = 0
+        """Of all kinds."""
+        self._first: list[str] = []
+        self._kinds: dict[str, dict[str, Any]] = {}
+        self._notes: dict[str, dict[str, Any]] = {}
+
+    def add(self, kind: str, what: str) -> None:
+        """
+        Args:
+            kind: What is the matter, in a few words that many cases share.
+            what: The file (and line), and the cause.
+
+        Raises:
+            ValueError: With strict.
+        """
+        if self.strict:
+            raise ValueError(f"{what} ({kind}); leave it out, or prepare without strict to skip what cannot be read")
+        self.count += 1
+        if len(self._first) < NAMED:
+            self._first.append(what)
+        _count(self._kinds, kind, what, 1)
+
+    def note(self, kind: str, what: str, number: int = 1) -> None:
+        """Counts something that is told but is no fault."""
+        _count(self._notes, kind, what, number)
+
+    def merge(self, other: dict[str, Any]) -> None:
+        """Adds what another one's `state` says."""
+        self.count += other["count"]
+        self._first = (self._first + other["first"])[:NAMED]
+        for mine, theirs in ((self._kinds, other["kinds"]), (self._notes, other["notes"])):
+            for kind, entry in theirs.items():
+                known = mine.setdefault(kind, {"count": 0, "first": []})
+                known["count"] += entry["count"]
+                known["first"] = (known["first"] + entry["first"])[:NAMED_OF_A_KIND]
+
+    def state(self) -> dict[str, Any]:
+        """Plain values: what the manifest says, and what `restore` takes."""
+        return {"count": self.count, "first": list(self._first), "kinds": _copy(self._kinds),
+                "notes": _copy(self._notes)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes back to what an earlier `state` said."""
+        self.count, self._first = state["count"], list(state["first"])
+        self._kinds, self._notes = _copy(state["kinds"]), _copy(state["notes"])
+
+
+def skip_lines(state: dict[str, Any]) -> list[str]:
+    """A manifest's account of them, a line a kind; older manifests know no kinds."""
+    lines = []
+    if state["count"]:
+        kinds = state.get("kinds") or {"could not be read": {"count": state["count"], "first": state["first"]}}
+        lines.append(f"  skipped {state['count']:,}:")
+        lines += [_line(kind, entry) for kind, entry in sorted(kinds.items(), key=lambda item: -item[1]["count"])]
+    return lines + [_line(kind, entry) for kind, entry in state.get("notes", {}).items()]
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A file's name for people: one line of printable characters, whatever bytes the name is made of."""
+    text = os.fsencode(Path(path)).decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def _line(kind: str, entry: dict[str, Any]) -> str:
+    more = "; …" if entry["count"] > len(entry["first"]) else ""
+    return f"    {entry['count']:,} × {kind}: " + "; ".join(entry["first"]) + more
+
+
+def _count(kinds: dict[str, dict[str, Any]], kind: str, what: str, number: int) -> None:
+    entry = kinds.setdefault(kind, {"count": 0, "first": []})
+    entry["count"] += number
+    if len(entry["first"]) < NAMED_OF_A_KIND and what not in entry["first"]:
+        entry["first"].append(what)
+
+
+def _copy(kinds: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {kind: {"count": entry["count"], "first": list(entry["first"])} for kind, entry in kinds.items()}
