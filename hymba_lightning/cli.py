@@ -13,12 +13,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from hymba_lightning.callbacks.checkpoint import TrainingCheckpoint
 from hymba_lightning.callbacks.export import ExportArtifact
+from hymba_lightning.callbacks.lightning_signals import leave_signals_to_us
 from hymba_lightning.callbacks.progress import BudgetProgressBar
 from hymba_lightning.callbacks.summary import RunSummary
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.model import HymbaConfig
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.training.module import HymbaModule
+from hymba_lightning.training_options import TrainingParser
 
 log = logging.getLogger("hymba_lightning")
 
@@ -88,7 +90,9 @@ class HymbaCLI(LightningCLI):
         if trainer_config.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
         kwargs["default_root_dir"] = folder
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        leave_signals_to_us(trainer)
+        return trainer
 
     # What the subcommands do beyond Trainer.fit/validate/test --------------------------------------------------------
 
@@ -144,7 +148,8 @@ class HymbaCLI(LightningCLI):
         return None
 
 
-def run(args: list[str]) -> None:
+def run(args: list[str]) -> HymbaCLI:
     """Runs one of LightningCLI's subcommands."""
-    HymbaCLI(HymbaModule, HymbaDataModule, args=args, command=args[0], seed_everything_default=1337,
-             save_config_callback=RunConfig, save_config_kwargs={"overwrite": True}, parser_kwargs={"prog": "hymba"})
+    return HymbaCLI(HymbaModule, HymbaDataModule, args=args, command=args[0], seed_everything_default=1337,
+                    parser_class=TrainingParser, save_config_callback=RunConfig,
+                    save_config_kwargs={"overwrite": True}, parser_kwargs={"prog": "hymba"})

@@ -1,11 +1,9 @@
 """Checkpoints to resume from: whole or absent, never at the budget's cost, always between two optimizer steps."""
 
 import io
-import signal
-import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from weakref import proxy
 
@@ -13,8 +11,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from hymba_lightning import signals
 from hymba_lightning.callbacks.random_state import random_states, restore_random_states
 from hymba_lightning.callbacks.wall_clock import clock_paused, find_clock
 from hymba_lightning.files import write_atomic
@@ -27,8 +25,8 @@ class CheckpointWriteError(OSError):
 class TrainingCheckpoint(ModelCheckpoint):
     """Keeps one file, `last.ckpt`, from which `fit` goes on exactly.
 
-    It is written at an interval, after the last step, and on SIGINT or SIGTERM, which end the run after the step in
-    progress on all ranks (a second SIGINT ends it at once). Writing stops the training clock. The file is replaced in
+    It is written at an interval, after the last step, and on SIGINT, SIGTERM or SIGHUP, which end the run after the
+    step in progress, or after the batch of a validation, on all ranks. Writing stops the training clock. The file is replaced in
     one move, so that a crash or a full disk leaves the one before it whole, and weights with NaN or infinities never
     replace it; a failed write in the middle of training is a warning, the last one an error.
 
@@ -39,7 +37,7 @@ class TrainingCheckpoint(ModelCheckpoint):
         dirpath: Folder of last.ckpt; null puts it beside the logs.
         every_n_seconds: Training seconds between two checkpoints; null for none. Needs a WallClock.
         every_n_steps: Optimizer steps between two checkpoints; null for none.
-        on_signal: Save and end on SIGINT and SIGTERM. Needs a WallClock, without which Lightning's handling stays.
+        on_signal: Save and end on SIGINT, SIGTERM and SIGHUP. Needs a WallClock, without which Lightning's handling stays.
 
     Raises:
         ValueError: an interval is not positive.
@@ -70,7 +68,7 @@ class TrainingCheckpoint(ModelCheckpoint):
         self._saved_at = 0.0
         self._seen_step = 0
         self._restored_randomness: dict[str, Any] | None = None
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._restore_signals: Callable[[], None] | None = None
 
     @property
     def state_key(self) -> str:
@@ -100,14 +98,8 @@ class TrainingCheckpoint(ModelCheckpoint):
             # Only now: loaders, sanity checks and warm-up steps have drawn their numbers.
             restore_random_states(self._restored_randomness)
             self._restored_randomness = None
-        if self.on_signal and clock is not None and threading.current_thread() is threading.main_thread():
-
-            def handle(signum: int, frame: FrameType | None) -> None:
-                if signum == signal.SIGINT and clock.request_pending:
-                    raise KeyboardInterrupt
-                clock.request_stop(signum)
-
-            self._handlers = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        if self.on_signal and clock is not None:
+            self._restore_signals = signals.divert(clock.request_stop)
             # The ranks agree on signals through the clock. Lightning's own broadcast, for which every batch of a DDP
             # run waits on the GPU, has nothing left to tell.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
@@ -117,7 +109,7 @@ class TrainingCheckpoint(ModelCheckpoint):
     ) -> None:
         """
         Raises:
-            KeyboardInterrupt, SIGTERMException: a signal asked for it, and the state is saved.
+            Stopped: a signal asked for it, and the state is saved.
         """
         if trainer.global_step == self._seen_step:
             return
@@ -129,10 +121,24 @@ class TrainingCheckpoint(ModelCheckpoint):
         ending = trainer.should_stop or trainer.global_step == trainer.max_steps
         if ending or self._due(trainer):
             self._save(trainer, must_succeed=bool(code))
-        if code == signal.SIGINT:
-            raise KeyboardInterrupt
-        if code == signal.SIGTERM:
-            raise SIGTERMException(128 + code)
+        if code in signals.HANDLED:
+            raise signals.Stopped(code)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """
+        Raises:
+            Stopped: as in `on_train_batch_end`; a validation in the middle of training need not be waited for.
+        """
+        if self._restore_signals is None:
+            return
+        code = find_clock(trainer).agree_on_request()
+        if code in signals.HANDLED:
+            if trainer.global_step != self._last_global_step_saved:
+                self._save(trainer, must_succeed=True)
+            raise signals.Stopped(code)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Epochs mean nothing here."""
@@ -144,14 +150,18 @@ class TrainingCheckpoint(ModelCheckpoint):
         """
         Raises:
             CheckpointWriteError: the last checkpoint cannot be written.
+            Stopped: a signal came too late for the last step to see it.
         """
-        self._release_signals(trainer)
         if trainer.global_step != self._last_global_step_saved:
             self._save(trainer, must_succeed=True)
+        self._release_signals(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Nothing is saved: weights in the middle of a step, or full of NaN, must not replace a good checkpoint."""
-        self._release_signals(trainer)
+        try:
+            self._release_signals(trainer)
+        except signals.Stopped:
+            return  # what ends the run already
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "random_states": random_states()}
@@ -199,18 +209,18 @@ class TrainingCheckpoint(ModelCheckpoint):
             return
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = str(path)
+        signals.note_saved(path, trainer.global_step)
         rank_zero_info(f"saved {path} at step {trainer.global_step}")
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
     def _release_signals(self, trainer: Trainer) -> None:
-        if not self._handlers:
+        if self._restore_signals is None:
             return
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        self._handlers = {}
+        restore, self._restore_signals = self._restore_signals, None
         del trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
+        restore()
 
 
 def _not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
