@@ -18,6 +18,7 @@ from hymba_lightning.callbacks.progress import BudgetProgressBar
 from hymba_lightning.callbacks.summary import RunSummary
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.model import HymbaConfig
+from hymba_lightning.options import check_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.training.module import HymbaModule
 from hymba_lightning.training_options import TrainingParser
@@ -150,6 +151,7 @@ class HymbaCLI(LightningCLI):
 
 def run(args: list[str]) -> HymbaCLI:
     """Runs one of LightningCLI's subcommands."""
+    check_config_files(args)
     return HymbaCLI(HymbaModule, HymbaDataModule, args=args, command=args[0], seed_everything_default=1337,
                     parser_class=TrainingParser, save_config_callback=RunConfig,
                     save_config_kwargs={"overwrite": True}, parser_kwargs={"prog": "hymba"})

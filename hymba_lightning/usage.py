@@ -78,24 +78,27 @@ def check_command(name: str, args: Sequence[str]) -> None:
 
 
 def near_misses(name: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """Known names that `name` may stand for: the same last part, else alike as a whole or in the last part."""
-    name = name.lstrip("-")
+    """Known names that `name` may stand for: those with the same last part, else the most alike.
+
+    >>> near_misses("--budget_seconds", ["--model.budget_seconds", "--model.compile"])
+    ['--model.budget_seconds']
+    """
+    name = name.lstrip("-").replace("-", "_")
     ours = {option.lstrip("-"): option for option in known}
-    last = name.rpartition(".")[2].replace("-", "_")
-    same_part = [option for key, option in ours.items() if key.rpartition(".")[2] == last]
-    if same_part:
-        # The longer the common beginning, the likelier.
-        return difflib.get_close_matches(f"--{name}", same_part, most, cutoff=0.0)[:most]
-    whole = difflib.get_close_matches(name, ours, most, cutoff=0.75)
-    parts = {key.rpartition(".")[2] for key in ours}
-    for part in difflib.get_close_matches(last, sorted(parts), most, cutoff=0.75):
-        whole += [key for key in ours if key.rpartition(".")[2] == part and key not in whole]
-    return [ours[key] for key in whole[:most]]
+    last = name.rpartition(".")[2]
+    alike = {key: difflib.SequenceMatcher(None, name, key).ratio() for key in ours}
+    near = [key for key in ours if key.rpartition(".")[2] == last]
+    if not near:
+        parts = {key: difflib.SequenceMatcher(None, last, key.rpartition(".")[2]).ratio() for key in ours}
+        alike = {key: max(alike[key], parts[key]) for key in ours}
+        best = max(alike.values(), default=0.0)
+        near = [key for key in ours if alike[key] >= max(0.75, best - 0.02)]
+    return [ours[key] for key in sorted(near, key=lambda key: -alike[key])[:most]]
 
 
 def unknown(kind: str, name: str, known: Iterable[str], command: str) -> UsageError:
     """The error for an option or a key of a config that does not exist."""
-    near = near_misses(name, known)
+    near = near_misses(name, known) if kind != "argument" else []
     if kind != "option":
         near = [option.lstrip("-") for option in near]
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
