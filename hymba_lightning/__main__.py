@@ -22,6 +22,8 @@ def main() -> None:
     Raises:
         SystemExit: with 2 for bad input, 1 for a fault of the program, 128 + its number for a signal.
     """
+    if streams.ascii_locale():
+        streams.start_again_in_utf8()
     args = [arg for arg in sys.argv[1:] if arg != "--debug"]
     command = args[0] if args else "--help"
     streams.guard(must_arrive=command in FILTERS or command.startswith("-") or args[-1] in ("-h", "--help"))

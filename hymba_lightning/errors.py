@@ -10,7 +10,6 @@ from __future__ import annotations
 import dis
 import errno
 import os
-import pickle
 import sys
 import traceback
 from types import TracebackType
@@ -26,6 +25,8 @@ OWN = ("hymba_lightning",)
 CHECKS = ("lightning.pytorch.trainer", "lightning.pytorch.cli", "lightning.pytorch.accelerators",
           "lightning.pytorch.strategies", "lightning.pytorch.loggers", "lightning.pytorch.profilers",
           "lightning.pytorch.plugins", "lightning.fabric", "lightning_utilities", "jsonargparse")
+# What stumbles here stumbles over a file that is damaged or no checkpoint.
+READERS = ("torch.serialization", "torch._weights_only_unpickler")
 REFUSALS = (ValueError, ImportError, OSError, ArithmeticError)
 
 
@@ -48,7 +49,7 @@ def is_user_error(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     module, raised = _origin(error.__traceback__)
-    if isinstance(error, RuntimeError | pickle.UnpicklingError) and module == "torch.serialization":
+    if module in READERS:
         return True
     if not raised:
         return False
@@ -66,7 +67,7 @@ def sentence(error: BaseException) -> str:
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
         return f"{' and '.join(names)}: {error.strerror}" if names else error.strerror
     module, _ = _origin(error.__traceback__)
-    if module == "torch.serialization":
+    if module in READERS:
         return f"a checkpoint cannot be read, it is damaged or of another kind{_detail(error)}"
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).split()) or type(error).__name__

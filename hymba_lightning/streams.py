@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import locale
 import os
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
+
+ASCII = ("ascii", "ansi_x3.4-1968", "us-ascii", "646")
 
 
 class GuardedStream:
@@ -74,9 +77,24 @@ def guard(must_arrive: bool = False) -> None:
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process runs
         elif hasattr(stream, "reconfigure"):
             # ASCII is what a C locale gets; everybody who reads us reads UTF-8.
-            ascii_only = (stream.encoding or "").lower() in ("ascii", "ansi_x3.4-1968", "us-ascii", "646")
+            ascii_only = (stream.encoding or "").lower() in ASCII
             stream.reconfigure(encoding="utf-8" if ascii_only else None, errors="backslashreplace")
         setattr(sys, name, GuardedStream(stream, must_arrive and name == "stdout"))
+
+
+def ascii_locale() -> bool:
+    """Whether this process takes files for ASCII where nothing else is said, as libraries' files are opened."""
+    return not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower() in ASCII
+
+
+def start_again_in_utf8() -> None:
+    """Replaces this process by the same command in Python's UTF-8 mode, which its children have, too.
+
+    Does nothing where the command line is not this process's own, as in a child of multiprocessing.
+    """
+    if sys.argv[1:] == sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1:] and len(sys.orig_argv) > 1:
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def broken_pipe(error: BaseException) -> bool:

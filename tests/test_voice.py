@@ -50,7 +50,7 @@ FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
     ((*FIT, "--model.net.widnow", "3"), ["option --model.net.widnow", "--model.net.window?", "hymba fit --help"]),
     ((*FIT, "--budget_seconds=3"), ["option --budget_seconds", "--model.budget_seconds?"]),
     ((*FIT, "--config", "{}/key.yaml"), ["key model.net.widnow", "model.net.window?"]),
-    ((*FIT, "--config", "{}/section.yaml"), ["key modle", "model?"]),
+    ((*FIT, "--config", "{}/section.yaml"), ["key modle", "did you mean model"]),
     ((*FIT, "--config", "{}/type.yaml"), ["--model.net.window: expected a whole number, got 'abc'"]),
     ((*FIT, "--config", "{}/list.yaml"), ["list.yaml holds a list"]),
     ((*FIT, "--config", "{}/yaml.yaml"), ["yaml.yaml, line 2", "no YAML"]),
@@ -76,7 +76,7 @@ FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
     (("inspect",), ["required", "file"]),
     (("report", "{}/nowhere"), ["nowhere"]),
     (("prepare", "{}/nowhere", "--out", "{}/out"), ["nowhere", "no file"]),
-    (("export", "--ckpt_path", "{}/nowhere", "--out", "{}/out"), ["nowhere"]),
+    (("export", "{}/nowhere", "{}/out"), ["nowhere"]),
     (("package", "{}/nowhere", "--out", "{}/out"), ["nowhere"]),
 ])
 def test_bad_input_is_answered_in_one_sentence(work, args, parts):

@@ -137,7 +137,7 @@ def _plain_bpb(folder: Path, n_tokens: int) -> float | None:
     path = folder / "summary.json"
     if not path.is_file():
         return None
-    fit = json.loads(path.read_text())
+    fit = json.loads(path.read_text(encoding="utf-8"))
     return fit.get("bpb", {}).get("artifact") if fit.get("scored_tokens") == n_tokens else None
 
 
