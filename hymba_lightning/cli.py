@@ -20,10 +20,13 @@ from hymba_lightning.callbacks.summary import RunSummary
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import HymbaConfig
+from hymba_lightning.options import check_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.run import Run, RunFolder
 from hymba_lightning.run.run import new_folder
+from hymba_lightning.trainer_internals import leave_signals_to_us
 from hymba_lightning.training.module import HymbaModule
+from hymba_lightning.training_options import TrainingParser
 
 log = logging.getLogger("hymba_lightning")
 
@@ -121,6 +124,7 @@ class HymbaCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(self.folder.path, name="", version="", default_hp_metric=False)
         kwargs["default_root_dir"] = str(self.folder.path)
         trainer = super().instantiate_trainer(**kwargs)
+        leave_signals_to_us(trainer)
         run = Run.of(trainer)
         run.folder, run.started = self.folder, self._started
         return trainer
@@ -158,6 +162,11 @@ class HymbaCLI(LightningCLI):
         """Scores a checkpoint or an artifact chunk by chunk with test-time training in between."""
         ckpt_path = self._load_weights(model, datamodule, ckpt_path)
         self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, **kwargs, **SAFE)
+
+    def artifact(self) -> Path | None:
+        """The file that the fit exported, None where it exported none."""
+        record = Run.of(self.trainer).record.artifact
+        return None if record is None else self.folder / record.file
 
     def _last(self) -> str:
         if not self.folder.checkpoint.is_file():
@@ -204,7 +213,9 @@ def send_logger(logger: Namespace, folder: Path) -> None:
     logger["init_args"] = options
 
 
-def run(args: list[str], started: float | None = None) -> None:
+def run(args: list[str], started: float | None = None) -> HymbaCLI:
     """Runs one of LightningCLI's subcommands. `started`: time.monotonic() when the command began."""
-    HymbaCLI(HymbaModule, HymbaDataModule, args=args, command=args[0], started=started, seed_everything_default=1337,
-             save_config_callback=RunConfig, auto_configure_optimizers=False, parser_kwargs={"prog": "hymba"})
+    check_config_files(args)
+    return HymbaCLI(HymbaModule, HymbaDataModule, args=args, command=args[0], started=started,
+                    seed_everything_default=1337, parser_class=TrainingParser, save_config_callback=RunConfig,
+                    auto_configure_optimizers=False, parser_kwargs={"prog": "hymba"})

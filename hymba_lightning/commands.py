@@ -1,28 +1,22 @@
 """The commands that are no part of training: prepare, export, inspect, sample, report, package, import-reference."""
 
 import dataclasses
-import sys
 
-from jsonargparse import ArgumentParser
+from hymba_lightning.options import CommandParser
 
 
 def run_command(command: str, args: list[str]) -> None:
-    """Parses `args` by the signature of the command's function and runs it; bad input ends with one line."""
+    """Parses `args` by the signature of the command's function and runs it."""
     runner = {"prepare": run_prepare, "export": run_export, "inspect": run_inspect, "sample": run_sample,
               "report": run_report, "package": run_package, "import-reference": run_import_reference}[command]
-    try:
-        runner(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"hymba {command}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    runner(args)
 
 
 def run_prepare(args: list[str]) -> None:
     """Text → tokenizer, shards and manifest."""
     from hymba_lightning.data.prepare import prepare
 
-    parser = ArgumentParser(prog="hymba prepare", description="Turn text into a tokenizer and token shards.")
+    parser = CommandParser(prog="hymba prepare", description="Turn text into a tokenizer and token shards.")
     parser.add_argument("inputs", nargs="+", help="Files, folders, glob patterns, hf:NAME[:SPLIT[:CONFIG]] (Hugging "
                         "Face); stdlib is the Python standard library's own sources")
     parser.add_argument("--val_inputs", nargs="+", type=str | None, default=None, help="The validation texts, named as "
@@ -41,9 +35,11 @@ def run_export(args: list[str]) -> None:
     from hymba_lightning.model import RuntimeConfig
     from hymba_lightning.package.export import export
     from hymba_lightning.quantization.config import QuantizationConfig
+    from hymba_lightning.terminal import take_over_lightnings_messages
 
+    take_over_lightnings_messages()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="hymba export", description="Write an artifact of a checkpoint's weights, the "
+    parser = CommandParser(prog="hymba export", description="Write an artifact of a checkpoint's weights, the "
                             "averaged ones where it has them. With --data_dir the rounding is calibrated on training "
                             "batches.")
     parser.add_argument("--scheme", type=str, default="mixed", help="As export.quantization.scheme of `hymba fit`")
@@ -68,7 +64,7 @@ def run_inspect(args: list[str]) -> None:
 
     from hymba_lightning.quantization.listing import as_table, list_artifact
 
-    parser = ArgumentParser(prog="hymba inspect", description="Show what an artifact holds and where its bytes are.")
+    parser = CommandParser(prog="hymba inspect", description="Show what an artifact holds and where its bytes are.")
     parser.add_argument("file", type=str, help="Artifact")
     parser.add_argument("--json", action="store_true", help="All of it as one JSON object")
     options = parser.parse_args(args)
@@ -85,8 +81,8 @@ def run_sample(args: list[str]) -> None:
     from hymba_lightning.model import RuntimeConfig
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="hymba sample", description="Let a trained network continue texts, at constant memory "
-                            "and time per token.")
+    parser = CommandParser(prog="hymba sample", description="Let a trained network continue texts, at constant "
+                           "memory and time per token.")
     parser.add_argument("--ckpt_path", type=str, required=True, help="Artifact, or checkpoint of `hymba fit`")
     parser.add_argument("--prompt", type=str, nargs="+", default=[""], help="Texts to continue; several are drawn "
                         "together. Without one a document starts from nothing")
@@ -107,7 +103,8 @@ def run_report(args: list[str]) -> None:
     """Runs → one HTML page and PNGs."""
     from hymba_lightning.report.page import write_report
 
-    parser = ArgumentParser(prog="hymba report", description="Write one self-contained HTML page on one or more runs.")
+    parser = CommandParser(prog="hymba report",
+                           description="Write one self-contained HTML page on one or more runs.")
     parser.add_argument("run", nargs="+", help="Folders of runs (--run_dir of hymba fit)")
     parser.add_argument("--out", type=str, default="report", help="Folder to write")
     print(write_report(**parser.parse_args(args).as_dict()))
@@ -117,7 +114,7 @@ def run_package(args: list[str]) -> None:
     """A run → the challenge's folder, scored there."""
     from hymba_lightning.package.submission import package
 
-    parser = ArgumentParser(prog="hymba package", description="Lay out the challenge's folder for a run and score it "
+    parser = CommandParser(prog="hymba package", description="Lay out the challenge's folder for a run and score it "
                             "there in a clean environment.")
     parser.add_argument("run", type=str, help="Folder of a run that was fitted, exported and tested")
     parser.add_function_arguments(package, skip={"run"})
@@ -128,7 +125,7 @@ def run_import_reference(args: list[str]) -> None:
     """The reference run's final_model.pt or final_model.int8.ptz → our checkpoint or artifact."""
     from hymba_lightning.interop.reference import import_reference
 
-    parser = ArgumentParser(prog="hymba import-reference",
+    parser = CommandParser(prog="hymba import-reference",
                             description="Take over the public reference run's checkpoint or quantized file.")
     parser.add_function_arguments(import_reference, as_positional=True)
     print(import_reference(**parser.parse_args(args).as_dict()))

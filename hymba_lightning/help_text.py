@@ -1,37 +1,47 @@
 """`hymba fit --help` without importing torch and Lightning, which alone takes longer than a reader should wait.
 
-The text is made from the signatures by `python -m hymba_lightning.help_text` and kept in help/. It is used only while
-the libraries it was made with are the ones installed; a test compares it with the live parser's.
+The parser's text is kept in the user's cache folder, under a name made of all that it depends on: this package's
+sources and the libraries' versions. Where nothing can be kept there, the parser answers each time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import io
 import os
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "help"
+from hymba_lightning.files import write_atomic
+
 COMMANDS = ("fit", "validate", "test")
 # Line width of the kept text: the terminal's would differ from call to call.
 WIDTH = 110
+ROOT = Path(__file__).parent
 
 
-def stamp() -> str:
-    """Versions that the text depends on."""
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("lightning", "jsonargparse"))
-
-
-def kept_help(args: list[str]) -> str | None:
-    """The kept help of `hymba <command> --help`, or None where the live parser has to answer."""
+def quick_help(args: list[str]) -> str | None:
+    """The text of `hymba <command> --help`, None where `args` ask for something else."""
     if len(args) != 2 or args[0] not in COMMANDS or args[1] not in ("-h", "--help"):
         return None
-    path = FOLDER / f"{args[0]}.txt"
-    if not path.is_file():
-        return None
-    first, _, text = path.read_text().partition("\n")
-    return text if first == f"# {stamp()}" else None
+    kept = kept_path(args[0])
+    try:
+        return kept.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = live_help(args[0])
+        _keep(kept, text)
+        return text
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/hymba_lightning, by default under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "hymba_lightning"
+
+
+def kept_path(command: str) -> Path:
+    """Where the help of this very version of everything is kept."""
+    return cache_folder() / f"help-{command}-{_fingerprint()}.txt"
 
 
 def live_help(command: str) -> str:
@@ -51,12 +61,18 @@ def live_help(command: str) -> str:
     return out.getvalue()
 
 
-def main() -> None:
-    """Writes the help of all commands."""
-    FOLDER.mkdir(exist_ok=True)
-    for command in COMMANDS:
-        (FOLDER / f"{command}.txt").write_text(f"# {stamp()}\n{live_help(command)}")
+def _fingerprint() -> str:
+    digest = hashlib.sha256()
+    for library in ("lightning", "jsonargparse", "torch"):
+        digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
+    for path in sorted(ROOT.rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
-if __name__ == "__main__":
-    main()
+def _keep(path: Path, text: str) -> None:
+    """Writes it in place of what older versions left; not at all where that is impossible."""
+    with contextlib.suppress(OSError):
+        for old in path.parent.glob(f"{path.name[: -len(_fingerprint()) - 4]}*.txt"):
+            old.unlink(missing_ok=True)
+        write_atomic(path, text)

@@ -107,3 +107,8 @@ def wait_for(condition: object, timeout: float = 60.0) -> None:
         if time.monotonic() > end:
             raise TimeoutError("what was waited for did not happen")
         time.sleep(0.005)
+
+
+def log_of(log: Path) -> str:
+    """What a process has printed so far."""
+    return log.read_text(encoding="utf-8", errors="replace")

@@ -101,3 +101,64 @@ def prepare_saves_often(rank: int) -> None:
 def own_folder(rank: int) -> None:
     """A disk of its own for every node: relative paths lie in node-<n> of the folder named by the environment."""
     os.chdir(Path(os.environ["TEST_NODES"], f"node-{rank}"))
+
+
+def _waits_in(owner: type, method: str) -> None:
+    """Calls of a method say so and then take long; what they did before comes first."""
+    original = getattr(owner, method)
+
+    def waiting(*args: object, **kwargs: object) -> object:
+        result = original(*args, **kwargs)
+        os.write(2, b"waiting here\n")
+        for _ in range(600):
+            time.sleep(0.1)
+        return result
+
+    setattr(owner, method, staticmethod(waiting) if isinstance(vars(owner)[method], staticmethod) else waiting)
+
+
+def waits_in_setup(rank: int) -> None:
+    """Before training: when the data is opened."""
+    from hymba_lightning.data.datamodule import HymbaDataModule
+
+    _waits_in(HymbaDataModule, "setup")
+
+
+def waits_in_warmup(rank: int) -> None:
+    """In the steps that are undone."""
+    from hymba_lightning.callbacks.compile_warmup import CompileWarmup
+
+    _waits_in(CompileWarmup, "_run_step")
+
+
+def waits_in_the_finish(rank: int) -> None:
+    """After training, when weights are scored."""
+    from hymba_lightning.callbacks.export import ExportArtifact
+
+    _waits_in(ExportArtifact, "_score")
+
+
+def waits_in_the_test(rank: int) -> None:
+    """After the first chunk."""
+    _waits_in(HymbaModule, "test_step")
+
+
+def slow_validation(rank: int) -> None:
+    """Each batch of a validation takes long enough to be interrupted in."""
+    original = HymbaModule.validation_step
+
+    def validation_step(self: HymbaModule, batch: object, batch_idx: int) -> object:
+        if rank == 0:
+            os.write(2, b"waiting here\n")
+        time.sleep(1.0)
+        return original(self, batch, batch_idx)
+
+    HymbaModule.validation_step = validation_step
+
+
+def a_fault_in_the_program(rank: int) -> None:
+    """A conversion inside the package fails, which is nobody's bad input."""
+    def fail(loss: object) -> None:
+        raise ZeroDivisionError("the cooling failed")
+
+    _at_step(2, fail)

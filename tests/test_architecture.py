@@ -9,10 +9,11 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hymba_lightning"
 # A module may import from its own level and below.
-LEVELS = {"__init__": 0, "claim": 0, "closure": 0, "files": 0, "terminal": 0, "ops": 0, "model": 1, "data": 2,
-          "quantization": 2, "evaluation": 2, "generation": 2, "interop": 2, "metrics": 2, "plots": 2,
-          "trainer_internals": 2, "run": 3, "report": 4, "callbacks": 4, "package": 5, "training": 5, "studies": 6,
-          "cli": 6, "commands": 6, "help_text": 7, "__main__": 7}
+LEVELS = {"__init__": 0, "claim": 0, "closure": 0, "errors": 0, "files": 0, "signals": 0, "streams": 0, "terminal": 0,
+          "usage": 0, "ops": 0, "model": 1, "data": 2, "quantization": 2, "evaluation": 2, "generation": 2,
+          "interop": 2, "metrics": 2, "plots": 2, "trainer_internals": 2, "run": 3, "report": 4, "callbacks": 4,
+          "package": 5, "training": 5, "options": 6, "training_options": 6, "studies": 6, "cli": 6, "commands": 6,
+          "help_text": 7, "__main__": 7}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -45,6 +46,39 @@ def test_imports_run_one_way(path):
             assert level(name) <= own, f"{path.name} is on level {own} and imports {name}"
         if own <= 1:
             assert not name.startswith(("lightning", "torch.distributed")), f"{path.name} imports {name}"
+
+
+def _says_its_encoding(call: ast.Call) -> bool:
+    """False for a call that opens a file as text in whatever encoding the locale has."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    owner = getattr(getattr(call.func, "value", None), "id", "")
+    keywords = {keyword.arg for keyword in call.keywords}
+    if "encoding" in keywords or None in keywords:
+        return True
+    if name == "read_text":
+        return bool(call.args)
+    if name == "write_text":
+        return len(call.args) > 1
+    if name not in ("open", "fdopen") or (owner in ("os", "gzip", "tarfile", "zipfile", "Image") and name == "open"):
+        return True
+    position = 0 if isinstance(call.func, ast.Attribute) and name == "open" else 1
+    modes = [*call.args[position:position + 1], *(word.value for word in call.keywords if word.arg == "mode")]
+    return any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
+
+
+@pytest.mark.parametrize(("code", "holds"), [
+    ("open('x')", False), ("open('x', 'w')", False), ("open('x', 'rb')", True), ("open('x', encoding='utf-8')", True),
+    ("path.open()", False), ("path.open('wb')", True), ("path.read_text()", False), ("path.write_text('x')", False),
+    ("os.fdopen(handle, 'wb')", True), ("os.fdopen(handle, 'w')", False), ("os.open('x', os.O_RDWR)", True),
+    ("path.read_text(errors='replace')", False), ("gzip.open(raw)", True)])
+def test_what_counts_as_saying_the_encoding(code, holds):
+    assert _says_its_encoding(ast.parse(code).body[0].value) is holds
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_text_files_are_utf_8_whatever_the_locale(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    assert [call.lineno for call in calls if not _says_its_encoding(call)] == []
 
 
 def test_files_stay_readable_in_one_go():

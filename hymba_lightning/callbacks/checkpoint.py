@@ -1,12 +1,11 @@
 """Checkpoints to resume from: whole or absent, never at the budget's cost, always between two optimizer steps."""
 
 import io
-import signal
-import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from weakref import proxy
 
@@ -14,8 +13,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from hymba_lightning import signals
 from hymba_lightning.callbacks.owner import FolderOwner
 from hymba_lightning.callbacks.random_state import random_states, restore_random_states
 from hymba_lightning.files import write_atomic
@@ -30,9 +29,9 @@ class CheckpointWriteError(OSError):
 class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
     """Keeps one file, `last.ckpt`, from which `fit` goes on exactly.
 
-    It is written at an interval, after the last step, and on SIGINT or SIGTERM, which end the run after the step in
-    progress on all ranks (a second SIGINT ends it at once). Writing stops the training clock. The file is replaced in
-    one move, so that a crash or a full disk leaves the one before it whole, and weights with NaN or infinities never
+    It is written at an interval, after the last step, and on SIGINT, SIGTERM or SIGHUP, which end the run after the
+    step in progress, or after the batch of a validation, on all ranks. Writing stops the training clock. The file is
+    replaced in one move, so that a crash or a full disk leaves the one before it whole, and weights with NaN or infinities never
     replace it; a failed write in the middle of training is a warning, the last one an error.
 
     Holds what Lightning's checkpoints lack: the state of the random generators. It is rank 0's, which every rank takes
@@ -42,7 +41,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
         dirpath: Folder of last.ckpt; null for checkpoints/ in the run's folder.
         every_n_seconds: Training seconds between two checkpoints; null for none. Needs a WallClock.
         every_n_steps: Optimizer steps between two checkpoints; null for none.
-        on_signal: Save and end on SIGINT and SIGTERM. Needs a WallClock, without which Lightning's handling stays.
+        on_signal: Save and end on SIGINT, SIGTERM and SIGHUP. Needs a WallClock, without which Lightning's handling stays.
 
     Raises:
         ValueError: an interval is not positive.
@@ -73,7 +72,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
         self._saved_at = 0.0
         self._seen_step = 0
         self._restored_randomness: dict[str, Any] | None = None
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._restore_signals: Callable[[], None] | None = None
         self._quiet: AbstractContextManager[None] | None = None
 
     @property
@@ -102,22 +101,15 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = Run.of(trainer)
         clock = run.clock
+        run.before_end = [partial(self._end_training, trainer)]
         self._seen_step = trainer.global_step
         self._saved_at = 0.0 if clock is None else clock.elapsed()
         if self._restored_randomness is not None:
             # Only now: loaders, sanity checks and warm-up steps have drawn their numbers.
             restore_random_states(self._restored_randomness)
             self._restored_randomness = None
-        if self.on_signal and clock is not None and threading.current_thread() is threading.main_thread():
-
-            def handle(signum: int, frame: FrameType | None) -> None:
-                if signum == signal.SIGINT and (clock.request_pending or run.ended):
-                    raise KeyboardInterrupt
-                if run.ended:  # no step will come whose end could be waited for
-                    raise SIGTERMException(128 + signum)
-                clock.request_stop(signum)
-
-            self._handlers = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        if self.on_signal and clock is not None:
+            self._restore_signals = signals.divert(clock.request_stop)
             # The ranks agree on signals through the clock. Lightning's own broadcast, for which every batch of a DDP
             # run waits on the GPU, has nothing left to tell.
             self._quiet = signals_not_broadcast(trainer)
@@ -128,7 +120,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
     ) -> None:
         """
         Raises:
-            KeyboardInterrupt, SIGTERMException: a signal asked for it, and the state is saved.
+            Stopped: a signal asked for it, and the state is saved.
         """
         if trainer.global_step == self._seen_step:
             return
@@ -140,10 +132,24 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
         ending = trainer.should_stop or trainer.global_step == trainer.max_steps
         if ending or self._due(trainer):
             self._save(trainer, must_succeed=bool(code))
-        if code == signal.SIGINT:
-            raise KeyboardInterrupt
-        if code == signal.SIGTERM:
-            raise SIGTERMException(128 + code)
+        if code in signals.HANDLED:
+            raise signals.Stopped(code)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """
+        Raises:
+            Stopped: as in `on_train_batch_end`; a validation in the middle of training need not be waited for.
+        """
+        if self._restore_signals is None:
+            return
+        code = require_clock(Run.of(trainer)).agree_on_request()
+        if code in signals.HANDLED:
+            if trainer.global_step != self._last_global_step_saved:
+                self._save(trainer, must_succeed=True)
+            raise signals.Stopped(code)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Epochs mean nothing here."""
@@ -155,14 +161,20 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
         """
         Raises:
             CheckpointWriteError: the last checkpoint cannot be written.
+            Stopped: a signal came too late for the last step to see it.
         """
-        self._release_signals()
+        self._end_training(trainer)
+
+    def _end_training(self, trainer: Trainer) -> None:
+        """Before anything that comes after training: it is saved, and signals end at once what no step waits for."""
         if trainer.global_step != self._last_global_step_saved:
             self._save(trainer, must_succeed=True)
+        self._release_signals()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Nothing is saved: weights in the middle of a step, or full of NaN, must not replace a good checkpoint."""
-        self._release_signals()
+        with suppress(signals.Stopped):  # what ends the run already
+            self._release_signals()
         super().on_exception(trainer, pl_module, exception)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -215,20 +227,20 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
             return
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = str(path)
+        signals.note_saved(path, trainer.global_step)
         rank_zero_info(f"saved {path} at step {trainer.global_step}")
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
     def _release_signals(self) -> None:
-        if not self._handlers:
+        if self._restore_signals is None:
             return
-        for signum, handler in self._handlers.items():
-            signal.signal(signum, handler)
-        self._handlers = {}
+        restore, self._restore_signals = self._restore_signals, None
         if self._quiet is not None:
             self._quiet.__exit__(None, None, None)
         self._quiet = None
+        restore()
 
 
 def _not_finite(tensors: dict[str, torch.Tensor]) -> str | None:

@@ -71,4 +71,6 @@ def end_run(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     if run.ended or is_trial(trainer) or require_clock(run).stop_code:
         return
     run.ended, run.ends = True, False
+    for prepare in run.before_end:
+        prepare()
     finish(trainer, pl_module, run.export or ExportSettings(enabled=False, score_stages=False), run.plots)

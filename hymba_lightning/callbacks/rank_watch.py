@@ -18,7 +18,8 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from hymba_lightning.signals import Stopped
 
 log = logging.getLogger("hymba_lightning")
 
@@ -80,7 +81,7 @@ class RankWatch(pl.Callback):
         if self._thread is None:
             return
         # A signal ends all ranks at one step; that is no failure.
-        if not isinstance(exception, KeyboardInterrupt | SIGTERMException) and not self._news.wait(1.0):
+        if not isinstance(exception, KeyboardInterrupt | Stopped) and not self._news.wait(1.0):
             text = f"{type(exception).__name__}: {exception}"[:2000]
             self._tell({"rank": self._rank, "text": text})
         self._close()

@@ -130,6 +130,14 @@ class WallClock(Callback):
         """Whether this rank asked to stop."""
         return self._requested_code > 0
 
+    def agree_on_request(self) -> int:
+        """The highest code that any rank asked to stop with, else 0; to be called by all ranks, between steps."""
+        if self._group is None:
+            return self._requested_code
+        code = torch.tensor([self._requested_code])
+        dist.all_reduce(code, op=dist.ReduceOp.MAX, group=self._group)
+        return int(code)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return

@@ -61,6 +61,6 @@ def _tokenizer_of_run(weights: Path) -> Path | None:
     for folder in (weights.parent, weights.parent.parent):
         config = folder / "config.yaml"
         if config.is_file():
-            data = yaml.safe_load(config.read_text())["data"]
+            data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
             return Path(data["tokenizer"] or Path(data["data_dir"]) / TOKENIZER_FILE).expanduser()
     return None

@@ -76,7 +76,7 @@ def main(folder: Path) -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     result = evaluate(folder, args.data, args.tokenizer or args.data / "tokenizer.model", device)
     if world()[0] == 0:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(result))
     if distributed:
         dist.destroy_process_group()

@@ -175,7 +175,7 @@ def _test_options(run: Run) -> dict[str, Any]:
     from hymba_lightning.report.runs import flatten
 
     path = run.folder / "test_config.yaml"
-    return flatten(yaml.safe_load(path.read_text())) if path.is_file() else run.config
+    return flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else run.config
 
 
 def _settings(run: Run, options: dict[str, Any]) -> dict[str, Any]:

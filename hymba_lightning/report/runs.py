@@ -86,7 +86,7 @@ def _load(folder: Path, name: str) -> Run:
                                 "Give the --run_dir of `hymba fit` or `hymba test`")
     for file in ("config.yaml", "test_config.yaml"):
         if not run.config and (folder / file).is_file():
-            run.config = flatten(yaml.safe_load((folder / file).read_text()) or {})
+            run.config = flatten(yaml.safe_load((folder / file).read_text(encoding="utf-8")) or {})
     history = _json(folder / "history.json")
     run.train, run.val = history.get("train", []), history.get("val", [])
     if not history and checkpoint.is_file():

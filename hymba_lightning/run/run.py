@@ -79,6 +79,7 @@ class Clock(Protocol):
     def paused(self) -> AbstractContextManager[None]: ...
     def charged(self) -> AbstractContextManager[None]: ...
     def request_stop(self, code: int = 1) -> None: ...
+    def agree_on_request(self) -> int: ...
     def end(self) -> None: ...
 
 
@@ -144,6 +145,8 @@ class Run:
         """Whether the folder belongs to the fit in progress."""
         self.ends = False
         """Whether somebody finishes the fit in progress."""
+        self.before_end: list[Callable[[], None]] = []
+        """Called between training and the run's end."""
         self.ended = False
         """Whether the fit in progress has been finished."""
         self.batch_tokens = 0

@@ -41,7 +41,7 @@ class Study:
     @classmethod
     def from_yaml(cls, path: Path) -> Study:
         """Reads a study. Raises ValueError naming the file and what it lacks."""
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
         try:
             study = cls(**values)
         except TypeError as error:

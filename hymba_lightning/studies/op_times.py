@@ -221,12 +221,12 @@ def _peak_memory(run: Callable[[], object], device: torch.device) -> float | Non
         return None
 
     def kilobytes(field: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+        return next(int(line.split()[1]) for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(field))
 
     # Freed memory that the C library keeps would hide what is taken from it. Then VmHWM falls to what is resident now.
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")
+    reset.write_text("5", encoding="utf-8")
     before = kilobytes("VmRSS")
     run()
     return (kilobytes("VmHWM") - before) * 1024 / 1e6
@@ -280,7 +280,7 @@ def machine(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists():
-        name = next((line.split(":", 1)[1].strip() for line in cpu_info.read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in cpu_info.read_text(encoding="utf-8").splitlines()
                      if line.startswith("model name")), name)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -121,7 +121,7 @@ def run_study(net: Hymba, data: HymbaDataModule, calibration: Calibration, out: 
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
-    results: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    results: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     weights = {name: tensor.detach().float().cpu() for name, tensor in net.state_dict().items()}
     other = Hymba(net.config, net.runtime).to(device).eval()
     for index, recipe in enumerate(recipes()):

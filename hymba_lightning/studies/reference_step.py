@@ -75,13 +75,13 @@ def run_reference(script: Path, data_dir: Path, tokenizer: Path, log: Path, *, s
             "TRAIN_BATCH_TOKENS": str(tokens), "VAL_BATCH_SIZE": str(tokens), "ITERATIONS": str(steps),
             "PYTHONUNBUFFERED": "1",
         }
-        with open(log, "w") as file:
+        with open(log, "w", encoding="utf-8") as file:
             process = subprocess.Popen([sys.executable, str(script.resolve())], cwd=work, env=environment, stdout=file,
                                        stderr=subprocess.STDOUT, start_new_session=True)
         started = time.monotonic()
         try:
             # Its evaluation and export, which follow the last step, are not waited for.
-            while process.poll() is None and f"step:{steps}/{steps} train_loss" not in log.read_text(errors="replace"):
+            while process.poll() is None and f"step:{steps}/{steps} train_loss" not in log.read_text(encoding="utf-8", errors="replace"):
                 if time.monotonic() - started > timeout:
                     break
                 time.sleep(1.0)
@@ -89,7 +89,7 @@ def run_reference(script: Path, data_dir: Path, tokenizer: Path, log: Path, *, s
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    text = log.read_text(errors="replace")
+    text = log.read_text(encoding="utf-8", errors="replace")
     if f"step:{steps}/{steps} train_loss" not in text:
         raise RuntimeError(f"{script} did not reach step {steps} (exit code {process.returncode}):\n{text[-1500:]}")
     return steady_step_ms(text)

@@ -28,12 +28,12 @@ def run_once(command: str, run_dir: Path, result: str, arguments: Sequence[str],
             resume = ["--ckpt_path", "last"] if killed else ["--overwrite", "true"]
         line = [sys.executable, "-m", "hymba_lightning", command, "--run_dir", str(run_dir), *arguments, *resume]
         started, log = time.monotonic(), run_dir / f"{command}.log"
-        with open(log, "a") as file:
+        with open(log, "a", encoding="utf-8") as file:
             code = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, check=False,
                                   env=os.environ | dict(environment or {})).returncode
         if code or not path.is_file():
             # A crash in C++ ends with dozens of addresses; what went wrong stands above them.
-            lines = [line for line in log.read_text(errors="replace").splitlines() if not line.startswith("frame #")]
+            lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if not line.startswith("frame #")]
             tail = "\n".join(lines[-15:])
             raise RuntimeError(f"hymba {command} in {run_dir} ended with code {code}:\n{tail}")
         print(f"{run_dir.name}: {command} in {time.monotonic() - started:.0f} s", flush=True)

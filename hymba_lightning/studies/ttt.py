@@ -37,7 +37,7 @@ class TTTStudy:
     def from_yaml(cls, path: Path) -> TTTStudy:
         """Reads a study. Raises ValueError naming the file and what is wrong with it."""
         try:
-            study = cls(**yaml.safe_load(path.read_text()))
+            study = cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
             for name in study.recipes:
                 study.settings(name)
         except (TypeError, ValueError) as error:
@@ -95,7 +95,7 @@ def run_study(study: TTTStudy, artifact: Path, data: HymbaDataModule, out: Path,
     """Runs the recipes that have no result yet. Returns the table (Markdown), also in out/table.md, with plot.png."""
     where = torch.device(device)
     path = out / "results.json"
-    results: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    results: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for name in study.recipes:
         if name in results or (only is not None and name not in (*only, study.baseline)):
             continue

@@ -1,0 +1,113 @@
+"""What an exception means to the one who ran a command: bad input in one sentence, or a fault of the program.
+
+Nothing is read out of an exception's text. Bad input is what this package raises by a `raise` statement, since that is
+how it refuses; what Lightning and jsonargparse refuse when they are handed options; and the system's word on files. A
+ValueError out of the depth of torch, or out of an `int(…)` of our own, is a fault and shown with its traceback.
+"""
+
+from __future__ import annotations
+
+import dis
+import errno
+import os
+import sys
+import traceback
+from types import TracebackType
+
+USER_ERROR, FAULT = 2, 1
+
+# A file is missing, in the way, not ours to touch, or its disk is full: nothing that another program could help.
+SYSTEM_REFUSALS = frozenset({errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
+                             errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG,
+                             errno.EIO, errno.EINVAL, errno.ENOTEMPTY, errno.EBUSY, errno.EMFILE, errno.ENXIO})
+OWN = ("hymba_lightning",)
+# Where Lightning checks what it is given; its other parts raise where the program is wrong.
+CHECKS = ("lightning.pytorch.trainer", "lightning.pytorch.cli", "lightning.pytorch.accelerators",
+          "lightning.pytorch.strategies", "lightning.pytorch.loggers", "lightning.pytorch.profilers",
+          "lightning.pytorch.plugins", "lightning.fabric", "lightning_utilities", "jsonargparse")
+# What stumbles here stumbles over a file that is damaged or no checkpoint.
+READERS = ("torch.serialization", "torch._weights_only_unpickler")
+REFUSALS = (ValueError, ImportError, OSError, ArithmeticError)
+
+
+class UserError(ValueError):
+    """Bad input, wherever it is raised: its text is one sentence that names the thing and the remedy."""
+
+
+class UsageError(UserError):
+    """A command line that cannot be understood."""
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether what was given is wrong, not the program."""
+    if isinstance(error, UserError):
+        return True
+    if isinstance(error, OSError) and error.errno in SYSTEM_REFUSALS:
+        return True
+    if type(error).__name__ in ("MisconfigurationException", "BackendUnavailableError", "OutOfMemoryError"):
+        return True
+    if isinstance(error, MemoryError):
+        return True
+    module, raised = _origin(error.__traceback__)
+    if module in READERS:
+        return True
+    if not raised:
+        return False
+    if isinstance(error, REFUSALS) and _inside(module, OWN):
+        return True
+    return isinstance(error, (*REFUSALS, TypeError)) and _inside(module, CHECKS)
+
+
+def sentence(error: BaseException) -> str:
+    """The exception's text on one line, with a remedy where the text has none."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (f"out of memory{_detail(error)}: take fewer data.micro_batch_size, a shorter data.seq_len, "
+                "model.runtime.activation_checkpointing true, or a smaller network")
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        return f"{' and '.join(names)}: {error.strerror}" if names else error.strerror
+    module, _ = _origin(error.__traceback__)
+    if module in READERS:
+        return f"a checkpoint cannot be read, it is damaged or of another kind{_detail(error)}"
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split()) or type(error).__name__
+
+
+def report(error: BaseException, command: str, debug: bool = False) -> int:
+    """Says on stderr what went wrong, and returns the exit code for it.
+
+    Bad input is the same for every process of a node, so that only its first one speaks.
+    """
+    rank, local_rank = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK"))
+    user = is_user_error(error)
+    if user and local_rank:
+        return USER_ERROR
+    where = f"{command} (rank {rank})" if rank or local_rank else command
+    if debug or not user:
+        traceback.print_exception(error, file=sys.stderr)
+    if user:
+        print(f"{where}: {sentence(error)}", file=sys.stderr)
+        return USER_ERROR
+    print(f"{where}: {type(error).__name__}: {sentence(error)}. This is a fault of the program, not of what it was "
+          "given: please report it with the lines above", file=sys.stderr)
+    return FAULT
+
+
+def _origin(trace: TracebackType | None) -> tuple[str, bool]:
+    """Module of the frame an exception comes from, and whether a `raise` statement stands there."""
+    if trace is None:
+        return "", False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code.co_code
+    return trace.tb_frame.f_globals.get("__name__", ""), code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _inside(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def _detail(error: BaseException) -> str:
+    """The first line of a library's text, in brackets."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f" ({first.rstrip('.')})" if first else ""

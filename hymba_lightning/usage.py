@@ -1,0 +1,154 @@
+"""What a user is told about the command line itself: the commands, near misses, versions, and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hymba_lightning import __version__
+from hymba_lightning.errors import UsageError
+from hymba_lightning.signals import Saved
+
+COMMANDS = {
+    "prepare": "text → tokenizer and token shards",
+    "fit": "train inside the budget, export the artifact, score every stage",
+    "validate": "score a checkpoint or an artifact",
+    "test": "score-first test-time training on a checkpoint or an artifact",
+    "export": "a checkpoint → an artifact, by any scheme and limit",
+    "inspect": "what an artifact holds and where its bytes are",
+    "sample": "let a checkpoint or an artifact continue a text",
+    "report": "one HTML page on one or more runs",
+    "package": "the challenge's folder for a run, scored there as a referee would",
+    "import-reference": "take over the public reference run's checkpoint or quantized file",
+}
+# What other tools call it.
+OTHER_NAMES = {"train": "fit", "pretrain": "fit", "run": "fit", "resume": "fit", "eval": "validate",
+               "evaluate": "validate", "score": "test", "ttt": "test", "generate": "sample", "complete": "sample",
+               "quantize": "export", "tokenize": "prepare", "preprocess": "prepare", "info": "inspect",
+               "show": "inspect", "plot": "report", "submit": "package", "submission": "package"}
+MISSING = {
+    "fit": "nothing says what to train on and what ends the run: give --config with a file, such as "
+           "configs/demo.yaml, or --data.data_dir and one of --model.budget_seconds and --trainer.max_steps",
+    "validate": "nothing to score: give --ckpt_path with an artifact or a checkpoint, and the --config of its run",
+    "test": "nothing to score: give --ckpt_path with an artifact or a checkpoint, and the --config of its run",
+}
+
+
+def overview() -> str:
+    """What `hymba` and `hymba --help` print."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = "\n".join(f"  {name:<{width}} {text}" for name, text in COMMANDS.items())
+    return f"""usage: hymba <command> [options]
+
+Train a Hymba language model against the clock, export it, score it.
+
+commands:
+{lines}
+
+`hymba <command> --help` explains every option; `--debug` shows the traceback of an error; `hymba --version`.
+"""
+
+
+def versions() -> str:
+    """Ours, and those of the libraries a result depends on; nothing is imported for it."""
+    def version(name: str) -> str:
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"{name} is not installed"
+
+    return f"hymba {__version__}\n{', '.join(map(version, ('torch', 'lightning', 'jsonargparse', 'numpy')))}"
+
+
+def check_command(name: str, args: Sequence[str]) -> None:
+    """
+    Raises:
+        UsageError: no such command, or one of ours that can do nothing without options.
+    """
+    if name not in COMMANDS:
+        what = f"{name} comes before a command" if name.startswith("-") else f"there is no command {name!r}"
+        near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UsageError(f"{what}{hint}: choose from {', '.join(COMMANDS)}")
+    if not args and name in MISSING:
+        raise UsageError(MISSING[name])
+
+
+def near_misses(name: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """Known names that `name` may stand for: those with the same last part, else the most alike.
+
+    >>> near_misses("--budget_seconds", ["--model.budget_seconds", "--model.compile"])
+    ['--model.budget_seconds']
+    """
+    name = name.lstrip("-").replace("-", "_")
+    ours = {option.lstrip("-"): option for option in known}
+    last = name.rpartition(".")[2]
+    alike = {key: difflib.SequenceMatcher(None, name, key).ratio() for key in ours}
+    near = [key for key in ours if key.rpartition(".")[2] == last]
+    if not near:
+        parts = {key: difflib.SequenceMatcher(None, last, key.rpartition(".")[2]).ratio() for key in ours}
+        alike = {key: max(alike[key], parts[key]) for key in ours}
+        best = max(alike.values(), default=0.0)
+        near = [key for key in ours if alike[key] >= max(0.75, best - 0.02)]
+    return [ours[key] for key in sorted(near, key=lambda key: -alike[key])[:most]]
+
+
+def unknown(kind: str, name: str, known: Iterable[str], command: str) -> UsageError:
+    """The error for an option or a key of a config that does not exist."""
+    near = near_misses(name, known) if kind != "argument" else []
+    if kind != "option":
+        near = [option.lstrip("-") for option in near]
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return UsageError(f"unknown {kind} {name}{hint}; `{command} --help` lists them all")
+
+
+def without_options(args: Sequence[str], names: Sequence[str]) -> list[str]:
+    """`args` without these options and their values."""
+    kept: list[str] = []
+    skip = False
+    for arg in args:
+        if skip and not arg.startswith("--"):
+            skip = False
+            continue
+        skip = arg in names
+        if not skip and arg.partition("=")[0] not in names:
+            kept.append(arg)
+    return kept
+
+
+def resume_command(args: Sequence[str], saved: Saved) -> str:
+    """The command that goes on from a checkpoint.
+
+    Args:
+        args: The arguments of the run that wrote it, "fit" first.
+        saved: The checkpoint.
+    """
+    own = without_options(args, ("--ckpt_path", "--overwrite"))
+    if saved.path.name == "last.ckpt" and saved.path.parent.name == "checkpoints":
+        run = ["--run_dir", str(saved.path.parent.parent), "--ckpt_path", "last"]
+        own = without_options(own, ("--run_dir",))
+    else:
+        run = ["--ckpt_path", str(saved.path)]
+    return f"hymba {shlex.join([*own, *run])}"
+
+
+def after_stop(args: Sequence[str], signal_name: str, saved: Saved | None) -> str:
+    """The last words of a command that a signal ended."""
+    if args[0] != "fit":
+        return f"stopped by {signal_name} before it was done; to do it again: hymba {shlex.join(args)}"
+    if saved is None:
+        return f"stopped by {signal_name} before anything was saved; to start again: hymba {shlex.join(args)}"
+    return (f"stopped by {signal_name}; {saved.path} holds step {saved.step}. To go on: {resume_command(args, saved)}")
+
+
+def after_fit(run_dir: Path, artifact: Path | None) -> str:
+    """What a finished run is good for, as commands."""
+    run = shlex.quote(str(run_dir))
+    weights = shlex.quote(str(artifact or run_dir / "checkpoints" / "last.ckpt"))
+    config = shlex.quote(str(run_dir / "config.yaml"))
+    return (f"next: hymba test --config {config} --run_dir {run} --ckpt_path {weights}\n"
+            f"      hymba sample --ckpt_path {weights} --prompt \"Once\"\n"
+            f"      hymba report {run}")

@@ -1,0 +1,295 @@
+"""Errors in one sentence with the right exit code, near misses by name, help and versions that answer at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import injected
+import pytest
+import torch
+import yaml
+from fit_process import finish, log_of, start, write_config
+
+from hymba_lightning import errors, help_text, usage
+from hymba_lightning.model import HymbaConfig
+from hymba_lightning.ops.registry import BackendUnavailableError
+from hymba_lightning.signals import Saved
+
+HYMBA = [sys.executable, "-m", "hymba_lightning"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with tiny data, its config, and configs that are wrong."""
+    folder = tmp_path_factory.mktemp("voice")
+    write_config(folder)
+    for name, text in {"key": "model:\n  net:\n    widnow: 3\n", "section": "modle:\n  budget_seconds: 3\n",
+                       "type": "model:\n  net:\n    window: abc\n", "list": "[1, 2]\n",
+                       "yaml": "model: {net: [\n"}.items():
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    (folder / "latin.yaml").write_bytes("# é\n".encode("latin-1"))
+    (folder / "no.ckpt").write_bytes(b"this is no checkpoint" * 100)
+    return folder
+
+
+def said(work: Path, *args: str, hook: object = None) -> tuple[int | None, str]:
+    """Exit code and all that a command printed; {} stands for the folder."""
+    log = work / "log"
+    log.unlink(missing_ok=True)
+    code, = finish([start([arg.replace("{}", str(work)) for arg in args], log, hook=hook)])
+    return code, log_of(log)
+
+
+FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
+
+
+@pytest.mark.parametrize(("args", "parts"), [
+    ((*FIT, "--model.net.widnow", "3"), ["option --model.net.widnow", "--model.net.window?", "hymba fit --help"]),
+    ((*FIT, "--budget_seconds=3"), ["option --budget_seconds", "--model.budget_seconds?"]),
+    ((*FIT, "--config", "{}/key.yaml"), ["key model.net.widnow", "model.net.window?"]),
+    ((*FIT, "--config", "{}/section.yaml"), ["key modle", "did you mean model"]),
+    ((*FIT, "--config", "{}/type.yaml"), ["--model.net.window: expected a whole number, got 'abc'"]),
+    ((*FIT, "--config", "{}/list.yaml"), ["list.yaml holds a list"]),
+    ((*FIT, "--config", "{}/yaml.yaml"), ["yaml.yaml, line 2", "no YAML"]),
+    ((*FIT, "--config", "{}/latin.yaml"), ["latin.yaml is no UTF-8 text"]),
+    ((*FIT, "--config", "{}/missing.yaml"), ["missing.yaml does not exist"]),
+    ((*FIT, "--model.ema_decay", "abc"), ["--model.ema_decay: expected", "a number", "null", "got 'abc'"]),
+    ((*FIT, "--model.optimizer.warmdown_shape", "round"), ["warmdown_shape", "'cosine', 'linear'", "'round'"]),
+    ((*FIT, "--model.net.window", "0"), ["window must be at least 1"]),
+    ((*FIT, "--data.data_dir", "{}/nowhere"), ["no shard matches", "nowhere"]),
+    ((*FIT, "--ckpt_path", "{}/nowhere.ckpt"), ["nowhere.ckpt does not exist"]),
+    ((*FIT, "--ckpt_path", "{}/no.ckpt"), ["checkpoint"]),
+    ((*FIT, "--trainer.accelerator", "abacus"), ["abacus", "Available names"]),
+    ((*FIT, "--trainer.devices", "0"), ["devices", "0"]),
+    ((*FIT, "--trainer.strategy", "luck"), ["luck"]),
+    ((*FIT, "stray"), ["argument stray"]),
+    (("fit",), ["--config", "--data.data_dir"]),
+    (("test", "--config", "{}/tiny.yaml"), ["give --ckpt_path"]),
+    (("validate",), ["give --ckpt_path"]),
+    (("test", "--config", "{}/tiny.yaml", "--ckpt_path", "{}/nowhere"), ["nowhere does not exist"]),
+    (("sample", "--ckpt_path", "{}/nowhere"), ["nowhere does not exist"]),
+    (("sample", "--ckpt_path", "x", "--temprature", "1"), ["option --temprature", "--temperature?"]),
+    (("inspect", "{}/tiny.yaml"), ["tiny.yaml", "not an artifact"]),
+    (("inspect",), ["required", "file"]),
+    (("report", "{}/nowhere"), ["nowhere"]),
+    (("prepare", "{}/nowhere", "--out", "{}/out"), ["nowhere", "no file"]),
+    (("export", "{}/nowhere", "{}/out"), ["nowhere"]),
+    (("package", "{}/nowhere", "--out", "{}/out"), ["nowhere"]),
+])
+def test_bad_input_is_answered_in_one_sentence(work, args, parts):
+    code, text = said(work, *args)
+    assert code == 2, text
+    assert text.startswith(f"hymba {args[0]}: ")
+    assert text.count("\n") == 1, text
+    for part in parts:
+        assert part in text
+    assert not (work / "run" / "checkpoints").exists()
+
+
+def test_debug_shows_where_an_error_comes_from(work):
+    code, text = said(work, *FIT, "--debug", "--model.net.window", "0")
+    assert code == 2
+    assert "Traceback" in text
+    assert text.splitlines()[-1] == "hymba fit: window must be at least 1, got 0"
+
+
+def test_a_fault_of_the_program_is_called_one(work):
+    code, text = said(work, "fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/fault",
+                      hook=injected.a_fault_in_the_program)
+    assert code == 1
+    assert "Traceback" in text
+    assert "ZeroDivisionError: the cooling failed. This is a fault of the program" in text.splitlines()[-1]
+
+
+def test_a_finished_fit_says_what_comes_next(work):
+    code, text = said(work, "fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/done", "--trainer.max_steps", "2",
+                      "--export.enabled", "true")
+    assert code == 0
+    commands = [line.partition("hymba ")[2].split() for line in text.splitlines() if "hymba " in line]
+    assert [command[0] for command in commands] == ["test", "sample", "report"]
+    code, text = said(work, *commands[0])
+    assert code == 0, text
+    assert "score-first TTT" in text
+
+
+@pytest.mark.ddp
+def test_of_two_ranks_the_first_speaks(work):
+    from fit_process import start_ranks
+
+    log = work / "ranks"
+    args = [arg.replace("{}", str(work)) for arg in (*FIT, "--model.net.vocab_size", "512")]
+    assert finish(start_ranks(args, log, 2)) == [2, 2]
+    texts = [log_of(work / f"ranks.{rank}") for rank in range(2)]
+    assert [text.count("hymba fit: the data's tokenizer has 1024 tokens") for text in texts] == [1, 0], texts
+    assert "Traceback" not in texts[0] + texts[1]
+
+
+# Whose fault an exception is -----------------------------------------------------------------------------------------
+
+
+def error_of(code: str, module: str) -> BaseException:
+    """What `code` raises as if it stood in a module."""
+    try:
+        exec(code, {"__name__": module})
+    except Exception as error:
+        return error
+    raise AssertionError("it raised nothing")
+
+
+@pytest.mark.parametrize(("code", "module", "users"), [
+    ("raise ValueError('window is 0')", "hymba_lightning.model.config", True),
+    ("raise FileExistsError('run/a holds a run')", "hymba_lightning.cli", True),
+    ("int('abc')", "hymba_lightning.model.config", False),
+    ("a, b = (1,)", "hymba_lightning.model.config", False),
+    ("raise TypeError('x')", "hymba_lightning.model.config", False),
+    ("raise ValueError('need at least one array')", "numpy.core", False),
+    ("import torch; torch.zeros(2).view(3)", "hymba_lightning.model.config", False),
+    ("raise ValueError('precision')", "lightning.pytorch.trainer.connectors.accelerator_connector", True),
+    ("raise ValueError('no')", "lightning.pytorch.loops.fit_loop", False),
+    ("open('/nowhere/x')", "torch.serialization", True),
+    ("raise TimeoutError('gloo')", "torch.distributed", False),
+    ("raise KeyError('x')", "hymba_lightning.cli", False),
+])
+def test_whose_fault_an_exception_is_follows_from_its_class_and_origin(code, module, users):
+    assert errors.is_user_error(error_of(code, module)) is users
+
+
+def test_refusals_of_the_package_are_bad_input():
+    for make in (lambda: HymbaConfig(window=0), lambda: (_ for _ in ()).throw(BackendUnavailableError("x")),
+                 lambda: (_ for _ in ()).throw(errors.UserError("x")), lambda: open("/nowhere/at/all"),
+                 lambda: torch.load(__file__, weights_only=True)):
+        with pytest.raises(Exception) as raised:  # noqa: PT011 - each its own
+            make()
+        assert errors.is_user_error(raised.value), raised.value
+
+
+def test_a_sentence_is_one_line_that_names_the_file():
+    with pytest.raises(OSError, match="Errno") as raised:
+        open("/nowhere/at/all")
+    assert errors.sentence(raised.value) == "/nowhere/at/all: No such file or directory"
+    assert errors.sentence(ValueError("one\n  two")) == "one two"
+    assert "micro_batch_size" in errors.sentence(MemoryError())
+
+
+# Commands, versions, help ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("command", "near"), [("train", "fit"), ("tset", "test"), ("import_reference",
+                                               "import-reference"), ("generate", "sample")])
+def test_an_unknown_command_is_answered_without_any_library(command, near):
+    code = ("import sys\nfrom hymba_lightning.__main__ import main\n"
+            f"sys.argv = ['hymba', {command!r}, '--config', 'x']\n"
+            "try:\n    main()\nexcept SystemExit as end:\n"
+            "    print(end.code, sorted({'torch', 'lightning', 'jsonargparse', 'yaml'} & set(sys.modules)))\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "2 []\n"
+    assert f"did you mean {near}?" in done.stderr
+    assert all(name in done.stderr for name in usage.COMMANDS)
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_option_before_the_command_is_named():
+    done = subprocess.run([*HYMBA, "--config", "x", "fit"], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--config comes before a command" in done.stderr
+
+
+def test_versions_are_told_without_importing_what_they_are_of():
+    done = subprocess.run([*HYMBA, "--version"], capture_output=True, text=True, check=True, timeout=60)
+    first, second = done.stdout.splitlines()
+    assert first == f"hymba {usage.__version__}"
+    assert f"torch {torch.__version__}" in second
+    assert "lightning " in second
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("--model.net.widnow", "--model.net.window"), ("--model.budgetseconds", "--model.budget_seconds"),
+    ("--seq_len", "--data.seq_len"), ("--data.seq-len", "--data.seq_len"), ("--trainer.maxsteps", "--trainer.max_steps"),
+    ("--zzz", None),
+])
+def test_near_misses(name, expected):
+    known = ["--model.net.window", "--model.net.d_conv", "--model.net.dt_min", "--model.budget_seconds",
+             "--data.seq_len", "--trainer.max_steps", "--trainer.min_steps", "--run_dir"]
+    assert usage.near_misses(name, known)[:1] == ([expected] if expected else [])
+
+
+def test_the_command_that_goes_on_keeps_what_was_asked_for():
+    saved = Saved(Path("runs/a b/checkpoints/last.ckpt"), 7)
+    args = ["fit", "--config", "c.yaml", "--ckpt_path", "old.ckpt", "--overwrite=true", "--model.compile", "true"]
+    assert usage.resume_command(args, saved) == ("hymba fit --config c.yaml --model.compile true --run_dir "
+                                                 "'runs/a b' --ckpt_path last")
+    elsewhere = Saved(Path("/ckpt/last.ckpt"), 7)
+    assert usage.resume_command(["fit", "--run_dir", "a"], elsewhere) == ("hymba fit --run_dir a --ckpt_path "
+                                                                          "/ckpt/last.ckpt")
+
+
+@pytest.fixture(scope="module")
+def help_of(tmp_path_factory):
+    """Runs `hymba <command> --help` with a cache of its own; says what it printed and whether torch was imported."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def ask(command: str, folder: Path = cache) -> tuple[str, bool]:
+        code = ("import sys\nfrom hymba_lightning.__main__ import main\n"
+                f"sys.argv = ['hymba', {command!r}, '--help']\nmain()\nprint('torch' in sys.modules, file=sys.stderr)")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120,
+                              env=os.environ | {"XDG_CACHE_HOME": str(folder)})
+        return done.stdout, done.stderr.splitlines()[-1] == "True"
+
+    return ask
+
+
+@pytest.mark.parametrize("command", help_text.COMMANDS)
+def test_help_is_made_once_and_then_answers_without_torch(help_of, command):
+    live, imported = help_of(command)
+    assert imported
+    assert help_of(command) == (live, False)
+
+
+def test_help_is_live_where_nothing_can_be_kept(help_of, tmp_path):
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    text, imported = help_of("validate", tmp_path / "file")
+    assert imported
+    assert text == help_of("validate")[0]
+
+
+def test_kept_help_belongs_to_these_very_sources(monkeypatch, tmp_path):
+    before = help_text.kept_path("fit")
+    (tmp_path / "other.py").write_text("x = 1\n", encoding="utf-8")
+    monkeypatch.setattr(help_text, "ROOT", tmp_path)
+    assert help_text.kept_path("fit") != before
+
+
+def test_help_begins_with_what_is_most_used_and_ends_with_lightnings_options(help_of):
+    text, _ = help_of("fit")
+    places = [text.index(part) for part in ("most used:", "  --config ", "  --model.budget_seconds",
+                                            "--model.net.window WINDOW", "--export.quantization.bits",
+                                            "Lightning's Trainer:", "--trainer.accumulate_grad_batches ACC")]
+    assert places == sorted(places)
+    assert text.count("\n", 0, text.index("--model.net.window WINDOW")) < 120
+    assert "usage: hymba fit --config FILE [options]\n" in text
+    assert "Keys a token sees" in text
+
+
+def test_every_option_called_common_is_one(help_of):
+    from hymba_lightning.training_options import COMMON, NOT_IN_HELP
+
+    fit, test = help_of("fit")[0], help_of("test")[0]
+    for name in COMMON:
+        assert f"  --{name} " in fit.partition("most used:")[2].partition("\n\n")[2] + test or f"--{name}" in fit
+    for name in NOT_IN_HELP:
+        assert f"--{name} " not in fit
+
+
+def test_a_config_of_a_run_is_yaml_with_every_letter(work):
+    """A config with letters beyond ASCII is read in a C locale, too, and written back as it was."""
+    config = work / "letters.yaml"
+    config.write_text((work / "tiny.yaml").read_text(encoding="utf-8") + "# größer → ☃\n", encoding="utf-8")
+    run = work / "läufe"
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run([*HYMBA, "fit", "--config", str(config), "--run_dir", str(run), "--trainer.max_steps", "2",
+                           "--export.enabled", "true"], env=environment, capture_output=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["run_dir"] == str(run)
