@@ -8,7 +8,6 @@ import torch
 import yaml
 
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
-from hymba_lightning.interop.checkpoint import READ_ERRORS
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.quantization import is_artifact, load_artifact
 

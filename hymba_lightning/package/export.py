@@ -13,7 +13,6 @@ from hymba_lightning import __version__
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.generation.loading import find_tokenizer, load_network
-from hymba_lightning.interop.checkpoint import READ_ERRORS
 from hymba_lightning.model import Hymba, RuntimeConfig
 from hymba_lightning.quantization import (
     ArtifactReport,
