@@ -1,9 +1,9 @@
 """`hymba inspect`: what it says is what the file holds, quickly, and a damaged file is refused in one line."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_the_listing_is_the_file(artifact):
 
 def test_the_table_is_aligned_and_counts_shared_weights_once(artifact):
     text = as_table(list_artifact(artifact))
-    assert "d_model 16" in text
+    assert "d_model 32" in text
     assert "bits 5, keep_float_numel 500, limit_bytes 1000000, scheme int6\n" in text
     rows = text.split("\n\n")[1].splitlines()
     assert len(rows) == 1 + len(Hymba(NET).state_dict()) + 2
@@ -93,20 +93,17 @@ def test_a_damaged_file_is_refused_within_a_second(artifact, tmp_path, change, m
     path = tmp_path / "bad.hymba"
     if change:
         path.write_bytes(change(artifact.read_bytes()))
-    times = []
-    for _ in range(3):  # the quickest of three: the machine may be busy
-        started = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", "hymba_lightning", "inspect", str(path)], capture_output=True,
-                              text=True, check=False)
-        times.append(time.monotonic() - started)
-        if times[-1] < 1:
-            break
+    before = os.times()
+    done = subprocess.run([sys.executable, "-m", "hymba_lightning", "inspect", str(path)], capture_output=True,
+                          text=True, check=False)
+    after = os.times()
     assert done.returncode == 1
     assert done.stderr.startswith("hymba inspect: ")
     assert message in done.stderr
     assert "bad.hymba" in done.stderr
     assert len(done.stderr.splitlines()) == 1
-    assert min(times) < 1
+    # Its processor's seconds: the machine may be busy.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
 
 
 def test_inspecting_waits_for_no_torch(artifact):
