@@ -26,7 +26,7 @@ def needed_files(module: str) -> list[Path]:
             continue
         found[name] = file
         # Importing a.b.c runs a/__init__ and a/b/__init__ first.
-        waiting += [name.rpartition(".")[0], *_imports(file)]
+        waiting += [name.rpartition(".")[0], *(_lazy_home(imported) or imported for imported in _imports(file))]
     return sorted(file.relative_to(ROOT.parent) for file in found.values())
 
 
@@ -40,10 +40,25 @@ def _file(module: str) -> Path | None:
     return path.with_suffix(".py") if len(parts) > 1 and path.with_suffix(".py").is_file() else None
 
 
+def _lazy_home(name: str) -> str | None:
+    """The module of a name that its package's __init__ imports only when the name is asked for."""
+    package, _, last = name.rpartition(".")
+    file = _file(package)
+    if file is None or file.name != "__init__.py":
+        return None
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return next((node.module for node in _types_only(tree)
+                 if isinstance(node, ast.ImportFrom) and last in [alias.name for alias in node.names]), None)
+
+
+def _types_only(tree: ast.AST) -> list[ast.AST]:
+    return [inner for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for inner in ast.walk(node)]
+
+
 def _imports(path: Path) -> list[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    types_only = {id(inner) for node in ast.walk(tree)
-                  if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for inner in ast.walk(node)}
+    types_only = set(map(id, _types_only(tree)))
     names: list[str] = []
     for node in ast.walk(tree):
         if id(node) in types_only:

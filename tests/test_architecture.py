@@ -10,10 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hymba_lightning"
 # A module may import from its own level and below.
 LEVELS = {"__init__": 0, "claim": 0, "closure": 0, "errors": 0, "files": 0, "signals": 0, "streams": 0, "terminal": 0,
-          "usage": 0, "ops": 0, "model": 1, "data": 2, "quantization": 2, "evaluation": 2, "generation": 2,
-          "interop": 2, "metrics": 2, "plots": 2, "trainer_internals": 2, "run": 3, "report": 4, "callbacks": 4,
-          "package": 5, "training": 5, "options": 6, "training_options": 6, "studies": 6, "cli": 6, "commands": 6,
-          "help_text": 7, "__main__": 7}
+          "text": 0, "usage": 0, "ops": 0, "checkpoints": 1, "model": 1, "data": 2, "quantization": 2, "evaluation": 2,
+          "generation": 2, "interop": 2, "metrics": 2, "plots": 2, "trainer_internals": 2, "run": 3, "report": 4,
+          "callbacks": 4, "package": 5, "training": 5, "options": 6, "training_options": 6, "studies": 6, "cli": 6,
+          "commands": 6, "help_text": 7, "__main__": 7}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

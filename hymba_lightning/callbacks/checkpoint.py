@@ -1,6 +1,5 @@
 """Checkpoints to resume from: whole or absent, never at the budget's cost, always between two optimizer steps."""
 
-import io
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
@@ -17,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from hymba_lightning import signals
 from hymba_lightning.callbacks.owner import FolderOwner
 from hymba_lightning.callbacks.random_state import random_states, restore_random_states
-from hymba_lightning.files import write_atomic
+from hymba_lightning.checkpoints import write_checkpoint
 from hymba_lightning.run.run import Run, require_clock
 from hymba_lightning.trainer_internals import dump_checkpoint, is_trial, signals_not_broadcast
 
@@ -212,7 +211,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
                 error = _not_finite(checkpoint["state_dict"] | checkpoint.get("current_model_state", {}))
                 try:
                     if error is None:
-                        _write(path, checkpoint)
+                        write_checkpoint(path, checkpoint)
                 except OSError as failure:
                     error = str(failure)
             # Rank 0's outcome is everyone's, so that no rank waits for one that failed.
@@ -249,10 +248,3 @@ def _not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
     if not finite or bool(torch.stack(list(finite.values())).all()):
         return None
     return f"the weights are not finite ({next(name for name, ok in finite.items() if not ok)} is the first)"
-
-
-def _write(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Serialize first: torch's writer turns a full disk into other errors than OSError."""
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write_atomic(path, buffer.getvalue())

@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hymba_lightning.callbacks.stopwatch import Stopwatch
+from hymba_lightning.checkpoints import check_clock_state
 from hymba_lightning.run.run import ClockReading, Run
 
 
@@ -220,6 +222,15 @@ class WallClock(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.watch.stop()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """
+        Raises:
+            CheckpointError: a fit would go on without knowing what is left of its budget.
+        """
+        if trainer.state.fn == TrainerFn.FITTING:
+            state = checkpoint.get("callbacks", {}).get(self.state_key)
+            check_clock_state(trainer.ckpt_path or "", state, checkpoint.get("global_step"))
 
     def state_dict(self) -> dict[str, Any]:
         return {"elapsed": self.elapsed(), "steps": self._steps, "recent": list(self._recent)}

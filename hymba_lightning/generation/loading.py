@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from hymba_lightning.checkpoints import TOKENIZER_KEY, read_checkpoint
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
-from hymba_lightning.interop.checkpoint import READ_ERRORS
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.quantization import is_artifact, load_artifact
 
@@ -28,13 +28,10 @@ def load_network(path: Path, runtime: RuntimeConfig, device: torch.device) -> tu
         artifact = load_artifact(path)
         config, weights, fingerprint = artifact.config, artifact.state_dict, artifact.tokenizer.get("sha256")
     else:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except READ_ERRORS as error:
-            raise ValueError(f"{path} is neither an artifact nor a checkpoint of `hymba fit` ({error})") from error
-        if not isinstance(checkpoint, dict) or "net" not in checkpoint.get("hyper_parameters", {}):
+        checkpoint = read_checkpoint(path)
+        if "net" not in checkpoint.get("hyper_parameters", {}):
             raise ValueError(f"{path} does not say which network it holds: give a checkpoint of `hymba fit`")
-        config = checkpoint["hyper_parameters"]["net"]
+        config, fingerprint = checkpoint["hyper_parameters"]["net"], checkpoint.get(TOKENIZER_KEY)
         weights = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()
                    if name.startswith(PREFIX)}
     net = Hymba(HymbaConfig.from_dict(config), runtime)

@@ -7,9 +7,6 @@ and executes nothing else; what is unpacked is bounded.
 from __future__ import annotations
 
 import io
-import pickle
-import struct
-import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +15,13 @@ import torch
 import zstandard
 from torch import Tensor
 
+from hymba_lightning.checkpoints import READ_ERRORS, check_archive
 from hymba_lightning.quantization.int6 import QuantizedTensor
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # Quantized weights shrink by a third; only a bomb unpacks to more than this.
 MAX_UNPACKED_FLOOR, MAX_RATIO = 64 << 20, 16
 CHUNK = 1 << 20
-# All that torch.load's readers raise on malformed input; they document none of it.
-READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError,
-               AttributeError, AssertionError, OverflowError, MemoryError, OSError, struct.error, zipfile.BadZipFile)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NEEDED = ("__quant_format__", "quantized", "scales", "dtypes", "passthrough")
 OPTIONAL = ("qmeta", "passthrough_orig_dtypes")
@@ -103,21 +98,10 @@ def read_bounded(read: Any, most: int) -> bytes:
     return b"".join(pieces)
 
 
-def check_archive(content: bytes) -> None:
-    """Refuses anything but the uncompressed zip archive that torch.save writes, whose parts fit into the file."""
-    try:
-        members = zipfile.ZipFile(io.BytesIO(content)).infolist()
-    except READ_ERRORS as error:
-        raise ReferenceFileError(f"it is no archive of torch.save ({error})") from error
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members) or \
-            sum(member.file_size for member in members) > len(content):
-        raise ReferenceFileError("its archive is compressed or overlaps, which torch.save never does")
-
-
 def load_plain(content: bytes) -> dict[str, Any]:
     """The dictionary that torch saved as `content`; nothing but tensors and plain containers is built."""
-    check_archive(content)
     try:
+        check_archive(io.BytesIO(content))
         values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except READ_ERRORS as error:
         reason = str(error).split("\n")[0]

@@ -1,7 +1,12 @@
 """What the network is (`HymbaConfig`) and how it is executed (`RuntimeConfig`). No torch here."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
+from typing import Any
+
+# Far beyond any network, and sizes made of a few such numbers still fit into 64 bits for the most part.
+MAX_INTEGER = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,13 @@ class HymbaConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose from {', '.join(allowed)}")
         if not 0 < self.dt_min <= self.dt_max:
             raise ValueError(f"0 < dt_min <= dt_max is needed, got dt_min={self.dt_min}, dt_max={self.dt_max}")
-        if self.logit_softcap <= 0:
-            raise ValueError(f"logit_softcap must be positive, got {self.logit_softcap}")
+        for name in ("logit_softcap", "rope_base"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.tied_embed_std < math.inf:
+            raise ValueError(f"tied_embed_std must be finite and not negative, got {self.tied_embed_std}")
+        if not (math.isfinite(self.mlp_slope) and math.isfinite(self.qk_gain)):
+            raise ValueError(f"mlp_slope={self.mlp_slope} and qk_gain={self.qk_gain} must be finite")
         if not 0 <= self.bos_id < self.vocab_size:
             raise ValueError(f"bos_id={self.bos_id} is not a token id below vocab_size={self.vocab_size}")
         if self.n_layers < 2:
@@ -132,6 +142,8 @@ class HymbaConfig:
             if self.global_layers == "auto":
                 return {0, self.n_layers // 2, self.n_layers - 1}
             raise ValueError(f"global_layers={self.global_layers!r} is unknown: use 'none', 'auto' or a list of layers")
+        if len(self.global_layers) > self.n_layers:
+            raise ValueError(f"global_layers names {len(self.global_layers)} layers, and there are {self.n_layers}")
         wrong = [i for i in self.global_layers if not 0 <= i < self.n_layers]
         if wrong:
             raise ValueError(f"global_layers names {wrong}, but the layers are 0 to {self.n_layers - 1}")
@@ -143,11 +155,20 @@ class HymbaConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "HymbaConfig":
-        """Inverse of `to_dict`. Raises ValueError for a field this version does not know."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
+        """Inverse of `to_dict`, for values from a file: nothing is converted.
+
+        Raises ValueError for a field this version does not know, or for a value of another type or out of range.
+        """
+        if not isinstance(values, dict):
+            raise ValueError("the network's config is no dictionary")
+        kinds = {field.name: type(field.default) for field in dataclasses.fields(cls)}
+        unknown = sorted(str(name) for name in set(values) - set(kinds))
         if unknown:
             raise ValueError(f"the network's config has fields this version does not know: {', '.join(unknown)}")
+        for name, value in values.items():
+            if not (_is_of(kinds[name], value) or (name == "global_layers" and _is_list_of_layers(value))):
+                raise ValueError(f"{name}={str(value)[:40]!r} is {type(value).__name__}, where "
+                                 f"{kinds[name].__name__} within ±{MAX_INTEGER} is needed")
         return cls(**values)
 
     def matmul_params(self) -> int:
@@ -170,6 +191,17 @@ class HymbaConfig:
             keys += span - span * (span - 1) / (2 * seq_len)
         scan = 27 * self.d_inner * self.d_state * self.n_layers
         return 6 * self.matmul_params() + 12 * self.d_model * keys + scan
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    """Whether a value from a file is of a field's kind: an integer is a number too, True is none."""
+    if kind in (int, float) and type(value) in (int, kind):
+        return abs(value) <= MAX_INTEGER
+    return type(value) is kind
+
+
+def _is_list_of_layers(value: Any) -> bool:
+    return type(value) is list and all(_is_of(int, layer) for layer in value)
 
 
 @dataclass(frozen=True)

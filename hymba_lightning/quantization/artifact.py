@@ -10,11 +10,13 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization.container import ArtifactError
-from hymba_lightning.quantization.layout import split_streams
-from hymba_lightning.quantization.parts import Parts, naming, read_parts
+from hymba_lightning.quantization.layout import Entry, split_streams
+from hymba_lightning.quantization.parts import Check, Parts, check_header, naming, read_parts
 from hymba_lightning.quantization.payload import decode_tensor
 from hymba_lightning.quantization.report import ArtifactReport, build_report
 
@@ -40,9 +42,28 @@ def inspect_artifact(path: str | os.PathLike) -> tuple[Artifact, ArtifactReport]
     return artifact, build_report(Path(path).stat().st_size, parts)
 
 
-def decode_file(path: str | os.PathLike) -> tuple[Artifact, Parts]:
+def check_network(header: dict, table: list[Entry]) -> None:
+    """Refuses a file whose tensors are not, by name and shape, exactly those of the network that its config describes.
+
+    The network is laid out without memory. Raises ArtifactError naming the first difference.
+    """
+    check_header(header, table)
+    try:
+        with torch.device("meta"):
+            net = Hymba(HymbaConfig.from_dict(header["config"]))
+    except (RuntimeError, ValueError, TypeError, OverflowError) as error:
+        raise ArtifactError(f"its config is that of no network ({error})") from error
+    expected = {name: list(tensor.shape) or [1] for name, tensor in net.state_dict().items()}
+    stored = {entry.name: entry.shape for entry in table}
+    for name in [*expected, *stored]:
+        if expected.get(name) != stored.get(name):
+            raise ArtifactError(f"its tensor {name} has the shape {stored.get(name, 'of none')}, where its network's "
+                                f"has {expected.get(name, 'none')}")
+
+
+def decode_file(path: str | os.PathLike, check: Check = check_network) -> tuple[Artifact, Parts]:
     """The artifact in a file and its parts; puts the file's path in front of an ArtifactError's message."""
-    parts = read_parts(path)
+    parts = read_parts(path, check)
     try:
         return decode(parts), parts
     except ArtifactError as error:

@@ -24,8 +24,8 @@ PREAMBLE = struct.Struct("<8sIIQ")
 DIGEST_BYTES = 32
 FIXED_BYTES = PREAMBLE.size + 2 * DIGEST_BYTES
 MAX_HEADER_BYTES = 4 << 20
-# Weights compress little, except zeros: what is unpacked may be this much, whatever the file declares.
-MAX_RAW_FLOOR, MAX_RATIO = 64 << 20, 16
+# Weights compress little, except zeros: as float32 they may be this much, whatever the file declares.
+MAX_WEIGHTS_FLOOR, MAX_RATIO = 64 << 20, 64
 MAX_WINDOW_BYTES = 128 << 20
 # Weights repeat nothing, so short matches only blunt the entropy coder; level 22 takes 5 s instead of 30 for 26M.
 MIN_MATCH = 7
@@ -78,12 +78,12 @@ def decompress(frame: bytes, raw_bytes: int, what: str) -> bytes:
     return raw
 
 
-def check_raw_size(raw_bytes: int, payload_bytes: int) -> None:
-    """Raises ArtifactError where the content is absurdly larger than its compressed form."""
-    most = MAX_RAW_FLOOR + MAX_RATIO * payload_bytes
-    if raw_bytes > most:
-        raise ArtifactError(f"its payload of {payload_bytes} bytes claims {raw_bytes} bytes of content, over the "
-                            f"{most} that are allowed")
+def check_weights_size(numel: int, payload_bytes: int) -> None:
+    """Raises ArtifactError where so many weights are absurdly more than the compressed form can hold."""
+    most = (MAX_WEIGHTS_FLOOR + MAX_RATIO * payload_bytes) // 4
+    if numel > most:
+        raise ArtifactError(f"its payload of {payload_bytes} bytes claims {numel} weights, over the {most} that are "
+                            "allowed")
 
 
 def pack(header: dict, payload: bytes) -> bytes:

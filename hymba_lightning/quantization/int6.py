@@ -67,7 +67,7 @@ def quantize_rows(weight: Tensor, bits: int, *, clip_quantile: float = 0.999, cl
 def dequantize_rows(tensor: QuantizedTensor) -> Tensor:
     """(R, C) float32."""
     scale_R = (tensor.scale.double() * 2.0**tensor.exponent).float()
-    return tensor.q.float() * scale_R[:, None]
+    return tensor.q.float().mul_(scale_R[:, None])
 
 
 def normalise(rows_RC: Tensor, q_max: int) -> tuple[Tensor, int]:

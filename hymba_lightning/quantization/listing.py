@@ -11,6 +11,7 @@ from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.limit import evaluation_code_bytes
 from hymba_lightning.quantization.parts import read_parts
 from hymba_lightning.quantization.report import build_report
+from hymba_lightning.text import printable
 
 COLUMNS = ("tensor", "shape", "width", "weights", "bytes", "bits/weight", "of limit")
 SECTIONS = ("config", "tokenizer", "metadata", "quantization")
@@ -71,8 +72,3 @@ def align(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     return ["  ".join(cell.ljust(width) if column < 3 else cell.rjust(width)
                       for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
-
-
-def printable(text: str) -> str:
-    """The text without characters that would steer a terminal: a file comes from anywhere."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)

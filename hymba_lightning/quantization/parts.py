@@ -1,14 +1,27 @@
-"""A file taken apart and verified: header, tensor table, content. No torch: a damaged file is refused at once."""
+"""A file taken apart and verified: header, tensor table, content. No torch: a damaged file is refused at once.
+
+Every count is compared with what the network of the file's config and the file's own bytes can hold, before anything is
+unpacked.
+"""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from hymba_lightning.model.config import HymbaConfig
 from hymba_lightning.quantization import container
 from hymba_lightning.quantization.container import ArtifactError
 from hymba_lightning.quantization.layout import Entry, content_bytes, parse_table
+from hymba_lightning.text import printable
+
+# A network is laid out layer by layer, 2 ms each, before its tensors are compared.
+MAX_LAYERS = 256
+MAX_MESSAGE = 600
+Check = Callable[[dict, list[Entry]], None]
 
 
 class Parts(NamedTuple):
@@ -21,30 +34,75 @@ class Parts(NamedTuple):
     payload_bytes: int  # and compressed
 
 
-def read_parts(path: str | os.PathLike) -> Parts:
-    """The parts of the file at `path`. Raises FileNotFoundError, or ArtifactError naming the file and its fault."""
+def check_header(header: dict, table: list[Entry]) -> None:
+    """Refuses a header whose values have other types or ranges than they must, or whose tensors cannot be those of its
+    network: of another vocabulary, width or number of layers. Raises ArtifactError."""
+    try:
+        config = HymbaConfig.from_dict(header["config"])
+    except ValueError as error:
+        raise ArtifactError(f"its config is that of no network: {error}") from error
+    shapes = {entry.name: entry.shape for entry in table}
+    expected = [config.vocab_size, config.d_model]
+    if shapes.get("tok_emb.weight") != expected:
+        raise ArtifactError(f"its config has a token table of {expected}, and its tensors one of "
+                            f"{shapes.get('tok_emb.weight')}")
+    layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    if config.n_layers > MAX_LAYERS or layers != {str(layer) for layer in range(config.n_layers)}:
+        raise ArtifactError(f"its config has {config.n_layers} layers, and its tensors are of {len(layers)}; at most "
+                            f"{MAX_LAYERS} can be read")
+    tokenizer, metadata, scheme = header["tokenizer"], header["metadata"], header["quantization"]
+    for name, value, fits in (
+            ("tokenizer.sha256", tokenizer.get("sha256", ""), lambda value: type(value) is str),
+            ("tokenizer.vocab_size", tokenizer.get("vocab_size", config.vocab_size), config.vocab_size.__eq__),
+            ("metadata.steps", metadata.get("steps", 0), is_natural),
+            ("metadata.seq_len", metadata.get("seq_len", 1), lambda value: is_natural(value) and value > 0),
+            ("metadata.train_seconds", metadata.get("train_seconds", 0), is_amount),
+            ("quantization.limit_bytes", scheme.get("limit_bytes", 1), lambda value: is_natural(value) and value > 0),
+            ("quantization.coarsen", scheme.get("coarsen", 1), is_amount)):
+        if fits(value) is not True:
+            raise ArtifactError(f"its {name} is {value!r}")
+
+
+def is_natural(value: Any) -> bool:
+    """An integer 0 … 2^40 (True is none)."""
+    return type(value) is int and 0 <= value <= 1 << 40
+
+
+def is_amount(value: Any) -> bool:
+    """A finite number that is not negative."""
+    return type(value) in (int, float) and 0 <= value <= 1e15 and math.isfinite(value)
+
+
+def read_parts(path: str | os.PathLike, check: Check = check_header) -> Parts:
+    """The parts of the file at `path`. `check`, given header and table, may refuse them before anything is unpacked.
+
+    Raises FileNotFoundError, or ArtifactError naming the file and its fault.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no artifact at {path}")
     try:
         with path.open("rb") as file:
-            return read_verified(file, os.fstat(file.fileno()).st_size)
+            return read_verified(file, os.fstat(file.fileno()).st_size, check)
     except ArtifactError as error:
         raise naming(path, error) from error
 
 
-def read_verified(file: BinaryIO, size: int) -> Parts:
+def read_verified(file: BinaryIO, size: int, check: Check = check_header) -> Parts:
     """The parts of a file of `size` bytes, sizes and checksums verified."""
     header, payload = container.read_sections(file, size)
     for section in ("config", "tokenizer", "metadata", "quantization"):
         if not isinstance(header.get(section), dict):
             raise ArtifactError(f"its header has no section '{section}'")
     counts, table = parse_table(header)
-    raw_bytes = content_bytes(counts)
-    container.check_raw_size(raw_bytes, len(payload))
-    return Parts(header, counts, table, container.decompress(payload, raw_bytes, "payload"), len(payload))
+    # Aliases count: a tensor that repeats another one has memory of its own in the network.
+    container.check_weights_size(sum(entry.numel for entry in table), len(payload))
+    check(header, table)
+    content = container.decompress(payload, content_bytes(counts), "payload")
+    return Parts(header, counts, table, content, len(payload))
 
 
 def naming(path: str | os.PathLike, error: ArtifactError) -> ArtifactError:
     """The error with the file's path in front and the remedy behind."""
-    return ArtifactError(f"{path} cannot be loaded: {error}. Copy or export it again")
+    return ArtifactError(f"{printable(str(path))} cannot be loaded: {printable(str(error), MAX_MESSAGE)}. Copy or "
+                         "export it again")

@@ -61,9 +61,11 @@ def decode_tensor(entry: Entry, streams: dict[str, np.ndarray]) -> Tensor:
         if int(codes.max()) > 2 * q_max:
             raise ArtifactError(f"{entry.name} has a code over {2 * q_max}, the largest of {entry.bits} bits")
         scale = torch.from_numpy(streams["scale"][entry.scale_offset:entry.scale_offset + entry.rows])
-        q_RC = (codes.to(torch.int16) - q_max).to(torch.int8).view(entry.rows, -1)
+        # 0 … 2 q_max as bytes are at most 254: less q_max they wrap round to what int8 holds.
+        q_RC = (codes - q_max).view(torch.int8).view(entry.rows, -1)
         tensor = dequantize_rows(QuantizedTensor(q_RC, scale, entry.exponent, entry.bits))
-        finite = torch.isfinite(scale).all() and torch.isfinite(tensor.abs().max())
+        # Products that overflow do so where |q| is largest.
+        finite = torch.isfinite(scale).all() and all(bool(torch.isfinite(end)) for end in tensor.aminmax())
     else:
         values = streams[entry.storage][entry.offset:entry.offset + entry.numel]
         tensor = torch.from_numpy(values.astype(np.float32))

@@ -46,7 +46,7 @@ def save_artifact(path: str | os.PathLike, state_dict: dict[str, Tensor], *, con
                   "quantization": dataclasses.asdict(scheme), "streams": counts,
                   "tensors": [entry.to_dict() for entry in table]}
         payload = compress(content, cuts=boundaries(counts, table))
-        container.check_raw_size(len(content), len(payload))
+        container.check_weights_size(sum(entry.numel for entry in table), len(payload))
         return container.pack(header, payload), Parts(header, counts, table, content, len(payload))
 
     def measure(encoded: list[Encoded], exact: bool = False) -> int:

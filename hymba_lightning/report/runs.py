@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from hymba_lightning.checkpoints import read_checkpoint
 from hymba_lightning.quantization import ArtifactError, ArtifactReport, inspect_artifact
 
 TRAIN_FIELDS = ("step", "seconds", "tokens", "loss", "lr_scale", "tokens_per_s")
@@ -103,7 +103,7 @@ def _load(folder: Path, name: str) -> Run:
 
 
 def _history_of_checkpoint(run: Run, path: Path) -> None:
-    stats = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["callbacks"].get("TrainingStats", {})
+    stats = read_checkpoint(path, mmap=True)["callbacks"].get("TrainingStats", {})
     run.train = [dict(zip(TRAIN_FIELDS, row, strict=True)) for row in stats.get("train", [])]
     run.val = [dict(zip(VAL_FIELDS, row, strict=True)) for row in stats.get("val", [])]
 

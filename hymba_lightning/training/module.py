@@ -11,11 +11,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from hymba_lightning.callbacks.average import AverageKind, WeightAverage
+from hymba_lightning.callbacks.checkpoint_io import use_digests
 from hymba_lightning.callbacks.compile_warmup import CompileWarmup
 from hymba_lightning.callbacks.loss_guard import LossGuard
 from hymba_lightning.callbacks.rank_watch import RankWatch
 from hymba_lightning.callbacks.stats import TrainingStats
 from hymba_lightning.callbacks.wall_clock import WallClock
+from hymba_lightning.checkpoints import TOKENIZER_KEY
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.sequences import Batch, Chunk
 from hymba_lightning.evaluation.score import Score
@@ -126,6 +128,7 @@ class HymbaModule(pl.LightningModule):
         self.run.net = self.net
         self.run.schedules = [self.set_schedule]
         self._check_trainer()
+        use_digests(self.trainer)
         data = datamodule_of(self.trainer)
         vocab = getattr(data, "vocab_size", None)
         if vocab is not None and vocab != self.net.config.vocab_size:
@@ -286,7 +289,7 @@ class HymbaModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = datamodule_of(self.trainer)
         if isinstance(data, HymbaDataModule):
-            checkpoint["tokenizer_sha256"] = data.tokenizer_fingerprint()
+            checkpoint[TOKENIZER_KEY] = data.tokenizer_fingerprint()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another architecture or tokenizer, before any weight is touched; says which of the
@@ -305,7 +308,7 @@ class HymbaModule(pl.LightningModule):
                                  + "; ".join(different) + "): use the config it was trained with")
         if not self._has_trainer:
             return
-        self._check_tokenizer(checkpoint.get("tokenizer_sha256"))
+        self._check_tokenizer(checkpoint.get(TOKENIZER_KEY))
         if self.trainer.state.fn == TrainerFn.FITTING:
             now = dataclasses.asdict(self.optimizer_config)
             before = saved.get("optimizer") or {}

@@ -7,6 +7,7 @@ import resource
 import numpy as np
 import pytest
 import torch
+from any_tensors import inspect_any, load_any
 
 import hymba_lightning.quantization.container as container
 from hymba_lightning.quantization import (
@@ -15,9 +16,7 @@ from hymba_lightning.quantization import (
     QuantizationConfig,
     check_limit,
     evaluation_code_bytes,
-    inspect_artifact,
     is_artifact,
-    load_artifact,
     save_artifact,
 )
 from hymba_lightning.quantization.int6 import dequantize_rows, quantize_reference, quantize_rows
@@ -46,7 +45,7 @@ def save(path, state_dict=None, scheme=SMALL, **changes):
 def test_round_trip_keeps_each_tensor_as_its_rule_says(tmp_path):
     path, original = tmp_path / "net.hymba", weights()
     save(path)
-    artifact = load_artifact(path)
+    artifact = load_any(path)
     assert (artifact.config, artifact.tokenizer, artifact.metadata) == ({"d_model": 16}, {"sha256": "ab"}, {"step": 3})
     assert QuantizationConfig(**artifact.quantization) == SMALL
     assert set(artifact.state_dict) == set(original)
@@ -66,14 +65,14 @@ def test_reference_scheme_stores_the_reference_numbers(tmp_path):
     save(tmp_path / "a", scheme=scheme)
     name = "blocks.0.attn.c_q.weight"
     expected = quantize_reference(weights()[name], 8)
-    restored = load_artifact(tmp_path / "a").state_dict[name]
+    restored = load_any(tmp_path / "a").state_dict[name]
     assert torch.equal(restored, expected.q.float() * expected.scale.float()[:, None])
 
 
 def test_name_bits_override_every_other_rule(tmp_path):
     scheme = dataclasses.replace(SMALL, name_bits={"tok_emb": 8, "blocks.1": 4})
     save(tmp_path / "a", scheme=scheme)
-    _, report = inspect_artifact(tmp_path / "a")
+    _, report = inspect_any(tmp_path / "a")
     storage = {tensor.name: tensor.storage for tensor in report.tensors}
     assert storage["tok_emb.weight"] == "int8"
     assert storage["blocks.1.attn.c_q.weight"] == "int4"
@@ -84,7 +83,7 @@ def test_tensors_rounded_elsewhere_are_taken_as_they_are(tmp_path):
     name = "blocks.0.attn.c_q.weight"
     rounded = quantize_rows(weights()[name] * 1.5, 5)
     save(tmp_path / "a", quantized={name: rounded})
-    assert torch.equal(load_artifact(tmp_path / "a").state_dict[name], dequantize_rows(rounded))
+    assert torch.equal(load_any(tmp_path / "a").state_dict[name], dequantize_rows(rounded))
     with pytest.raises(ValueError, match="does not have: other"):
         save(tmp_path / "b", quantized={"other": rounded})
     with pytest.raises(ValueError, match="tok_emb"):
@@ -105,7 +104,7 @@ def test_shared_tensors_are_stored_once(tmp_path):
     both = save(tmp_path / "b", {"blocks.0.attn.kv_proj.weight": shared, "blocks.1.attn.kv_proj.weight": shared})
     assert both.raw_bytes == alone.raw_bytes
     assert both.tensors[1].storage == "alias of blocks.0.attn.kv_proj.weight"
-    first, second = load_artifact(tmp_path / "b").state_dict.values()
+    first, second = load_any(tmp_path / "b").state_dict.values()
     assert torch.equal(first, second)
     assert first.data_ptr() != second.data_ptr()
 
@@ -115,7 +114,7 @@ def test_small_tensors_that_float16_cannot_hold_become_float32(tmp_path):
     report = save(tmp_path / "a", tensors)
     assert {tensor.name: tensor.storage for tensor in report.tensors} == \
         {"tiny": "float32", "huge": "float32", "plain": "float16"}
-    assert torch.equal(load_artifact(tmp_path / "a").state_dict["tiny"], tensors["tiny"])
+    assert torch.equal(load_any(tmp_path / "a").state_dict["tiny"], tensors["tiny"])
 
 
 def test_recentred_codes_and_planes_beat_plain_arrays(tmp_path):
@@ -146,7 +145,7 @@ def test_a_draft_is_never_smaller_than_the_file_will_be(levels):
 
 def test_report_adds_up_and_inspection_repeats_it(tmp_path):
     report = save(tmp_path / "a")
-    _, inspected = inspect_artifact(tmp_path / "a")
+    _, inspected = inspect_any(tmp_path / "a")
     assert inspected == report
     assert report.bytes == (tmp_path / "a").stat().st_size
     assert sum(tensor.raw_bytes for tensor in report.tensors) == report.raw_bytes
@@ -208,10 +207,10 @@ def test_full_disk_leaves_the_previous_file_whole(tmp_path):
 
 def test_missing_file_is_told_apart_from_a_damaged_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="no artifact at"):
-        load_artifact(tmp_path / "missing")
+        load_any(tmp_path / "missing")
     (tmp_path / "foreign").write_bytes(b"not mine" * 40)
     with pytest.raises(ArtifactError, match=r"foreign cannot be loaded: it is not an artifact"):
-        load_artifact(tmp_path / "foreign")
+        load_any(tmp_path / "foreign")
 
 
 def test_code_bytes_are_those_of_the_package():
@@ -239,8 +238,8 @@ def test_scales_get_as_coarse_as_the_limit_needs(tmp_path, caplog):
     assert "times as coarse" in caplog.text
     # Packing a fifth less at 5.4 bits saves 1.1 bits a weight, so scales are about twice as coarse.
     assert report.coarsen == pytest.approx(2**1.08, rel=0.1)
-    assert load_artifact(tmp_path / "b").quantization["coarsen"] == report.coarsen
-    errors = [sum((load_artifact(tmp_path / name).state_dict[key] - tensor).square().sum()
+    assert load_any(tmp_path / "b").quantization["coarsen"] == report.coarsen
+    errors = [sum((load_any(tmp_path / name).state_dict[key] - tensor).square().sum()
                   for key, tensor in matrices().items()) for name in "ab"]
     assert errors[0] < errors[1] < 6 * errors[0]
 
