@@ -36,8 +36,9 @@ def score_as_dict(score: ScoreRecord) -> dict[str, Any]:
             "tokenizer": None if score.data is None else score.data.tokenizer, "settings": score.settings}
 
 
-def write_fit_summary(run: Run, folder: RunFolder, unigram_bpb: float | None, plots: bool) -> None:
-    """Writes summary.json, history.json and training.png from the record, and prints the table."""
+def write_fit_summary(run: Run, folder: RunFolder, unigram_bpb: float | None,
+                      plots: bool) -> dict[str, Any]:
+    """Writes history.json, summary.json and training.png from the record; returns the summary."""
     record, history = run.record, run.history
     trained, stages = record.trained, record.stages()
     assert trained is not None
@@ -63,7 +64,7 @@ def write_fit_summary(run: Run, folder: RunFolder, unigram_bpb: float | None, pl
     if plots and history.train:
         plot_training(history.train, history.val, {stage: score.bpb for stage, score in stages.items()},
                       folder / "training.png", unigram_bpb)
-    print_table("Training", summary, folder)
+    return summary
 
 
 STAGE_NAMES = {"raw": "raw last-step weights, bpb", "ema": "averaged weights, bpb",
