@@ -24,7 +24,7 @@ from hymba_lightning.options import check_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.run import Run, RunFolder
 from hymba_lightning.run.run import new_folder
-from hymba_lightning.trainer_internals import leave_signals_to_us
+from hymba_lightning.trainer_internals import leave_signals_to_us, make_folders_optional
 from hymba_lightning.training.module import HymbaModule
 from hymba_lightning.training_options import TrainingParser
 
@@ -216,6 +216,7 @@ def send_logger(logger: Namespace, folder: Path) -> None:
 def run(args: list[str], started: float | None = None) -> HymbaCLI:
     """Runs one of LightningCLI's subcommands. `started`: time.monotonic() when the command began."""
     check_config_files(args)
+    make_folders_optional()
     return HymbaCLI(HymbaModule, HymbaDataModule, args=args, command=args[0], started=started,
                     seed_everything_default=1337, parser_class=TrainingParser, save_config_callback=RunConfig,
                     auto_configure_optimizers=False, parser_kwargs={"prog": "hymba"})

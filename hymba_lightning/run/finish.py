@@ -54,7 +54,8 @@ class ExportSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """What the artifact depends on, as the values that JSON gives back."""
-        values = {"quantization": dataclasses.asdict(self.quantization), "calibration_batches": self.calibration_batches}
+        values = {"quantization": dataclasses.asdict(self.quantization),
+                  "calibration_batches": self.calibration_batches}
         return json.loads(json.dumps(values))
 
 
@@ -211,8 +212,8 @@ class _Ending:
     def _save(self, calibration: Calibration) -> tuple[ArtifactReport, ArtifactRecord]:
         weights = {name: tensor.detach().cpu() for name, tensor in self.net.state_dict().items()}
         tokenizer: dict[str, Any] = {"vocab_size": self.net.config.vocab_size}
-        metadata = {"hymba_lightning": __version__, "steps": self.trainer.global_step,
-                    "train_seconds": round(self.clock.elapsed(), 3)}
+        # Nothing that differs from one run of the same steps to the next: the record has the seconds.
+        metadata: dict[str, Any] = {"hymba_lightning": __version__, "steps": self.trainer.global_step}
         if self.data is not None:
             tokenizer["sha256"] = self.data.tokenizer_fingerprint()
             metadata["seq_len"] = self.data.seq_len

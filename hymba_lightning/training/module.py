@@ -163,7 +163,7 @@ class HymbaModule(pl.LightningModule):
         """Options of the Trainer that would do something else than what they say."""
         if self.trainer.precision not in PRECISIONS:
             raise ValueError(f"trainer.precision is {self.trainer.precision}: leave it at 32-true; the network "
-                             "computes in bfloat16 with model.runtime.dtype bfloat16, over float32 weights")
+                             "computes in bfloat16 with model.runtime.compute_dtype bfloat16, over float32 weights")
 
     # Training ----------------------------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ def score(stage, weights="sha-a", data=WEB, tokens=100, **more):
 
 
 def test_it_comes_back_from_its_file(tmp_path):
-    record = RunRecord(None, ARTIFACT, [score("artifact", settings={"seq_len": 64}), score("ttt", mode="carried")], True,
-                       {"torch": "2"})
+    scores = [score("artifact", settings={"seq_len": 64}), score("ttt", mode="carried")]
+    record = RunRecord(None, ARTIFACT, scores, True, {"torch": "2"})
     record.save(tmp_path)
     assert RunRecord.load(tmp_path) == record
     assert RunRecord.load(tmp_path / "nothing") == RunRecord()
