@@ -52,7 +52,7 @@ class HymbaModule(pl.LightningModule):
         budget_seconds: float | None = None,
         reserve_seconds: float = 0.0,
         average: AverageKind = "ema",
-        average_window: float = 0.05,
+        average_window: float = 0.03,
         ema_decay: float | None = None,
         qat_start: float = 1.0,
         compile: bool = False,
@@ -72,7 +72,8 @@ class HymbaModule(pl.LightningModule):
             reserve_seconds: Part of the budget held back for the export's calibration on training data.
             average: Average of the weights that is validated and exported: 'ema', exponential; 'uniform', the mean over
                 the end of the run; 'none', the trained weights themselves.
-            average_window: Length of the average as a share of the run.
+            average_window: Length of the average as a share of the run: of the steps so far, times the learning rates'
+                factor ('ema'), or of the run's end ('uniform').
             ema_decay: Decay of the exponential average per step (the reference has 0.997); null for average_window.
             qat_start: Fraction of training after which quantization-aware training is on (needs runtime.qat_bits).
             compile: Compile the network with torch.compile.

@@ -158,7 +158,7 @@ def build_optimizer(
     """
     rules = build_rules(tied=tied, train_conv=config.train_conv, dynamics_in_muon=config.dynamics_in_muon)
     members = assign_parameters(named_parameters, rules)
-    embed_lr = config.embed_lr if config.embed_lr is not None else (0.05 if tied else 0.6)
+    embed_lr = config.embed_lr if config.embed_lr is not None else (0.02 if tied else 0.6)
     base_lr = {
         "embed": embed_lr,
         "head": config.head_lr,
