@@ -26,9 +26,9 @@ class TrainingCheckpoint(ModelCheckpoint):
     """Keeps one file, `last.ckpt`, from which `fit` goes on exactly.
 
     It is written at an interval, after the last step, and on SIGINT, SIGTERM or SIGHUP, which end the run after the
-    step in progress, or after the batch of a validation, on all ranks. Writing stops the training clock. The file is replaced in
-    one move, so that a crash or a full disk leaves the one before it whole, and weights with NaN or infinities never
-    replace it; a failed write in the middle of training is a warning, the last one an error.
+    step in progress, or after the batch of a validation, on all ranks. Writing stops the training clock. The file is
+    replaced in one move, so that a crash or a full disk leaves the one before it whole, and weights with NaN or
+    infinities never replace it; a failed write in the middle of training is a warning, the last one an error.
 
     Holds what Lightning's checkpoints lack: the state of the random generators. It is rank 0's, which every rank takes
     over on resume: with one seed for all ranks, as Lightning sets it, and equal work their states are equal.
@@ -37,7 +37,8 @@ class TrainingCheckpoint(ModelCheckpoint):
         dirpath: Folder of last.ckpt; null puts it beside the logs.
         every_n_seconds: Training seconds between two checkpoints; null for none. Needs a WallClock.
         every_n_steps: Optimizer steps between two checkpoints; null for none.
-        on_signal: Save and end on SIGINT, SIGTERM and SIGHUP. Needs a WallClock, without which Lightning's handling stays.
+        on_signal: Save and end on SIGINT, SIGTERM and SIGHUP. Needs a WallClock, without which signals end the run
+            without saving.
 
     Raises:
         ValueError: an interval is not positive.
