@@ -20,6 +20,7 @@ from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.model import HymbaConfig
 from hymba_lightning.options import check_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
+from hymba_lightning.training.memory import check_memory, estimate_memory, free_memory
 from hymba_lightning.training.module import HymbaModule
 from hymba_lightning.training_options import TrainingParser
 
@@ -68,6 +69,8 @@ class HymbaCLI(LightningCLI):
                                  "(default: runs/<date>-<time>)")
         parser.add_argument("--overwrite", type=bool, default=False,
                             help="Let fit start anew in a folder that holds a run already")
+        parser.add_argument("--check_memory", type=bool, default=True,
+                            help="Refuse a fit on the CPU that needs far more memory than is free")
         parser.add_lightning_class_args(TrainingCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExportArtifact, "export")
         parser.add_lightning_class_args(BudgetProgressBar, "progress")
@@ -113,6 +116,10 @@ class HymbaCLI(LightningCLI):
         if ckpt_path is None and held and not self._get(self.config_init, "overwrite"):
             raise FileExistsError(f"{self.run_dir} already holds a run ({', '.join(held)}): go on with --ckpt_path "
                                   "last, choose another --run_dir, or give --overwrite true")
+        if self._get(self.config_init, "check_memory") and self.trainer.strategy.root_device.type == "cpu":
+            estimate = estimate_memory(model.net.config, model.net.runtime, datamodule.seq_len,
+                                       datamodule.micro_batch_size)
+            check_memory(estimate, free_memory(), self.trainer.num_devices)
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs, **SAFE)
 
     def validate(self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None,
