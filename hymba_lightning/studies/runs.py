@@ -33,7 +33,8 @@ def run_once(command: str, run_dir: Path, result: str, arguments: Sequence[str],
                                   env=os.environ | dict(environment or {})).returncode
         if code or not path.is_file():
             # A crash in C++ ends with dozens of addresses; what went wrong stands above them.
-            lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if not line.startswith("frame #")]
+            text = log.read_text(encoding="utf-8", errors="replace")
+            lines = [line for line in text.splitlines() if not line.startswith("frame #")]
             tail = "\n".join(lines[-15:])
             raise RuntimeError(f"hymba {command} in {run_dir} ended with code {code}:\n{tail}")
         print(f"{run_dir.name}: {command} in {time.monotonic() - started:.0f} s", flush=True)
