@@ -89,7 +89,7 @@ def _call_compiled(*qkv: Tensor, **options: Any) -> Tensor:
 def rounded_length(length: int) -> int:
     """The least of 128, 192, 256, 384, 512, 768 … that is at least `length`: two lengths to each doubling."""
     power = max(BLOCK, 1 << (length - 1).bit_length())
-    return power * 3 // 4 if BLOCK < power and length <= power * 3 // 4 else power
+    return power * 3 // 4 if power > BLOCK and length <= power * 3 // 4 else power
 
 
 def pad_to_few_shapes(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor,
