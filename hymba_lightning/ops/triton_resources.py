@@ -21,8 +21,10 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hymba_lightning.ops.causal_conv1d import triton as conv_triton
+from hymba_lightning.ops.leaky_square_mlp import triton as mlp_triton
 from hymba_lightning.ops.newton_schulz import triton as schulz_triton
 from hymba_lightning.ops.selective_scan import triton as scan_triton
 from hymba_lightning.ops.softcapped_cross_entropy import triton as loss_triton
@@ -129,6 +131,16 @@ def loss_launches(tokens: int, vocab: int, dtype: torch.dtype) -> list[Launch]:
     return launches
 
 
+def mlp_launches(tokens: int, width: int, hidden: int, dtype: torch.dtype) -> list[Launch]:
+    """The launches of the MLP's hidden layer, forward and backward."""
+    x, w_in, w_out = (torch.empty(*shape, dtype=dtype, device="meta")
+                      for shape in ((tokens, width), (hidden, width), (width, hidden)))
+    with recorded(mlp_triton) as launches:
+        hidden_MF, _ = mlp_triton.hidden_layer._init_fn(x, w_in, 0.5)
+        mlp_triton.hidden_layer_backward._init_fn(x, w_out, hidden_MF, 0.5)
+    return launches
+
+
 def newton_schulz_launches(matrices: int, rows: int, columns: int, dtype: torch.dtype) -> list[Launch]:
     """Every launch of a Newton-Schulz step of a bank."""
     with recorded(schulz_triton) as launches:
@@ -152,6 +164,10 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         is_one = isinstance(value, int) and value == 1
         if parameter.is_constexpr or (is_one and not parameter.do_not_specialize):
             signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype].removeprefix('*')}[{block}]>"
             continue
         is_float = isinstance(value, float)
         signature[name] = TYPE_NAMES[value.dtype] if is_pointer else "fp32" if is_float else \
@@ -216,5 +232,7 @@ def main() -> int:
         for rows, columns in ((512, 2048), (48, 512)):
             launches = newton_schulz_launches(8, rows, columns, torch.bfloat16)
             clean &= report(launches, f"newton_schulz {rows} x {columns} bfloat16", capability)
+        if capability == 90:
+            clean &= report(mlp_launches(65536, 512, 2048, torch.bfloat16), "leaky_square_mlp bfloat16", capability)
     print("no kernel spills" if clean else "SPILLS: see the table")
     return 0 if clean else 1

@@ -53,6 +53,13 @@ def test_as_many_programs_fit_as_the_chunks_are_made_for(resources):
 
 
 @pytest.mark.slow
+def test_an_mlps_hidden_layer_does_not_spill_on_hopper(resources):
+    launches = resources.mlp_launches(65536, 512, 2048, torch.bfloat16)
+    assert [launch.kernel.__name__ for launch in launches] == ["hidden_forward", "hidden_backward"]
+    assert resources.report(launches, "mlp", 90)
+
+
+@pytest.mark.slow
 def test_a_spill_is_reported(resources, monkeypatch, capsys):
     from hymba_lightning.ops.selective_scan import triton
 
