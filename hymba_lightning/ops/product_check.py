@@ -104,8 +104,8 @@ def check(quick: bool = False) -> bool:
         for mlp in MLPS[:count]:
             passed &= compare(f"mlp {mlp}", functools.partial(run_mlp, backend="triton"),
                               functools.partial(run_mlp, backend="torch"), mlp_inputs(*mlp), torch.bfloat16)
-    for shape in BANKS[:count]:
-        passed &= check_schulz(shape)
+    for bank_shape in BANKS[:count]:
+        passed &= check_schulz(bank_shape)
     return passed
 
 
@@ -115,9 +115,10 @@ def _orthogonalized(x_nRC: Tensor, backend: str) -> Callable[[], object]:
 
 def timings() -> None:
     """Prints forward, and with backward, of each backend at the training shapes, and five Newton-Schulz steps."""
-    calls = {f"attention {name}": (functools.partial(run_attention, window=512, backend=name),
-                                   attention_inputs(*TRAINING_ATTENTION[:6]))
-             for name in ("fa4", "flex", "flash") if name in attention_backends("cuda")}
+    calls: dict[str, tuple[Callable, Inputs]] = {
+        f"attention {name}": (functools.partial(run_attention, window=512, backend=name),
+                              attention_inputs(*TRAINING_ATTENTION[:6]))
+        for name in ("fa4", "flex", "flash") if name in attention_backends("cuda")}
     # Compiled, because the elementwise passes of plain torch are what it is compared with.
     calls |= {f"mlp {name}": (torch.compile(functools.partial(run_mlp, backend=name)), mlp_inputs(*MLPS[-1]))
               for name in mlp_backends("cuda")}
