@@ -57,7 +57,7 @@ def sliding_window_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, 
     if window is not None and window >= n_keys:
         window = None
     features: tuple[str, ...] = () if window is None else ("window",)
-    if n_keys > n_queries and device_type == "cpu":
+    if n_keys > n_queries > 1 and device_type == "cpu":
         features += ("offset_on_cpu",)
     if q_BTHK.dtype == torch.float32:
         features += ("float32",)
