@@ -216,9 +216,11 @@ class RuntimeConfig:
     conv_backend: str = "auto"
     """Causal convolution: auto, naive, torch, triton or causal_conv1d."""
     attention_backend: str = "auto"
-    """Sliding-window attention: auto, naive, blocked, flex or flash."""
+    """Sliding-window attention: auto, naive, blocked, flex, fa4 or flash."""
     loss_backend: str = "auto"
     """Cross-entropy of the softcapped logits: auto, naive, torch or triton."""
+    mlp_backend: str = "auto"
+    """MLP with the squared leaky ReLU, where a gradient is wanted: auto, torch or triton."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     qat_bits: int = 0

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hymba_lightning.ops.newton_schulz import newton_schulz_step
+
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 # Minimax odd quintics for singular values in [1e-3, 1], one per step; the last repeats.
@@ -65,9 +67,7 @@ def orthogonalize(
     norm_n11 = torch.linalg.vector_norm(bank_nRC, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     x_nRC = (bank_nRC / (norm_n11 + EPS)).to(dtype)
     for a, b, c in coefficients:
-        gram_nRR = x_nRC @ x_nRC.mT
-        poly_nRR = torch.baddbmm(gram_nRR, gram_nRR, gram_nRR, beta=b, alpha=c)
-        x_nRC = torch.baddbmm(x_nRC, poly_nRR, x_nRC, beta=a)
+        x_nRC = newton_schulz_step(x_nRC, a, b, c)
     return x_nRC
 
 
