@@ -75,6 +75,14 @@ class HymbaConfig:
     """How the two branches are blended: one learned gate per block ('scalar') or one per channel ('channel')."""
     branch_norm: bool = False
     """RMS-normalise each branch's output before the merge (Hymba paper, arXiv:2411.13676, section 2)."""
+    branch_gate: int = 0
+    """Channels of the mixer's input that gates on both branches read: every head_dim channels of a branch's output are
+    multiplied by 2·sigmoid of a learned combination of them, which starts at 1. 0 has no gates."""
+    value_gate: bool = False
+    """Multiply attention's values by their own sigmoid."""
+    dynamics_norm: bool = False
+    """RMS-normalise what the scan takes from its input: the time step's low-rank vector, B and C (as the released Hymba
+    models do, there with learned weights)."""
     dynamics_dtype: str = "float32"
     """Storage of A_log and of the dt projection's weight. 'bfloat16' keeps the reference's defect 2 (it also stores
     them in bfloat16, about 13 thousandths of a bit per byte in another's measurement)."""
@@ -93,6 +101,8 @@ class HymbaConfig:
             raise ValueError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}: change either")
         if self.dt_rank < 0 or self.meta_tokens < 0:
             raise ValueError(f"dt_rank={self.dt_rank} and meta_tokens={self.meta_tokens} must not be negative")
+        if not 0 <= self.branch_gate <= self.d_model:
+            raise ValueError(f"branch_gate={self.branch_gate} must be 0 (no gates) to d_model={self.d_model}")
         if self.d_state > 64:
             raise ValueError(f"d_state={self.d_state} is over 64, the most that the scan's kernels hold in registers")
         for name, allowed in (("dt_init", ("mamba", "linear")), ("merge", ("scalar", "channel")),

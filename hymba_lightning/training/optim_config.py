@@ -33,6 +33,10 @@ class OptimizerConfig:
     """Adam's epsilon."""
     weight_decay: float = 0.02
     """Decoupled weight decay, of Muon's matrices only."""
+    cautious_decay: bool = False
+    """Decay only the weights that the update moves towards zero (arXiv:2510.12402)."""
+    decay_with_lr: bool = False
+    """Let weight decay itself fall with the learning rate, so that what is taken off in a step falls with its square."""
     muon_momentum: float = 0.95
     """Muon's momentum after its warm-up."""
     muon_momentum_start: float = 0.85
@@ -47,6 +51,9 @@ class OptimizerConfig:
     """Coefficients of the Newton-Schulz steps: one quintic for all, or Polar Express's one per step."""
     muon_row_normalize: bool = True
     """Scale every row to length 1 before Newton-Schulz (MuonEq-R); False is what the reference does."""
+    muon_neuron_beta: float = 0.0
+    """Decay of a second moment per row, which evens out the sizes of the neurons' updates (NorMuon, arXiv:2510.05491,
+    which takes 0.95); 0 for none."""
     muon_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the Newton-Schulz steps; auto takes bfloat16 on a GPU and float32 on a CPU, where that is faster."""
     muon_shard: bool = True
@@ -65,7 +72,7 @@ class OptimizerConfig:
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"optimizer.{name} is {value}; it must be 0 or positive")
-        for name in ("muon_momentum", "muon_momentum_start"):
+        for name in ("muon_momentum", "muon_momentum_start", "muon_neuron_beta"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
         self.adam_betas = tuple(self.adam_betas)

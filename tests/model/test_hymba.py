@@ -29,6 +29,7 @@ def rms_ratio(value: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("changes", [
     {}, {"meta_tokens": 3}, {"global_layers": [1]}, {"kv_share_every": 2, "merge": "channel", "branch_norm": True},
     {"expand": 2, "tie_embeddings": False, "smear_gate": False, "d_conv": 2}, {"window": 1},
+    {"branch_gate": 5}, {"value_gate": True}, {"dynamics_norm": True},
 ], ids=lambda changes: "-".join(changes) or "plain")
 def test_a_sequence_cut_anywhere_gives_the_logits_of_the_whole(changes):
     net = small(**changes).eval()
@@ -123,6 +124,42 @@ def test_starts_orthogonal_and_zero():
     assert float(loss.detach()) == pytest.approx(math.log(64), abs=0.05)
 
 
+def test_gates_on_the_branches_start_open_and_then_act_on_their_own_channels():
+    torch.manual_seed(0)
+    inputs = torch.randint(2, 64, (1, 12))
+    plain, gated = small(), Hymba(HymbaConfig(**SMALL, branch_gate=5))
+    gated.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        assert torch.equal(gated(inputs), plain(inputs))
+        mixer, x = gated.blocks[0].attn, torch.randn(1, 3, 32)
+        attended, scanned = torch.randn(1, 3, 32), torch.randn(1, 3, 32)
+        mixer.branch_gate[1] = -1000 * x[0, 2, :5]  # attention's second head, shut for the last token
+        mixer.branch_gate[4] = 1000 * x[0, 2, :5]  # the scan's first channels, wide open
+        out_attended, out_scanned = mixer.gated(x, attended, scanned)
+    assert not out_attended[0, 2, 8:16].any()
+    assert torch.equal(out_attended[0, 2, :8], attended[0, 2, :8])
+    assert torch.equal(out_scanned[0, 2, :8], 2 * scanned[0, 2, :8])
+    assert torch.equal(out_scanned[0, 2, 8:], scanned[0, 2, 8:])
+
+
+def test_gated_values_and_normalised_dynamics_are_what_their_names_say():
+    torch.manual_seed(0)
+    inputs = torch.randint(2, 64, (1, 12))
+    net = small(value_gate=True, dynamics_norm=True).eval()
+    with torch.no_grad():
+        _, state = net(inputs[:, :6], return_state=True)
+        scaled = small(value_gate=True, dynamics_norm=True).eval()
+        scaled.load_state_dict(net.state_dict())
+        for block in scaled.blocks:
+            block.attn.x_proj.weight.mul_(3)
+        whole, other = net(inputs), scaled(inputs)
+    # x·sigmoid(x) is never below -0.2785, whatever the projection gives.
+    assert float(state.layers[0].values.min()) >= -0.2785
+    assert float(state.layers[0].values.max()) > 0
+    # The scale of dt's low-rank vector, B and C does not matter once they are normalised.
+    assert rms_ratio(other, whole) < 1e-5
+
+
 @pytest.mark.parametrize("changes", [{}, {"logit_softcap": 2.0, "tie_embeddings": False, "meta_tokens": 3}], ids=str)
 def test_loss_is_the_cross_entropy_of_the_logits(changes):
     net = small(**changes)
@@ -190,7 +227,7 @@ def test_quantization_aware_training_acts_when_turned_on_and_passes_gradients():
     ({"d_model": 36, "n_heads": 4}, "odd"), ({"global_layers": "all"}, "global_layers"),
     ({"global_layers": [9]}, "global_layers"), ({"merge": "sum"}, "merge"), ({"dt_min": 0.2}, "dt_min"),
     ({"d_state": 65}, "d_state"), ({"bos_id": 64}, "bos_id"), ({"n_layers": 1}, "n_layers"),
-    ({"logit_softcap": 0.0}, "logit_softcap"),
+    ({"logit_softcap": 0.0}, "logit_softcap"), ({"branch_gate": 33}, "branch_gate"),
 ])
 def test_a_config_that_cannot_be_names_its_field(changes, message):
     with pytest.raises(ValueError, match=message):
