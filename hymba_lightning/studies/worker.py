@@ -13,6 +13,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -56,7 +57,8 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         if self._process is not None and self._process.stdin is not None and self._process.stdout is not None:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
             self._process.wait()
             self._process.stdout.close()
         self._process = None
