@@ -72,7 +72,9 @@ class HymbaConfig:
     dt_max: float = 0.1
     """Largest starting time step under dt_init 'mamba'."""
     merge: str = "scalar"
-    """How the two branches are blended: one learned gate per block ('scalar') or one per channel ('channel')."""
+    """How the two branches are blended: one learned gate per block ('scalar') or one per channel ('channel'), both
+    behind an output projection of the scan's own; or side by side into one projection of both ('concat'), as many
+    weights in one matrix product less."""
     branch_norm: bool = False
     """RMS-normalise each branch's output before the merge (Hymba paper, arXiv:2411.13676, section 2)."""
     branch_gate: int = 0
@@ -105,7 +107,7 @@ class HymbaConfig:
             raise ValueError(f"branch_gate={self.branch_gate} must be 0 (no gates) to d_model={self.d_model}")
         if self.d_state > 64:
             raise ValueError(f"d_state={self.d_state} is over 64, the most that the scan's kernels hold in registers")
-        for name, allowed in (("dt_init", ("mamba", "linear")), ("merge", ("scalar", "channel")),
+        for name, allowed in (("dt_init", ("mamba", "linear")), ("merge", ("scalar", "channel", "concat")),
                               ("dynamics_dtype", ("float32", "bfloat16"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose from {', '.join(allowed)}")
@@ -146,6 +148,11 @@ class HymbaConfig:
         if wrong:
             raise ValueError(f"global_layers names {wrong}, but the layers are 0 to {self.n_layers - 1}")
         return set(self.global_layers)
+
+    @property
+    def gate_groups(self) -> int:
+        """Groups of head_dim channels over both branches, as branch_gate counts them."""
+        return self.n_heads + (self.d_inner if self.merge == "concat" else self.d_model) // self.head_dim
 
     def to_dict(self) -> dict:
         """Plain values, for checkpoints and artifacts."""

@@ -51,7 +51,8 @@ class Merge(torch.autograd.Function):
 
 
 class HybridMixer(nn.Module):
-    """sigmoid(α)·attention + (1-sigmoid(α))·mamba, then the zero-initialised output projection.
+    """sigmoid(α)·attention + (1-sigmoid(α))·mamba, then the zero-initialised output projection; or, under merge
+    'concat', that projection of both side by side.
 
     Under `branch_gate` both are first multiplied by gates that few channels of the input open (a "sparse" gate on each
     head's output: modded-nanogpt, 2025).
@@ -76,12 +77,13 @@ class HybridMixer(nn.Module):
         self.dt_proj = TimeStepProjection(rank, e)
         self.A_log = nn.Parameter(torch.arange(1, n + 1, dtype=torch.float32).log().repeat(e, 1))
         self.D = nn.Parameter(torch.ones(e))
-        self.mamba_out_proj = Linear(e, d, qat_bits=bits)
-        self.proj = Linear(d, d, zero_init=True, qat_bits=bits)
+        concat = config.merge == "concat"
+        self.mamba_out_proj = None if concat else Linear(e, d, qat_bits=bits)
+        self.proj = Linear(d + e if concat else d, d, zero_init=True, qat_bits=bits)
         self.q_gain = nn.Parameter(torch.full((config.n_heads,), float(config.qk_gain)))
-        self.merge_alpha = nn.Parameter(torch.zeros(1 if config.merge == "scalar" else d))
+        self.merge_alpha = None if concat else nn.Parameter(torch.zeros(1 if config.merge == "scalar" else d))
         # Rows: one for each head_dim channels of attention's output, then of the scan's.
-        self.branch_gate = nn.Parameter(torch.zeros(2 * config.n_heads, config.branch_gate)) \
+        self.branch_gate = nn.Parameter(torch.zeros(config.gate_groups, config.branch_gate)) \
             if config.branch_gate else None
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None,
@@ -102,18 +104,22 @@ class HybridMixer(nn.Module):
             conv_state=None if state is None else state.conv, scan_state=None if state is None else state.scan,
             normalise=self.dynamics_norm, return_state=return_state, conv_backend=self.runtime.conv_backend,
             scan_backend=self.runtime.scan_backend)
-        scanned_BTD = self.mamba_out_proj(y_BTE)
+        scanned_BTD = y_BTE if self.mamba_out_proj is None else self.mamba_out_proj(y_BTE)
         if self.branch_norm:
             attended_BTD, scanned_BTD = rms_norm(attended_BTD), rms_norm(scanned_BTD)
         if self.branch_gate is not None:
             attended_BTD, scanned_BTD = self.gated(x_BTD, attended_BTD, scanned_BTD)
-        out_BTD = self.proj(Merge.apply(attended_BTD, scanned_BTD, self.merge_alpha, self.head_dim))
+        if self.merge_alpha is None:
+            out_BTD = self.proj(torch.cat([attended_BTD, scanned_BTD], dim=-1))
+        else:
+            out_BTD = self.proj(Merge.apply(attended_BTD, scanned_BTD, self.merge_alpha, self.head_dim))
         return out_BTD, LayerState(*kept, conv_state, scan_state) if return_state else None
 
     def gated(self, x_BTD: Tensor, attended_BTD: Tensor, scanned_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Both branches' outputs (B, T, D) times the gates that the first channels of x (B, T, D) open."""
+        """Both branches' outputs (B, T, D), the scan's (B, T, E) under 'concat', times the gates that the first channels of x (B, T, D) open."""
         weight = self.branch_gate.to(x_BTD.dtype)
         gate_BTG1 = 2 * torch.sigmoid(F.linear(x_BTD[..., :weight.size(1)], weight))[..., None]
-        attention_gate, scan_gate = gate_BTG1.chunk(2, dim=-2)
+        heads = attended_BTD.size(-1) // self.head_dim
+        attention_gate, scan_gate = gate_BTG1.split([heads, gate_BTG1.size(-2) - heads], dim=-2)
         return ((attended_BTD.unflatten(-1, (-1, self.head_dim)) * attention_gate).flatten(-2),
                 (scanned_BTD.unflatten(-1, (-1, self.head_dim)) * scan_gate).flatten(-2))

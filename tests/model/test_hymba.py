@@ -30,6 +30,7 @@ def rms_ratio(value: torch.Tensor, expected: torch.Tensor) -> float:
     {}, {"meta_tokens": 3}, {"global_layers": [1]}, {"kv_share_every": 2, "merge": "channel", "branch_norm": True},
     {"expand": 2, "tie_embeddings": False, "smear_gate": False, "d_conv": 2}, {"window": 1},
     {"branch_gate": 5}, {"value_gate": True}, {"dynamics_norm": True},
+    {"merge": "concat", "expand": 2, "branch_norm": True, "branch_gate": 3},
 ], ids=lambda changes: "-".join(changes) or "plain")
 def test_a_sequence_cut_anywhere_gives_the_logits_of_the_whole(changes):
     net = small(**changes).eval()
@@ -140,6 +141,24 @@ def test_gates_on_the_branches_start_open_and_then_act_on_their_own_channels():
     assert torch.equal(out_attended[0, 2, :8], attended[0, 2, :8])
     assert torch.equal(out_scanned[0, 2, :8], 2 * scanned[0, 2, :8])
     assert torch.equal(out_scanned[0, 2, 8:], scanned[0, 2, 8:])
+
+
+def test_branches_side_by_side_are_a_sum_of_two_projections():
+    net = small(merge="concat", n_layers=2).eval()
+    names = {name.rsplit(".", 2)[1] for name, _ in net.named_parameters() if ".attn." in name}
+    assert "mamba_out_proj" not in names
+    x = torch.randn(2, 9, 32)
+    mixer, seen = net.blocks[0].attn, []
+    mixer.proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    from hymba_lightning.model.attention import rope_table
+
+    with torch.no_grad():
+        out, _ = mixer(x, rope_table(0, 9, net.config.head_dim, 10000.0, x.device), None, False)
+        attended, scanned = seen[0].split([32, 32], dim=-1)
+        weight = mixer.proj.weight
+        torch.testing.assert_close(out, attended @ weight[:, :32].T + scanned @ weight[:, 32:].T)
+        other = small(n_layers=2).eval()
+        assert sum(p.numel() for p in other.parameters()) - sum(p.numel() for p in net.parameters()) == 2  # the α
 
 
 def test_gated_values_and_normalised_dynamics_are_what_their_names_say():
