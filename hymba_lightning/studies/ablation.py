@@ -78,12 +78,16 @@ def options(values: dict[str, Any]) -> list[str]:
     return flat
 
 
-def run_one(study: Study, variant: str, seed: int, folder: Path, extra: list[str], worker: Worker) -> None:
-    """Trains one variant with one seed. Raises RuntimeError with the log's end."""
+def run_one(study: Study, variant: str, seed: int, folder: Path, extra: list[str], worker: Worker,
+            lock: Path | None = None) -> None:
+    """Trains one variant with one seed, on its turn where the device has a `lock`. Raises RuntimeError with the log's
+    end."""
     run_dir, changes = folder / f"{variant}-{seed}", study.variants[variant]
     files = [part for config in changes.get("config", study.config) for part in ("--config", config)]
     arguments = [*files, *options(study.common), *options(changes), "--seed_everything", str(seed), *extra]
-    run_once("fit", run_dir, "summary.json", arguments, worker=worker)
+    turn = [] if lock is None else ["--trainer.callbacks", json.dumps([
+        {"class_path": "hymba_lightning.studies.turn.DeviceTurn", "init_args": {"path": str(lock)}}])]
+    run_once("fit", run_dir, "summary.json", [*arguments, *turn], worker=worker)
     if study.test and (run_dir / "artifact.hymba").is_file():
         run_once("test", run_dir, "test_summary.json", [*arguments, "--ckpt_path", str(run_dir / "artifact.hymba")],
                  worker=worker)
@@ -130,8 +134,8 @@ class StudyQueue:
 
 
 def run_study(source: Study | Path, seeds: list[int], folder: Path, extra: list[str], devices: list[str | None],
-              only: list[str] | None = None, watch: bool = False) -> str:
-    """Runs everything, one run per device at a time, all runs of a device in one process.
+              only: list[str] | None = None, watch: bool = False, per_device: int = 1) -> str:
+    """Runs everything, `per_device` processes on each device, which train one after the other.
 
     Returns the table (Markdown); also written to folder/table.md, with plot.png beside it, and results.json after
     every run. A run that fails costs no other one: table and plot are made of what ended, and RuntimeError then tells
@@ -143,6 +147,7 @@ def run_study(source: Study | Path, seeds: list[int], folder: Path, extra: list[
 
     def serve(device: str | None) -> None:
         worker = Worker({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        lock = folder / f"device-{device}.lock" if per_device > 1 else None
         while not (folder / "stop").exists():
             pair = queue.take()
             if pair is None and not watch:
@@ -151,7 +156,7 @@ def run_study(source: Study | Path, seeds: list[int], folder: Path, extra: list[
                 time.sleep(1)
                 continue
             try:
-                run_one(queue.study, *pair, folder, extra, worker)
+                run_one(queue.study, *pair, folder, extra, worker, lock)
             except RuntimeError as error:
                 failures.append(str(error))
                 print(error, flush=True)
@@ -159,8 +164,9 @@ def run_study(source: Study | Path, seeds: list[int], folder: Path, extra: list[
                 write_results(queue.study, folder)
         worker.close()
 
-    with ThreadPoolExecutor(len(devices)) as pool:
-        list(pool.map(serve, devices))
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(devices) * per_device) as pool:
+        list(pool.map(serve, devices * per_device))
     study = queue.study
     ended = any((folder / f"{study.baseline}-{seed}" / "summary.json").is_file() for seed in seeds)
     table = report(study, folder, seeds, only) if ended else ""

@@ -113,6 +113,17 @@ def test_a_watched_study_waits_for_more_until_it_is_told_to_stop(calls, tmp_path
     assert [name for _, name, *_ in calls] == ["plain-0", "more-0"]
 
 
+def test_processes_on_one_device_take_turns(calls, tmp_path):
+    run_study(STUDY, [0], tmp_path, [], ["0", "1"], per_device=2)
+    fits = [(arguments, environment) for command, _, arguments, environment in calls if command == "fit"]
+    assert len(fits) == 2
+    for arguments, environment in fits:
+        callback = json.loads(arguments[arguments.index("--trainer.callbacks") + 1])[0]
+        assert callback["class_path"] == "hymba_lightning.studies.turn.DeviceTurn"
+        device = environment["CUDA_VISIBLE_DEVICES"]
+        assert callback["init_args"]["path"] == str(tmp_path / f"device-{device}.lock")
+
+
 def test_report_of_an_interrupted_study(calls, tmp_path):
     run_study(STUDY, [0, 1], tmp_path, [], [None])
     (tmp_path / "wide-0" / "summary.json").unlink()
