@@ -35,11 +35,11 @@ def write_data(folder: Path, n_train: int = 20_000, n_val: int = 700) -> Path:
 
 def tiny_module(net: dict[str, Any] | None = None, runtime: dict[str, Any] | None = None,
                 optimizer: dict[str, Any] | None = None, **arguments: Any) -> HymbaModule:
-    """A module with the tiny network; the warmdown covers the last steps of a short run."""
+    """A module with the tiny network and the default schedule."""
     pl.seed_everything(7, verbose=False)
-    arguments = {"ema_decay": 0.9, "log_every_n_steps": 1} | arguments
+    arguments = {"log_every_n_steps": 1} | arguments
     return HymbaModule(HymbaConfig(**(NET | (net or {}))), RuntimeConfig(**(runtime or {})),
-                       OptimizerConfig(**({"warmdown_iters": 5, "muon_momentum_warmup_steps": 5} | (optimizer or {}))),
+                       OptimizerConfig(**(optimizer or {})),
                        **arguments)
 
 

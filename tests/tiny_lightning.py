@@ -90,10 +90,7 @@ class TinyModule(pl.LightningModule):
     def on_clock(self, reading: ClockReading) -> None:
         self.readings.append(reading)
         config = self.optimizer_config
-        scale = config.lr_scale(
-            remaining_seconds=reading.remaining, mean_step=reading.mean_step, remaining_steps=reading.remaining_steps
-        )
-        self.trainer.optimizers[0].set_schedule(scale, config.momentum(reading.step))
+        self.trainer.optimizers[0].set_schedule(config.lr_scale(reading), config.momentum(reading))
 
     def loss(self, batch: Tensor) -> Tensor:
         return F.cross_entropy(self.net(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())

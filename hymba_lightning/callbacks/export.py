@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from hymba_lightning import __version__
-from hymba_lightning.callbacks.ema import EMA
+from hymba_lightning.callbacks.average import WeightAverage
 from hymba_lightning.callbacks.stats import TrainingStats
 from hymba_lightning.evaluation.score import Score, score_batches, sum_over_ranks
 from hymba_lightning.files import write_atomic
@@ -45,8 +45,8 @@ def share_with_nodes(trainer: pl.Trainer, path: Path) -> None:
 class ExportArtifact(pl.Callback):
     """Quantizes the averaged weights, writes one file, reloads it and scores what was reloaded.
 
-    Runs after training, after EMA's last swap and outside the budget (see HymbaModule.on_train_end). Scores the raw
-    last-step weights, the averaged weights and the reloaded artifact on the validation stream.
+    Runs after training, after the average's last swap and outside the budget (see HymbaModule.on_train_end). Scores
+    the raw last-step weights, the averaged weights and the reloaded artifact on the validation stream.
 
     Args:
         enabled: Write an artifact at the end of training; otherwise only the weights are scored.
@@ -112,7 +112,7 @@ class ExportArtifact(pl.Callback):
             return
         self.path = run_folder(trainer) / self.filename
         if self.score_stages:
-            ema = next(callback for callback in trainer.callbacks if isinstance(callback, EMA))
+            ema = next(callback for callback in trainer.callbacks if isinstance(callback, WeightAverage))
             last = "ema" if ema.has_average else "raw"
             if ema.has_average:
                 with ema.raw_weights(pl_module):

@@ -44,6 +44,16 @@ class ClockReading:
         """Optimizer steps left to the step limit, None without one."""
         return None if self.max_steps is None else max(self.max_steps - self.step, 0)
 
+    @property
+    def expected_steps(self) -> int | None:
+        """Optimizer steps of the whole run; with a budget None until ten steps, or a fifth of it, tell their time."""
+        if self.remaining is None or self.mean_step is None:
+            return self.max_steps if self.remaining is None else None
+        if self.step < 10 and self.progress < 0.2:
+            return None
+        by_time = self.step + round(self.remaining / max(self.mean_step, 1e-9))
+        return by_time if self.max_steps is None else min(by_time, self.max_steps)
+
 
 class WallClock(Callback):
     """Counts training time and stops every rank at the same optimizer step, before the budget is used up.

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from hymba_lightning.callbacks.average import AverageKind, WeightAverage
 from hymba_lightning.callbacks.compile_warmup import CompileWarmup
-from hymba_lightning.callbacks.ema import EMA
 from hymba_lightning.callbacks.loss_guard import LossGuard
 from hymba_lightning.callbacks.rank_watch import RankWatch
 from hymba_lightning.callbacks.stats import TrainingStats
@@ -29,8 +29,8 @@ log = logging.getLogger("hymba_lightning")
 class HymbaModule(pl.LightningModule):
     """Trains, validates and tests a Hymba network.
 
-    A plain ``Trainer(...).fit(module, datamodule)`` has the clock, the warmdown, EMA and the logged statistics: they
-    come from `configure_callbacks`, unless the trainer already has a callback of that kind.
+    A plain ``Trainer(...).fit(module, datamodule)`` has the clock, the schedule, the average and the logged
+    statistics: they come from `configure_callbacks`, unless the trainer already has a callback of that kind.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class HymbaModule(pl.LightningModule):
         ttt: TTTConfig = TTTConfig(),  # noqa: B008
         budget_seconds: float | None = None,
         reserve_seconds: float = 0.0,
-        ema_decay: float | None = 0.997,
-        swa_start: float | None = None,
-        swa_every: int = 50,
+        average: AverageKind = "ema",
+        average_window: float = 0.05,
+        ema_decay: float | None = None,
         qat_start: float = 1.0,
         compile: bool = False,
         compile_warmup_steps: int | None = None,
@@ -60,9 +60,10 @@ class HymbaModule(pl.LightningModule):
             budget_seconds: Training seconds the run may take in all, resumed parts included; null stops at
                 trainer.max_steps instead.
             reserve_seconds: Part of the budget held back for the export's calibration on training data.
-            ema_decay: Decay of the exponential moving average of the weights, per step; null averages nothing.
-            swa_start: Average the weights uniformly instead, from where the lr scale falls below this; null for EMA.
-            swa_every: Optimizer steps between two weights that the uniform average takes in.
+            average: Average of the weights that is validated and exported: 'ema', exponential; 'uniform', the mean over
+                the end of the run; 'none', the trained weights themselves.
+            average_window: Length of the average as a share of the run.
+            ema_decay: Decay of the exponential average per step (the reference has 0.997); null for average_window.
             qat_start: Fraction of training after which quantization-aware training is on (needs runtime.qat_bits).
             compile: Compile the network with torch.compile.
             compile_warmup_steps: Steps run and undone before the clock starts, so that compilation (torch's, Triton's,
@@ -76,7 +77,7 @@ class HymbaModule(pl.LightningModule):
         self.net = Hymba(net, runtime)
         self.optimizer_config, self.ttt_config = optimizer, ttt
         self.budget_seconds, self.reserve_seconds = budget_seconds, reserve_seconds
-        self.ema_decay, self.swa_start, self.swa_every = ema_decay, swa_start, swa_every
+        self.average, self.average_window, self.ema_decay = average, average_window, ema_decay
         self.qat_start = qat_start
         self.compile_net = compile
         self.compile_warmup_steps = (20 if compile else 2) if compile_warmup_steps is None else compile_warmup_steps
@@ -84,7 +85,8 @@ class HymbaModule(pl.LightningModule):
         self.on_nan = on_nan
         # Plain values only: checkpoints are read with weights_only.
         self.save_hyperparameters({"net": net.to_dict(), "optimizer": dataclasses.asdict(optimizer),
-                                   "budget_seconds": budget_seconds, "ema_decay": ema_decay})
+                                   "budget_seconds": budget_seconds, "average": average,
+                                   "average_window": average_window, "ema_decay": ema_decay})
         self.bpb = BitsPerByte()
         self.lr_scale = 1.0
         self.last_validation: Score | None = None
@@ -93,6 +95,7 @@ class HymbaModule(pl.LightningModule):
         self.weights_from: str | None = None
         self.test_scores: list[Score] = []
         self.tested_chunk: ChunkScore | None = None
+        self._lengths_told = False
         self._loss_sum: Tensor | None = None
         self._loss_count = 0
         self._compiled_forward: Callable[..., Tensor] | None = None
@@ -105,7 +108,7 @@ class HymbaModule(pl.LightningModule):
             RankWatch(),
             WallClock(self.budget_seconds, self.reserve_seconds),
             LossGuard(self.on_nan),
-            EMA(self.ema_decay, self.swa_start, self.swa_every),
+            WeightAverage(self.average, self.average_window, self.ema_decay),
             TrainingStats(self.log_every_n_steps, self.peak_tflops),
         ]
         return [callback for callback in wanted
@@ -150,9 +153,13 @@ class HymbaModule(pl.LightningModule):
     def on_clock(self, reading: ClockReading) -> None:
         """Sets learning rates, momentum and quantization-aware training for the step about to run."""
         config = self.optimizer_config
-        self.lr_scale = config.lr_scale(remaining_seconds=reading.remaining, mean_step=reading.mean_step,
-                                        remaining_steps=reading.remaining_steps)
-        self.trainer.optimizers[0].set_schedule(self.lr_scale, config.momentum(reading.step))
+        self.lr_scale = config.lr_scale(reading)
+        self.trainer.optimizers[0].set_schedule(self.lr_scale, config.momentum(reading))
+        if not self._lengths_told and reading.expected_steps is not None:
+            self._lengths_told = True
+            if self.trainer.is_global_zero:
+                for note in config.lengths_beyond(reading.expected_steps):
+                    log.warning("%s", note)
         if self.net.runtime.qat_bits:
             self.net.set_qat_strength(float(reading.progress >= self.qat_start))
 

@@ -43,7 +43,7 @@ class HymbaOptimizer(Optimizer):
             group.setdefault("lr", group["base_lr"])
             group.setdefault("base_weight_decay", group.get("weight_decay", 0.0))
             if group["algorithm"] == "muon":
-                group.setdefault("momentum", config.momentum(0))
+                group.setdefault("momentum", config.first_momentum)
                 not_matrices = [tuple(p.shape) for p in group["params"] if p.ndim != 2]
                 if not_matrices:
                     raise ValueError(f"Muon group {group['name']!r} holds parameters of shape {not_matrices}")

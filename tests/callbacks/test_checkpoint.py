@@ -13,8 +13,8 @@ from tiny_lightning import FakeTime, TimedModule, TinyData, TinyModule, assert_s
 
 import hymba_lightning.callbacks.checkpoint as checkpoint_module
 import hymba_lightning.files as files
+from hymba_lightning.callbacks.average import WeightAverage
 from hymba_lightning.callbacks.checkpoint import CheckpointWriteError, TrainingCheckpoint
-from hymba_lightning.callbacks.ema import EMA
 from hymba_lightning.callbacks.wall_clock import WallClock
 
 
@@ -35,7 +35,7 @@ def crash():
 
 def run(folder, *, steps=6, resume=False, every_n_steps=None, callbacks=(), seed=3, **options):
     torch.manual_seed(seed)
-    module, ema = TinyModule(), EMA(0.9)
+    module, ema = TinyModule(), WeightAverage(decay=0.9)
     save = TrainingCheckpoint(str(folder), every_n_seconds=None, every_n_steps=every_n_steps)
     trainer = make_trainer(folder, [WallClock(), ema, save, *callbacks], max_steps=steps, **options)
     trainer.fit(module, datamodule=TinyData(), ckpt_path=Path(folder) / "last.ckpt" if resume else None)

@@ -19,8 +19,8 @@ from tiny_lightning import (
     run_ranks,
 )
 
+from hymba_lightning.callbacks.average import WeightAverage
 from hymba_lightning.callbacks.compile_warmup import CompileWarmup
-from hymba_lightning.callbacks.ema import EMA
 from hymba_lightning.callbacks.wall_clock import WallClock
 
 
@@ -46,7 +46,7 @@ def run(folder, warmup_steps, ckpt=None, data=None, **options):
     torch.manual_seed(7)
     random.seed(7)
     np.random.seed(7)
-    module, ema, warmup = Watched(), EMA(0.9), CompileWarmup(warmup_steps)
+    module, ema, warmup = Watched(), WeightAverage(decay=0.9), CompileWarmup(warmup_steps)
     trainer = make_trainer(folder, [WallClock(), ema, warmup], **({"max_steps": 5} | options))
     trainer.fit(module, datamodule=data or TinyData(), ckpt_path=ckpt)
     optimizer = copy.deepcopy(trainer.optimizers[0].state_dict())

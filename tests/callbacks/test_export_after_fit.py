@@ -13,7 +13,9 @@ BUDGET = 61_803
 def test_a_fit_ends_with_an_artifact_that_just_fits(tmp_path, gptq):
     scheme = QuantizationConfig(scheme="mixed", gptq=gptq, limit_bytes=BUDGET + evaluation_code_bytes())
     export = ExportArtifact(quantization=scheme, calibration_batches=2)
-    module, data = tiny_module(), tiny_data(write_data(tmp_path / "data"))
+    # Trained hard enough for its bytes to fill the limit.
+    module = tiny_module(optimizer={"warmup_share": 0, "warmdown_share": 0.4}, ema_decay=0.9)
+    data = tiny_data(write_data(tmp_path / "data"))
     asked: list[int] = []
     batches = data.calibration_batches
     data.calibration_batches = lambda n: asked.append(n) or batches(n)
@@ -36,7 +38,7 @@ def test_the_rehearsal_before_the_clock_changes_nothing_and_tells_a_short_reserv
     data = write_data(tmp_path / "data")
     for export in (ExportArtifact, Rehearsed):
         callback = export(filename=f"{export.__name__}.hymba", quantization=scheme, calibration_batches=2)
-        module = tiny_module(budget_seconds=3600, optimizer={"warmdown_iters": 0})
+        module = tiny_module(budget_seconds=3600, optimizer={"warmdown_share": 0})
         tiny_trainer(tmp_path, callbacks=[callback]).fit(module, tiny_data(data))
     plain, rehearsed = (load_artifact(tmp_path / f"{export.__name__}.hymba").state_dict
                         for export in (ExportArtifact, Rehearsed))

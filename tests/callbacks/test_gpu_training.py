@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from tiny_lightning import StopAt, TinyData, TinyModule, TinyNet, assert_same, make_batch, make_trainer
 
+from hymba_lightning.callbacks.average import WeightAverage
 from hymba_lightning.callbacks.checkpoint import TrainingCheckpoint
 from hymba_lightning.callbacks.compile_warmup import CompileWarmup
-from hymba_lightning.callbacks.ema import EMA
 from hymba_lightning.callbacks.wall_clock import WallClock
 from hymba_lightning.training.optim import OptimizerConfig, build_optimizer
 
@@ -92,7 +92,7 @@ def state_of(trainer, module, ema):
 
 def run(folder, *, callbacks=(), ckpt=None, seed=3):
     torch.manual_seed(seed)
-    module, ema = TinyModule(), EMA(0.9)
+    module, ema = TinyModule(), WeightAverage(decay=0.9)
     save = TrainingCheckpoint(str(folder), every_n_seconds=None, every_n_steps=3)
     trainer = make_trainer(
         folder, [WallClock(), ema, *callbacks, save], accelerator="gpu", max_steps=6, deterministic=True

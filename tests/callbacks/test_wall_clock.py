@@ -65,7 +65,7 @@ def test_the_schedule_follows_the_clock(tmp_path):
             lr.append(optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["base_lr"])
 
     fake_time = FakeTime()
-    module = TimedModule(fake_time, [1.0], OptimizerConfig(warmdown_iters=4, warmdown_shape="linear"))
+    module = TimedModule(fake_time, [1.0], OptimizerConfig(warmup_share=0, warmdown_iters=4, warmdown_shape="linear"))
     trainer = make_trainer(tmp_path, [WallClock(8.0, margin=1.0, time_fn=fake_time), Rates()])
     trainer.fit(module, datamodule=TinyData())
     assert lr == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_data, tiny_module, tiny_trainer, write_data
 
-from hymba_lightning.callbacks.ema import EMA
+from hymba_lightning.callbacks.average import WeightAverage
 from hymba_lightning.callbacks.wall_clock import WallClock
 from hymba_lightning.evaluation import score_tokens
 
@@ -40,16 +40,17 @@ def fitted(folder, tmp_path_factory):
     return trainer, module, data, recorder
 
 
-def test_a_plain_trainer_has_warmdown_momentum_warmup_and_ema(fitted):
+def test_a_plain_trainer_has_the_schedule_and_the_average(fitted):
     trainer, module, _, recorder = fitted
     assert len(recorder.lr_scale) == 40
-    assert recorder.lr_scale[:35] == [1.0] * 35
-    expected = [0.5 * (1 + math.cos(math.pi * (1 - left / 5))) for left in (5, 4, 3, 2, 1)]
-    assert recorder.lr_scale[35:] == pytest.approx(expected)
-    assert recorder.momentum[:6] == pytest.approx([0.85, 0.87, 0.89, 0.91, 0.93, 0.95])
-    ema = next(c for c in trainer.callbacks if isinstance(c, EMA))
+    assert recorder.lr_scale[:5] == pytest.approx([0.1, 0.325, 0.55, 0.775, 1.0])  # a tenth of 40 steps
+    assert recorder.lr_scale[4:21] == [1.0] * 17
+    assert recorder.lr_scale[20:] == pytest.approx([0.5 * (1 - math.cos(math.pi * left / 20))
+                                                    for left in range(20, 0, -1)])
+    assert recorder.momentum[:6] == pytest.approx([0.85, 0.875, 0.9, 0.925, 0.95, 0.95])
+    average = next(c for c in trainer.callbacks if isinstance(c, WeightAverage))
     assert any(isinstance(c, WallClock) for c in trainer.callbacks)
-    with ema.raw_weights(module):
+    with average.raw_weights(module):
         raw = module.net.tok_emb.weight.detach().clone()
     assert not torch.equal(raw, module.net.tok_emb.weight)
 
@@ -90,10 +91,27 @@ def test_test_scores_the_stream_adapts_and_gives_the_weights_back(fitted):
         assert torch.equal(parameter, before[name]), name
 
 
+def test_lengths_of_another_run_are_told_once_with_the_remedy(folder, tmp_path, caplog):
+    module = tiny_module(optimizer={"warmdown_iters": 3000, "muon_momentum_warmup_steps": 500}, ema_decay=0.997)
+    tiny_trainer(tmp_path, max_steps=4).fit(module, tiny_data(folder))
+    told = [line for line in caplog.messages if "longer than this run" in line or "too long for this run" in line]
+    assert [line.split()[0] for line in told] == ["optimizer.warmdown_iters", "optimizer.muon_momentum_warmup_steps",
+                                                  "ema_decay"]
+    assert "optimizer.warmdown_iters 3000 is longer than this run of about 4 steps" in told[0]
+
+
+def test_a_budget_tells_such_lengths_once_its_steps_are_timed(folder, tmp_path, caplog):
+    module = tiny_module(optimizer={"warmdown_iters": 3000}, budget_seconds=0.5)
+    tiny_trainer(tmp_path, max_steps=-1, max_epochs=1).fit(module, tiny_data(folder))
+    told = [line for line in caplog.messages if "longer than this run" in line]
+    assert len(told) == 1
+    assert "warmdown_iters 3000" in told[0]
+
+
 def test_gradient_accumulation_equals_the_larger_batch(folder, tmp_path):
     weights = []
     for micro, accumulate in ((4, 1), (2, 2)):
-        module = tiny_module(optimizer={"muon_momentum_warmup_steps": 3})
+        module = tiny_module()
         trainer = tiny_trainer(tmp_path, max_steps=3, accumulate_grad_batches=accumulate)
         trainer.fit(module, tiny_data(folder, micro_batch_size=micro))
         assert trainer.global_step == 3
@@ -106,7 +124,7 @@ def test_the_reference_switches_act(folder, tmp_path):
     start = module.net.blocks[0].attn.conv1d.weight.detach().clone()
     trainer = tiny_trainer(tmp_path, max_steps=3)
     trainer.fit(module, tiny_data(folder))
-    ema = next(c for c in trainer.callbacks if isinstance(c, EMA))
+    ema = next(c for c in trainer.callbacks if isinstance(c, WeightAverage))
     with ema.raw_weights(module):
         assert torch.equal(module.net.blocks[0].attn.conv1d.weight, start)
     repaired = tiny_module()

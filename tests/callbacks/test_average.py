@@ -1,17 +1,19 @@
 """Averaged weights: the formula, what validation and test see, and exact resume from every kind of checkpoint."""
 
 import copy
+import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tiny_lightning import StopAt, TinyData, TinyModule, assert_same, make_trainer
 
-from hymba_lightning.callbacks.ema import EMA
+from hymba_lightning.callbacks.average import WeightAverage
 from hymba_lightning.callbacks.wall_clock import WallClock
 from hymba_lightning.training.optim import OptimizerConfig
 
-FLAT = OptimizerConfig(warmdown_iters=0)
+FLAT = OptimizerConfig(warmup_share=0, warmdown_share=0, momentum_warmup_share=0)
 
 
 class Recorder(Callback):
@@ -38,7 +40,7 @@ def optimizer_state(trainer):
 
 
 def test_average_starts_from_the_initial_weights_and_follows_the_formula(tmp_path):
-    module, recorder, ema = TinyModule(), Recorder(), EMA(0.9)
+    module, recorder, ema = TinyModule(), Recorder(), WeightAverage(decay=0.9)
     make_trainer(tmp_path, [ema, recorder], max_steps=5).fit(module, datamodule=TinyData())
     expected = {n: w.double() for n, w in recorder.steps[0].items()}
     for weights in recorder.steps[1:]:
@@ -49,13 +51,13 @@ def test_average_starts_from_the_initial_weights_and_follows_the_formula(tmp_pat
 
 
 def test_only_optimizer_steps_count(tmp_path):
-    ema = EMA(0.9)
+    ema = WeightAverage(decay=0.9)
     make_trainer(tmp_path, [ema], max_steps=3, accumulate_grad_batches=4).fit(TinyModule(), datamodule=TinyData())
     assert ema.n_averaged == 3
 
 
 def test_bfloat16_weights_have_a_float32_average_that_moves(tmp_path):
-    module, ema = TinyModule(), EMA(0.999)
+    module, ema = TinyModule(), WeightAverage(decay=0.999)
     module.net.bfloat16()
     before = parameters(module)
     make_trainer(tmp_path, [ema], max_steps=3).fit(module, datamodule=TinyData())
@@ -65,7 +67,7 @@ def test_bfloat16_weights_have_a_float32_average_that_moves(tmp_path):
 
 
 def test_validation_and_tests_see_the_average(tmp_path):
-    module, recorder, ema = TinyModule(), Recorder(), EMA(0.5)
+    module, recorder, ema = TinyModule(), Recorder(), WeightAverage(decay=0.5)
     save = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=4, filename="four", save_top_k=-1)
     trainer = make_trainer(
         tmp_path, [ema, recorder, save], max_steps=4, limit_val_batches=1, val_check_interval=2, num_sanity_val_steps=1
@@ -85,12 +87,13 @@ def test_validation_and_tests_see_the_average(tmp_path):
     assert not torch.allclose(four, w[4], atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", [{"decay": 0.9}, {"window": 0.4}, {"kind": "uniform", "window": 0.7}])
 @pytest.mark.parametrize("when", ["at a step", "during validation", "after training"])
-def test_resume_is_bit_exact(tmp_path, when):
+def test_resume_is_bit_exact(tmp_path, when, kind):
     def run(folder, steps, ckpt=None, callbacks=()):
-        module, ema, data = TinyModule(FLAT, dropout=0.0), EMA(0.9), TinyData()
+        module, ema, data = TinyModule(FLAT, dropout=0.0), WeightAverage(**kind), TinyData()
         trainer = make_trainer(
-            folder, [ema, *callbacks], max_steps=steps, limit_val_batches=1, val_check_interval=3
+            folder, [WallClock(), ema, *callbacks], max_steps=steps, limit_val_batches=1, val_check_interval=3
         )
         trainer.fit(module, datamodule=data, ckpt_path=ckpt)
         with ema.raw_weights(module):
@@ -100,7 +103,7 @@ def test_resume_is_bit_exact(tmp_path, when):
     whole_trainer, whole, whole_raw = run(tmp_path, 6)
     half = tmp_path / "half.ckpt"
     if when == "after training":
-        run(tmp_path, 3)[0].save_checkpoint(half)
+        run(tmp_path, 6, callbacks=[StopAt(3)])[0].save_checkpoint(half)
     elif when == "at a step":
         save = ModelCheckpoint(dirpath=tmp_path, filename="half", every_n_train_steps=3)
         run(tmp_path, 6, callbacks=[save, StopAt(3)])
@@ -115,13 +118,13 @@ def test_resume_is_bit_exact(tmp_path, when):
 
 
 def test_checkpoints_hold_the_average_under_every_name_and_the_raw_weights(tmp_path):
-    module, recorder, ema = TinyModule(), Recorder(), EMA(0.5)
+    module, recorder, ema = TinyModule(), Recorder(), WeightAverage(decay=0.5)
     trainer = make_trainer(tmp_path, [ema, recorder], max_steps=2)
     trainer.fit(module, datamodule=TinyData())
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == saved["current_model_state"].keys()
-    assert saved["averaging_state"] == {"n_averaged": torch.tensor(2)}
+    assert saved["averaging_state"] == {"n_averaged": torch.tensor(2), "kind": "ema"}
     w0, w1, w2 = (s["net.blocks.0.attn.c_q.weight"] for s in recorder.steps)
     for name in ("net.blocks.0.attn.c_q.weight", "net.blocks.1.attn.c_q.weight"):  # shared
         average = torch.lerp(torch.lerp(w0, w1, 0.5), w2, 0.5)
@@ -132,12 +135,12 @@ def test_checkpoints_hold_the_average_under_every_name_and_the_raw_weights(tmp_p
 
 
 def test_a_plain_checkpoint_starts_the_average_from_its_weights(tmp_path):
-    plain = make_trainer(tmp_path, [EMA(None)], max_steps=2)
+    plain = make_trainer(tmp_path, [WeightAverage("none")], max_steps=2)
     module = TinyModule(FLAT)
     plain.fit(module, datamodule=TinyData())
     plain.save_checkpoint(tmp_path / "plain.ckpt")
     assert "current_model_state" not in torch.load(tmp_path / "plain.ckpt", weights_only=True)
-    ema, resumed = EMA(0.999999), TinyModule(FLAT)
+    ema, resumed = WeightAverage(decay=0.999999), TinyModule(FLAT)
     trainer = make_trainer(tmp_path, [ema], max_steps=3)
     trainer.fit(resumed, datamodule=TinyData(), ckpt_path=tmp_path / "plain.ckpt")
     assert torch.allclose(resumed.net.tok_emb.weight, module.net.tok_emb.weight, atol=1e-4)
@@ -145,40 +148,118 @@ def test_a_plain_checkpoint_starts_the_average_from_its_weights(tmp_path):
 
 
 def test_training_goes_on_from_the_raw_weights_even_without_average(tmp_path):
-    module, ema = TinyModule(FLAT), EMA(0.9)
+    module, ema = TinyModule(FLAT), WeightAverage(decay=0.9)
     trainer = make_trainer(tmp_path, [ema], max_steps=3)
     trainer.fit(module, datamodule=TinyData())
     with ema.raw_weights(module):
         raw = module.weights()
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     seen = Recorder()
-    off = make_trainer(tmp_path, [EMA(None), seen], max_steps=4)
+    off = make_trainer(tmp_path, [WeightAverage("none"), seen], max_steps=4)
     off.fit(TinyModule(FLAT), datamodule=TinyData(), ckpt_path=tmp_path / "x.ckpt")
     assert torch.equal(seen.steps[0]["net.tok_emb.weight"], raw["tok_emb.weight"])
 
 
-def test_uniform_average_from_a_learning_rate_on(tmp_path):
-    config = OptimizerConfig(warmdown_iters=8, warmdown_shape="linear")  # scale at steps 0..7: 1, 7/8, ... 1/8
-    module, recorder, ema = TinyModule(config), Recorder(), EMA(None, swa_start=0.6, swa_every=2)
-    trainer = make_trainer(tmp_path, [WallClock(), ema, recorder], max_steps=8)
+def test_the_window_is_a_share_of_the_steps_so_far(tmp_path):
+    module, recorder, average = TinyModule(), Recorder(), WeightAverage(window=0.25)
+    make_trainer(tmp_path, [average, recorder], max_steps=12).fit(module, datamodule=TinyData())
+    expected = recorder.steps[4]  # up to step 4 the window is shorter than a step
+    for step in range(5, 13):
+        expected = {n: torch.lerp(e, recorder.steps[step][n], 4 / step) for n, e in expected.items()}
+    for name, p in module.named_parameters():
+        assert torch.allclose(p, expected[name], rtol=1e-5, atol=1e-6), name
+        assert not torch.allclose(p, recorder.steps[12][name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("n_steps", [20, 200, 2000])
+def test_the_mean_age_of_what_is_averaged_is_the_window_at_any_length(n_steps):
+    # Weights that are their own step number: the average then is the step it stands for.
+    average = WeightAverage(window=0.05)
+    average._shadow = {"w": torch.zeros(())}
+    module, trainer = torch.nn.Module(), SimpleNamespace(global_step=0, callbacks=[])
+    module.w = torch.nn.Parameter(torch.zeros(()))
+    for step in range(1, n_steps + 1):
+        trainer.global_step = step
+        module.w.data.fill_(step)
+        average.on_train_batch_end(trainer, module, None, None, 0)
+    age = n_steps - float(average._shadow["w"])
+    assert age == pytest.approx(0.05 / 1.05 * n_steps, rel=0.02, abs=1.0)
+
+
+def test_uniform_average_of_the_last_share_of_the_run(tmp_path):
+    module, recorder, average = TinyModule(), Recorder(), WeightAverage("uniform", 0.25)
+    trainer = make_trainer(tmp_path, [WallClock(), average, recorder], max_steps=8)
     trainer.fit(module, datamodule=TinyData())
-    assert ema.n_averaged == 2  # steps 6 and 8, made with scales 3/8 and 1/8; step 4 was made with 5/8
-    mean = (recorder.steps[6]["net.tok_emb.weight"] + recorder.steps[8]["net.tok_emb.weight"]) / 2
+    assert average.n_averaged == 2  # after steps 7 and 8 of 8
+    mean = (recorder.steps[7]["net.tok_emb.weight"] + recorder.steps[8]["net.tok_emb.weight"]) / 2
     assert torch.allclose(module.net.tok_emb.weight, mean, atol=1e-6)
 
 
-def test_without_a_sample_the_uniform_average_is_the_weights(tmp_path):
-    module, ema = TinyModule(), EMA(None, swa_start=0.2, swa_every=50)
-    trainer = make_trainer(tmp_path, [ema], max_steps=2)
+def test_before_its_share_of_the_run_the_uniform_average_is_the_weights(tmp_path):
+    module, average = TinyModule(), WeightAverage("uniform", 0.25)
+    trainer = make_trainer(tmp_path, [WallClock(), average, StopAt(2)], max_steps=8)
     trainer.fit(module, datamodule=TinyData())
-    assert not ema.has_average
+    assert not average.has_average
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert_same(saved["state_dict"], saved["current_model_state"])
 
 
+def test_a_finished_run_given_more_time_averages_its_new_end(tmp_path):
+    first = make_trainer(tmp_path, [WallClock(), WeightAverage("uniform", 0.25)], max_steps=8)
+    first.fit(TinyModule(FLAT), datamodule=TinyData())
+    first.save_checkpoint(tmp_path / "x.ckpt")
+    average = WeightAverage("uniform", 0.25)
+    trainer = make_trainer(tmp_path, [WallClock(), average], max_steps=16)
+    trainer.fit(TinyModule(FLAT), datamodule=TinyData(), ckpt_path=tmp_path / "x.ckpt")
+    assert average.n_averaged == 4  # steps 13 to 16
+
+
+def test_the_uniform_average_asks_for_a_clock(tmp_path):
+    trainer = make_trainer(tmp_path, [WeightAverage("uniform", 0.25)], max_steps=2)
+    with pytest.raises(RuntimeError, match="WallClock"):
+        trainer.fit(TinyModule(), datamodule=TinyData())
+
+
+def test_a_checkpoint_with_another_kind_of_average_starts_this_one_anew_and_says_so(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, [WallClock(), WeightAverage("uniform", 0.5)], max_steps=4)
+    trainer.fit(TinyModule(FLAT), datamodule=TinyData())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    raw = torch.load(tmp_path / "x.ckpt", weights_only=True)["current_model_state"]["net.tok_emb.weight"]
+    average = WeightAverage(decay=0.999999)
+    with caplog.at_level(logging.INFO, "hymba_lightning"):
+        resumed = make_trainer(tmp_path, [average], max_steps=5)
+        resumed.fit(module := TinyModule(FLAT), datamodule=TinyData(), ckpt_path=tmp_path / "x.ckpt")
+    assert "average is of kind 'uniform', this run's of kind 'ema'" in caplog.text
+    assert average.n_averaged == 1
+    assert torch.allclose(module.net.tok_emb.weight, raw, atol=1e-5)
+
+
+def test_a_checkpoint_from_before_the_kind_was_kept_goes_on(tmp_path):
+    trainer = make_trainer(tmp_path, [WeightAverage(decay=0.9)], max_steps=4)
+    trainer.fit(TinyModule(FLAT), datamodule=TinyData())
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    old = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    del old["averaging_state"]["kind"]
+    torch.save(old, tmp_path / "old.ckpt")
+    average = WeightAverage(window=0.1)
+    make_trainer(tmp_path, [average], max_steps=6).fit(TinyModule(FLAT), datamodule=TinyData(),
+                                                       ckpt_path=tmp_path / "old.ckpt")
+    assert average.n_averaged == 6
+
+
+@pytest.mark.parametrize(("steps", "told"), [(60, True), (2000, False)])
+def test_a_decay_too_long_for_the_run_is_told_once(tmp_path, caplog, steps, told):
+    callbacks = [WallClock(), WeightAverage(decay=0.997), StopAt(3)]
+    make_trainer(tmp_path, callbacks, max_steps=steps).fit(TinyModule(FLAT), datamodule=TinyData())
+    lines = [line for line in caplog.messages if "ema_decay" in line]
+    assert len(lines) == told
+    assert not told or ("0.997 is too long for this run of about 60 steps" in lines[0] and "84 %" in lines[0]
+                        and "average_window" in lines[0])
+
+
 def test_swaps_are_exact_and_nest(tmp_path):
-    module, ema = TinyModule(), EMA(0.5)
+    module, ema = TinyModule(), WeightAverage(decay=0.5)
 
     class Inside(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
@@ -204,14 +285,17 @@ def test_an_exception_in_validation_leaves_the_raw_weights(tmp_path):
             raise RuntimeError("broken validation")
 
     module, recorder = Failing(), Recorder()
-    trainer = make_trainer(tmp_path, [EMA(0.5), recorder], max_steps=4, limit_val_batches=1, val_check_interval=2)
+    trainer = make_trainer(
+        tmp_path, [WeightAverage(decay=0.5), recorder], max_steps=4, limit_val_batches=1, val_check_interval=2
+    )
     with pytest.raises(RuntimeError, match="broken validation"):
         trainer.fit(module, datamodule=TinyData())
     assert_same(parameters(module), recorder.steps[2])
 
 
-@pytest.mark.parametrize(("arguments", "field"), [({"decay": 1.0}, "ema_decay"), ({"swa_start": 0.0}, "swa_start"),
-                                                  ({"swa_every": 0}, "swa_every")])
+@pytest.mark.parametrize(("arguments", "field"), [
+    ({"decay": 1.0}, "ema_decay"), ({"window": 0.0}, "average_window"), ({"window": 1.5}, "average_window"),
+    ({"kind": "swa"}, "average is 'swa'"), ({"kind": "uniform", "decay": 0.9}, "ema_decay")])
 def test_bad_arguments_are_named(arguments, field):
     with pytest.raises(ValueError, match=field):
-        EMA(**arguments)
+        WeightAverage(**arguments)

@@ -1,13 +1,15 @@
-"""Averaged weights: an exponential moving average (EMA) or a uniform one (SWA), kept beside the trained weights.
+"""Averaged weights, kept beside the trained ones: exponential over a share of the run, or uniform over its end.
 
 The average is what gets validated, tested and exported; the trained ("raw") weights are kept for an exact resume.
 Checkpoints use the key names of Lightning's WeightAveraging: `state_dict` holds the average, `current_model_state`
-the raw weights, `averaging_state` the count. Sources: Izmailov et al., arXiv:1803.05407, for the uniform average.
+the raw weights, `averaging_state` the count and the kind. Sources: Karras et al., arXiv:2312.02696, for the
+exponential average whose length is a share of the steps done; Izmailov et al., arXiv:1803.05407, for the uniform one.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,44 +17,53 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from hymba_lightning.callbacks.wall_clock import find_clock
 
-class EMA(Callback):
+log = logging.getLogger("hymba_lightning")
+
+AverageKind = Literal["ema", "uniform", "none"]
+
+
+class WeightAverage(Callback):
     """Keeps a float32 average of all floating-point parameters, updated after every optimizer step.
 
+    "ema" with a window takes in the weights after step t by 1 / (window · t), at most 1: the average's length grows
+    with the run and stays a share of it, the weights it starts from drop out, and it stays far behind no warmdown that
+    is much longer than the window. "ema" with a decay is the plain one, started from the initial weights. "uniform" is
+    the mean of the weights after every step of the last `window` of the run, by the clock; before, it has no average.
+
     Args:
-        decay: of the exponential average, per optimizer step, started from the initial weights; null turns it off.
-        swa_start: average uniformly instead, from where the learning-rate factor falls below this; null for EMA.
-        swa_every: optimizer steps between two weights that the uniform average takes in.
+        kind: "ema", "uniform", or "none" to average nothing.
+        window: length of the average as a share of the run, of its steps so far ("ema") or of its end ("uniform").
+        decay: of the exponential average, per optimizer step, instead of a window; the reference has 0.997.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or a decay goes with another kind than "ema".
     """
 
-    def __init__(self, decay: float | None = 0.997, swa_start: float | None = None, swa_every: int = 50) -> None:
+    def __init__(self, kind: AverageKind = "ema", window: float = 0.05, decay: float | None = None) -> None:
+        if kind not in ("ema", "uniform", "none"):
+            raise ValueError(f"average is {kind!r}; use 'ema', 'uniform' or 'none'")
+        if not 0 < window <= 1:
+            raise ValueError(f"average_window is {window}; it must be a share of the run in (0, 1], e.g. 0.05")
         if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"ema_decay is {decay}; it must be in [0, 1), or null to turn averaging off")
-        if swa_start is not None and not 0 < swa_start <= 1:
-            raise ValueError(f"swa_start is {swa_start}; it must be a learning-rate factor in (0, 1], or null for EMA")
-        if swa_every < 1:
-            raise ValueError(f"swa_every is {swa_every}; it must be 1 or more optimizer steps")
+            raise ValueError(f"ema_decay is {decay}; it must be in [0, 1), or null for average_window")
+        if decay is not None and kind != "ema":
+            raise ValueError(f"ema_decay is {decay} and average is {kind!r}; set average to 'ema' or ema_decay to null")
+        self.kind: AverageKind = kind
+        self.window = window
         self.decay = decay
-        self.swa_start = swa_start
-        self.swa_every = swa_every
         self.n_averaged = 0
-        self._last_step = 0
+        self._told = decay is None
+        self._seen_step = 0
         self._shadow: dict[str, Tensor] = {}
         self._raw: list[Tensor] | None = None
         self._restored: dict[str, Tensor] = {}
 
     @property
-    def enabled(self) -> bool:
-        """Whether this run averages at all."""
-        return self.decay is not None or self.swa_start is not None
-
-    @property
     def has_average(self) -> bool:
         """Whether there is an average of the weights being, or just having been, trained."""
-        return bool(self._shadow) and (self.swa_start is None or self.n_averaged > 0)
+        return bool(self._shadow) and (self.kind == "ema" or self.n_averaged > 0)
 
     @property
     def averaged_inside(self) -> bool:
@@ -86,7 +97,7 @@ class EMA(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._shadow, self._raw, self._restored = {}, None, {}
-            self.n_averaged = self._last_step = 0
+            self.n_averaged = 0
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning has already put `state_dict`, the average, into the module: right to test, wrong to train on."""
@@ -96,45 +107,53 @@ class EMA(Callback):
             return
         if "current_model_state" not in checkpoint:
             return
-        self.n_averaged = int(checkpoint.get("averaging_state", {}).get("n_averaged", 0))
-        self._restored = {
-            name: checkpoint["state_dict"][name].detach().to(torch.float32, copy=True)
-            for name, _ in self._parameters(pl_module)
-        }
+        state = checkpoint.get("averaging_state", {})
+        # Checkpoints from before the kind was kept hold an exponential average.
+        kind = state.get("kind", "ema")
+        if kind == self.kind:
+            self.n_averaged = int(state.get("n_averaged", 0))
+            self._restored = {
+                name: checkpoint["state_dict"][name].detach().to(torch.float32, copy=True)
+                for name, _ in self._parameters(pl_module)
+            }
+        elif trainer.is_global_zero:
+            log.info("the checkpoint's average is of kind %r, this run's of kind %r: it starts anew from the trained "
+                     "weights", kind, self.kind)
         pl_module.load_state_dict(checkpoint["current_model_state"], strict=pl_module.strict_loading)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._last_step = state_dict["last_step"]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"last_step": self._last_step}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the weights that training starts from, or from the checkpoint's average."""
-        if self.enabled:
+        if self.kind != "none":
             self._shadow = {
                 name: self._restored.get(name, p.detach()).to(device=p.device, dtype=torch.float32, copy=True)
                 for name, p in self._parameters(pl_module)
             }
         self._restored = {}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen_step = trainer.global_step
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update once per optimizer step; micro-batches that only accumulate gradients leave `global_step` alone."""
-        if not self._shadow or trainer.global_step <= self._last_step:
+        if not self._shadow or trainer.global_step <= self._seen_step:
             return
-        self._last_step = trainer.global_step
-        if self.swa_start is None:
+        self._seen_step = trainer.global_step
+        self._tell_long_decay(trainer)
+        if self.kind == "uniform" and self._progress(trainer) <= 1.0 - self.window:
+            self.n_averaged = 0  # a finished run that was given more time: its end is another one now
+            return
+        self.n_averaged += 1
+        if self.kind == "uniform":
+            weight = 1.0 / self.n_averaged
+        elif self.decay is not None:
             weight = 1.0 - self.decay
-        elif self._last_step % self.swa_every == 0 and self._lr_scale(trainer) < self.swa_start:
-            weight = 1.0 / (self.n_averaged + 1)
         else:
-            return
+            weight = 1.0 / max(self.window * self.n_averaged, 1.0)
         with torch.no_grad():
             current = [p.detach().float() for _, p in self._parameters(pl_module)]
             torch._foreach_lerp_(list(self._shadow.values()), current, weight)
-        self.n_averaged += 1
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and self.has_average and not self.averaged_inside:
@@ -167,7 +186,7 @@ class EMA(Callback):
                 averaged[alias] = self._shadow[name] if self.has_average else value
         checkpoint["current_model_state"] = current
         checkpoint["state_dict"] = averaged
-        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self.n_averaged)}
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self.n_averaged), "kind": self.kind}
 
     @staticmethod
     def _parameters(pl_module: LightningModule) -> list[tuple[str, Tensor]]:
@@ -182,10 +201,26 @@ class EMA(Callback):
             names.setdefault(first.setdefault(id(p), name), []).append(name)
         return names
 
+    def _tell_long_decay(self, trainer: Trainer) -> None:
+        """Says once, as soon as the run's length is known, that the average would be of its beginning."""
+        clock = None if self._told else find_clock(trainer)
+        steps = clock.reading.expected_steps if clock is not None else None
+        if steps is None:
+            return
+        self._told = True
+        first = self.decay**steps
+        if first > 0.01 and trainer.is_global_zero:
+            log.warning("ema_decay %s is too long for this run of about %d steps: %.2g %% of the average will be the "
+                        "weights it started from; set it to null and use average_window, a share of the run",
+                        self.decay, steps, 100 * first)
+
     @staticmethod
-    def _lr_scale(trainer: Trainer) -> float:
-        group = next(g for g in trainer.optimizers[0].param_groups if g.get("base_lr", g["lr"]) > 0)
-        return group["lr"] / group.get("base_lr", group["lr"])
+    def _progress(trainer: Trainer) -> float:
+        """Share of the run done, by its clock."""
+        clock = find_clock(trainer)
+        if clock is None:
+            raise RuntimeError("a uniform average needs the run's clock: add WallClock() to the trainer's callbacks")
+        return clock.reading.progress
 
     @torch.no_grad()
     def _swap_in(self, pl_module: LightningModule) -> None:
