@@ -20,6 +20,8 @@ class HymbaConfig:
     """Key/value heads G (grouped-query attention); must divide n_heads."""
     window: int = 512
     """Keys a token sees in sliding-window attention, itself included: 0 <= i - j < window."""
+    layer_windows: list[int] | None = None
+    """A window for each layer instead of the same one for all, e.g. short ones with a few long ones between."""
     global_layers: str | list[int] = "none"
     """Layers with full causal attention instead of the window: 'none', 'auto' (first, middle, last) or a list."""
     mlp_mult: int = 4
@@ -119,6 +121,9 @@ class HymbaConfig:
             raise ValueError(f"bos_id={self.bos_id} is not a token id below vocab_size={self.vocab_size}")
         if self.n_layers < 2:
             raise ValueError("n_layers must be at least 2: the U-Net skips need a first and a second half")
+        if self.layer_windows is not None and (len(self.layer_windows) != self.n_layers or min(self.layer_windows) < 1):
+            raise ValueError(f"layer_windows={self.layer_windows} must be n_layers={self.n_layers} numbers of at least "
+                             "1, or null for the same window in all layers")
         self.global_layer_set()
 
     @property
@@ -135,6 +140,12 @@ class HymbaConfig:
     def resolved_dt_rank(self) -> int:
         """Rank R of the time-step projection after resolving 0."""
         return self.dt_rank or max(self.d_model // 16, 1)
+
+    def window_of(self, layer: int) -> int | None:
+        """Keys that a token sees in a layer, itself included; None in a global layer."""
+        if layer in self.global_layer_set():
+            return None
+        return self.window if self.layer_windows is None else self.layer_windows[layer]
 
     def global_layer_set(self) -> set[int]:
         """Indices of the layers with full causal attention. Raises ValueError for an unknown word or a bad index."""
@@ -183,7 +194,7 @@ class HymbaConfig:
         """
         keys = 0.0
         for layer in range(self.n_layers):
-            span = seq_len if layer in self.global_layer_set() else min(self.window, seq_len)
+            span = min(self.window_of(layer) or seq_len, seq_len)
             keys += span - span * (span - 1) / (2 * seq_len)
         scan = 27 * self.d_inner * self.d_state * self.n_layers
         return 6 * self.matmul_params() + 12 * self.d_model * keys + scan

@@ -29,6 +29,7 @@ def rms_ratio(value: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("changes", [
     {}, {"meta_tokens": 3}, {"global_layers": [1]}, {"kv_share_every": 2, "merge": "channel", "branch_norm": True},
     {"expand": 2, "tie_embeddings": False, "smear_gate": False, "d_conv": 2}, {"window": 1},
+    {"layer_windows": [3, 8, 1, 12]}, {"layer_windows": [3, 8, 1, 12], "global_layers": [1]},
     {"branch_gate": 5}, {"value_gate": True}, {"dynamics_norm": True},
     {"merge": "concat", "expand": 2, "branch_norm": True, "branch_gate": 3},
 ], ids=lambda changes: "-".join(changes) or "plain")
@@ -45,8 +46,10 @@ def test_a_sequence_cut_anywhere_gives_the_logits_of_the_whole(changes):
                 logits, state = net(inputs[:, first:stop], state=state, return_state=True)
                 pieces.append(logits)
             assert rms_ratio(torch.cat(pieces, dim=1), whole) < 1e-5
-    sizes = {layer.keys.size(1) for i, layer in enumerate(state.layers) if i not in net.config.global_layer_set()}
-    assert sizes == {net.config.window - 1}
+    windows = net.config.layer_windows or [net.config.window] * net.config.n_layers
+    for i, (layer, window) in enumerate(zip(state.layers, windows, strict=True)):
+        assert layer.keys.size(1) == (40 if i in net.config.global_layer_set() else window - 1) + (
+            net.config.meta_tokens if i in net.config.global_layer_set() else 0)
 
 
 def test_the_future_does_not_reach_the_past():
@@ -247,6 +250,7 @@ def test_quantization_aware_training_acts_when_turned_on_and_passes_gradients():
     ({"global_layers": [9]}, "global_layers"), ({"merge": "sum"}, "merge"), ({"dt_min": 0.2}, "dt_min"),
     ({"d_state": 65}, "d_state"), ({"bos_id": 64}, "bos_id"), ({"n_layers": 1}, "n_layers"),
     ({"logit_softcap": 0.0}, "logit_softcap"), ({"branch_gate": 33}, "branch_gate"),
+    ({"layer_windows": [8, 8]}, "layer_windows"), ({"layer_windows": [8, 8, 8, 0]}, "layer_windows"),
 ])
 def test_a_config_that_cannot_be_names_its_field(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -265,3 +269,6 @@ def test_flops_follow_the_parameters():
     assert config.matmul_params() < 27_161_151
     assert config.train_flops_per_token(32768) == pytest.approx(6 * config.matmul_params(), rel=0.25)
     assert config.train_flops_per_token(65536) == pytest.approx(config.train_flops_per_token(32768), rel=1e-3)
+    windows = HymbaConfig(layer_windows=[512] * 6 + [2048])
+    assert windows.train_flops_per_token(32768) - config.train_flops_per_token(32768) == pytest.approx(
+        12 * 512 * 1536, rel=0.05)
