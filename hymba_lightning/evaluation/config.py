@@ -91,8 +91,8 @@ class TTTConfig:
             raise ValueError(f"ttt.optimizer 'muon' moves whole matrices, ttt.parameters={self.parameters!r} none: use "
                              "'sgd', or parameters 'all' or 'mlp'")
         if self.rest_lr and (self.optimizer != "muon" or self.parameters != "all" or not self.lr):
-            raise ValueError(f"ttt.rest_lr={self.rest_lr} is for what Muon leaves of all parameters: use optimizer 'muon' "
-                             "with an lr, and parameters 'all'; or set it to 0")
+            raise ValueError(f"ttt.rest_lr={self.rest_lr} is for what Muon leaves of all parameters: use optimizer "
+                             "'muon' with an lr, and parameters 'all'; or set it to 0")
         if self.anchor > 1:
             raise ValueError(f"ttt.anchor is a share of a distance and at most 1, got {self.anchor}")
         if self.limit_seconds is not None and self.limit_seconds <= 0:

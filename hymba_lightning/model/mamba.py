@@ -42,8 +42,8 @@ class TimeStepProjection(nn.Module):
 
 
 def mamba_branch(u_BTE: Tensor, z_BTE: Tensor, conv: DepthwiseConv, x_proj: Linear, dt_proj: TimeStepProjection,
-                 A_log_EN: Tensor, D_E: Tensor, *, normalise: bool, conv_state: Tensor | None, scan_state: Tensor | None,
-                 return_state: bool, conv_backend: str, scan_backend: str
+                 A_log_EN: Tensor, D_E: Tensor, *, normalise: bool, conv_state: Tensor | None,
+                 scan_state: Tensor | None, return_state: bool, conv_backend: str, scan_backend: str
                  ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Convolution, input-dependent dt, B, C and the gated selective scan.
 

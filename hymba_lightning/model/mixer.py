@@ -116,7 +116,8 @@ class HybridMixer(nn.Module):
         return out_BTD, LayerState(*kept, conv_state, scan_state) if return_state else None
 
     def gated(self, x_BTD: Tensor, attended_BTD: Tensor, scanned_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Both branches' outputs (B, T, D), the scan's (B, T, E) under 'concat', times the gates that the first channels of x (B, T, D) open."""
+        """Both branches' outputs (B, T, D), the scan's (B, T, E) under 'concat', times the gates that the first
+        channels of x (B, T, D) open."""
         weight = self.branch_gate.to(x_BTD.dtype)
         gate_BTG1 = 2 * torch.sigmoid(F.linear(x_BTD[..., :weight.size(1)], weight))[..., None]
         heads = attended_BTD.size(-1) // self.head_dim

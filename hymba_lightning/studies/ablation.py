@@ -85,8 +85,8 @@ def run_one(study: Study, variant: str, seed: int, folder: Path, extra: list[str
     run_dir, changes = folder / f"{variant}-{seed}", study.variants[variant]
     files = [part for config in changes.get("config", study.config) for part in ("--config", config)]
     arguments = [*files, *options(study.common), *options(changes), "--seed_everything", str(seed), *extra]
-    turn = [] if lock is None else ["--trainer.callbacks", json.dumps([
-        {"class_path": "hymba_lightning.studies.turn.DeviceTurn", "init_args": {"path": str(lock)}}])]
+    turn = [] if lock is None else ["--trainer.callbacks+", json.dumps(
+        {"class_path": "hymba_lightning.studies.turn.DeviceTurn", "init_args": {"path": str(lock)}})]
     run_once("fit", run_dir, "summary.json", [*arguments, *turn], worker=worker)
     if study.test and (run_dir / "artifact.hymba").is_file():
         run_once("test", run_dir, "test_summary.json", [*arguments, "--ckpt_path", str(run_dir / "artifact.hymba")],

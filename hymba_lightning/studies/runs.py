@@ -18,8 +18,9 @@ def run_once(command: str, run_dir: Path, result: str, arguments: Sequence[str],
              environment: Mapping[str, str] | None = None, worker: Worker | None = None) -> dict[str, Any]:
     """The JSON file `result` of `hymba <command> --run_dir <run_dir>`, from an earlier call or from one made now.
 
-    `environment` is added to this process's; a `worker` has its own. A fit that was interrupted goes on from its checkpoint. The output goes to
-    <run_dir>/<command>.log. Raises RuntimeError with the log's end where the command fails.
+    `environment` is added to this process's; a `worker` has its own. A fit that was interrupted goes on from its
+    checkpoint. The output goes to <run_dir>/<command>.log. Raises RuntimeError with the log's end where the
+    command fails.
     """
     path = run_dir / result
     if not path.is_file():

@@ -42,7 +42,8 @@ class Worker:
             self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                              env=os.environ | self.environment)
         stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        assert stdin is not None
+        assert stdout is not None
         try:
             stdin.write(json.dumps({"arguments": list(arguments), "log": str(log)}) + "\n")
             stdin.flush()

@@ -2,8 +2,9 @@
 
 Shapes: n matrices of a bank, R rows, C columns, R <= C after transposition.
 Sources: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), for the update and the
-quintic iteration; Amsel et al., "The Polar Express" (arXiv:2505.16932) for the coefficients that change per step; Li et al., "NorMuon"
-(arXiv:2510.05491), for the second moments of neurons; Chen et al., "Cautious Weight Decay" (arXiv:2510.12402).
+quintic iteration; Amsel et al., "The Polar Express" (arXiv:2505.16932) for the coefficients that change per step;
+Li et al., "NorMuon" (arXiv:2510.05491), for the second moments of neurons; Chen et al., "Cautious Weight Decay"
+(arXiv:2510.12402).
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class OptimizerConfig:
     cautious_decay: bool = False
     """Decay only the weights that the update moves towards zero (arXiv:2510.12402)."""
     decay_with_lr: bool = False
-    """Let weight decay itself fall with the learning rate, so that what is taken off in a step falls with its square."""
+    """Let weight decay fall with the learning rate, so that what is taken off in a step falls with its square."""
     muon_momentum: float = 0.95
     """Muon's momentum after its warm-up."""
     muon_momentum_start: float = 0.85

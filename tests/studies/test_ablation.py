@@ -118,7 +118,7 @@ def test_processes_on_one_device_take_turns(calls, tmp_path):
     fits = [(arguments, environment) for command, _, arguments, environment in calls if command == "fit"]
     assert len(fits) == 2
     for arguments, environment in fits:
-        callback = json.loads(arguments[arguments.index("--trainer.callbacks") + 1])[0]
+        callback = json.loads(arguments[arguments.index("--trainer.callbacks+") + 1])
         assert callback["class_path"] == "hymba_lightning.studies.turn.DeviceTurn"
         device = environment["CUDA_VISIBLE_DEVICES"]
         assert callback["init_args"]["path"] == str(tmp_path / f"device-{device}.lock")

@@ -1,4 +1,4 @@
-"""Turns on a device: the lock is held from before the clock starts to the end of the fit, and after a failure no more."""
+"""Turns on a device: the lock is held from before the clock starts to the end of the fit, not after a failure."""
 
 import pytest
 from filelock import FileLock, Timeout
