@@ -24,7 +24,7 @@ class HymbaOptimizer(Optimizer):
 
     Every parameter group has `name`, `algorithm` ("muon", "adam" or "none"), `base_lr` and `lr`; Muon's also have
     `momentum` and `weight_decay`. Groups of algorithm "none" are not updated but have their gradients cleared. The
-    Adam groups and their state are shared with a `torch.optim.Adam`, whose own kernels (fused on CUDA, foreach
+    Adam groups and their state are shared with a `torch.optim.AdamW`, whose own kernels (fused on CUDA, foreach
     elsewhere) do the work.
 
     Args:
@@ -59,18 +59,19 @@ class HymbaOptimizer(Optimizer):
         )
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": 0.0})
         self._decay_with_lr = config.decay_with_lr
-        self._adam = torch.optim.Adam(self._groups_of("adam"), lr=0.0, betas=config.adam_betas, eps=config.adam_eps)
+        self._adam = torch.optim.AdamW(self._groups_of("adam"), lr=0.0, betas=config.adam_betas, eps=config.adam_eps,
+                                       weight_decay=0.0)
         self._share_with_adam()
 
     def set_schedule(self, lr_scale: float, momentum: float) -> None:
-        """Set every learning rate to `base_lr * lr_scale`, and Muon's momentum; under `decay_with_lr` its weight decay
-        to `base_weight_decay * lr_scale`."""
+        """Set every learning rate to `base_lr * lr_scale`, and Muon's momentum; under `decay_with_lr` every weight
+        decay to `base_weight_decay * lr_scale`."""
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
             if group["algorithm"] == "muon":
                 group["momentum"] = momentum
-                if self._decay_with_lr:
-                    group["weight_decay"] = group["base_weight_decay"] * lr_scale
+            if self._decay_with_lr:
+                group["weight_decay"] = group["base_weight_decay"] * lr_scale
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Run `closure` (forward and backward) if given, then update every trained parameter that has a gradient."""
@@ -190,7 +191,7 @@ def build_optimizer(
             "name": rule.name,
             "algorithm": rule.algorithm,
             "base_lr": base_lr[rule.name],
-            "weight_decay": config.weight_decay if rule.algorithm == "muon" else 0.0,
+            "weight_decay": {"matrices": config.weight_decay, "embed": config.embed_decay}.get(rule.name, 0.0),
             "params": [parameter for _, parameter in members[rule.name]],
         }
         for rule in rules

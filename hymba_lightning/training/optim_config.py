@@ -45,7 +45,9 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     """Adam's epsilon."""
     weight_decay: float = 0.02
-    """Decoupled weight decay, of Muon's matrices only."""
+    """Decoupled weight decay of Muon's matrices."""
+    embed_decay: float = 0.0
+    """Decoupled weight decay of the token table."""
     cautious_decay: bool = False
     """Decay only the weights that the update moves towards zero (arXiv:2510.12402)."""
     decay_with_lr: bool = False
@@ -90,7 +92,8 @@ class OptimizerConfig:
     """True puts A_log and the dt projection under Muon with weight decay, as the reference does by oversight."""
 
     def __post_init__(self) -> None:
-        for name in ("embed_lr", "head_lr", "matrix_lr", "scalar_lr", "dynamics_lr", "conv_lr", "weight_decay"):
+        for name in ("embed_lr", "head_lr", "matrix_lr", "scalar_lr", "dynamics_lr", "conv_lr", "weight_decay",
+                     "embed_decay"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"optimizer.{name} is {value}; it must be 0 or positive")
