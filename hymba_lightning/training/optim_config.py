@@ -46,7 +46,13 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     """Adam's epsilon."""
     weight_decay: float = 0.02
-    """Decoupled weight decay, of Muon's matrices only."""
+    """Decoupled weight decay of Muon's matrices."""
+    embed_decay: float = 0.0
+    """Decoupled weight decay of the token table."""
+    cautious_decay: bool = False
+    """Decay only the weights that the update moves towards zero (arXiv:2510.12402)."""
+    decay_with_lr: bool = False
+    """Let weight decay fall with the learning rate, so that what is taken off in a step falls with its square."""
     muon_momentum: float = 0.95
     """Muon's momentum after its warm-up."""
     muon_momentum_start: float = 0.85
@@ -63,6 +69,9 @@ class OptimizerConfig:
     """Coefficients of the Newton-Schulz steps: one quintic for all, or Polar Express's one per step."""
     muon_row_normalize: bool = True
     """Scale every row to length 1 before Newton-Schulz (MuonEq-R); False is what the reference does."""
+    muon_neuron_beta: float = 0.0
+    """Decay of a second moment per row, which evens out the sizes of the neurons' updates (NorMuon, arXiv:2510.05491,
+    which takes 0.95); 0 for none."""
     muon_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Dtype of the Newton-Schulz steps; auto takes bfloat16 on a GPU and float32 on a CPU, where that is faster."""
     muon_shard: bool = True
@@ -84,11 +93,12 @@ class OptimizerConfig:
     """True puts A_log and the dt projection under Muon with weight decay, as the reference does by oversight."""
 
     def __post_init__(self) -> None:
-        for name in ("embed_lr", "head_lr", "matrix_lr", "scalar_lr", "dynamics_lr", "conv_lr", "weight_decay"):
+        for name in ("embed_lr", "head_lr", "matrix_lr", "scalar_lr", "dynamics_lr", "conv_lr", "weight_decay",
+                     "embed_decay"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"optimizer.{name} is {value}; it must be 0 or positive")
-        for name in ("muon_momentum", "muon_momentum_start"):
+        for name in ("muon_momentum", "muon_momentum_start", "muon_neuron_beta"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
         self.adam_betas = tuple(self.adam_betas)  # type: ignore[assignment] # its length is checked next
