@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from hymba_lightning.callbacks.wall_clock import find_clock
+from hymba_lightning.run.run import Run, require_clock
 
 
 class BatchGrowth(pl.Callback):
@@ -36,7 +36,7 @@ class BatchGrowth(pl.Callback):
         self._step = -1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if find_clock(trainer) is None:
+        if Run.of(trainer).clock is None:
             raise ValueError("BatchGrowth goes by the run's clock: add WallClock() to the trainer's callbacks")
         self._step = -1
 
@@ -45,7 +45,5 @@ class BatchGrowth(pl.Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        clock = find_clock(trainer)
-        assert clock is not None
-        progress = clock.reading.progress
+        progress = require_clock(Run.of(trainer)).reading.progress
         trainer.accumulate_grad_batches = self.micro_batches[sum(progress >= share for share in self.shares)]
