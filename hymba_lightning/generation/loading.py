@@ -15,12 +15,14 @@ from hymba_lightning.quantization import is_artifact, load_artifact
 PREFIX = "net."
 
 
-def load_network(path: Path, runtime: RuntimeConfig, device: torch.device) -> tuple[Hymba, str | None]:
+def load_network(path: str | Path, runtime: RuntimeConfig = RuntimeConfig(),  # noqa: B008 - frozen
+                 device: str | torch.device = "cpu") -> tuple[Hymba, str | None]:
     """The network, ready to run, and the SHA-256 of the tokenizer it was made for (None where the file has none).
 
     Of a checkpoint the averaged weights are taken, as in validation and export. Raises FileNotFoundError, or ValueError
     naming the file and what is wrong with it.
     """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--ckpt_path {path} does not exist")
     fingerprint = None
