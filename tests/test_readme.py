@@ -15,8 +15,8 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8")
 @pytest.mark.slow
 def test_the_notebooks_run_beats_the_unigram_model_by_half_a_bit(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    prepare = [sys.executable, "-m", "hymba_lightning", "prepare", "stdlib", "--out", "data/demo", "--vocab_size", "1024"]
-    subprocess.run(prepare, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    prepare = [sys.executable, "-m", "hymba_lightning", "prepare", "stdlib", "--out", "data/demo"]
+    subprocess.run([*prepare, "--vocab_size", "1024"], cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert len(BLOCKS) == 1
     done = subprocess.run([sys.executable, "-c", BLOCKS[0]], cwd=tmp_path, env=environment, capture_output=True,
                           text=True, check=False)
