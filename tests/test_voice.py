@@ -300,7 +300,7 @@ def test_a_plotting_backend_that_does_not_exist_is_none_of_ours(work, backend):
     """A notebook's kernel leaves its backend's name in the environment of what it starts."""
     environment = os.environ | {"MPLBACKEND": backend}
     done = subprocess.run([*HYMBA, "fit", "--config", str(work / "tiny.yaml"), "--run_dir", str(work / "plots"),
-                           "--trainer.max_steps", "5", "--summary.plots", "true", "--overwrite", "true"], env=environment,
-                          capture_output=True, check=False, timeout=200)
+                           "--trainer.max_steps", "5", "--summary.plots", "true", "--overwrite", "true"],
+                          env=environment, capture_output=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert (work / "plots" / "training.png").stat().st_size > 10_000
