@@ -45,7 +45,7 @@ def evaluate(folder: Path, data_dir: Path, tokenizer: Path, device: torch.device
     limit = settings["val_tokens_limit"]
     stream = TokenStream(find_shards(settings["val_files"], data_dir), token_bytes.vocab_size,
                          None if limit is None else limit + 1)
-    ttt = ScoreFirstTTT(net.to(device), settings["seq_len"], TTTConfig(**settings["ttt"]))
+    ttt = ScoreFirstTTT(net.to(device), settings["seq_len"], TTTConfig(**settings["ttt"]), stream=stream)
     total = Score(0.0, 0, 0)
     count = n_chunks(stream, settings["chunk_tokens"])
     for index in range(count):

@@ -65,7 +65,7 @@ def run_recipe(net: Hymba, data: HymbaDataModule, config: TTTConfig, chunk_token
     """Scores the whole validation stream; `net` is changed. Returns bpb, seconds, epochs and the chunks' bpb."""
     stream, token_bytes = data.val_stream(), data.token_bytes
     start = time.monotonic()
-    ttt = ScoreFirstTTT(net, data.seq_len, config)
+    ttt = ScoreFirstTTT(net, data.seq_len, config, stream=stream)
     scores: list[Score] = []
     for index in range(n_chunks(stream, chunk_tokens)):
         chunk = chunk_at(stream, token_bytes, chunk_tokens, index)
@@ -86,6 +86,7 @@ def warm_up(net: Hymba, data: HymbaDataModule, config: TTTConfig, chunk_tokens: 
     ttt = ScoreFirstTTT(net, data.seq_len, dataclasses.replace(config, epochs=min(config.epochs, 1)))
     for index in (0, 1):
         chunk = Chunk(index, 3, tokens, no_bytes)
+        tokens = torch.cat([tokens[-1:], tokens[1:]])
         ttt.score_chunk(chunk)
         ttt.adapt_chunk(chunk)
 

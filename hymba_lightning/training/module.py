@@ -213,7 +213,8 @@ class HymbaModule(pl.LightningModule):
     def on_test_start(self) -> None:
         self._weights_before_test = {name: p.detach().clone() for name, p in self.net.named_parameters()}
         with torch.inference_mode(False):  # what is made here is trained
-            self.ttt = ScoreFirstTTT(self.net, self.trainer.datamodule.seq_len, self.ttt_config)
+            self.ttt = ScoreFirstTTT(self.net, self.trainer.datamodule.seq_len, self.ttt_config,
+                                     stream=self.trainer.datamodule.val_stream())
         self.test_scores = []
 
     def test_step(self, chunk: Chunk, batch_idx: int) -> None:
