@@ -21,6 +21,7 @@ commands:
   sample             let a checkpoint or an artifact continue a text
   report             one HTML page on one or more runs
   package            the challenge's folder for a run, scored there as a referee would
+  audit              do the rules of the score hold? an artifact, or a folder of package
   import-reference   take over the public reference run's checkpoint or quantized file
 
 `hymba <command> --help` explains every option.
@@ -39,7 +40,7 @@ def main() -> None:
         return
     set_up_messages()
     command, rest = args[0], args[1:]
-    if command in ("prepare", "export", "inspect", "sample", "report", "package", "import-reference"):
+    if command in ("prepare", "export", "inspect", "sample", "report", "package", "audit", "import-reference"):
         from hymba_lightning.commands import run_command
 
         run_command(command, rest)

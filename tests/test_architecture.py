@@ -9,9 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hymba_lightning"
 # A module may import from its own level and below.
-LEVELS = {"__init__": 0, "closure": 0, "files": 0, "text": 0, "terminal": 0, "ops": 0, "checkpoints": 1, "model": 1, "data": 2,
-          "quantization": 2, "evaluation": 2, "generation": 2, "interop": 2, "metrics": 2, "plots": 2, "report": 3, "callbacks": 3,
-          "package": 4, "training": 4, "studies": 5, "cli": 5, "commands": 5, "help_text": 6, "__main__": 6}
+LEVELS = {"__init__": 0, "closure": 0, "files": 0, "text": 0, "terminal": 0, "ops": 0, "checkpoints": 1, "model": 1,
+          "data": 2, "quantization": 2, "evaluation": 2, "generation": 2, "interop": 2, "metrics": 2, "plots": 2,
+          "report": 3, "callbacks": 3, "package": 4, "training": 4, "studies": 5, "cli": 5, "commands": 5,
+          "help_text": 6, "__main__": 6}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -51,9 +51,10 @@ class BudgetProgressBar(ProgressBar):
             print(f"{label} {100 * done / max(total, 1e-9):5.1f}%  {detail}", flush=True)
             return
         if self._progress is None:
-            columns = (TextColumn("{task.description:<11}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"),
-                       TextColumn("{task.fields[detail]}"), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=Console())
+            columns = (TextColumn("{task.description:<11}", markup=False), BarColumn(),
+                       TextColumn("{task.percentage:>5.1f}%"),
+                       TextColumn("{task.fields[detail]}", markup=False), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=Console(markup=False, emoji=False))
             self._progress.start()
         if self._task is None:
             self._task = self._progress.add_task(label, total=total, detail=detail)

@@ -19,6 +19,7 @@ from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.audit import StreamAudit, describe_context
 from hymba_lightning.files import write_atomic
 from hymba_lightning.plots import plot_context, plot_training, plot_ttt
+from hymba_lightning.text import printable
 
 
 def environment(trainer: pl.Trainer) -> dict[str, Any]:
@@ -143,13 +144,13 @@ def _plain_bpb(folder: Path, n_tokens: int) -> float | None:
 
 def print_table(title: str, summary: dict[str, Any], folder: Path) -> None:
     """The closing table: a row per figure that the summary holds."""
-    table = Table(title=f"{title}: {folder}", title_justify="left", show_header=False)
+    table = Table(title=f"{title}: {printable(str(folder))}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
 
     def row(label: str, value: Any, form: str = "") -> None:
         if value is not None:
-            table.add_row(label, f"{value:{form}}")
+            table.add_row(printable(label), printable(f"{value:{form}}"))
 
     row("unigram model of the same tokenizer, bpb", summary.get("unigram_bpb"), ".4f")
     names = {"raw": "raw last-step weights, bpb", "ema": "averaged weights, bpb", "artifact": "reloaded artifact, bpb"}
@@ -170,4 +171,5 @@ def print_table(title: str, summary: dict[str, Any], folder: Path) -> None:
     row("tokens per second", summary.get("tokens_per_s"), ",.0f")
     row("tokens scored", summary.get("scored_tokens") or summary.get("tokens"), ",")
     row("test seconds", summary.get("seconds"), ".1f")
-    Console().print(table)
+    # Names are text, not markup.
+    Console(markup=False, emoji=False).print(table)

@@ -15,6 +15,7 @@ a share s of the tokens passes n positions with probability (1 - s)^n, so that w
 
 from __future__ import annotations
 
+import itertools
 import random
 import secrets
 import time
@@ -58,7 +59,8 @@ class AuditReport:
     seconds: float
 
     def __str__(self) -> str:
-        rules = "\n".join(f"  kept: {rule}" for rule in RULES)
+        rules = "\n".join(f"  kept: {rule}" if rule != DISTRIBUTION or self.distribution_positions else
+                          f"  not tried: {rule}" for rule in RULES)
         return (f"{rules}\n{self.evaluations} evaluations of streams of {self.tokens} tokens in {self.seconds:.1f} s; "
                 f"changed from {len(self.past_positions)} positions on, probabilities summed at "
                 f"{len(self.distribution_positions)}; seed {self.seed}")
@@ -81,7 +83,7 @@ def audit(evaluate: Evaluator, tokens: Tensor, vocab_size: int, *, past_position
         tokens: The stream (n,) to audit with, n >= 16.
         vocab_size: Ids that could stand at a position.
         past_positions: Streams that differ from the true one from some position on.
-        distribution_positions: Positions where the probabilities of all ids are summed.
+        distribution_positions: Positions where the probabilities of all ids are summed; 0 leaves that rule out.
         tolerance: Nats by which equal scores may differ; 0 on a CPU, where kernels add in one order.
         seed: Of all that is drawn; None draws a new one, so that nobody can know the positions.
         progress: Called with evaluations done and in all.
@@ -93,8 +95,8 @@ def audit(evaluate: Evaluator, tokens: Tensor, vocab_size: int, *, past_position
     n = tokens.numel()
     if n < 16 or tokens.ndim != 1 or not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         raise ValueError(f"an audit needs a stream of 16 tokens or more, each an id below {vocab_size}")
-    if past_positions < 1 or distribution_positions < 1:
-        raise ValueError("an audit needs a position of either kind at least")
+    if past_positions < 1 or distribution_positions < 0:
+        raise ValueError("an audit needs a position to change the stream at")
     seed = secrets.randbits(32) if seed is None else seed
     rng, started = random.Random(seed), time.monotonic()
     tokens = tokens.clone()
@@ -134,8 +136,8 @@ def audit(evaluate: Evaluator, tokens: Tensor, vocab_size: int, *, past_position
 
 def _spread(rng: random.Random, n: int, count: int) -> list[int]:
     """A position from each of `count` equal stretches of 1 … n-1."""
-    edges = [1 + (n - 1) * i // count for i in range(count + 1)]
-    return [rng.randrange(low, high) for low, high in zip(edges, edges[1:], strict=False) if low < high]
+    edges = [1 + (n - 1) * i // max(count, 1) for i in range(count + 1)]
+    return [rng.randrange(low, high) for low, high in itertools.pairwise(edges) if low < high]
 
 
 def _with(tokens: Tensor, position: int, token: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hymba_lightning import __version__
+from hymba_lightning.checkpoints import read_checkpoint
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.generation.loading import find_tokenizer, load_network
@@ -117,16 +118,11 @@ def read_source(path: Path, tokenizer: str | None, runtime: RuntimeConfig, devic
     """The network in a checkpoint or an artifact. Raises FileNotFoundError, or ValueError naming the file."""
     if not path.is_file():
         raise FileNotFoundError(f"--ckpt {path} does not exist")
-    try:
-        net, fingerprint = load_network(path, runtime, device)
-    except ValueError:
-        raise
-    except READ_ERRORS as error:
-        raise ValueError(f"{path} holds no network that can be exported: {error}") from error
+    net, fingerprint = load_network(path, runtime, device)
     if is_artifact(path):
         log.warning("%s is rounded already: the checkpoint it came from loses less", path)
         return Source(net, load_artifact(path).metadata, fingerprint, "an artifact's weights")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = read_checkpoint(path, mmap=True)
     metadata = {"steps": checkpoint.get("global_step"),
                 "seq_len": checkpoint.get("HymbaDataModule", {}).get("seq_len"),
                 "train_seconds": checkpoint.get("callbacks", {}).get("WallClock", {}).get("elapsed")}

@@ -22,6 +22,7 @@ from hymba_lightning.data.sequences import Chunk, chunk_at, n_chunks
 from hymba_lightning.evaluation import Score, ScoreFirstTTT, TTTConfig
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.plots import save_figure
 from hymba_lightning.quantization import load_artifact
 
 
@@ -134,5 +135,5 @@ def report(study: TTTStudy, results: dict[str, dict[str, Any]], out: Path) -> st
     axis.grid(True, color="#e4e7ea", linewidth=0.8)
     axis.set_xlabel("seconds for the whole stream")
     axis.set_ylabel("bits per byte")
-    figure.savefig(out / "plot.png")
+    save_figure(figure, out / "plot.png")
     return table

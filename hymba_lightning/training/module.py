@@ -7,9 +7,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from hymba_lightning.callbacks.checkpoint_io import DigestCheckpointIO
 from hymba_lightning.callbacks.compile_warmup import CompileWarmup
 from hymba_lightning.callbacks.ema import EMA
 from hymba_lightning.callbacks.loss_guard import LossGuard
@@ -112,6 +114,9 @@ class HymbaModule(pl.LightningModule):
                 if not any(isinstance(present, type(callback)) for present in self.trainer.callbacks)]
 
     def setup(self, stage: str) -> None:
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            # Before anything is restored: checkpoints are written with a digest, and read where it is right.
+            self.trainer.strategy.checkpoint_io = DigestCheckpointIO()
         data = getattr(self.trainer, "datamodule", None)
         vocab = getattr(data, "vocab_size", None)
         if vocab is not None and vocab != self.net.config.vocab_size:
