@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hymba_lightning.data.sequences import TokenStream, chunk_at, n_chunks
+from hymba_lightning.data.sequences import Chunk, TokenStream
 from hymba_lightning.data.shards import find_shards, write_shard
 from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.tokenizer import file_sha256
@@ -111,11 +111,12 @@ def _artifact_evaluator(path: Path, sizes: dict[str, int], tokenizer: Path, toke
     config = dataclasses.replace(ttt, limit_seconds=None)
 
     def evaluate(tokens: Tensor) -> Tensor:
-        with _shard_of(tokens) as folder:
-            stream = TokenStream(find_shards(VAL_FILES, folder))
-            chunks = [chunk_at(stream, token_bytes, sizes["chunk_tokens"], index)
-                      for index in range(n_chunks(stream, sizes["chunk_tokens"]))]
-            scored = score_first_ttt(copy.deepcopy(net), chunks, sizes["seq_len"], config, stream=stream)
+        starts = range(0, tokens.numel() - 1, sizes["chunk_tokens"])
+        pieces = [tokens[start:start + sizes["chunk_tokens"] + 1] for start in starts]
+        chunks = [Chunk(index, len(pieces), piece, torch.from_numpy(token_bytes.count(piece[:-1].numpy(),
+                                                                                      piece[1:].numpy())), start)
+                  for index, (start, piece) in enumerate(zip(starts, pieces, strict=True))]
+        scored = score_first_ttt(copy.deepcopy(net), chunks, sizes["seq_len"], config, stream=tokens)
         return torch.cat([chunk.nats for chunk in scored])
 
     yield evaluate

@@ -30,7 +30,7 @@ def outcome(path, fitted_run, capsys, *options: str) -> tuple[int, str]:
 
 
 def test_an_honest_artifact_passes(fitted_run, capsys):
-    code, said = outcome(fitted_run / "artifact.hymba", fitted_run, capsys, "--ttt.epochs", "0")
+    code, said = outcome(fitted_run / "artifact.hymba", fitted_run, capsys, "--ttt.epochs", "0", "--tokens", "20")
     assert code == 0, said
     assert "kept: a full distribution" in said
     assert "kept: the past is fixed" in said
