@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter
 
 if TYPE_CHECKING:
     from hymba_lightning.evaluation.curve import CurvePoint
@@ -26,6 +28,17 @@ def _figure(width: float, height: float, n_rows: int = 1, ratios: list[float] | 
         axis.grid(True, color="#e4e7ea", linewidth=0.8)
         axis.tick_params(colors=INK, labelsize=9)
     return figure, list(axes)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Draws every text as it is, a name with dollar signs too; only numbers on an axis may be formulas (10²)."""
+    numbers = {label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)
+               if not isinstance(axis.get_major_formatter(), FixedFormatter)
+               for label in axis.get_ticklabels(which="both")}
+    for text in figure.findobj(Text):
+        if text not in numbers:
+            text.set_parse_math(False)
+    figure.savefig(path)
 
 
 def plot_training(train: list[TrainRow], val: list[ValRow], stages: dict[str, float], path: Path,
@@ -58,7 +71,7 @@ def plot_training(train: list[TrainRow], val: list[ValRow], stages: dict[str, fl
     bottom.set_ylim(0, 1.08)
     bottom.set_ylabel("lr scale")
     bottom.set_xlabel("training seconds")
-    figure.savefig(path)
+    save_figure(figure, path)
     return path
 
 
@@ -87,7 +100,7 @@ def plot_ttt(scores: list[Score], tokens_per_chunk: int, path: Path, artifact_bp
     axis.set_title(f"Score-first test-time training, chunks of {tokens_per_chunk:,} tokens", color=INK, loc="left",
                    fontsize=12)
     axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
     return path
 
 
@@ -112,5 +125,5 @@ def plot_context(by_context: list[CurvePoint], by_document: list[CurvePoint], pa
     axis.set_ylabel("bits per byte")
     axis.set_title(f"What context is worth, evaluation mode '{mode}'", color=INK, loc="left", fontsize=12)
     axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
     return path

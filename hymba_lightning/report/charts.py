@@ -10,6 +10,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hymba_lightning.plots import save_figure
+
 COLORS = ("#2563a8", "#c8641e", "#2a8f6d", "#8a4fb0", "#b0304f", "#6b7480")
 
 # The drawing's own units; the page scales it. Small enough that its text is legible on a phone.
@@ -167,5 +169,5 @@ def to_png(chart: Chart, path: Path) -> Path:
     axis.set_ylabel(chart.y_label)
     axis.set_title(chart.title, loc="left", fontsize=12)
     axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
     return path

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from hymba_lightning.plots import save_figure
 from hymba_lightning.quantization import ArtifactReport
 from hymba_lightning.report.charts import COLORS
 
@@ -124,5 +125,5 @@ def to_png(report: ArtifactReport, title: str, path: Path) -> Path:
     axis.set_ylim(HEIGHT, 0)
     axis.axis("off")
     axis.set_title(title, loc="left", fontsize=12)
-    figure.savefig(path)
+    save_figure(figure, path)
     return path
