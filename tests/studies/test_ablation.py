@@ -86,8 +86,8 @@ def test_the_file_of_a_study_is_read_anew_for_every_run(calls, tmp_path, monkeyp
 
     monkeypatch.setattr(ablation, "run_once", changes_the_file)
     run_study(path, [0, 1], out, [], [None])
-    assert [name for _, name, *_ in calls] == ["plain-0", "late-0", "plain-1", "new-1", "late-1"]
-    assert "--seeds" not in calls[3][2]
+    assert [name for _, name, *_ in calls] == ["plain-0", "late-0", "plain-1", "late-1", "new-1"]
+    assert "--seeds" not in calls[4][2]
     rows = json.loads((out / "results.json").read_text())
     assert {(row["variant"], row["seed"]) for row in rows} == {("plain", 0), ("plain", 1), ("new", 1), ("late", 0),
                                                                ("late", 1)}
