@@ -293,3 +293,14 @@ def test_a_config_of_a_run_is_yaml_with_every_letter(work):
                            "--export.enabled", "true"], env=environment, capture_output=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["run_dir"] == str(run)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no_such_backend"])
+def test_a_plotting_backend_that_does_not_exist_is_none_of_ours(work, backend):
+    """A notebook's kernel leaves its backend's name in the environment of what it starts."""
+    environment = os.environ | {"MPLBACKEND": backend}
+    done = subprocess.run([*HYMBA, "fit", "--config", str(work / "tiny.yaml"), "--run_dir", str(work / "plots"),
+                           "--trainer.max_steps", "5", "--summary.plots", "true", "--overwrite", "true"],
+                          env=environment, capture_output=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (work / "plots" / "training.png").stat().st_size > 10_000

@@ -149,6 +149,7 @@ class HymbaDataModule(pl.LightningDataModule):
             ValueError: A damaged shard, ids beyond the tokenizer's vocabulary, data shorter than seq_len, a tokenizer
                 other than the one that made the shards, a file for both training and validation.
         """
+        manifest = read_manifest(self.data_dir)
         val_paths = find_shards(self.val_files, self.data_dir)
         train_paths = find_shards(self.train_files, self.data_dir) if stage == "fit" else []
         both = first_common(train_paths, val_paths)
@@ -160,7 +161,6 @@ class HymbaDataModule(pl.LightningDataModule):
             )
         # One process of a node reads samples of the shards again; whole ones are read once, by whoever comes first.
         sample = self.trainer is None or self.trainer.local_rank == 0
-        manifest = read_manifest(self.data_dir)
         check_manifest(self.data_dir, [*train_paths, *val_paths], self.tokenizer, sample=sample)
         self.val_stream()
         if stage == "fit":

@@ -65,7 +65,8 @@ def estimate_memory(net: HymbaConfig, runtime: RuntimeConfig, seq_len: int, micr
     size = 2 if runtime.compute_dtype == "bfloat16" else 4
     block = 12 * d + 5.2 * e + 1.5 * kv + 3 * net.mlp_mult * d + 5 * net.d_state
     outside = 6.5 * d + net.vocab_size
-    # Recomputed blocks keep more than their inputs: by measurement, what their hand-written gradients hold on to.
+    # The saved tensors of a recomputed block are its inputs, d; its peak of resident memory grows by ten times that,
+    # as measured between 4 and 16 layers.
     kept = layers * 10 * d + block if runtime.activation_checkpointing else layers * block
     # While the backward pass begins there are the logits' gradient and its making; later a block's own gradients.
     passing = max(2 * net.vocab_size, 1.4 * block)
