@@ -59,6 +59,9 @@ class TTTConfig:
     """Momentum. One optimizer, with its momentum, goes through the whole stream."""
     batch_seqs: int = 4
     """Sequences per rank in one update."""
+    update_seqs: int = 0
+    """Sequences in one update over all ranks, so that a recipe is the same on any number of them; 0 takes batch_seqs
+    for each rank."""
     train_seq_len: int = 0
     """Length of the sequences trained on; 0 takes seq_len. Shorter ones make more updates of a chunk."""
     grad_clip: float = 1.0
@@ -71,7 +74,7 @@ class TTTConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "lr", "momentum", "grad_clip", "freeze_blocks", "stride", "warm_tokens", "train_seq_len",
-                     "anchor", "rest_lr"):
+                     "anchor", "rest_lr", "update_seqs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"ttt.{name} must not be negative, got {getattr(self, name)}")
         for name in ("batch_seqs", "score_batch_seqs", "rank"):

@@ -165,7 +165,7 @@ class ScoreFirstTTT:
     def _train(self, sequences: list[Tensor], lr: float, chunk: Chunk, losses: list[Tensor]) -> None:
         """Up to config.epochs passes over the sequences, as many as the clock allows."""
         chunk_started = now = self.clock.elapsed()
-        per_update = self.config.batch_seqs * world()[1]
+        per_update = self.config.update_seqs or self.config.batch_seqs * world()[1]
         for epoch in range(self.config.epochs):
             if not self.clock.allows_epoch(now=now, chunk_started=chunk_started, first=epoch == 0,
                                            chunks_left=chunk.n_chunks - 1 - chunk.index,

@@ -30,6 +30,8 @@ from hymba_lightning.studies.worker import Worker
 # What results.json keeps of a run's summary.
 KEPT = ("steps", "train_seconds", "tokens_per_s", "parameters", "scored_tokens", "artifact_bytes", "code_bytes",
         "environment")
+# Options that a compiled graph depends on.
+GRAPH_OPTIONS = ("model.net", "model.runtime", "data.seq_len", "data.micro_batch_size")
 # What a variant says that is no option of `hymba fit`.
 NO_OPTIONS = ("config", "seeds")
 
@@ -104,7 +106,8 @@ def bits_per_byte(run_dir: Path) -> dict[str, float]:
 
 
 class StudyQueue:
-    """What is left to run, asked anew each time: seed by seed, so that pairs are complete early.
+    """What is left to run, asked anew each time: seed by seed, so that pairs are complete early, and among the runs of a
+    seed first those of the network that the asking process has compiled.
 
     `source` is a study, or the file of one, which may change meanwhile: variants added to it are run, in its order,
     those taken out are not, and a version that cannot be read leaves the last one in force.
@@ -117,8 +120,15 @@ class StudyQueue:
         self._taken: set[tuple[str, int]] = set()
         self._lock = Lock()
 
-    def take(self) -> tuple[str, int] | None:
-        """The next variant and seed, which nobody else gets; None where nothing is left."""
+    def graph(self, name: str) -> str:
+        """What a variant's compiled graph depends on."""
+        changes = self.study.variants[name]
+        return json.dumps([changes.get("config")] + [[key, value] for key, value in sorted(changes.items())
+                                                     if key.startswith(GRAPH_OPTIONS)])
+
+    def take(self, compiled: str | None = None) -> tuple[str, int] | None:
+        """The next variant and seed, which nobody else gets; None where nothing is left. `compiled` is the graph of the
+        run before in the asking process."""
         with self._lock:
             if isinstance(self.source, Path):
                 try:
@@ -128,10 +138,18 @@ class StudyQueue:
                     print(f"the study as it was before goes on: {error}", flush=True)
             left = [(name, seed) for seed in self.seeds for name in self.study.names(self.only)
                     if seed in self.study.variants[name].get("seeds", self.seeds)]
-            pair = next((pair for pair in left if pair not in self._taken), None)
+            left = [pair for pair in left if pair not in self._taken and not self._done(pair)]
+            same = [pair for pair in left if pair[1] == left[0][1] and self.graph(pair[0]) == compiled]
+            pair = next(iter([*same, *left]), None)
             if pair is not None:
                 self._taken.add(pair)
             return pair
+
+    def _done(self, pair: tuple[str, int]) -> bool:
+        """Whether an earlier call of the study ended this run, its test included."""
+        run_dir = self.folder / f"{pair[0]}-{pair[1]}"
+        untested = self.study.test and (run_dir / "artifact.hymba").is_file()
+        return (run_dir / ("test_summary.json" if untested else "summary.json")).is_file()
 
 
 def run_study(source: Study | Path, seeds: list[int], folder: Path, extra: list[str], devices: list[str | None],
@@ -149,13 +167,15 @@ def run_study(source: Study | Path, seeds: list[int], folder: Path, extra: list[
     def serve(device: str | None) -> None:
         worker = Worker({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         lock = folder / f"device-{device}.lock" if per_device > 1 else None
+        compiled = None
         while not (folder / "stop").exists():
-            pair = queue.take()
+            pair = queue.take(compiled)
             if pair is None and not watch:
                 break
             if pair is None:
                 time.sleep(1)
                 continue
+            compiled = queue.graph(pair[0])
             try:
                 run_one(queue.study, *pair, folder, extra, worker, lock)
             except RuntimeError as error:

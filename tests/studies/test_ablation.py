@@ -40,7 +40,7 @@ def test_options_config_and_test(calls, tmp_path):
     assert calls[0][2][:2] == ["--config", "base.yaml"]
     # Only what wrote an artifact is tested, with the options it was trained with.
     assert [(c, n) for c, n, *_ in calls] == [("fit", "plain-0"), ("fit", "wide-0"), ("test", "wide-0"),
-                                              ("fit", "plain-1"), ("fit", "wide-1"), ("test", "wide-1")]
+                                              ("fit", "wide-1"), ("test", "wide-1"), ("fit", "plain-1")]
     assert calls[2][2] == [*arguments, "--ckpt_path", str(tmp_path / "wide-0" / "artifact.hymba")]
 
 
@@ -86,13 +86,27 @@ def test_the_file_of_a_study_is_read_anew_for_every_run(calls, tmp_path, monkeyp
 
     monkeypatch.setattr(ablation, "run_once", changes_the_file)
     run_study(path, [0, 1], out, [], [None])
-    assert [name for _, name, *_ in calls] == ["plain-0", "late-0", "plain-1", "new-1", "late-1"]
-    assert "--seeds" not in calls[3][2]
+    assert [name for _, name, *_ in calls] == ["plain-0", "late-0", "plain-1", "late-1", "new-1"]
+    assert "--seeds" not in calls[4][2]
     rows = json.loads((out / "results.json").read_text())
     assert {(row["variant"], row["seed"]) for row in rows} == {("plain", 0), ("plain", 1), ("new", 1), ("late", 0),
                                                                ("late", 1)}
     assert {row["variant"]: row["options"] for row in rows}["new"] == {"seeds": [1], "model.net.window": 8}
     assert rows[0]["bpb"].keys() == {"raw", "ema"}
+
+
+def test_a_process_goes_on_with_the_network_it_has_compiled(calls, tmp_path):
+    narrow = {"model.net.window": 8}
+    study = Study(config=["base.yaml"], baseline="plain", variants={
+        "plain": {}, "narrow": narrow, "fast": {"model.optimizer.matrix_lr": 0.1}, "narrow and fast":
+        narrow | {"model.optimizer.matrix_lr": 0.1}})
+    run_study(study, [0, 1], tmp_path, [], [None])
+    assert [name for _, name, *_ in calls] == ["plain-0", "fast-0", "narrow-0", "narrow and fast-0",
+                                               "narrow-1", "narrow and fast-1", "plain-1", "fast-1"]
+    calls.clear()
+    (tmp_path / "fast-1" / "summary.json").unlink()
+    run_study(study, [0, 1], tmp_path, [], [None])
+    assert [name for _, name, *_ in calls] == ["fast-1"]  # what ended is not run again
 
 
 def test_a_watched_study_waits_for_more_until_it_is_told_to_stop(calls, tmp_path, monkeypatch):
