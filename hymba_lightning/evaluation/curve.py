@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Bin b holds the contexts 2^b … 2^(b+1) - 1.
 N_BINS = 40
+# A bin of fewer tokens says nothing that a picture should show.
+MIN_TOKENS = 200
 
 
 class CurvePoint(NamedTuple):

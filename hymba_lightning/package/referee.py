@@ -22,9 +22,8 @@ from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.score import Score, world
 from hymba_lightning.evaluation.ttt import ScoreFirstTTT
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.package.digests import ARTIFACT, RESULT, SETTINGS, verify_count, verify_data
 from hymba_lightning.quantization.artifact import load_artifact
-
-ARTIFACT, SETTINGS, RESULT = "artifact.hymba", "settings.json", "result.json"
 
 
 def evaluate(folder: Path, data_dir: Path, tokenizer: Path, device: torch.device) -> dict[str, Any]:
@@ -63,8 +62,13 @@ def evaluate(folder: Path, data_dir: Path, tokenizer: Path, device: torch.device
                               if name.partition(".")[0] == "hymba_lightning")}
 
 
-def main(folder: Path) -> None:
-    """The command line of evaluate.py; under torchrun one process per device."""
+def main(folder: Path, digests: dict[str, Any]) -> None:
+    """The command line of evaluate.py; under torchrun one process per device. `digests`: see package/digests.py.
+
+    Raises:
+        DigestError: the data are not those of the recorded score.
+        What `evaluate` raises.
+    """
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Score the artifact of this folder.")
     parser.add_argument("--data", type=Path, required=True, help="folder of the validation shards")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: tokenizer.model with the data)")
@@ -77,8 +81,12 @@ def main(folder: Path) -> None:
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if distributed:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    result = evaluate(folder, args.data, args.tokenizer or args.data / "tokenizer.model", device)
+    tokenizer = args.tokenizer or args.data / "tokenizer.model"
+    val_files = json.loads((folder / SETTINGS).read_bytes())["val_files"]
+    verify_data(digests, tokenizer, find_shards(val_files, args.data))
+    result = evaluate(folder, args.data, tokenizer, device)
     del result["nats"]  # one for each token, which is for `hymba audit`
+    verify_count(digests, result["tokens"], result["bytes"])
     if world()[0] == 0:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(result))
