@@ -1,6 +1,7 @@
 """The `hymba` command: LightningCLI with the callbacks of a run, and artifacts wherever a checkpoint is taken."""
 
 import importlib
+import importlib.util
 import inspect
 import logging
 import time
@@ -217,6 +218,9 @@ def send_logger(logger: Namespace, folder: Path) -> None:
                 if name in ("CSVLogger", "TensorBoardLogger") and options.get(level) in (None, "lightning_logs"):
                     options[level] = ""
             break
+    if name == "MLFlowLogger" and not options.get("tracking_uri") and importlib.util.find_spec("sqlalchemy"):
+        # Its folders of files are given up by MLflow itself.
+        options["tracking_uri"] = f"sqlite:///{folder / 'mlflow.db'}"
     logger["init_args"] = options
 
 
