@@ -24,7 +24,8 @@ from hymba_lightning.options import check_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.run import Run, RunFolder
 from hymba_lightning.run.run import new_folder
-from hymba_lightning.trainer_internals import leave_signals_to_us
+from hymba_lightning.trainer_internals import leave_signals_to_us, make_folders_optional
+from hymba_lightning.training.memory import check_memory, estimate_memory, free_memory
 from hymba_lightning.training.module import HymbaModule
 from hymba_lightning.training_options import TrainingParser
 
@@ -95,6 +96,8 @@ class HymbaCLI(LightningCLI):
                                  "(default: runs/<date>-<time>)")
         parser.add_argument("--overwrite", type=bool, default=False,
                             help="Let fit start anew in a folder that holds a run already")
+        parser.add_argument("--check_memory", type=bool, default=True,
+                            help="Refuse a fit on the CPU that needs far more memory than is free")
         parser.add_lightning_class_args(TrainingCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExportArtifact, "export")
         parser.add_lightning_class_args(BudgetProgressBar, "progress")
@@ -149,6 +152,10 @@ class HymbaCLI(LightningCLI):
             raise ValueError(f"--ckpt_path {ckpt_path} is an artifact, which holds no state of training: fit goes on "
                              "from a checkpoint, e.g. --ckpt_path last")
         self.folder.check(ckpt_path)
+        if self._get(self.config_init, "check_memory") and self.trainer.strategy.root_device.type == "cpu":
+            estimate = estimate_memory(model.net.config, model.net.runtime, datamodule.seq_len,
+                                       datamodule.micro_batch_size)
+            check_memory(estimate, free_memory(), self.trainer.num_devices)
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs, **SAFE)
 
     def validate(self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None,
@@ -216,6 +223,7 @@ def send_logger(logger: Namespace, folder: Path) -> None:
 def run(args: list[str], started: float | None = None) -> HymbaCLI:
     """Runs one of LightningCLI's subcommands. `started`: time.monotonic() when the command began."""
     check_config_files(args)
+    make_folders_optional()
     return HymbaCLI(HymbaModule, HymbaDataModule, args=args, command=args[0], started=started,
                     seed_everything_default=1337, parser_class=TrainingParser, save_config_callback=RunConfig,
                     auto_configure_optimizers=False, parser_kwargs={"prog": "hymba"})

@@ -36,7 +36,7 @@ class OneSentence:
             kind = "option" if name.startswith("-") else "argument"
             raise unknown(kind, name, _names(parser), command) from ex
         group = re.fullmatch(r"Group '(\S+)' does not accept option '(\S+)'", message)
-        key = re.fullmatch(r"(?:Subcommand '\S+' does not accept option|Option) '(\S+?)'(?: is not accepted.*)?", message)
+        key = re.fullmatch(r"(?:Subcommand '\S+' does not accept option|Option) '(\S+?)'( is not accepted.*)?", message)
         if group or key:
             name = ".".join(group.groups()) if group else key[1] if key else ""
             raise unknown("key", name, _names(parser), command) from ex

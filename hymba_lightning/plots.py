@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter
 
 from hymba_lightning.evaluation.curve import MIN_TOKENS
-from hymba_lightning.text import drawable
+from hymba_lightning.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +33,17 @@ def _figure(width: float, height: float, n_rows: int = 1, ratios: list[float] | 
         axis.grid(True, color="#e4e7ea", linewidth=0.8)
         axis.tick_params(colors=INK, labelsize=9)
     return figure, list(axes)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Draws every text as it is, a name with dollar signs too; only numbers on an axis may be formulas (10²)."""
+    numbers = {label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)
+               if not isinstance(axis.get_major_formatter(), FixedFormatter)
+               for label in axis.get_ticklabels(which="both")}
+    for text in figure.findobj(Text):
+        if text not in numbers:
+            text.set_parse_math(False)
+    figure.savefig(path)
 
 
 def plot_training(train: list[TrainRow], val: list[ValRow], stages: dict[str, float], path: Path,
@@ -57,7 +70,7 @@ def plot_training(train: list[TrainRow], val: list[ValRow], stages: dict[str, fl
     axes[-1].set_ylim(0, 1.08)
     axes[-1].set_ylabel("lr scale")
     axes[-1].set_xlabel("training seconds")
-    figure.savefig(path)
+    save_figure(figure, path)
     return path
 
 
@@ -128,7 +141,7 @@ def plot_ttt(scores: list[Score], tokens_per_chunk: int, path: Path, artifact_bp
     axis.set_title(f"Score-first test-time training, chunks of {tokens_per_chunk:,} tokens", color=INK, loc="left",
                    fontsize=12)
     axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
     return path
 
 
@@ -156,9 +169,9 @@ def plot_context(by_context: list[CurvePoint], by_document: list[CurvePoint], pa
     axis.minorticks_off()
     axis.set_xlabel("tokens before the scored one")
     axis.set_ylabel("bits per byte")
-    axis.set_title(f"What context is worth, evaluation mode {drawable(mode)}", color=INK, loc="left", fontsize=12)
+    axis.set_title(f"What context is worth, evaluation mode {printable(mode)}", color=INK, loc="left", fontsize=12)
     axis.text(1, 1.02, f"bins of at least {MIN_TOKENS} tokens, bars ± 2 standard errors", transform=axis.transAxes,
               ha="right", fontsize=8, color=INK)
     axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
     return path

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -89,6 +91,18 @@ def end_where_nothing_is_left(trainer: pl.Trainer) -> None:
         return run()
 
     loop.run = run_or_end  # type: ignore[method-assign,assignment]
+
+
+def make_folders_optional() -> None:
+    """Lets the command line name a file logger without a folder: the run's is meant then.
+
+    Lightning's file loggers want `save_dir` as their first argument, and the parser reads that from their signatures.
+    """
+    for logger in (CSVLogger, TensorBoardLogger):
+        init: Any = logger.__init__
+        parameters = inspect.signature(init).parameters
+        if parameters["save_dir"].default is inspect.Parameter.empty:
+            init.__defaults__ = (None, *init.__defaults__)
 
 
 class NoSigtermHandler(_SignalConnector):

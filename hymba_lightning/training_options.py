@@ -41,11 +41,11 @@ CKPT_PATH = {"fit": "Checkpoint to go on from; 'last' is that of --run_dir",
 class TrainingParser(OneSentence, LightningArgumentParser):
     """LightningArgumentParser with plain errors and an ordered help."""
 
-    def format_help(self) -> str:
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
         """The common options with one line each, this package's in full, then Lightning's."""
         command = self.prog.split()[-1]
         if command not in CKPT_PATH:
-            return super().format_help()
+            return super().format_help(formatter)
         self.usage = f"hymba {command} --config FILE [options]"
         for action in self._actions:
             if action.dest in NOT_IN_HELP:
@@ -57,8 +57,8 @@ class TrainingParser(OneSentence, LightningArgumentParser):
             for dest, title in TITLES.items():
                 if dest in dests:
                     group.title = title
-        self._action_groups.sort(key=_is_lightnings)
-        usage, _, rest = super().format_help().partition("\n\n")
+        self._action_groups = sorted(self._action_groups, key=_is_lightnings)
+        usage, _, rest = super().format_help(formatter).partition("\n\n")
         return f"{usage}\n\n{_common(self, command)}\n{rest}"
 
 

@@ -63,7 +63,9 @@ def _says_its_encoding(call: ast.Call) -> bool:
         return True
     position = 0 if isinstance(call.func, ast.Attribute) and name == "open" else 1
     modes = [*call.args[position:position + 1], *(word.value for word in call.keywords if word.arg == "mode")]
-    return any(isinstance(mode, ast.Constant) and "b" in str(mode.value) for mode in modes)
+    # A mode that depends is seen by what it depends on.
+    return any(isinstance(part, ast.Constant) and isinstance(part.value, str) and "b" in part.value
+               for mode in modes for part in ast.walk(mode))
 
 
 @pytest.mark.parametrize(("code", "holds"), [

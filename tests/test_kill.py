@@ -12,6 +12,8 @@ import pytest
 import torch
 from fit_process import finish, start, start_ranks, wait_for, write_config
 
+from hymba_lightning.run import RunRecord
+
 STEPS = 30
 
 
@@ -119,3 +121,38 @@ def test_a_killed_run_spends_its_budget_once(tmp_path):
     assert finish([start(arguments, tmp_path / "again.log")]) == [0], log_text(tmp_path / "again.log", 1)
     assert load(run)["global_step"] == steps
     assert "already spent" in (tmp_path / "again.log").read_text()
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.ddp)])
+def test_killed_in_what_comes_after_training_a_run_ends_with_the_same_artifact(tmp_path, world_size):
+    config, chance = write_config(tmp_path), random.Random(time.time_ns())
+    options = ["--export.enabled", "true", "--export.quantization.scheme", "mixed", "--export.quantization.gptq",
+               "true", "--export.quantization.limit_bytes", "500000", "--trainer.max_steps", "5"]
+
+    def begin(run: Path, *more: str) -> list:
+        arguments = ["fit", "--config", str(config), "--run_dir", str(run), *options, *more]
+        log = tmp_path / f"{run.name}.log"
+        return start_ranks(arguments, log, world_size) if world_size > 1 else [start(arguments, log)]
+
+    assert finish(begin(tmp_path / "whole")) == [0] * world_size, log_text(tmp_path / "whole.log", world_size)
+    run = tmp_path / "cut"
+    log = tmp_path / ("cut.log.0" if world_size > 1 else "cut.log")
+    for kill in range(3):
+        processes = begin(run, *(["--ckpt_path", "last"] if kill else []))
+        told = kill + 1
+        wait_for(lambda: (log.is_file() and log.read_text().count("scoring raw weights") >= told)  # noqa: B023
+                 or any(p.exitcode is not None for p in processes))  # noqa: B023
+        time.sleep(chance.uniform(0.0, 0.6))
+        for process in processes:
+            process.kill()
+        finish(processes)
+    if not (run / "record.json").is_file() or not RunRecord.load(run).finished:
+        codes = finish(begin(run, "--ckpt_path", "last"))
+        assert codes == [0] * world_size, log_text(tmp_path / "cut.log", world_size)
+    assert (run / "artifact.hymba").read_bytes() == (tmp_path / "whole" / "artifact.hymba").read_bytes()
+    one, other = RunRecord.load(tmp_path / "whole"), RunRecord.load(run)
+    assert other.finished
+    assert {name: score.nats for name, score in one.stages().items()} == {
+        name: score.nats for name, score in other.stages().items()}
+    left = {path.name for path in run.iterdir()} - {".lock", ".owner.json"}
+    assert left == {path.name for path in (tmp_path / "whole").iterdir()} - {".lock", ".owner.json"}

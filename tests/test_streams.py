@@ -1,4 +1,4 @@
-"""Output that breaks: a reader that goes away, a full disk, closed descriptors. Training goes on, filters end quietly."""
+"""Output that breaks (the reader goes away, the disk is full, it is closed): training goes on, filters end quietly."""
 
 from __future__ import annotations
 

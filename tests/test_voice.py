@@ -159,7 +159,7 @@ def test_whose_fault_an_exception_is_follows_from_its_class_and_origin(code, mod
 
 def test_refusals_of_the_package_are_bad_input():
     for make in (lambda: HymbaConfig(window=0), lambda: (_ for _ in ()).throw(BackendUnavailableError("x")),
-                 lambda: (_ for _ in ()).throw(errors.UserError("x")), lambda: open("/nowhere/at/all"),
+                 lambda: (_ for _ in ()).throw(errors.UserError("x")), lambda: Path("/nowhere/at/all").read_bytes(),
                  lambda: torch.load(__file__, weights_only=True)):
         with pytest.raises(Exception) as raised:  # noqa: PT011 - each its own
             make()
@@ -168,7 +168,7 @@ def test_refusals_of_the_package_are_bad_input():
 
 def test_a_sentence_is_one_line_that_names_the_file():
     with pytest.raises(OSError, match="Errno") as raised:
-        open("/nowhere/at/all")
+        Path("/nowhere/at/all").read_bytes()
     assert errors.sentence(raised.value) == "/nowhere/at/all: No such file or directory"
     assert errors.sentence(ValueError("one\n  two")) == "one two"
     assert "micro_batch_size" in errors.sentence(MemoryError())
@@ -207,8 +207,8 @@ def test_versions_are_told_without_importing_what_they_are_of():
 
 @pytest.mark.parametrize(("name", "expected"), [
     ("--model.net.widnow", "--model.net.window"), ("--model.budgetseconds", "--model.budget_seconds"),
-    ("--seq_len", "--data.seq_len"), ("--data.seq-len", "--data.seq_len"), ("--trainer.maxsteps", "--trainer.max_steps"),
-    ("--zzz", None),
+    ("--seq_len", "--data.seq_len"), ("--data.seq-len", "--data.seq_len"),
+    ("--trainer.maxsteps", "--trainer.max_steps"), ("--zzz", None),
 ])
 def test_near_misses(name, expected):
     known = ["--model.net.window", "--model.net.d_conv", "--model.net.dt_min", "--model.budget_seconds",
@@ -293,3 +293,14 @@ def test_a_config_of_a_run_is_yaml_with_every_letter(work):
                            "--export.enabled", "true"], env=environment, capture_output=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["run_dir"] == str(run)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no_such_backend"])
+def test_a_plotting_backend_that_does_not_exist_is_none_of_ours(work, backend):
+    """A notebook's kernel leaves its backend's name in the environment of what it starts."""
+    environment = os.environ | {"MPLBACKEND": backend}
+    done = subprocess.run([*HYMBA, "fit", "--config", str(work / "tiny.yaml"), "--run_dir", str(work / "plots"),
+                           "--trainer.max_steps", "5", "--summary.plots", "true", "--overwrite", "true"],
+                          env=environment, capture_output=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert (work / "plots" / "training.png").stat().st_size > 10_000

@@ -27,25 +27,27 @@ AverageKind = Literal["ema", "uniform", "none"]
 class WeightAverage(Callback):
     """Keeps a float32 average of all floating-point parameters, updated after every optimizer step.
 
-    "ema" with a window takes in the weights after step t by 1 / (window · t), at most 1: the average's length grows
-    with the run and stays a share of it, the weights it starts from drop out, and it stays far behind no warmdown that
-    is much longer than the window. "ema" with a decay is the plain one, started from the initial weights. "uniform" is
-    the mean of the weights after every step of the last `window` of the run, by the clock; before, it has no average.
+    "ema" with a window takes in the weights after step t by 1 / (window · t · s), at most 1, where s is the factor of
+    the learning rates: the average's length grows with the run and stays a share of it, the weights it starts from
+    drop out, and where a warmdown takes the noise out of the weights the average shortens instead of lagging behind
+    it. "ema" with a decay is the plain one, started from the initial weights. "uniform" is the mean of the weights
+    after every step of the last `window` of the run, by the clock; before that there is no average.
 
     Args:
         kind: "ema", "uniform", or "none" to average nothing.
-        window: length of the average as a share of the run, of its steps so far ("ema") or of its end ("uniform").
+        window: length of the average as a share of the run: of its steps so far, times the learning rates' factor
+            ("ema"), or of its end ("uniform").
         decay: of the exponential average, per optimizer step, instead of a window; the reference has 0.997.
 
     Raises:
         ValueError: an argument is out of range, or a decay goes with another kind than "ema".
     """
 
-    def __init__(self, kind: AverageKind = "ema", window: float = 0.05, decay: float | None = None) -> None:
+    def __init__(self, kind: AverageKind = "ema", window: float = 0.03, decay: float | None = None) -> None:
         if kind not in ("ema", "uniform", "none"):
             raise ValueError(f"average is {kind!r}; use 'ema', 'uniform' or 'none'")
         if not 0 < window <= 1:
-            raise ValueError(f"average_window is {window}; it must be a share of the run in (0, 1], e.g. 0.05")
+            raise ValueError(f"average_window is {window}; it must be a share of the run in (0, 1], e.g. 0.03")
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"ema_decay is {decay}; it must be in [0, 1), or null for average_window")
         if decay is not None and kind != "ema":
@@ -151,7 +153,7 @@ class WeightAverage(Callback):
         elif self.decay is not None:
             weight = 1.0 - self.decay
         else:
-            weight = 1.0 / max(self.window * self.n_averaged, 1.0)
+            weight = 1.0 / max(self.window * self.n_averaged * self._lr_scale(trainer), 1.0)
         with torch.no_grad():
             current = [p.detach().float() for _, p in self._parameters(pl_module)]
             torch._foreach_lerp_(list(self._shadow.values()), current, weight)
@@ -214,6 +216,12 @@ class WeightAverage(Callback):
             log.warning("ema_decay %s is too long for this run of about %d steps: %.2g %% of the average will be the "
                         "weights it started from; set it to null and use average_window, a share of the run",
                         self.decay, steps, 100 * first)
+
+    @staticmethod
+    def _lr_scale(trainer: Trainer) -> float:
+        """The learning rates' factor of the step just made; 1 for an optimizer without base rates."""
+        groups = trainer.optimizers[0].param_groups
+        return next((g["lr"] / g["base_lr"] for g in groups if g.get("base_lr", 0.0) > 0), 1.0)
 
     @staticmethod
     def _progress(trainer: Trainer) -> float:

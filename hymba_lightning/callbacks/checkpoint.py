@@ -30,8 +30,8 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
 
     It is written at an interval, after the last step, and on SIGINT, SIGTERM or SIGHUP, which end the run after the
     step in progress, or after the batch of a validation, on all ranks. Writing stops the training clock. The file is
-    replaced in one move, so that a crash or a full disk leaves the one before it whole, and weights with NaN or infinities never
-    replace it; a failed write in the middle of training is a warning, the last one an error.
+    replaced in one move, so that a crash or a full disk leaves the one before it whole, and weights with NaN or
+    infinities never replace it; a failed write in the middle of training is a warning, the last one an error.
 
     Holds what Lightning's checkpoints lack: the state of the random generators. It is rank 0's, which every rank takes
     over on resume: with one seed for all ranks, as Lightning sets it, and equal work their states are equal.
@@ -40,7 +40,8 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
         dirpath: Folder of last.ckpt; null for checkpoints/ in the run's folder.
         every_n_seconds: Training seconds between two checkpoints; null for none. Needs a WallClock.
         every_n_steps: Optimizer steps between two checkpoints; null for none.
-        on_signal: Save and end on SIGINT, SIGTERM and SIGHUP. Needs a WallClock, without which Lightning's handling stays.
+        on_signal: Save and end on SIGINT, SIGTERM and SIGHUP. Needs a WallClock, without which signals end the run
+            without saving.
 
     Raises:
         ValueError: an interval is not positive.
@@ -100,7 +101,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         run = Run.of(trainer)
         clock = run.clock
-        run.before_end = [partial(self._end_training, trainer)]
+        run.before_end.append(partial(self._end_training, trainer))
         self._seen_step = trainer.global_step
         self._saved_at = 0.0 if clock is None else clock.elapsed()
         if self._restored_randomness is not None:

@@ -58,6 +58,7 @@ def expect_end(trainer: pl.Trainer) -> None:
     run = Run.of(trainer)
     if not run.ends:
         end_where_nothing_is_left(trainer)
+        run.before_end = []
     run.ends, run.ended = True, False
 
 

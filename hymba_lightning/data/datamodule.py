@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,7 @@ class HymbaDataModule(pl.LightningDataModule):
             ValueError: A damaged shard, ids beyond the tokenizer's vocabulary, data shorter than seq_len, a tokenizer
                 other than the one that made the shards, a file for both training and validation.
         """
+        manifest = read_manifest(self.data_dir)
         val_paths = find_shards(self.val_files, self.data_dir)
         train_paths = find_shards(self.train_files, self.data_dir) if stage == "fit" else []
         both = first_common(train_paths, val_paths)
@@ -160,7 +161,6 @@ class HymbaDataModule(pl.LightningDataModule):
             )
         # One process of a node reads samples of the shards again; whole ones are read once, by whoever comes first.
         sample = self.trainer is None or self.trainer.local_rank == 0
-        manifest = read_manifest(self.data_dir)
         check_manifest(self.data_dir, [*train_paths, *val_paths], self.tokenizer, sample=sample)
         self.val_stream()
         if stage == "fit":
@@ -267,13 +267,28 @@ class HymbaDataModule(pl.LightningDataModule):
         rank, world_size = self._rank_and_world()
         per_step = self.micro_batch_size * world_size
         start = self._position.spans(self._global_step())
+        if self._overfit_batches():
+            start = 0
         self._position.restart(start)
-        firsts = count(start + rank * self.micro_batch_size, per_step)
+        firsts = self._firsts(start + rank * self.micro_batch_size, per_step)
         batches = read_ahead(self._load_training, firsts, self.prefetch_batches, self._device())
-        for first, batch in zip(count(start + rank * self.micro_batch_size, per_step), batches, strict=False):
+        for first, batch in zip(self._firsts(start + rank * self.micro_batch_size, per_step), batches, strict=False):
             self._delivered_span = first
             self._position.deliver(per_step, self._global_step())
             yield batch
+
+    def _firsts(self, start: int, per_step: int) -> Iterator[int]:
+        """First spans of this rank's batches; under trainer.overfit_batches the same few over and over."""
+        n_batches = self._overfit_batches()
+        return cycle(range(start, start + n_batches * per_step, per_step)) if n_batches else count(start, per_step)
+
+    def _overfit_batches(self) -> int:
+        """trainer.overfit_batches as a number of batches; a share of the data is one of a pass over it."""
+        asked: float = getattr(self.trainer, "overfit_batches", 0)
+        if isinstance(asked, int):
+            return asked
+        per_step = self.micro_batch_size * self._rank_and_world()[1]
+        return max(int(asked * self.train_spans.spans_per_pass / per_step), 1) if asked else 0
 
     def _load_training(self, span: int) -> Batch:
         return self.train_spans.batch(span, self.micro_batch_size)

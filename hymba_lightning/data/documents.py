@@ -119,11 +119,7 @@ class DocumentReader:
             self._file, self._document, self._skips_before = index, 0, self.skips.state()
             try:
                 for text, share in self._texts(file):
-                    try:
-                        document = Document(text, text.encode("utf-8"), file.split)
-                    except UnicodeEncodeError as error:
-                        self._skip(file, "no text", f"no text under {self.text_key!r} ({error})")
-                        continue
+                    document = Document(text, text.encode("utf-8"), file.split)
                     self._document += 1
                     if self._document <= to_skip:
                         continue

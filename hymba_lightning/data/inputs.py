@@ -234,8 +234,8 @@ def _can_be_read(path: Path, skips: Skips) -> bool:
 
 
 def _unknown_kind(path: Path) -> str:
-    suffix = shown(path.suffix.lower())
-    return f"{suffix} file, which is not read" if suffix else "file without a suffix, which is not read"
+    suffix = path.suffix.lower()
+    return f"{shown(suffix)} file, which is not read" if suffix else "file without a suffix, which is not read"
 
 
 def _digest(content: bytes) -> bytes:

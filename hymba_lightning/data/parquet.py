@@ -7,8 +7,11 @@ import importlib
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from hymba_lightning.data.sources import row_of
 
@@ -20,6 +23,7 @@ MEMORY_BYTES = 2 << 30
 def main(arguments: list[str]) -> None:
     """Writes pickled ("rows", rows), …, and ("end", None) or ("error", (kind, cause)), to standard output."""
     path, text_key, limit = arguments[0], arguments[1], int(arguments[2])
+    threading.Thread(target=_end_with_input, daemon=True).start()
     answers = sys.stdout.buffer
     # What libraries print must not get among the answers.
     sys.stdout = sys.stderr
@@ -42,6 +46,12 @@ def main(arguments: list[str]) -> None:
     answers.flush()
 
 
+def _end_with_input() -> None:
+    """The parent holds this process's input: whatever ends it ends this one."""
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
 class _ColumnError(Exception):
     """The file holds no column of texts of that name."""
 
@@ -62,7 +72,7 @@ def _rows(path: str, text_key: str, limit: int) -> Iterator[list]:
         total, done = max(file.metadata.num_rows, 1), 0
         for batch in file.iter_batches(_batch_rows(file, text_key), columns=[text_key], use_threads=False):
             rows, n_bytes = [], 0
-            for value in _values(batch.column(0)):
+            for value in _values(batch.column(0), limit):
                 done += 1
                 rows.append(row_of(value, min(done / total, 1.0), text_key, limit))
                 # Rows may share one long text that the file holds once.
@@ -82,15 +92,24 @@ def _batch_rows(file: Any, text_key: str) -> int:
     return max(1, min(ROWS_AT_ONCE, BATCH_BYTES * max(file.metadata.num_rows, 1) // max(n_bytes, 1)))
 
 
-def _values(column: Any) -> Iterator[Any]:
-    """Python values; bytes that are UTF-8 as text, those that are not as bytes."""
-    for scalar in column:
-        if not scalar.is_valid:
-            yield None
-            continue
-        buffer = (scalar.value if hasattr(scalar, "index") else scalar).as_buffer()
-        content = b"" if buffer is None else buffer.to_pybytes()
+def _values(column: Any, limit: int) -> Iterator[Any]:
+    """Python values: bytes that are UTF-8 as text, those that are not, or too many, as a view of bytes."""
+    if hasattr(column, "dictionary"):
+        # A long text that many rows share is there once.
+        texts = list(_values(column.dictionary, limit))
+        yield from (None if index is None else texts[index] for index in column.indices.to_pylist())
+        return
+    arrow = importlib.import_module("pyarrow")
+    if arrow.types.is_string_view(column.type) or arrow.types.is_binary_view(column.type):
+        column = column.cast(arrow.large_binary())
+    _, offsets, data = column.buffers()
+    is_large = arrow.types.is_large_string(column.type) or arrow.types.is_large_binary(column.type)
+    all_ends = np.frombuffer(offsets, np.int64 if is_large else np.int32)
+    ends = all_ends[column.offset:column.offset + len(column) + 1].tolist()
+    content = memoryview(b"" if data is None else data)
+    for is_valid, start, end in zip(column.is_valid().to_pylist(), ends, ends[1:], strict=False):
+        text = content[start:end]
         try:
-            yield content.decode("utf-8")
+            yield None if not is_valid else text if len(text) > limit else str(text, "utf-8")
         except UnicodeDecodeError:
-            yield content
+            yield text

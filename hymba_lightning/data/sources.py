@@ -36,12 +36,16 @@ def row_of(value: Any, share: float, text_key: str, limit: int) -> Row:
     """A row by its value, which may be anything."""
     if value is None:
         return Row(None, share, "no text", f"no text under {text_key!r} (it is empty)")
-    if isinstance(value, bytes):
-        return Row(None, share, "not UTF-8", f"no text under {text_key!r} (it is not UTF-8)")
-    if not isinstance(value, str):
+    if not isinstance(value, str | bytes | memoryview):
         return Row(None, share, "no text", f"no text under {text_key!r} (it is of type {type(value).__name__})")
-    if len(value) > limit or (4 * len(value) > limit and len(value.encode("utf-8", "surrogatepass")) > limit):
+    try:
+        n_bytes = len(value.encode("utf-8")) if isinstance(value, str) and not value.isascii() else len(value)
+    except UnicodeEncodeError as error:
+        return Row(None, share, "not UTF-8", f"no text under {text_key!r} ({error})")
+    if n_bytes > limit:
         return Row(None, share, "too long", f"longer than {limit:,} bytes; raise max_document_bytes to keep it")
+    if not isinstance(value, str):
+        return Row(None, share, "not UTF-8", f"no text under {text_key!r} (it is not UTF-8)")
     return Row(value, share)
 
 
@@ -62,7 +66,7 @@ def parquet_rows(path: Path, text_key: str, limit: int) -> Iterator[Row]:
     """
     _package("pyarrow", f"{path}, a Parquet file,")
     command = isolated_python("hymba_lightning.data.parquet", str(path), text_key, str(limit))
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                start_new_session=True)
     answers = cast(IO[bytes], process.stdout)
     try:
@@ -81,6 +85,7 @@ def parquet_rows(path: Path, text_key: str, limit: int) -> Iterator[Row]:
         process.kill()
         process.wait()
         answers.close()
+        cast(IO[bytes], process.stdin).close()
 
 
 def hub_rows(name: str, text_key: str, limit: int) -> Iterator[Row]:

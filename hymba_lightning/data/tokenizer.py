@@ -92,8 +92,10 @@ def _train(texts: list[str], vocab_size: int, character_coverage: float, **more:
             **more,
         )
     except RuntimeError as error:
+        # The library's message begins with the place in its code.
+        cause = str(error).rpartition("] ")[2].strip().rstrip(".")
         raise ValueError(
-            f"no tokenizer of vocab_size={vocab_size} can be trained on this text ({error}); with little text lower "
+            f"no tokenizer of vocab_size={vocab_size} can be trained on this text ({cause}); with little text lower "
             "vocab_size, with many scripts raise it or lower character_coverage"
         ) from error
     return model.getvalue()

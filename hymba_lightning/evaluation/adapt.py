@@ -1,4 +1,4 @@
-"""What an update of test-time training moves: chosen weights or thin factors, by SGD or Muon.
+"""What an update of test-time training moves: chosen weights or thin factors, by SGD, Muon or both.
 
 Every rank calls the same methods with the same numbers; gradients are summed over the ranks.
 """
@@ -33,7 +33,7 @@ def select_parameters(net: Hymba, config: TTTConfig) -> list[nn.Parameter]:
     """The parameters that `config` lets adapt. Raises ValueError when none is left."""
     if config.parameters == "scalars":
         chosen = scalar_names(net)
-    elif config.parameters == "low_rank" or config.optimizer == "muon":
+    elif config.parameters == "low_rank" or (config.optimizer == "muon" and not config.rest_lr):
         chosen = matrix_names(net)
     else:
         chosen = {name for name, _ in net.named_parameters()}
@@ -56,6 +56,7 @@ class Adapter:
     def __init__(self, net: Hymba, config: TTTConfig) -> None:
         self.config = config
         self.weights = select_parameters(net, config)
+        self._matrices = {id(p) for name, p in net.named_parameters() if name in matrix_names(net)}
         self._start = [p.detach().clone() for p in self.weights] if self._remembers_start else []
         self._make_trainable()
 
@@ -74,11 +75,20 @@ class Adapter:
                 self.factors.append((p.new_zeros(p.size(0), rank), a.to(p)))
         trainable = [f for pair in self.factors for f in pair] or self.weights
         self.trainable: list[Tensor] = trainable
+        self.optimizers: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon":
-            self.optimizer: torch.optim.Optimizer = torch.optim.Muon(trainable, lr=config.lr, weight_decay=0.0,
-                                                                     momentum=config.momentum)
+            matrices = [p for p in trainable if id(p) in self._matrices]
+            rest = [p for p in trainable if id(p) not in self._matrices]
+            if matrices:
+                self.optimizers.append(torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.0,
+                                                        momentum=config.momentum))
+            if rest:
+                self.optimizers.append(torch.optim.SGD(rest, lr=config.rest_lr, momentum=config.momentum))
         else:
-            self.optimizer = torch.optim.SGD(trainable, lr=config.lr, momentum=config.momentum)
+            self.optimizers.append(torch.optim.SGD(trainable, lr=config.lr, momentum=config.momentum))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
 
     def clear_gradients(self) -> None:
         """Before the first backward pass of an update."""
@@ -98,10 +108,12 @@ class Adapter:
             p.grad = grad.view_as(p).to(p.dtype)
         if self.config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.trainable, self.config.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        scale = lr / self.config.lr if self.config.lr else 0.0
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = scale * group["initial_lr"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.clear_gradients()
         self._write_back()
         return loss

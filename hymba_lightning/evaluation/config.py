@@ -49,6 +49,9 @@ class TTTConfig:
     """'sgd' with momentum, or 'muon': orthogonalised momentum, for the blocks' matrices alone."""
     lr: float = 0.002
     """Learning rate of the first chunk."""
+    rest_lr: float = 0.0
+    """Under optimizer 'muon': learning rate of SGD, with the same momentum and decay, for everything that Muon does not
+    move (the token table, gates, scales, convolutions); 0 leaves that as it is."""
     lr_decay: str = "cosine"
     """Learning rate over the chunks: 'cosine' (half a cosine down to zero at the last, the reference's), 'linear' (down
     to zero) or 'constant'."""
@@ -56,6 +59,9 @@ class TTTConfig:
     """Momentum. One optimizer, with its momentum, goes through the whole stream."""
     batch_seqs: int = 4
     """Sequences per rank in one update."""
+    update_seqs: int = 0
+    """Sequences in one update over all ranks, so that a recipe is the same on any number of them; 0 takes batch_seqs
+    for each rank."""
     train_seq_len: int = 0
     """Length of the sequences trained on; 0 takes seq_len. Shorter ones make more updates of a chunk."""
     grad_clip: float = 1.0
@@ -68,7 +74,7 @@ class TTTConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "lr", "momentum", "grad_clip", "freeze_blocks", "stride", "warm_tokens", "train_seq_len",
-                     "anchor"):
+                     "anchor", "rest_lr", "update_seqs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"ttt.{name} must not be negative, got {getattr(self, name)}")
         for name in ("batch_seqs", "score_batch_seqs", "rank"):
@@ -87,6 +93,9 @@ class TTTConfig:
         if self.optimizer == "muon" and self.parameters in ("scalars", "low_rank"):
             raise ValueError(f"ttt.optimizer 'muon' moves whole matrices, ttt.parameters={self.parameters!r} none: use "
                              "'sgd', or parameters 'all' or 'mlp'")
+        if self.rest_lr and (self.optimizer != "muon" or self.parameters != "all" or not self.lr):
+            raise ValueError(f"ttt.rest_lr={self.rest_lr} is for what Muon leaves of all parameters: use optimizer "
+                             "'muon' with an lr, and parameters 'all'; or set it to 0")
         if self.anchor > 1:
             raise ValueError(f"ttt.anchor is a share of a distance and at most 1, got {self.anchor}")
         if self.limit_seconds is not None and self.limit_seconds <= 0:

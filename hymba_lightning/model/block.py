@@ -9,18 +9,23 @@ from torch import Tensor, nn
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
 from hymba_lightning.model.layers import Linear, rms_norm
 from hymba_lightning.model.mixer import HybridMixer, LayerState
+from hymba_lightning.ops.leaky_square_mlp import leaky_square_mlp
 
 
 class MLP(nn.Module):
     """W_2 (leaky_relu(W_1 x))², hidden width mlp_mult * d_model, W_2 zero-initialised."""
 
-    def __init__(self, d_model: int, mult: int, slope: float, qat_bits: int) -> None:
+    def __init__(self, d_model: int, mult: int, slope: float, qat_bits: int, backend: str = "auto") -> None:
         super().__init__()
-        self.slope = slope
+        self.slope, self.backend = slope, backend
         self.fc = Linear(d_model, mult * d_model, qat_bits=qat_bits)
         self.proj = Linear(mult * d_model, d_model, zero_init=True, qat_bits=qat_bits)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            w_in, w_out = (linear.cast_weight(x_BTD.dtype) for linear in (self.fc, self.proj))
+            return leaky_square_mlp(x_BTD, w_in, w_out, self.slope, backend=self.backend)
+        # Calibration looks at what the two modules are called with.
         return self.proj(F.leaky_relu(self.fc(x_BTD), self.slope).square())
 
 
@@ -32,7 +37,7 @@ class Block(nn.Module):
         super().__init__()
         d = config.d_model
         self.attn = HybridMixer(config, runtime, window, shared_kv)
-        self.mlp = MLP(d, config.mlp_mult, config.mlp_slope, runtime.qat_bits)
+        self.mlp = MLP(d, config.mlp_mult, config.mlp_slope, runtime.qat_bits, runtime.mlp_backend)
         self.attn_scale = nn.Parameter(torch.ones(d))
         self.mlp_scale = nn.Parameter(torch.ones(d))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(d), torch.zeros(d)]))

@@ -25,6 +25,8 @@ class HymbaConfig:
     """Key/value heads G (grouped-query attention); must divide n_heads."""
     window: int = 512
     """Keys a token sees in sliding-window attention, itself included: 0 <= i - j < window."""
+    layer_windows: list[int] | None = None
+    """A window for each layer instead of the same one for all, e.g. short ones with a few long ones between."""
     global_layers: str | list[int] = "none"
     """Layers with full causal attention instead of the window: 'none', 'auto' (first, middle, last) or a list."""
     mlp_mult: int = 4
@@ -77,9 +79,19 @@ class HymbaConfig:
     dt_max: float = 0.1
     """Largest starting time step under dt_init 'mamba'."""
     merge: str = "scalar"
-    """How the two branches are blended: one learned gate per block ('scalar') or one per channel ('channel')."""
+    """How the two branches are blended: one learned gate per block ('scalar') or one per channel ('channel'), both
+    behind an output projection of the scan's own; or side by side into one projection of both ('concat'), as many
+    weights in one matrix product less."""
     branch_norm: bool = False
     """RMS-normalise each branch's output before the merge (Hymba paper, arXiv:2411.13676, section 2)."""
+    branch_gate: int = 0
+    """Channels of the mixer's input that gates on both branches read: every head_dim channels of a branch's output are
+    multiplied by 2·sigmoid of a learned combination of them, which starts at 1. 0 has no gates."""
+    value_gate: bool = False
+    """Multiply attention's values by their own sigmoid."""
+    dynamics_norm: bool = False
+    """RMS-normalise what the scan takes from its input: the time step's low-rank vector, B and C (as the released Hymba
+    models do, there with learned weights)."""
     dynamics_dtype: str = "float32"
     """Storage of A_log and of the dt projection's weight. 'bfloat16' keeps the reference's defect 2 (it also stores
     them in bfloat16, about 13 thousandths of a bit per byte in another's measurement)."""
@@ -98,9 +110,11 @@ class HymbaConfig:
             raise ValueError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}: change either")
         if self.dt_rank < 0 or self.meta_tokens < 0:
             raise ValueError(f"dt_rank={self.dt_rank} and meta_tokens={self.meta_tokens} must not be negative")
+        if not 0 <= self.branch_gate <= self.d_model:
+            raise ValueError(f"branch_gate={self.branch_gate} must be 0 (no gates) to d_model={self.d_model}")
         if self.d_state > 64:
             raise ValueError(f"d_state={self.d_state} is over 64, the most that the scan's kernels hold in registers")
-        for name, allowed in (("dt_init", ("mamba", "linear")), ("merge", ("scalar", "channel")),
+        for name, allowed in (("dt_init", ("mamba", "linear")), ("merge", ("scalar", "channel", "concat")),
                               ("dynamics_dtype", ("float32", "bfloat16"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose from {', '.join(allowed)}")
@@ -117,6 +131,9 @@ class HymbaConfig:
             raise ValueError(f"bos_id={self.bos_id} is not a token id below vocab_size={self.vocab_size}")
         if self.n_layers < 2:
             raise ValueError("n_layers must be at least 2: the U-Net skips need a first and a second half")
+        if self.layer_windows is not None and (len(self.layer_windows) != self.n_layers or min(self.layer_windows) < 1):
+            raise ValueError(f"layer_windows={self.layer_windows} must be n_layers={self.n_layers} numbers of at least "
+                             "1, or null for the same window in all layers")
         self.global_layer_set()
 
     @property
@@ -134,6 +151,12 @@ class HymbaConfig:
         """Rank R of the time-step projection after resolving 0."""
         return self.dt_rank or max(self.d_model // 16, 1)
 
+    def window_of(self, layer: int) -> int | None:
+        """Keys that a token sees in a layer, itself included; None in a global layer."""
+        if layer in self.global_layer_set():
+            return None
+        return self.window if self.layer_windows is None else self.layer_windows[layer]
+
     def global_layer_set(self) -> set[int]:
         """Indices of the layers with full causal attention. Raises ValueError for an unknown word or a bad index."""
         if isinstance(self.global_layers, str):
@@ -148,6 +171,11 @@ class HymbaConfig:
         if wrong:
             raise ValueError(f"global_layers names {wrong}, but the layers are 0 to {self.n_layers - 1}")
         return set(self.global_layers)
+
+    @property
+    def gate_groups(self) -> int:
+        """Groups of head_dim channels over both branches, as branch_gate counts them."""
+        return self.n_heads + (self.d_inner if self.merge == "concat" else self.d_model) // self.head_dim
 
     def to_dict(self) -> dict:
         """Plain values, for checkpoints and artifacts."""
@@ -187,7 +215,7 @@ class HymbaConfig:
         """
         keys = 0.0
         for layer in range(self.n_layers):
-            span = seq_len if layer in self.global_layer_set() else min(self.window, seq_len)
+            span = min(self.window_of(layer) or seq_len, seq_len)
             keys += span - span * (span - 1) / (2 * seq_len)
         scan = 27 * self.d_inner * self.d_state * self.n_layers
         return 6 * self.matmul_params() + 12 * self.d_model * keys + scan
@@ -216,9 +244,11 @@ class RuntimeConfig:
     conv_backend: str = "auto"
     """Causal convolution: auto, naive, torch, triton or causal_conv1d."""
     attention_backend: str = "auto"
-    """Sliding-window attention: auto, naive, blocked, flex or flash."""
+    """Sliding-window attention: auto, naive, blocked, flex, fa4 or flash."""
     loss_backend: str = "auto"
     """Cross-entropy of the softcapped logits: auto, naive, torch or triton."""
+    mlp_backend: str = "auto"
+    """MLP with the squared leaky ReLU, where a gradient is wanted: auto, torch or triton."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     qat_bits: int = 0

@@ -50,8 +50,7 @@ class Hymba(nn.Module):
         for layer in range(n_layers):
             leader = layer - layer % config.kv_share_every
             shared = blocks[leader].attn.kv_proj if leader != layer else None
-            window = None if layer in config.global_layer_set() else config.window
-            blocks.append(Block(config, self.runtime, window, shared))
+            blocks.append(Block(config, self.runtime, config.window_of(layer), shared))
         self.blocks = nn.ModuleList(blocks)
         self.lm_head = None if config.tie_embeddings else Linear(d, config.vocab_size, zero_init=True)
         initialise(self, config)

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymba_lightning.model.attention import attention_branch
@@ -50,7 +51,11 @@ class Merge(torch.autograd.Function):
 
 
 class HybridMixer(nn.Module):
-    """sigmoid(α)·attention + (1-sigmoid(α))·mamba, then the zero-initialised output projection.
+    """sigmoid(α)·attention + (1-sigmoid(α))·mamba, then the zero-initialised output projection; or, under merge
+    'concat', that projection of both side by side.
+
+    Under `branch_gate` both are first multiplied by gates that few channels of the input open (a "sparse" gate on each
+    head's output: modded-nanogpt, 2025).
 
     `shared_kv` is another layer's key/value projection to use instead of an own one.
     """
@@ -61,7 +66,8 @@ class HybridMixer(nn.Module):
         d, e, n, rank = config.d_model, config.d_inner, config.d_state, config.resolved_dt_rank
         bits = runtime.qat_bits
         self.head_dim, self.window, self.runtime = config.head_dim, window, runtime
-        self.branch_norm = config.branch_norm
+        self.branch_norm, self.value_gate, self.dynamics_norm = (config.branch_norm, config.value_gate,
+                                                                 config.dynamics_norm)
         self.c_q = Linear(d, d, qat_bits=bits)
         own_kv = Linear(d, 2 * config.n_kv_heads * config.head_dim, qat_bits=bits) if shared_kv is None else shared_kv
         self.kv_proj = own_kv
@@ -71,10 +77,14 @@ class HybridMixer(nn.Module):
         self.dt_proj = TimeStepProjection(rank, e)
         self.A_log = nn.Parameter(torch.arange(1, n + 1, dtype=torch.float32).log().repeat(e, 1))
         self.D = nn.Parameter(torch.ones(e))
-        self.mamba_out_proj = Linear(e, d, qat_bits=bits)
-        self.proj = Linear(d, d, zero_init=True, qat_bits=bits)
+        concat = config.merge == "concat"
+        self.mamba_out_proj = None if concat else Linear(e, d, qat_bits=bits)
+        self.proj = Linear(d + e if concat else d, d, zero_init=True, qat_bits=bits)
         self.q_gain = nn.Parameter(torch.full((config.n_heads,), float(config.qk_gain)))
-        self.merge_alpha = nn.Parameter(torch.zeros(1 if config.merge == "scalar" else d))
+        self.merge_alpha = None if concat else nn.Parameter(torch.zeros(1 if config.merge == "scalar" else d))
+        # Rows: one for each head_dim channels of attention's output, then of the scan's.
+        self.branch_gate = nn.Parameter(torch.zeros(config.gate_groups, config.branch_gate)) \
+            if config.branch_gate else None
 
     def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None,
                 return_state: bool) -> tuple[Tensor, LayerState | None]:
@@ -84,15 +94,33 @@ class HybridMixer(nn.Module):
         q_BTD, k_BTC, v_BTC, u_BTE, z_BTE = fused_linear(
             x_BTD, [self.c_q, self.kv_proj, self.mamba_proj], [self.c_q.weight.size(0), kv, kv, width, width],
             unit=math.gcd(self.head_dim, width))
+        if self.value_gate:
+            v_BTC = F.silu(v_BTC)
         past = None if state is None else (state.keys, state.values)
         attended_BTD, kept = attention_branch(q_BTD, k_BTC, v_BTC, self.q_gain, rope, head_dim=self.head_dim,
                                               window=self.window, past=past, backend=self.runtime.attention_backend)
         y_BTE, conv_state, scan_state = mamba_branch(
             u_BTE, z_BTE, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D,
             conv_state=None if state is None else state.conv, scan_state=None if state is None else state.scan,
-            return_state=return_state, conv_backend=self.runtime.conv_backend, scan_backend=self.runtime.scan_backend)
-        scanned_BTD = self.mamba_out_proj(y_BTE)
+            normalise=self.dynamics_norm, return_state=return_state, conv_backend=self.runtime.conv_backend,
+            scan_backend=self.runtime.scan_backend)
+        scanned_BTD = y_BTE if self.mamba_out_proj is None else self.mamba_out_proj(y_BTE)
         if self.branch_norm:
             attended_BTD, scanned_BTD = rms_norm(attended_BTD), rms_norm(scanned_BTD)
-        out_BTD = self.proj(Merge.apply(attended_BTD, scanned_BTD, self.merge_alpha, self.head_dim))
+        if self.branch_gate is not None:
+            attended_BTD, scanned_BTD = self.gated(x_BTD, attended_BTD, scanned_BTD)
+        if self.merge_alpha is None:
+            out_BTD = self.proj(torch.cat([attended_BTD, scanned_BTD], dim=-1))
+        else:
+            out_BTD = self.proj(Merge.apply(attended_BTD, scanned_BTD, self.merge_alpha, self.head_dim))
         return out_BTD, LayerState(*kept, conv_state, scan_state) if return_state else None
+
+    def gated(self, x_BTD: Tensor, attended_BTD: Tensor, scanned_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Both branches' outputs (B, T, D), the scan's (B, T, E) under 'concat', times the gates that the first
+        channels of x (B, T, D) open."""
+        weight = self.branch_gate.to(x_BTD.dtype)
+        gate_BTG1 = 2 * torch.sigmoid(F.linear(x_BTD[..., :weight.size(1)], weight))[..., None]
+        heads = attended_BTD.size(-1) // self.head_dim
+        attention_gate, scan_gate = gate_BTG1.split([heads, gate_BTG1.size(-2) - heads], dim=-2)
+        return ((attended_BTD.unflatten(-1, (-1, self.head_dim)) * attention_gate).flatten(-2),
+                (scanned_BTD.unflatten(-1, (-1, self.head_dim)) * scan_gate).flatten(-2))

@@ -63,8 +63,9 @@ def on_device(device_type: str, remedy: str) -> Callable[[str], str | None]:
 
 @functools.cache
 def is_installed(package: str) -> bool:
-    """Whether `package` can be found, without importing it."""
-    return importlib.util.find_spec(package) is not None
+    """Whether `package` can be found, without importing it; a folder of that name that is no package does not count."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def needs_package(package: str, install: str, device_type: str) -> Callable[[str], str | None]:

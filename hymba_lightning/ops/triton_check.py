@@ -1,11 +1,10 @@
-"""The Triton kernels on a real GPU: right against the definition, then timed against the bytes they must move.
+"""Scan, convolution and loss on a real GPU: right against the definition, then timed against the bytes they must move.
 
 B batch, T sequence, E channels, N states, W taps; of the loss N tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 import time
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from hymba_lightning.ops.causal_conv1d.naive import causal_conv1d_naive
@@ -243,25 +241,3 @@ def sweep() -> None:
             forward_ms, both_ms = median_ms(forward), median_ms(both)
             print(f"{name} {value:>6}: forward {forward_ms:.3f} ms, with backward {both_ms:.3f} ms", flush=True)
         setattr(scan_triton, name, usual)
-
-
-def main() -> int:
-    """Checks, then times; 1 if a check failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sweep", action="store_true", help="also time other launch constants")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, bfloat16 only: each compiles its kernels")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    if not check(arguments.quick):
-        print("not timed: a check failed")
-        return 1
-    rate = copy_rate()
-    print(f"copy {rate / 1e9:.0f} GB/s; B, T, E = {TRAINING[:3]}")
-    sizes = ((torch.bfloat16, 8), (torch.bfloat16, 16), (torch.float32, 8))
-    for dtype, states in sizes[:1] if arguments.quick else sizes:
-        timings(dtype, states, rate)
-    kernel_times()
-    if arguments.sweep:
-        sweep()
-    return 0

@@ -7,6 +7,8 @@ import functools
 import torch
 from torch import Tensor
 
+from hymba_lightning.ops.registry import needs_triton
+
 # One warp a program, so that no barrier waits for another. Products and sums fused, which Triton will stop assuming.
 COMPILE_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
@@ -30,3 +32,13 @@ def readable(x: Tensor) -> Tensor:
 def as_gradient(x: Tensor, like: Tensor) -> Tensor:
     """x in the type of `like`, contiguous and in memory of its own, as an operator has to return it."""
     return x.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def hopper_missing(device_type: str) -> str | None:
+    """`missing` of a backend whose kernels were made for a Hopper: such a GPU, or the interpreter (tests)."""
+    reason = needs_triton(device_type)
+    if reason is None and device_type == "cuda":
+        major = torch.cuda.get_device_capability()[0]
+        if torch.version.hip is not None or major != 9:
+            return f"its kernels are made for Hopper GPUs (compute capability 9), this one has {major}"
+    return reason

@@ -21,8 +21,11 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hymba_lightning.ops.causal_conv1d import triton as conv_triton
+from hymba_lightning.ops.leaky_square_mlp import triton as mlp_triton
+from hymba_lightning.ops.newton_schulz import triton as schulz_triton
 from hymba_lightning.ops.selective_scan import triton as scan_triton
 from hymba_lightning.ops.softcapped_cross_entropy import triton as loss_triton
 
@@ -128,6 +131,24 @@ def loss_launches(tokens: int, vocab: int, dtype: torch.dtype) -> list[Launch]:
     return launches
 
 
+def mlp_launches(tokens: int, width: int, hidden: int, dtype: torch.dtype) -> list[Launch]:
+    """The launches of the MLP's hidden layer, forward and backward."""
+    x, w_in, w_out = (torch.empty(*shape, dtype=dtype, device="meta")
+                      for shape in ((tokens, width), (hidden, width), (width, hidden)))
+    with recorded(mlp_triton) as launches:
+        hidden_MF, _ = mlp_triton.hidden_layer._init_fn(x, w_in, 0.5)
+        mlp_triton.hidden_layer_backward._init_fn(x, w_out, hidden_MF, 0.5)
+    return launches
+
+
+def newton_schulz_launches(matrices: int, rows: int, columns: int, dtype: torch.dtype) -> list[Launch]:
+    """Every launch of a Newton-Schulz step of a bank."""
+    with recorded(schulz_triton) as launches:
+        schulz_triton.newton_schulz_step_triton(torch.empty(matrices, rows, columns, dtype=dtype, device="meta"),
+                                                3.4, -4.8, 2.0)
+    return launches
+
+
 def compile_launch(launch: Launch, capability: int) -> Resources:
     """Compiles what `launch` would compile on a GPU of the compute capability (90 for a Hopper); reads its resources.
 
@@ -140,11 +161,18 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         name, value = parameter.name, launch.arguments[parameter.name]
         # Triton's own rules: an argument 1 becomes a constant, multiples of 16 are marked, pointers are aligned.
         is_pointer = isinstance(value, Tensor)
-        if parameter.is_constexpr or (not is_pointer and value == 1 and not parameter.do_not_specialize):
+        is_one = isinstance(value, int) and value == 1
+        if parameter.is_constexpr or (is_one and not parameter.do_not_specialize):
             signature[name], constants[name] = "constexpr", value
             continue
-        signature[name] = TYPE_NAMES[value.dtype] if is_pointer else "i32" if value < 2**31 else "i64"
-        if is_pointer or (value % 16 == 0 and not parameter.do_not_specialize):
+        if isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype].removeprefix('*')}[{block}]>"
+            continue
+        is_float = isinstance(value, float)
+        signature[name] = TYPE_NAMES[value.dtype] if is_pointer else "fp32" if is_float else \
+            "i32" if value < 2**31 else "i64"
+        if is_pointer or (not is_float and value % 16 == 0 and not parameter.do_not_specialize):
             attributes[(index,)] = [["tt.divisibility", 16]]
     options = {name: launch.arguments[name] for name in COMPILE_OPTIONS if name in launch.arguments}
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -201,5 +229,10 @@ def main() -> int:
             clean &= report(conv_launches(2, 32768, 512, 4, dtype), f"causal_conv1d {label}", capability)
             for vocab in (1024, 50257):
                 clean &= report(loss_launches(65536, vocab, dtype), f"loss V={vocab} {label}", capability)
+        for rows, columns in ((512, 2048), (48, 512)):
+            launches = newton_schulz_launches(8, rows, columns, torch.bfloat16)
+            clean &= report(launches, f"newton_schulz {rows} x {columns} bfloat16", capability)
+        if capability == 90:
+            clean &= report(mlp_launches(65536, 512, 2048, torch.bfloat16), "leaky_square_mlp bfloat16", capability)
     print("no kernel spills" if clean else "SPILLS: see the table")
     return 0 if clean else 1

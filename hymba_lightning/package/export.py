@@ -124,8 +124,7 @@ def read_source(path: Path, tokenizer: str | None, runtime: RuntimeConfig, devic
         return Source(net, load_artifact(path).metadata, fingerprint, "an artifact's weights")
     checkpoint = read_checkpoint(path, mmap=True)
     metadata = {"steps": checkpoint.get("global_step"),
-                "seq_len": checkpoint.get("HymbaDataModule", {}).get("seq_len"),
-                "train_seconds": checkpoint.get("callbacks", {}).get("WallClock", {}).get("elapsed")}
+                "seq_len": checkpoint.get("HymbaDataModule", {}).get("seq_len")}
     if fingerprint is None:
         try:
             fingerprint = file_sha256(find_tokenizer(path, tokenizer, None))

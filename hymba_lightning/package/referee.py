@@ -44,17 +44,20 @@ def evaluate(folder: Path, data_dir: Path, tokenizer: Path, device: torch.device
     limit = settings["val_tokens_limit"]
     stream = TokenStream(find_shards(settings["val_files"], data_dir), token_bytes.vocab_size,
                          None if limit is None else limit + 1)
-    ttt = ScoreFirstTTT(net.to(device), settings["seq_len"], TTTConfig(**settings["ttt"]))
-    total = Score(0.0, 0, 0)
+    ttt = ScoreFirstTTT(net.to(device), settings["seq_len"], TTTConfig(**settings["ttt"]), stream=stream)
+    total, nats = Score(0.0, 0, 0), []
     count = n_chunks(stream, settings["chunk_tokens"])
     for index in range(count):
         chunk = chunk_at(stream, token_bytes, settings["chunk_tokens"], index)
-        total += ttt.score_chunk(chunk).score
+        scored = ttt.score_chunk(chunk)
+        total += scored.score
+        nats.append(scored.nats.cpu())
         ttt.adapt_chunk(chunk)
         if world()[0] == 0:
             print(f"chunk {index + 1} of {count}: val_bpb {total.bpb:.6f}", flush=True)
     return {"val_bpb": total.bpb, "val_loss": total.loss, "tokens": total.n_tokens, "bytes": total.n_bytes,
-            "seconds": time.monotonic() - started, "world_size": world()[1], "device": str(device),
+            "nats": torch.cat(nats), "seconds": time.monotonic() - started,
+            "world_size": world()[1], "device": str(device),
             "modules": sorted(str(module.__file__) for name, module in sys.modules.items()
                               if name.partition(".")[0] == "hymba_lightning")}
 
@@ -82,6 +85,7 @@ def main(folder: Path, digests: dict[str, Any]) -> None:
     val_files = json.loads((folder / SETTINGS).read_bytes())["val_files"]
     verify_data(digests, tokenizer, find_shards(val_files, args.data))
     result = evaluate(folder, args.data, tokenizer, device)
+    del result["nats"]  # one for each token, which is for `hymba audit`
     verify_count(digests, result["tokens"], result["bytes"])
     if world()[0] == 0:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

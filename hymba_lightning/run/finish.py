@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ from hymba_lightning.quantization import (
 from hymba_lightning.quantization.calibration import Calibration, calibrate
 from hymba_lightning.run.record import ArtifactRecord, DataIdentity, ScoreRecord, Trained, weights_sha256
 from hymba_lightning.run.run import Run, require_clock, settings_of
-from hymba_lightning.run.summary import environment, write_fit_summary
+from hymba_lightning.run.summary import environment, print_table, write_fit_summary
 from hymba_lightning.run.tensorboard import FINAL, log_final_scores
 from hymba_lightning.trainer_internals import datamodule_of
 
@@ -53,8 +54,10 @@ class ExportSettings:
     score_stages: bool = True
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for the record."""
-        return {"quantization": dataclasses.asdict(self.quantization), "calibration_batches": self.calibration_batches}
+        """What the artifact depends on, as the values that JSON gives back."""
+        values = {"quantization": dataclasses.asdict(self.quantization),
+                  "calibration_batches": self.calibration_batches}
+        return json.loads(json.dumps(values))
 
 
 def finish(trainer: pl.Trainer, module: pl.LightningModule, settings: ExportSettings, plots: bool = True) -> None:
@@ -210,8 +213,8 @@ class _Ending:
     def _save(self, calibration: Calibration) -> tuple[ArtifactReport, ArtifactRecord]:
         weights = {name: tensor.detach().cpu() for name, tensor in self.net.state_dict().items()}
         tokenizer: dict[str, Any] = {"vocab_size": self.net.config.vocab_size}
-        metadata = {"hymba_lightning": __version__, "steps": self.trainer.global_step,
-                    "train_seconds": round(self.clock.elapsed(), 3)}
+        # Nothing that differs from one run of the same steps to the next: the record has the seconds.
+        metadata: dict[str, Any] = {"hymba_lightning": __version__, "steps": self.trainer.global_step}
         if self.data is not None:
             tokenizer["sha256"] = self.data.tokenizer_fingerprint()
             metadata["seq_len"] = self.data.seq_len
@@ -237,11 +240,12 @@ class _Ending:
             # Calibration counts as training time too.
             assert self.run.record.trained is not None
             self.run.record.trained.seconds = self.clock.elapsed()
-            write_fit_summary(self.run, self.folder, getattr(self.data, "unigram_bpb", None), plots)
+            summary = write_fit_summary(self.run, self.folder, getattr(self.data, "unigram_bpb", None), plots)
             self.run.record.finished = True
             self.run.record.save(self.folder.path)
             log_final_scores(self.trainer, self.module, self.run.record)
-        self.run.display("finished", 1.0, 1.0)
+            self.run.display("finished", 1.0, 1.0)
+            print_table("Training", summary, self.folder)
 
     def check_limit(self) -> None:
         artifact = self.artifact()

@@ -85,6 +85,10 @@ class RunFolder:
             claim = FolderClaim(self.path, work)
             claim.take()
             self._claim = claim
+            # What killed writers left half done; nobody else writes here now.
+            for name in [*OURS, *(path.name for path in self._files())]:
+                for leftover in self.path.glob(f".{name}.????????"):
+                    leftover.unlink(missing_ok=True)
 
     def start(self, resumed_from: str | Path | None = None) -> None:
         """Begins a fit: takes away what an old run left, unless the fit goes on with it.

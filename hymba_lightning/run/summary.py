@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from hymba_lightning import __version__
@@ -18,6 +17,7 @@ from hymba_lightning.plots import plot_training
 from hymba_lightning.run.folder import RunFolder
 from hymba_lightning.run.record import ScoreRecord
 from hymba_lightning.run.run import Run
+from hymba_lightning.text import printable
 
 
 def environment(trainer: pl.Trainer) -> dict[str, Any]:
@@ -36,8 +36,9 @@ def score_as_dict(score: ScoreRecord) -> dict[str, Any]:
             "tokenizer": None if score.data is None else score.data.tokenizer, "settings": score.settings}
 
 
-def write_fit_summary(run: Run, folder: RunFolder, unigram_bpb: float | None, plots: bool) -> None:
-    """Writes summary.json, history.json and training.png from the record, and prints the table."""
+def write_fit_summary(run: Run, folder: RunFolder, unigram_bpb: float | None,
+                      plots: bool) -> dict[str, Any]:
+    """Writes history.json, summary.json and training.png from the record; returns the summary."""
     record, history = run.record, run.history
     trained, stages = record.trained, record.stages()
     assert trained is not None
@@ -63,7 +64,7 @@ def write_fit_summary(run: Run, folder: RunFolder, unigram_bpb: float | None, pl
     if plots and history.train:
         plot_training(history.train, history.val, {stage: score.bpb for stage, score in stages.items()},
                       folder / "training.png", unigram_bpb)
-    print_table("Training", summary, folder)
+    return summary
 
 
 STAGE_NAMES = {"raw": "raw last-step weights, bpb", "ema": "averaged weights, bpb",
@@ -72,13 +73,13 @@ STAGE_NAMES = {"raw": "raw last-step weights, bpb", "ema": "averaged weights, bp
 
 def print_table(title: str, summary: dict[str, Any], folder: RunFolder) -> None:
     """The closing table: a row per figure that the summary holds."""
-    table = Table(title=escape(f"{title}: {folder}"), title_justify="left", show_header=False)
+    table = Table(title=f"{title}: {printable(str(folder))}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
 
     def row(label: str, value: Any, form: str = "") -> None:
         if value is not None:
-            table.add_row(escape(label), escape(f"{value:{form}}"))
+            table.add_row(printable(label), printable(f"{value:{form}}"))
 
     row("unigram model of the same tokenizer, bpb", summary.get("unigram_bpb"), ".4f")
     for stage, bpb in summary.get("bpb", {}).items():
@@ -98,4 +99,5 @@ def print_table(title: str, summary: dict[str, Any], folder: RunFolder) -> None:
     row("tokens per second", summary.get("tokens_per_s"), ",.0f")
     row("tokens scored", summary.get("scored_tokens") or summary.get("tokens"), ",")
     row("evaluation seconds", summary.get("seconds"), ".1f")
-    Console().print(table)
+    # Names are text, not markup.
+    Console(markup=False, emoji=False).print(table)

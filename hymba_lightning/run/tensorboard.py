@@ -24,7 +24,9 @@ def log_final_scores(trainer: pl.Trainer, module: pl.LightningModule, record: Ru
     """
     if not record.stages():
         return
-    given = dict(module.hparams) | dict(getattr(datamodule_of(trainer), "hparams", {}))
+    data = datamodule_of(trainer)
+    given = dict(module.hparams) | {name: getattr(data, name, None) for name in ("seq_len", "micro_batch_size")}
+    given |= {"world_size": trainer.world_size, "accumulate_grad_batches": trainer.accumulate_grad_batches}
     options = {name: value if isinstance(value, bool | int | float | str) else str(value)
                for name, value in _flat(given).items() if value is not None}
     scores = {f"{FINAL}{stage}_bpb": score.bpb for stage, score in record.stages().items()}

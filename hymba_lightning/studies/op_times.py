@@ -221,7 +221,8 @@ def _peak_memory(run: Callable[[], object], device: torch.device) -> float | Non
         return None
 
     def kilobytes(field: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text(encoding="utf-8").splitlines() if line.startswith(field))
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
     # Freed memory that the C library keeps would hide what is taken from it. Then VmHWM falls to what is resident now.
     if hasattr(ctypes.CDLL(None), "malloc_trim"):

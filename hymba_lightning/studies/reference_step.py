@@ -81,7 +81,8 @@ def run_reference(script: Path, data_dir: Path, tokenizer: Path, log: Path, *, s
         started = time.monotonic()
         try:
             # Its evaluation and export, which follow the last step, are not waited for.
-            while process.poll() is None and f"step:{steps}/{steps} train_loss" not in log.read_text(encoding="utf-8", errors="replace"):
+            last = f"step:{steps}/{steps} train_loss"
+            while process.poll() is None and last not in log.read_text(encoding="utf-8", errors="replace"):
                 if time.monotonic() - started > timeout:
                     break
                 time.sleep(1.0)

@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hymba_lightning.studies.worker import Worker
+
 
 def run_once(command: str, run_dir: Path, result: str, arguments: Sequence[str],
-             environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+             environment: Mapping[str, str] | None = None, worker: Worker | None = None) -> dict[str, Any]:
     """The JSON file `result` of `hymba <command> --run_dir <run_dir>`, from an earlier call or from one made now.
 
-    `environment` is added to this process's. A fit that was interrupted goes on from its checkpoint. The output goes to
-    <run_dir>/<command>.log. Raises RuntimeError with the log's end where the command fails.
+    `environment` is added to this process's; a `worker` has its own. A fit that was interrupted goes on from its
+    checkpoint. The output goes to <run_dir>/<command>.log. Raises RuntimeError with the log's end where the
+    command fails.
     """
     path = run_dir / result
     if not path.is_file():
@@ -26,14 +29,19 @@ def run_once(command: str, run_dir: Path, result: str, arguments: Sequence[str],
         if command == "fit":
             killed = (run_dir / "checkpoints" / "last.ckpt").is_file()
             resume = ["--ckpt_path", "last"] if killed else ["--overwrite", "true"]
-        line = [sys.executable, "-m", "hymba_lightning", command, "--run_dir", str(run_dir), *arguments, *resume]
+        line = [command, "--run_dir", str(run_dir), *arguments, *resume]
         started, log = time.monotonic(), run_dir / f"{command}.log"
-        with open(log, "a", encoding="utf-8") as file:
-            code = subprocess.run(line, stdout=file, stderr=subprocess.STDOUT, check=False,
-                                  env=os.environ | dict(environment or {})).returncode
+        if worker is not None:
+            code = worker.run(line, log)
+        else:
+            with open(log, "a", encoding="utf-8") as file:
+                code = subprocess.run([sys.executable, "-m", "hymba_lightning", *line], stdout=file,
+                                      stderr=subprocess.STDOUT, check=False,
+                                      env=os.environ | dict(environment or {})).returncode
         if code or not path.is_file():
             # A crash in C++ ends with dozens of addresses; what went wrong stands above them.
-            lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if not line.startswith("frame #")]
+            text = log.read_text(encoding="utf-8", errors="replace")
+            lines = [line for line in text.splitlines() if not line.startswith("frame #")]
             tail = "\n".join(lines[-15:])
             raise RuntimeError(f"hymba {command} in {run_dir} ended with code {code}:\n{tail}")
         print(f"{run_dir.name}: {command} in {time.monotonic() - started:.0f} s", flush=True)

@@ -52,7 +52,7 @@ class HymbaModule(pl.LightningModule):
         budget_seconds: float | None = None,
         reserve_seconds: float = 0.0,
         average: AverageKind = "ema",
-        average_window: float = 0.05,
+        average_window: float = 0.03,
         ema_decay: float | None = None,
         qat_start: float = 1.0,
         compile: bool = False,
@@ -72,7 +72,8 @@ class HymbaModule(pl.LightningModule):
             reserve_seconds: Part of the budget held back for the export's calibration on training data.
             average: Average of the weights that is validated and exported: 'ema', exponential; 'uniform', the mean over
                 the end of the run; 'none', the trained weights themselves.
-            average_window: Length of the average as a share of the run.
+            average_window: Length of the average as a share of the run: of the steps so far, times the learning rates'
+                factor ('ema'), or of the run's end ('uniform').
             ema_decay: Decay of the exponential average per step (the reference has 0.997); null for average_window.
             qat_start: Fraction of training after which quantization-aware training is on (needs runtime.qat_bits).
             compile: Compile the network with torch.compile.
@@ -163,7 +164,7 @@ class HymbaModule(pl.LightningModule):
         """Options of the Trainer that would do something else than what they say."""
         if self.trainer.precision not in PRECISIONS:
             raise ValueError(f"trainer.precision is {self.trainer.precision}: leave it at 32-true; the network "
-                             "computes in bfloat16 with model.runtime.dtype bfloat16, over float32 weights")
+                             "computes in bfloat16 with model.runtime.compute_dtype bfloat16, over float32 weights")
 
     # Training ----------------------------------------------------------------------------------------------------
 
@@ -242,8 +243,8 @@ class HymbaModule(pl.LightningModule):
             raise ValueError("test-time training needs a HymbaDataModule, which hands over the stream in chunks: use "
                              "trainer.validate for a loader of your own")
         with torch.inference_mode(False):  # what is made here is trained
-            self.run.testing = Testing(ScoreFirstTTT(self.net, data.seq_len, self.ttt_config,
-                                                     started=self.run.started))
+            self.run.testing = Testing(ScoreFirstTTT(self.net, data.seq_len, self.ttt_config, started=self.run.started,
+                                                     stream=data.val_stream()))
 
     @property
     def testing(self) -> Testing:

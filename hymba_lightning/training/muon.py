@@ -2,7 +2,9 @@
 
 Shapes: n matrices of a bank, R rows, C columns, R <= C after transposition.
 Sources: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), for the update and the
-quintic iteration; Amsel et al., "The Polar Express" (arXiv:2505.16932) for the coefficients that change per step.
+quintic iteration; Amsel et al., "The Polar Express" (arXiv:2505.16932) for the coefficients that change per step;
+Li et al., "NorMuon" (arXiv:2510.05491), for the second moments of neurons; Chen et al., "Cautious Weight Decay"
+(arXiv:2510.12402).
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hymba_lightning.ops.newton_schulz import newton_schulz_step
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -65,9 +69,7 @@ def orthogonalize(
     norm_n11 = torch.linalg.vector_norm(bank_nRC, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     x_nRC = (bank_nRC / (norm_n11 + EPS)).to(dtype)
     for a, b, c in coefficients:
-        gram_nRR = x_nRC @ x_nRC.mT
-        poly_nRR = torch.baddbmm(gram_nRR, gram_nRR, gram_nRR, beta=b, alpha=c)
-        x_nRC = torch.baddbmm(x_nRC, poly_nRR, x_nRC, beta=a)
+        x_nRC = newton_schulz_step(x_nRC, a, b, c)
     return x_nRC
 
 
@@ -126,6 +128,9 @@ class Muon:
         row_normalize: scale the rows of what is orthogonalised to length 1 (MuonEq-R).
         shard: share the work out over ranks.
         dtype: of the Newton-Schulz steps; None takes bfloat16 on a GPU and float32 on a CPU, where that is faster.
+        neuron_beta: decay of a second moment per row, by whose root a row's update is divided before the matrix gets
+            back the norm it had (NorMuon); 0 for none.
+        cautious: decay only the weights that the update moves towards zero.
     """
 
     def __init__(
@@ -137,12 +142,16 @@ class Muon:
         row_normalize: bool = False,
         shard: bool = True,
         dtype: torch.dtype | None = None,
+        neuron_beta: float = 0.0,
+        cautious: bool = False,
     ) -> None:
         self.coefficients = iteration_coefficients(coefficients, ns_steps)
         self.nesterov = nesterov
         self.row_normalize = row_normalize
         self.shard = shard
         self.dtype = dtype
+        self.neuron_beta = neuron_beta
+        self.cautious = cautious
         self._plans: dict[tuple[tuple[torch.Size, ...], int], tuple[list[_Bank], int]] = {}
 
     @torch.no_grad()
@@ -155,6 +164,7 @@ class Muon:
         lr: float,
         momentum: float,
         weight_decay: float,
+        neurons: list[Tensor] | None = None,
     ) -> None:
         """One update: p <- (1 − lr·weight_decay) p − lr·max(1, rows/columns)^½ · orthogonalize(m or g + μ m).
 
@@ -165,6 +175,7 @@ class Muon:
             lr: learning rate of this step.
             momentum: μ of this step.
             weight_decay: decoupled weight decay.
+            neurons: float32 second moments (rows, 1), starting at 0, which `neuron_beta` needs.
         """
         if not params:
             return
@@ -172,11 +183,29 @@ class Muon:
         torch._foreach_mul_(momenta, momentum)
         torch._foreach_add_(momenta, grads)
         directions = list(torch._foreach_add(grads, momenta, alpha=momentum)) if self.nesterov else momenta
-        torch._foreach_mul_(params, 1.0 - lr * weight_decay)
+        if not self.cautious:
+            torch._foreach_mul_(params, 1.0 - lr * weight_decay)
         for members, updates_nrc in self._orthogonal_updates(directions):
             rows, columns = updates_nrc.shape[1:]
             scale = max(1.0, rows / columns) ** 0.5
-            torch._foreach_add_([params[i] for i in members], list(updates_nrc.unbind()), alpha=-lr * scale)
+            moved = [params[i] for i in members]
+            if self.neuron_beta:
+                updates_nrc = self._by_neuron(updates_nrc, [neurons[i] for i in members])  # type: ignore[index]
+            if self.cautious and weight_decay:
+                weights_nrc = torch.stack(moved)
+                decayed_nrc = weights_nrc * (weights_nrc * updates_nrc > 0)
+                torch._foreach_add_(moved, list(decayed_nrc.unbind()), alpha=-lr * weight_decay)
+            torch._foreach_add_(moved, list(updates_nrc.unbind()), alpha=-lr * scale)
+
+    def _by_neuron(self, updates_nrc: Tensor, moments: list[Tensor]) -> Tensor:
+        """Updates (n, rows, columns) with their rows divided by the root of `moments`, which they enter first, and the
+        norm of each matrix as before."""
+        moments_nr1 = torch.stack(moments)
+        moments_nr1.lerp_(updates_nrc.square().mean(-1, keepdim=True), 1 - self.neuron_beta)
+        torch._foreach_copy_(moments, list(moments_nr1.unbind()))
+        divided_nrc = updates_nrc / (moments_nr1.sqrt() + EPS)
+        norms = [torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (updates_nrc, divided_nrc)]
+        return divided_nrc * (norms[0] / (norms[1] + EPS))
 
     def _orthogonal_updates(self, directions: list[Tensor]) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Float32 updates by shape, the same on every rank: indices into `directions`, stack (n, rows, columns)."""

@@ -24,7 +24,7 @@ class HymbaOptimizer(Optimizer):
 
     Every parameter group has `name`, `algorithm` ("muon", "adam" or "none"), `base_lr` and `lr`; Muon's also have
     `momentum` and `weight_decay`. Groups of algorithm "none" are not updated but have their gradients cleared. The
-    Adam groups and their state are shared with a `torch.optim.Adam`, whose own kernels (fused on CUDA, foreach
+    Adam groups and their state are shared with a `torch.optim.AdamW`, whose own kernels (fused on CUDA, foreach
     elsewhere) do the work.
 
     Args:
@@ -41,6 +41,7 @@ class HymbaOptimizer(Optimizer):
             if missing:
                 raise ValueError(f"optimizer group {group.get('name')!r} lacks {sorted(missing)}")
             group.setdefault("lr", group["base_lr"])
+            group.setdefault("base_weight_decay", group.get("weight_decay", 0.0))
             if group["algorithm"] == "muon":
                 group.setdefault("momentum", config.first_momentum)
                 not_matrices = [tuple(p.shape) for p in group["params"] if p.ndim != 2]
@@ -53,17 +54,24 @@ class HymbaOptimizer(Optimizer):
             row_normalize=config.muon_row_normalize,
             shard=config.muon_shard,
             dtype=MUON_DTYPES[config.muon_dtype],
+            neuron_beta=config.muon_neuron_beta,
+            cautious=config.cautious_decay,
         )
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": 0.0})
-        self._adam = torch.optim.Adam(self._groups_of("adam"), lr=0.0, betas=config.adam_betas, eps=config.adam_eps)
+        self._decay_with_lr = config.decay_with_lr
+        self._adam = torch.optim.AdamW(self._groups_of("adam"), lr=0.0, betas=config.adam_betas, eps=config.adam_eps,
+                                       weight_decay=0.0)
         self._share_with_adam()
 
     def set_schedule(self, lr_scale: float, momentum: float) -> None:
-        """Set every learning rate to `base_lr * lr_scale`, and Muon's momentum."""
+        """Set every learning rate to `base_lr * lr_scale`, and Muon's momentum; under `decay_with_lr` every weight
+        decay to `base_weight_decay * lr_scale`."""
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * lr_scale
             if group["algorithm"] == "muon":
                 group["momentum"] = momentum
+            if self._decay_with_lr:
+                group["weight_decay"] = group["base_weight_decay"] * lr_scale
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Run `closure` (forward and backward) if given, then update every trained parameter that has a gradient."""
@@ -82,6 +90,7 @@ class HymbaOptimizer(Optimizer):
                 lr=group["lr"],
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
+                neurons=[self._neuron_moment(p) for p in params] if self._muon.neuron_beta else None,
             )
         return loss
 
@@ -108,16 +117,18 @@ class HymbaOptimizer(Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, index in zip(group["params"], saved["params"], strict=True):
                 state = self.state.get(parameter, {})
-                if "momentum_buffer" in state:
-                    # The base class casts state to the parameter's dtype; momentum stays float32.
-                    buffer = state_dict["state"][index]["momentum_buffer"]
-                    state["momentum_buffer"] = buffer.detach().to(parameter.device, copy=True)
+                for key in ("momentum_buffer", "neuron_moment"):
+                    if key in state:
+                        # The base class casts state to the parameter's dtype; momentum stays float32.
+                        buffer = state_dict["state"][index][key]
+                        state[key] = buffer.detach().to(parameter.device, copy=True)
                 if "step" in state:
                     # Fused kernels count on the parameter's device, foreach on the CPU.
                     state["step"] = state["step"].to(parameter.device if group["fused"] else "cpu")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_muon": self._muon, "_adam": self._adam}
+        own = {"_muon": self._muon, "_adam": self._adam, "_decay_with_lr": self._decay_with_lr}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -142,6 +153,12 @@ class HymbaOptimizer(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter, dtype=torch.float32)
         return state["momentum_buffer"]
 
+    def _neuron_moment(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "neuron_moment" not in state:
+            state["neuron_moment"] = torch.zeros(len(parameter), 1, dtype=torch.float32, device=parameter.device)
+        return state["neuron_moment"]
+
 
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, *, tied: bool
@@ -158,7 +175,7 @@ def build_optimizer(
     """
     rules = build_rules(tied=tied, train_conv=config.train_conv, dynamics_in_muon=config.dynamics_in_muon)
     members = assign_parameters(named_parameters, rules)
-    embed_lr = config.embed_lr if config.embed_lr is not None else (0.05 if tied else 0.6)
+    embed_lr = config.embed_lr if config.embed_lr is not None else (0.02 if tied else 0.6)
     base_lr = {
         "embed": embed_lr,
         "head": config.head_lr,
@@ -173,7 +190,7 @@ def build_optimizer(
             "name": rule.name,
             "algorithm": rule.algorithm,
             "base_lr": base_lr[rule.name],
-            "weight_decay": config.weight_decay if rule.algorithm == "muon" else 0.0,
+            "weight_decay": {"matrices": config.weight_decay, "embed": config.embed_decay}.get(rule.name, 0.0),
             "params": [parameter for _, parameter in members[rule.name]],
         }
         for rule in rules

@@ -39,6 +39,7 @@ SCALARS = (
     "*.resid_mix",
     "*.q_gain",
     "*.merge_alpha",
+    "*.branch_gate",
     "*.attn.D",
     "*.conv1d.bias",
     "*.dt_proj.bias",

@@ -176,7 +176,8 @@ def test_the_mean_age_of_what_is_averaged_is_the_window_at_any_length(n_steps):
     # Weights that are their own step number: the average then is the step it stands for.
     average = WeightAverage(window=0.05)
     average._shadow = {"w": torch.zeros(())}
-    module, trainer = torch.nn.Module(), SimpleNamespace(global_step=0, callbacks=[])
+    optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
+    module, trainer = torch.nn.Module(), SimpleNamespace(global_step=0, callbacks=[], optimizers=[optimizer])
     module.w = torch.nn.Parameter(torch.zeros(()))
     for step in range(1, n_steps + 1):
         trainer.global_step = step
@@ -184,6 +185,23 @@ def test_the_mean_age_of_what_is_averaged_is_the_window_at_any_length(n_steps):
         average.on_train_batch_end(trainer, module, None, None, 0)
     age = n_steps - float(average._shadow["w"])
     assert age == pytest.approx(0.05 / 1.05 * n_steps, rel=0.02, abs=1.0)
+
+
+@pytest.mark.parametrize("n_steps", [12, 120])
+def test_the_window_closes_with_the_warmdown(tmp_path, n_steps):
+    """The average must not lag behind a warmdown: where the rates are near 0, it is at the trained weights."""
+    module, average, recorder = TinyModule(OptimizerConfig(lr_floor=0)), WeightAverage(window=0.1), Recorder()
+    lag = []
+
+    class Lag(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            raw, shadow = pl_module.net.tok_emb.weight.detach(), average._shadow["net.tok_emb.weight"]
+            lag.append(float((raw - shadow).norm()))
+
+    trainer = make_trainer(tmp_path, [WallClock(), average, recorder, Lag()], max_steps=n_steps)
+    trainer.fit(module, datamodule=TinyData())
+    assert lag[-1] == 0.0
+    assert n_steps == 12 or max(lag) > 0.0
 
 
 def test_uniform_average_of_the_last_share_of_the_run(tmp_path):

@@ -66,7 +66,7 @@ def test_the_schedule_follows_the_clock(tmp_path):
             lr.append(optimizer.param_groups[0]["lr"] / optimizer.param_groups[0]["base_lr"])
 
     fake_time = FakeTime()
-    module = TimedModule(fake_time, [1.0], OptimizerConfig(warmup_share=0, warmdown_iters=4, warmdown_shape="linear"))
+    module = TimedModule(fake_time, [1.0], OptimizerConfig(warmup_share=0, warmdown_iters=4, lr_floor=0))
     trainer = make_trainer(tmp_path, [WallClock(8.0, margin=1.0, time_fn=fake_time), Rates()])
     trainer.fit(module, datamodule=TinyData())
     assert lr == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
@@ -222,7 +222,7 @@ def _fit_with_unlike_clocks(rank, folder):
     results = {}
     # Rank 1's seconds are three times as fast, and start elsewhere.
     fake_time = FakeTime(now=1e6 * rank, speed=1.0 + 2.0 * rank)
-    module = TimedModule(fake_time, [0.5] * 3 + [1.5, 0.5], OptimizerConfig(warmdown_iters=8))
+    module = TimedModule(fake_time, [0.5] * 3 + [1.5, 0.5], OptimizerConfig())
     clock = WallClock(10.0, time_fn=fake_time)
     trainer = make_trainer(
         folder, [clock], devices=2, strategy="ddp", accumulate_grad_batches=2, limit_val_batches=1,

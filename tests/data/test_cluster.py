@@ -1,10 +1,13 @@
 """The parts of a cluster's tasks together are what `prepare` makes alone; a killed task is done again, alone."""
 
+import dataclasses
 import json
+import os
 
 import numpy as np
 import pytest
 
+from hymba_lightning.claim import FolderClaim, FolderInUseError
 from hymba_lightning.data.cluster import ClusterPrepare, prepare_on_cluster
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.prepare import prepare
@@ -87,3 +90,44 @@ def test_a_missing_engine_and_bad_numbers_are_named(job, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datatrove.executor", None)
     with pytest.raises(ImportError, match="pip install datatrove"):
         prepare_on_cluster(job, 1, 1)
+
+
+def test_two_jobs_do_not_share_a_folder(job, tmp_path):
+    job.make_tokenizer()
+    with pytest.raises(FileExistsError, match="parts of another job"):
+        dataclasses.replace(job, val_fraction=0.3).make_tokenizer()
+    job.make_tokenizer()
+    with FolderClaim(job.parts / "claims" / "00001", "the same task"), pytest.raises(FolderInUseError):
+        job(None, 1, 3)
+    for rank in range(3):
+        job(None, rank, 3)
+    with FolderClaim(job.folder, "hymba prepare"):
+        with pytest.raises(FolderInUseError):
+            job.merge(3)
+        with pytest.raises(FolderInUseError):
+            job.make_tokenizer()
+    job.merge(3)
+    assert_as_alone(job, tmp_path)
+
+
+def test_a_merge_that_was_killed_is_finished(job, tmp_path, monkeypatch):
+    job.make_tokenizer()
+    for rank in range(3):
+        job(None, rank, 3)
+    move, left = os.replace, 4
+
+    def killed(source, target):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            job.merge(3)
+    with pytest.raises(ValueError, match="are being replaced"):
+        HymbaDataModule(str(job.folder), seq_len=32).setup("fit")
+    job.merge(3)
+    assert_as_alone(job, tmp_path)

@@ -1,5 +1,6 @@
 """Bytes per target: the reference's tables exactly, and the text's own length on any text."""
 
+import io
 import json
 from pathlib import Path
 
@@ -92,6 +93,89 @@ def test_cutting_a_text_does_not_change_its_ids(encoder, challenge_encoder, text
             patch.setattr(text_encoder, "PIECE_CHARS", 5)
             assert "".join(piece.text for piece in each.cut(text)) == text
             assert each.encode(text).tolist() == whole
+
+
+SCRIPTS = {
+    "Cyrillic": "однажды в студёную зимнюю пору я из лесу вышел, был сильный мороз. ",
+    "Chinese": "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。",
+    "Thai": "ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอน ", "Arabic": "اللُّغَةُ العَرَبِيَّةُ هي أكثرُ اللغاتِ تحدثاً، ",
+    "Hangul": "안녕하세요 세계 \u1112\u1161\u11ab", "Japanese": "ひらがなとカタカナ、ﾊﾝｶｸ ｶﾞ。が",
+    "emoji": "😀👩‍👩‍👧🇩🇪👍🏽❤️ ✊🏿",
+    "marks": "e\u0301 ﬁ ① \u200b\u00a0\u3000 कि ো", "ACGT": "ACGTTGCA", "spaces": "a  b   c\n\n\t d ",
+    "strange": "▁\U0010fffd▁<s>\0"}
+some_script = st.sampled_from(list(SCRIPTS)).flatmap(lambda name: st.text(SCRIPTS[name], max_size=40))
+of_scripts = st.lists(st.one_of(some_script, words), max_size=12).map("".join)
+
+
+def trained(texts: list[str], size: int, **options: object) -> sentencepiece.SentencePieceProcessor:
+    model = io.BytesIO()
+    defaults = {"model_type": "bpe", "character_coverage": 0.98, "hard_vocab_limit": False, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, vocab_size=size,
+                                             **(defaults | options))
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.fixture(scope="module")
+def script_encoders() -> list[TextEncoder]:
+    """Of tokenizers that know these scripts: ours, and others' with other normalisations."""
+    texts = [text * 12 for text in SCRIPTS.values()] * 3
+    ours = [trained_model(texts, 420), trained_model([SCRIPTS["ACGT"] * 100] * 30, 280)]
+    options = [{"normalization_rule_name": "nmt_nfkc", "byte_fallback": False},
+               {"normalization_rule_name": "nfkc_cf", "byte_fallback": True, "add_dummy_prefix": False},
+               {"normalization_rule_name": "nmt_nfkc", "byte_fallback": True, "remove_extra_whitespaces": False},
+               {"byte_fallback": True, "treat_whitespace_as_suffix": True}]
+    return [TextEncoder(processor) for processor in [*ours, *(trained(texts, 450, **each) for each in options)]]
+
+
+def trained_model(texts: list[str], size: int) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=train_tokenizer(texts, size))
+
+
+@given(of_scripts)
+@settings(max_examples=400, deadline=None)
+@example("▁\U0010fffd▁")
+@example("a b c")
+def test_texts_of_any_script_survive_and_are_counted_exactly(script_encoders: list[TextEncoder], text: str) -> None:
+    for encoder in script_encoders[:2]:
+        assert encoder.processor.decode(encoder.encode(text).tolist()) == text
+        assert encoder.audit(text).exact
+
+
+@given(of_scripts)
+@settings(max_examples=400, deadline=None)
+@example("語かﾞ" * 9)
+@example("s\u0301śa" * 9)
+def test_cutting_a_text_of_any_script_does_not_change_its_ids(script_encoders: list[TextEncoder], text: str) -> None:
+    text = text.replace("▁", "")
+    for encoder in script_encoders:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(text_encoder, "PIECE_CHARS", 3)
+            assert "".join(piece.text for piece in encoder.cut(text)) == text
+            assert encoder.encode(text).tolist() == encoder.processor.encode(text)
+
+
+@pytest.mark.parametrize("script", ["Cyrillic", "Chinese", "Thai", "Arabic", "Japanese", "emoji", "Hangul"])
+def test_long_texts_of_any_script_are_cut(script_encoders: list[TextEncoder], script: str) -> None:
+    text = SCRIPTS[script] * 1000
+    pieces = script_encoders[0].cut(text)
+    assert max(len(piece.text) for piece in pieces) < 2200
+    assert script_encoders[0].encode(text).tolist() == script_encoders[0].processor.encode(text)
+
+
+def test_the_stand_in_is_the_vocabularys_not_the_texts() -> None:
+    encoder = TextEncoder(trained_model(["\U0010fffd\U0010fffc some text " * 50] * 20, 280))
+    for text in ("▁", "\U0010fffd▁\U0010fffd", "\U0010fffb▁\U0010fffc▁\U0010fffd", "a▁\U0010fffb"):
+        ids = encoder.encode(text).tolist()
+        assert encoder.processor.decode(ids) == text
+        assert encoder.audit(text).exact
+    alone = encoder.encode("a▁b").tolist()
+    assert encoder.encode("\U0010fffb\U0010fffc a▁b").tolist()[-len(alone) + 1:] == alone[1:]
+
+
+def test_a_space_is_a_piece_though_the_text_has_none() -> None:
+    processor = trained_model([SCRIPTS["ACGT"] * 100] * 30, 280)
+    assert processor.id_to_piece(processor.piece_to_id("▁")) == "▁"
+    assert TextEncoder(processor).audit("a b c").counted_bytes == 5
 
 
 def test_long_texts_are_cut(encoder: TextEncoder) -> None:

@@ -48,6 +48,17 @@ def test_low_rank_and_muon_move_the_blocks_matrices(config):
     assert "blocks.0.attn.A_log" not in names
 
 
+def test_beside_muon_the_rest_moves_by_its_own_rate():
+    names, net = adapted(optimizer="muon", lr=0.01, rest_lr=0.1)
+    assert names == {name for name, _ in net.named_parameters()}
+    _, alone = adapted(optimizer="muon", lr=0.01, rest_lr=0.1, freeze_blocks=2)  # tables and gates in front: SGD alone
+    _, sgd = adapted(optimizer="sgd", lr=0.1, freeze_blocks=2)
+    start = dict(lively_net().named_parameters())
+    for (name, p), (_, q) in zip(alone.named_parameters(), sgd.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert not torch.equal(alone.tok_emb.weight, start["tok_emb.weight"])
+
+
 def test_frozen_blocks_stay():
     names, _ = adapted(parameters="mlp", freeze_blocks=1)
     assert names == {"blocks.1.mlp.fc.weight", "blocks.1.mlp.proj.weight"}
@@ -165,6 +176,7 @@ def test_dequantized_weights_are_what_adapts(tmp_path):
     ({"mode": "carried", "drop_partial": True}, "drop_partial"),
     ({"optimizer": "muon", "parameters": "scalars"}, "matrices"),
     ({"optimizer": "adam"}, "sgd, muon"),
+    ({"rest_lr": 0.1}, "rest_lr"), ({"rest_lr": 0.1, "optimizer": "muon", "parameters": "mlp"}, "rest_lr"),
     ({"anchor": 1.5}, "at most 1"),
     ({"limit_seconds": 0.0}, "limit_seconds"),
     ({"rank": 0}, "rank"),

@@ -152,21 +152,22 @@ def test_the_last_chunk_is_not_trained_on(golden):
     assert torch.equal(net.tok_emb.weight, vectors["param/tok_emb.weight"])
 
 
-def _rank(rank: int, size: int, n_tokens: int, folder: str) -> None:
+def _rank(rank: int, size: int, n_tokens: int, over_all_ranks: bool, folder: str) -> None:
     dist.init_process_group("gloo")
     golden = arrays("ttt"), settings("ttt")
     chunks = ttt_chunks(golden[0], 256, n_tokens)
-    net, scores = run(golden, chunks, drop_partial=False, batch_seqs=4 // size)
+    update = {"update_seqs": 4, "batch_seqs": 3} if over_all_ranks else {"batch_seqs": 4 // size}
+    net, scores = run(golden, chunks, drop_partial=False, **update)
     torch.save({"nats": torch.cat([s.nats for s in scores]), "weights": net.state_dict()}, f"{folder}/{size}-{rank}.pt")
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("n_tokens", [1200, 514 + 60])
-def test_any_number_of_ranks_gives_the_same_score(tmp_path: Path, n_tokens):
+@pytest.mark.parametrize(("n_tokens", "over_all_ranks"), [(1200, False), (514 + 60, False), (1200, True)])
+def test_any_number_of_ranks_gives_the_same_score(tmp_path: Path, n_tokens, over_all_ranks):
     """Sequences that two ranks cannot share evenly, a partial one, and a chunk shorter than one sequence: no hang, the
     same weights on both ranks, and one rank's score at the same global batch."""
     for size in (1, 2):
-        run_ranks(_rank, size, n_tokens, str(tmp_path), world_size=size)
+        run_ranks(_rank, size, n_tokens, over_all_ranks, str(tmp_path), world_size=size)
     one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     assert torch.equal(first["nats"], second["nats"])
     for key, value in first["weights"].items():

@@ -29,6 +29,9 @@ def rms_ratio(value: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("changes", [
     {}, {"meta_tokens": 3}, {"global_layers": [1]}, {"kv_share_every": 2, "merge": "channel", "branch_norm": True},
     {"expand": 2, "tie_embeddings": False, "smear_gate": False, "d_conv": 2}, {"window": 1},
+    {"layer_windows": [3, 8, 1, 12]}, {"layer_windows": [3, 8, 1, 12], "global_layers": [1]},
+    {"branch_gate": 5}, {"value_gate": True}, {"dynamics_norm": True},
+    {"merge": "concat", "expand": 2, "branch_norm": True, "branch_gate": 3},
 ], ids=lambda changes: "-".join(changes) or "plain")
 def test_a_sequence_cut_anywhere_gives_the_logits_of_the_whole(changes):
     net = small(**changes).eval()
@@ -43,8 +46,10 @@ def test_a_sequence_cut_anywhere_gives_the_logits_of_the_whole(changes):
                 logits, state = net(inputs[:, first:stop], state=state, return_state=True)
                 pieces.append(logits)
             assert rms_ratio(torch.cat(pieces, dim=1), whole) < 1e-5
-    sizes = {layer.keys.size(1) for i, layer in enumerate(state.layers) if i not in net.config.global_layer_set()}
-    assert sizes == {net.config.window - 1}
+    windows = net.config.layer_windows or [net.config.window] * net.config.n_layers
+    for i, (layer, window) in enumerate(zip(state.layers, windows, strict=True)):
+        assert layer.keys.size(1) == (40 if i in net.config.global_layer_set() else window - 1) + (
+            net.config.meta_tokens if i in net.config.global_layer_set() else 0)
 
 
 def test_the_future_does_not_reach_the_past():
@@ -123,6 +128,60 @@ def test_starts_orthogonal_and_zero():
     assert float(loss.detach()) == pytest.approx(math.log(64), abs=0.05)
 
 
+def test_gates_on_the_branches_start_open_and_then_act_on_their_own_channels():
+    torch.manual_seed(0)
+    inputs = torch.randint(2, 64, (1, 12))
+    plain, gated = small(), Hymba(HymbaConfig(**SMALL, branch_gate=5))
+    gated.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        assert torch.equal(gated(inputs), plain(inputs))
+        mixer, x = gated.blocks[0].attn, torch.randn(1, 3, 32)
+        attended, scanned = torch.randn(1, 3, 32), torch.randn(1, 3, 32)
+        mixer.branch_gate[1] = -1000 * x[0, 2, :5]  # attention's second head, shut for the last token
+        mixer.branch_gate[4] = 1000 * x[0, 2, :5]  # the scan's first channels, wide open
+        out_attended, out_scanned = mixer.gated(x, attended, scanned)
+    assert not out_attended[0, 2, 8:16].any()
+    assert torch.equal(out_attended[0, 2, :8], attended[0, 2, :8])
+    assert torch.equal(out_scanned[0, 2, :8], 2 * scanned[0, 2, :8])
+    assert torch.equal(out_scanned[0, 2, 8:], scanned[0, 2, 8:])
+
+
+def test_branches_side_by_side_are_a_sum_of_two_projections():
+    net = small(merge="concat", n_layers=2).eval()
+    names = {name.rsplit(".", 2)[1] for name, _ in net.named_parameters() if ".attn." in name}
+    assert "mamba_out_proj" not in names
+    x = torch.randn(2, 9, 32)
+    mixer, seen = net.blocks[0].attn, []
+    mixer.proj.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    from hymba_lightning.model.attention import rope_table
+
+    with torch.no_grad():
+        out, _ = mixer(x, rope_table(0, 9, net.config.head_dim, 10000.0, x.device), None, False)
+        attended, scanned = seen[0].split([32, 32], dim=-1)
+        weight = mixer.proj.weight
+        torch.testing.assert_close(out, attended @ weight[:, :32].T + scanned @ weight[:, 32:].T)
+        other = small(n_layers=2).eval()
+        assert sum(p.numel() for p in other.parameters()) - sum(p.numel() for p in net.parameters()) == 2  # the α
+
+
+def test_gated_values_and_normalised_dynamics_are_what_their_names_say():
+    torch.manual_seed(0)
+    inputs = torch.randint(2, 64, (1, 12))
+    net = small(value_gate=True, dynamics_norm=True).eval()
+    with torch.no_grad():
+        _, state = net(inputs[:, :6], return_state=True)
+        scaled = small(value_gate=True, dynamics_norm=True).eval()
+        scaled.load_state_dict(net.state_dict())
+        for block in scaled.blocks:
+            block.attn.x_proj.weight.mul_(3)
+        whole, other = net(inputs), scaled(inputs)
+    # x·sigmoid(x) is never below -0.2785, whatever the projection gives.
+    assert float(state.layers[0].values.min()) >= -0.2785
+    assert float(state.layers[0].values.max()) > 0
+    # The scale of dt's low-rank vector, B and C does not matter once they are normalised.
+    assert rms_ratio(other, whole) < 1e-5
+
+
 @pytest.mark.parametrize("changes", [{}, {"logit_softcap": 2.0, "tie_embeddings": False, "meta_tokens": 3}], ids=str)
 def test_loss_is_the_cross_entropy_of_the_logits(changes):
     net = small(**changes)
@@ -190,7 +249,8 @@ def test_quantization_aware_training_acts_when_turned_on_and_passes_gradients():
     ({"d_model": 36, "n_heads": 4}, "odd"), ({"global_layers": "all"}, "global_layers"),
     ({"global_layers": [9]}, "global_layers"), ({"merge": "sum"}, "merge"), ({"dt_min": 0.2}, "dt_min"),
     ({"d_state": 65}, "d_state"), ({"bos_id": 64}, "bos_id"), ({"n_layers": 1}, "n_layers"),
-    ({"logit_softcap": 0.0}, "logit_softcap"),
+    ({"logit_softcap": 0.0}, "logit_softcap"), ({"branch_gate": 33}, "branch_gate"),
+    ({"layer_windows": [8, 8]}, "layer_windows"), ({"layer_windows": [8, 8, 8, 0]}, "layer_windows"),
 ])
 def test_a_config_that_cannot_be_names_its_field(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -209,3 +269,6 @@ def test_flops_follow_the_parameters():
     assert config.matmul_params() < 27_161_151
     assert config.train_flops_per_token(32768) == pytest.approx(6 * config.matmul_params(), rel=0.25)
     assert config.train_flops_per_token(65536) == pytest.approx(config.train_flops_per_token(32768), rel=1e-3)
+    windows = HymbaConfig(layer_windows=[512] * 6 + [2048])
+    assert windows.train_flops_per_token(32768) - config.train_flops_per_token(32768) == pytest.approx(
+        12 * 512 * 1536, rel=0.05)

@@ -1,5 +1,6 @@
 """Every backend of window attention against the dense mask, and the window's edge, key by key."""
 
+import dataclasses
 import functools
 import sys
 import types
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from op_cases import NEEDS_GPU, RATIO, on, outputs_and_gradients, random
 
-from hymba_lightning.ops.registry import BackendUnavailableError, choose
-from hymba_lightning.ops.sliding_window import BACKENDS, available_backends, flex, sliding_window_attention
+from hymba_lightning.ops import sliding_window
+from hymba_lightning.ops.registry import BackendUnavailableError, choose, is_installed
+from hymba_lightning.ops.sliding_window import BACKENDS, available_backends, fa4, flex, sliding_window_attention
 from hymba_lightning.ops.testing import assert_close
 
 # (B, T, S, H, G, K, window)
@@ -40,13 +42,15 @@ def compare(backend, operands, window, ratio, scale=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("backend", "device"), on("cpu", "blocked") + on("cuda", "flex", "flash"))
+@pytest.mark.parametrize(("backend", "device"), on("cpu", "blocked") + on("cuda", "flex", "flash", "fa4"))
 def test_backend_matches_naive(backend, shape, dtype, device):
     if backend not in available_backends(device):
         pytest.skip(f"{backend} is not installed")
-    if backend == "flash" and dtype == torch.float32:
-        pytest.skip("flash-attn has no float32")
     *sizes, window = shape
+    if backend in ("flash", "fa4") and dtype == torch.float32:
+        pytest.skip("flash-attn has no float32")
+    if backend == "fa4" and sizes[-1] % 8:
+        pytest.skip("flash-attn-4 takes no such heads")
     # A GPU's tensor cores round float32 factors to 10 bits and bfloat16 weights before the second product.
     ratio = {torch.float32: 2e-3, torch.bfloat16: 2e-2} if device == "cuda" else RATIO
     compare(backend, case(*sizes, dtype=dtype, device=device), window, ratio[dtype])
@@ -57,7 +61,7 @@ def test_backend_matches_naive(backend, shape, dtype, device):
 def test_sdpa_matches_naive(n_queries, n_keys, device):
     operands = case(2, n_queries, n_keys, 4, 2, 8, device=device)
     ratio = RATIO[torch.float32] if device == "cpu" else 2e-3
-    if device == "cpu" and n_queries != n_keys:
+    if device == "cpu" and n_keys > n_queries > 1:
         with pytest.raises(BackendUnavailableError, match="dense mask on a CPU; use backend 'blocked'"):
             sliding_window_attention(**operands, window=None, backend="sdpa")
     else:
@@ -103,6 +107,82 @@ def test_flex_never_sees_heads_narrower_than_it_compiles_for(head_dim, monkeypat
     out = flex.sliding_window_attention_flex(*operands.values(), 9, head_dim ** -0.5)
     assert widths == [{max(head_dim, 16)}]
     assert_close("out", out, sliding_window_attention(**operands, window=9, backend="naive"), RATIO[torch.float32])
+
+
+@pytest.fixture
+def traced_flex(monkeypatch):
+    """Lists the shapes that torch traces flex_attention for; what it traces is run as it is, without a compiler."""
+    shapes = []
+
+    def record(graph, examples):
+        shapes.append(tuple(examples[0].shape))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(flex._attention, dynamic=False, backend=record)
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    yield shapes
+    torch._dynamo.reset()
+
+
+def flex_attention_of(n_queries, n_keys, window=20):
+    operands = case(1, n_queries, n_keys, 4, 2, 16)
+    out = flex.sliding_window_attention_flex(*operands.values(), window, 0.25)
+    assert_close("out", out, sliding_window_attention(**operands, window=window, scale=0.25, backend="naive"), 3e-6)
+
+
+def test_flex_compiles_a_few_shapes_for_many_lengths(traced_flex):
+    for n_queries in (100, 129, 150, 160, 180, 192, 200, 250, 256):
+        for kept in (0, 5, 18, 19, 60):
+            flex_attention_of(n_queries, n_queries + kept)
+    assert set(traced_flex) == {(1, 4, length, 16) for length in (128, 192, 256, 384)}
+    # Without and with a window's keys before it, and for 192 and 256 once more: keys to which nothing is added are a
+    # view with other strides.
+    assert len(traced_flex) == 9
+
+
+def test_flex_compiles_more_shapes_than_torchs_own_limit(traced_flex):
+    for window in range(2, 20):
+        flex_attention_of(30, 30, window)
+    assert len(traced_flex) == 18
+
+
+def test_flex_refuses_to_make_every_score(traced_flex, monkeypatch):
+    monkeypatch.setattr(flex, "MAX_COMPILED_SHAPES", 2)
+    flex_attention_of(30, 30, 4)
+    flex_attention_of(30, 30, 5)
+    with pytest.raises(flex.UncompiledAttentionError, match=r"all 128 x 128 scores.*more than 2 shapes"):
+        flex_attention_of(30, 30, 6)
+    flex_attention_of(30, 30, 4)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(flex.UncompiledAttentionError, match="switched on"):
+        flex_attention_of(30, 30, 4)
+
+
+@pytest.mark.parametrize(("length", "rounded"), [(1, 128), (128, 128), (129, 192), (192, 192), (193, 256), (257, 384),
+                                                 (385, 512), (32768, 32768), (32769, 49152), (49153, 65536)])
+def test_lengths_are_rounded_to_two_in_each_doubling(length, rounded):
+    assert flex.rounded_length(length) == rounded
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys", "window"), [(30, 30, 9), (30, 33, 9), (30, 38, 9), (30, 50, 9),
+                                                             (1, 9, 9), (1, 4, 9), (140, 200, None)])
+def test_flex_in_a_rounded_shape_matches_naive(n_queries, n_keys, window, monkeypatch):
+    def dense(q, k, v, *, block_mask, scale, enable_gqa, **_):
+        t, j = (torch.arange(x.size(2)) for x in (q, k))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=block_mask.mask_mod(0, 0, t[:, None], j), scale=scale,
+                                              enable_gqa=enable_gqa)
+
+    # flex_attention itself has no backward on a CPU.
+    monkeypatch.setattr(flex, "_compiled", lambda: dense)
+    operands = case(2, n_queries, n_keys, 4, 2, 16)
+    weights = (random(2, n_queries, 4, 16, seed=3),)
+    got, gradients = outputs_and_gradients(
+        lambda **qkv: flex.sliding_window_attention_flex(*qkv.values(), window, 0.25), operands, weights)
+    expected, expected_gradients = outputs_and_gradients(
+        functools.partial(sliding_window_attention, window=window, scale=0.25, backend="naive"), operands, weights)
+    assert_close("out", got[0], expected[0], 3e-6)
+    for name, reference in expected_gradients.items():
+        assert_close(f"gradient of {name}", gradients[name], reference, 3e-6)
 
 
 def test_naive_is_masked_attention_with_kv_heads_repeated():
@@ -183,6 +263,68 @@ def test_flash_counts_the_keys_to_the_left_of_the_querys_own(monkeypatch):
     assert calls == [(0.5, True, (2, 0)), (0.5, True, (-1, 0))]
 
 
+@pytest.fixture
+def flash_attn_4(monkeypatch):
+    """Stands in for the package: its two functions as they are called, computing what its documentation says."""
+    calls = []
+
+    def dense(q, k, v, scale, left):
+        window = None if left is None else left + 1
+        return sliding_window_attention(q, k, v, window=window, scale=scale, backend="naive")
+
+    def forward(q, k, v, *, softmax_scale, causal, window_size_left, window_size_right, return_lse):
+        calls.append((causal, window_size_left, window_size_right, return_lse))
+        return (dense(q, k, v, softmax_scale, window_size_left), torch.zeros(q.size(0), q.size(2), q.size(1)), None,
+                None, None)
+
+    def backward(q, k, v, out, dout, lse, *, softmax_scale, causal, window_size_left, window_size_right, deterministic):
+        calls.append((causal, window_size_left, window_size_right, deterministic))
+        assert out.shape == q.shape
+        assert lse.shape == (q.size(0), q.size(2), q.size(1))
+        _, pull = torch.func.vjp(lambda *x: dense(*x, softmax_scale, window_size_left), q, k, v)
+        return pull(dout)
+
+    names = "flash_attn", "flash_attn.cute", "flash_attn.cute.interface"
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    interface = sys.modules[names[-1]]
+    interface._flash_attn_fwd, interface._flash_attn_bwd = forward, backward
+    backends = sliding_window._operation.backends
+    monkeypatch.setitem(backends, "fa4", dataclasses.replace(backends["fa4"], missing=lambda device_type: None))
+    return calls
+
+
+@pytest.mark.parametrize("window", [1, 5, None])
+@pytest.mark.parametrize("n_keys", [12, 19])
+def test_flash_attn_4_behind_an_operator(flash_attn_4, window, n_keys):
+    compare("fa4", case(2, 12, n_keys, 4, 2, 8, dtype=torch.bfloat16), window, RATIO[torch.bfloat16], scale=0.5)
+    left = None if window is None else window - 1
+    assert flash_attn_4 == [(True, left, 0, True), (True, left, 0, False)]
+
+
+def test_flash_attn_4_in_a_compiled_graph(flash_attn_4):
+    operands = case(2, 12, 12, 4, 2, 8, dtype=torch.bfloat16)
+    weights = (random(2, 12, 4, 8, seed=3),)
+    call = functools.partial(sliding_window_attention, window=5, backend="fa4")
+    expected, expected_gradients = outputs_and_gradients(call, operands, weights)
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    got, gradients = outputs_and_gradients(compiled, operands, weights)
+    assert torch.equal(got[0], expected[0])
+    assert all(torch.equal(gradients[name], expected_gradients[name]) for name in operands)
+    arguments = [x.requires_grad_() for x in operands.values()]
+    torch.library.opcheck(torch.ops.hymba.sliding_window_fa4.default, (*arguments, 5, 0.5),
+                          test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+def test_flash_attn_4_refuses_what_it_has_no_kernel_for(flash_attn_4):
+    with pytest.raises(BackendUnavailableError, match="float16 and bfloat16"):
+        sliding_window_attention(**case(1, 4, 4, 2, 1, 8), window=3, backend="fa4")
+    for width in (12, 136):
+        with pytest.raises(BackendUnavailableError, match="multiple of 8 and at most 128"):
+            sliding_window_attention(**case(1, 4, 4, 2, 1, width, dtype=torch.bfloat16), window=3, backend="fa4")
+
+
 def test_blocked_does_not_depend_on_the_number_of_threads():
     operands, weights, results = case(2, 150, 150, 8, 4, 16), (random(2, 150, 8, 16, seed=3),), []
     for threads in (1, 3):
@@ -201,6 +343,7 @@ def test_blocked_does_not_depend_on_the_number_of_threads():
 def test_automatic_choice(monkeypatch):
     installed = set()
     monkeypatch.setattr("hymba_lightning.ops.registry.is_installed", lambda package: package in installed)
+    monkeypatch.setattr(fa4, "is_installed", lambda: "flash-attn-4" in installed)
     pick = functools.partial(choose, "sliding_window_attention", "auto")
     assert pick("cpu", ("window",)) == "blocked"
     assert pick("cpu") == "sdpa"
@@ -212,20 +355,40 @@ def test_automatic_choice(monkeypatch):
     installed.add("flash_attn")
     assert pick("cuda", ("window",)) == "flash"
     assert pick("cuda", ("window", "float32")) == "flex"
-    assert BACKENDS == ("naive", "blocked", "flex", "flash", "sdpa")
+    assert BACKENDS == ("naive", "blocked", "flex", "fa4", "flash", "sdpa")
 
 
-def test_errors_name_what_is_wrong():
-    operands = case(1, 6, 6, 4, 2, 8)
-    with pytest.raises(ValueError, match="window must be at least 1"):
-        sliding_window_attention(**operands, window=0)
-    with pytest.raises(ValueError, match="5 keys are fewer than the 6 queries"):
-        sliding_window_attention(operands["q_BTHK"], operands["k_BSGK"][:, 1:], operands["v_BSGK"][:, 1:], window=3)
-    with pytest.raises(ValueError, match="4 query heads do not share 3 kv heads evenly"):
-        sliding_window_attention(operands["q_BTHK"], random(1, 6, 3, 8), random(1, 6, 3, 8), window=3)
-    with pytest.raises(ValueError, match="k and v must both be"):
-        sliding_window_attention(operands["q_BTHK"], random(1, 6, 2, 4), random(1, 6, 2, 4), window=3)
-    with pytest.raises(BackendUnavailableError, match=r"flex.*runs on cuda tensors, these are on cpu"):
-        sliding_window_attention(**operands, window=3, backend="flex")
-    with pytest.raises(ValueError, match="no backend 'xformers'"):
-        sliding_window_attention(**operands, window=3, backend="xformers")
+def test_flash_attn_4_comes_first_on_hopper_and_blackwell(monkeypatch):
+    installed, capability = set(), [9, 0]
+    monkeypatch.setattr("hymba_lightning.ops.registry.is_installed", lambda package: False)
+    monkeypatch.setattr(fa4, "is_installed", lambda: "flash-attn-4" in installed)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: tuple(capability))
+    pick = functools.partial(choose, "sliding_window_attention", "auto", "cuda")
+    with pytest.raises(BackendUnavailableError, match=r"flash-attn-4 is not installed.*hymba-lightning\[hopper\]"):
+        choose("sliding_window_attention", "fa4", "cuda")
+    installed.add("flash-attn-4")
+    assert pick(("window",)) == pick() == "fa4"
+    assert pick(("window", "float32")) == pick(("window", "head_dim")) == "flex"
+    capability[0] = 10
+    assert pick(("window",)) == "fa4"
+    capability[0] = 8
+    assert pick(("window",)) == "flex"
+    with pytest.raises(BackendUnavailableError, match="compute capability 9 to 11, this one has 8"):
+        choose("sliding_window_attention", "fa4", "cuda")
+    with pytest.raises(BackendUnavailableError, match="these are on cpu"):
+        choose("sliding_window_attention", "fa4", "cpu")
+
+
+def test_flash_attn_and_flash_attn_4_are_told_apart(monkeypatch, tmp_path):
+    """Both live in a folder flash_attn: the elder as a package, the younger as cute/ in it, with or without it."""
+    found = {}
+    for name, files in {"both": ("__init__.py", "cute/interface.py"), "elder": ("__init__.py",),
+                        "younger": ("cute/interface.py",), "none": ()}.items():
+        for file in files:
+            path = tmp_path / name / "flash_attn" / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        monkeypatch.setattr(sys, "path", [str(tmp_path / name)])
+        sys.path_importer_cache.clear()
+        found[name] = is_installed.__wrapped__("flash_attn"), fa4.is_installed.__wrapped__()
+    assert found == {"both": (True, True), "elder": (True, False), "younger": (False, True), "none": (False, False)}

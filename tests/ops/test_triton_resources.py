@@ -35,6 +35,14 @@ def test_production_kernels_do_not_spill_on_hopper(resources, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", [(14, 512, 2048), (7, 48, 512)])
+def test_a_banks_products_do_not_spill_on_hopper(resources, shape):
+    launches = resources.newton_schulz_launches(*shape, torch.bfloat16)
+    assert [launch.arguments["SYMMETRIC"] for launch in launches] == [True, True, False]
+    assert resources.report(launches, "newton_schulz", 90)
+
+
+@pytest.mark.slow
 def test_as_many_programs_fit_as_the_chunks_are_made_for(resources):
     from hymba_lightning.ops.selective_scan import triton
 
@@ -42,6 +50,13 @@ def test_as_many_programs_fit_as_the_chunks_are_made_for(resources):
     assert resources.compile_launch(launches["chunk_outputs"], 90).resident_warps == triton.FORWARD_PROGRAMS
     assert triton.BACKWARD_PROGRAMS % resources.compile_launch(launches["chunk_gradients"], 90).resident_warps == 0
     assert launches["chunk_gradients"].arguments["PREFETCHED"] == 8
+
+
+@pytest.mark.slow
+def test_an_mlps_hidden_layer_does_not_spill_on_hopper(resources):
+    launches = resources.mlp_launches(65536, 512, 2048, torch.bfloat16)
+    assert [launch.kernel.__name__ for launch in launches] == ["hidden_forward", "hidden_backward"]
+    assert resources.report(launches, "mlp", 90)
 
 
 @pytest.mark.slow

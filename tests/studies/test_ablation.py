@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 from hymba_lightning.studies import ablation
 from hymba_lightning.studies.ablation import Study, report, run_study
@@ -16,8 +17,8 @@ def calls(monkeypatch):
     """Records the runs, and leaves what they would: 'wide' is 0.02 better, its seed 1 by 0.04."""
     made = []
 
-    def fake(command, run_dir, result, arguments, environment):
-        made.append((command, run_dir.name, list(arguments), environment))
+    def fake(command, run_dir, result, arguments, worker):
+        made.append((command, run_dir.name, list(arguments), worker.environment))
         run_dir.mkdir(parents=True, exist_ok=True)
         name, seed = run_dir.name.rsplit("-", 1)
         bpb = 2.0 + int(seed) / 10 - (0.02 * (1 + int(seed)) if name == "wide" else 0.0)
@@ -39,7 +40,7 @@ def test_options_config_and_test(calls, tmp_path):
     assert calls[0][2][:2] == ["--config", "base.yaml"]
     # Only what wrote an artifact is tested, with the options it was trained with.
     assert [(c, n) for c, n, *_ in calls] == [("fit", "plain-0"), ("fit", "wide-0"), ("test", "wide-0"),
-                                              ("fit", "plain-1"), ("fit", "wide-1"), ("test", "wide-1")]
+                                              ("fit", "wide-1"), ("test", "wide-1"), ("fit", "plain-1")]
     assert calls[2][2] == [*arguments, "--ckpt_path", str(tmp_path / "wide-0" / "artifact.hymba")]
 
 
@@ -57,10 +58,10 @@ def test_tables_pair_by_seed(calls, tmp_path):
 def test_a_failed_run_costs_no_other(calls, tmp_path, monkeypatch):
     works = ablation.run_once
 
-    def fails_once(command, run_dir, *rest):
+    def fails_once(command, run_dir, *rest, **worker):
         if run_dir.name == "wide-0":
             raise RuntimeError("hymba fit in wide-0 ended with code -6: CUDA error")
-        works(command, run_dir, *rest)
+        works(command, run_dir, *rest, **worker)
 
     monkeypatch.setattr(ablation, "run_once", fails_once)
     with pytest.raises(RuntimeError, match=r"(?s)1 runs failed.*wide-0 ended with code -6"):
@@ -68,6 +69,73 @@ def test_a_failed_run_costs_no_other(calls, tmp_path, monkeypatch):
     assert "| wide | 2.0600 | -40.0 | 1 |" in (tmp_path / "table.md").read_text()
     monkeypatch.setattr(ablation, "run_once", works)
     assert "| wide | 2.0200 ± 0.0566 | -30.0 ± 14.1 | 2 |" in run_study(STUDY, [0, 1], tmp_path, [], [None])
+
+
+def test_the_file_of_a_study_is_read_anew_for_every_run(calls, tmp_path, monkeypatch):
+    path, out, works = tmp_path / "study.yaml", tmp_path / "out", ablation.run_once
+    first = {"config": ["base.yaml"], "baseline": "plain", "variants": {"plain": {}, "wide": {}, "late": {}}}
+    path.write_text(yaml.safe_dump(first, sort_keys=False))
+
+    def changes_the_file(command, run_dir, *rest, **worker):
+        if run_dir.name == "plain-0":
+            variants = {"plain": {}, "new": {"seeds": [1], "model.net.window": 8}, "late": {}}
+            path.write_text(yaml.safe_dump(first | {"variants": variants}, sort_keys=False))
+        if run_dir.name == "late-0":
+            path.write_text("variants: [")  # half written
+        return works(command, run_dir, *rest, **worker)
+
+    monkeypatch.setattr(ablation, "run_once", changes_the_file)
+    run_study(path, [0, 1], out, [], [None])
+    assert [name for _, name, *_ in calls] == ["plain-0", "late-0", "plain-1", "late-1", "new-1"]
+    assert "--seeds" not in calls[4][2]
+    rows = json.loads((out / "results.json").read_text())
+    assert {(row["variant"], row["seed"]) for row in rows} == {("plain", 0), ("plain", 1), ("new", 1), ("late", 0),
+                                                               ("late", 1)}
+    assert {row["variant"]: row["options"] for row in rows}["new"] == {"seeds": [1], "model.net.window": 8}
+    assert rows[0]["bpb"].keys() == {"raw", "ema"}
+
+
+def test_a_process_goes_on_with_the_network_it_has_compiled(calls, tmp_path):
+    narrow = {"model.net.window": 8}
+    study = Study(config=["base.yaml"], baseline="plain", variants={
+        "plain": {}, "narrow": narrow, "fast": {"model.optimizer.matrix_lr": 0.1}, "narrow and fast":
+        narrow | {"model.optimizer.matrix_lr": 0.1}})
+    run_study(study, [0, 1], tmp_path, [], [None])
+    assert [name for _, name, *_ in calls] == ["plain-0", "fast-0", "narrow-0", "narrow and fast-0",
+                                               "narrow-1", "narrow and fast-1", "plain-1", "fast-1"]
+    calls.clear()
+    (tmp_path / "fast-1" / "summary.json").unlink()
+    run_study(study, [0, 1], tmp_path, [], [None])
+    assert [name for _, name, *_ in calls] == ["fast-1"]  # what ended is not run again
+
+
+def test_a_watched_study_waits_for_more_until_it_is_told_to_stop(calls, tmp_path, monkeypatch):
+    path, out = tmp_path / "study.yaml", tmp_path / "out"
+    text = {"config": ["base.yaml"], "baseline": "plain", "variants": {"plain": {}}}
+    path.write_text(yaml.safe_dump(text))
+    waited = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 1:
+            path.write_text(yaml.safe_dump(text | {"variants": {"plain": {}, "more": {}}}))
+        else:
+            (out / "stop").touch()
+
+    monkeypatch.setattr(ablation.time, "sleep", sleep)
+    assert "| more |" in run_study(path, [0], out, [], [None], watch=True)
+    assert [name for _, name, *_ in calls] == ["plain-0", "more-0"]
+
+
+def test_processes_on_one_device_take_turns(calls, tmp_path):
+    run_study(STUDY, [0], tmp_path, [], ["0", "1"], per_device=2)
+    fits = [(arguments, environment) for command, _, arguments, environment in calls if command == "fit"]
+    assert len(fits) == 2
+    for arguments, environment in fits:
+        callback = json.loads(arguments[arguments.index("--trainer.callbacks+") + 1])
+        assert callback["class_path"] == "hymba_lightning.studies.turn.DeviceTurn"
+        device = environment["CUDA_VISIBLE_DEVICES"]
+        assert callback["init_args"]["path"] == str(tmp_path / f"device-{device}.lock")
 
 
 def test_report_of_an_interrupted_study(calls, tmp_path):

@@ -33,7 +33,7 @@ class Recorder(pl.Callback):
 @pytest.fixture(scope="module")
 def fitted(folder, tmp_path_factory):
     """A run of 40 steps: trainer, module, data, recorder."""
-    module, recorder = tiny_module(), Recorder()
+    module, recorder = tiny_module(average_window=1.0), Recorder()
     data = tiny_data(folder)
     trainer = tiny_trainer(tmp_path_factory.mktemp("run"), max_steps=40, callbacks=[recorder])
     trainer.fit(module, data)
@@ -44,9 +44,9 @@ def test_a_plain_trainer_has_the_schedule_and_the_average(fitted):
     trainer, module, _, recorder = fitted
     assert len(recorder.lr_scale) == 40
     assert recorder.lr_scale[:5] == pytest.approx([0.1, 0.325, 0.55, 0.775, 1.0])  # a tenth of 40 steps
-    assert recorder.lr_scale[4:21] == [1.0] * 17
-    assert recorder.lr_scale[20:] == pytest.approx([0.5 * (1 - math.cos(math.pi * left / 20))
-                                                    for left in range(20, 0, -1)])
+    assert recorder.lr_scale[4:9] == [1.0] * 5
+    # Over the last 32 steps linearly to a tenth.
+    assert recorder.lr_scale[8:] == pytest.approx([0.1 + 0.9 * left / 32 for left in range(32, 0, -1)])
     assert recorder.momentum[:6] == pytest.approx([0.85, 0.875, 0.9, 0.925, 0.95, 0.95])
     average = next(c for c in trainer.callbacks if isinstance(c, WeightAverage))
     assert any(isinstance(c, WallClock) for c in trainer.callbacks)

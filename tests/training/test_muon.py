@@ -158,3 +158,39 @@ def test_sharding_changes_nothing(tmp_path):
                     assert torch.equal(b, c)  # replicas never drift
                     # Another batch size may round differently in bf16.
                     assert rms(a - b) < 3e-3 * rms(a)
+
+
+def test_rows_of_unequal_updates_even_out_and_the_matrix_keeps_its_norm():
+    torch.manual_seed(0)
+    direction = torch.randn(6, 4) * torch.tensor([4.0, 1.0, 1.0, 1.0, 1.0, 0.25])[:, None]
+    plain, even = [torch.zeros(6, 4)], [torch.zeros(6, 4)]
+    moments = [torch.zeros(6, 1)]
+    rule = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0}
+    Muon(dtype=torch.float32).step(plain, [direction], [torch.zeros(6, 4)], **rule)
+    muon = Muon(dtype=torch.float32, neuron_beta=0.9)
+    muon.step(even, [direction], [torch.zeros(6, 4)], **rule, neurons=moments)
+    lengths = even[0].norm(dim=1)
+    assert lengths.max() / lengths.min() < 1.001 < plain[0].norm(dim=1).max() / plain[0].norm(dim=1).min()
+    torch.testing.assert_close(even[0].norm(), plain[0].norm())
+    torch.testing.assert_close(moments[0], 0.1 * (plain[0] / (6 / 4) ** 0.5).square().mean(1, keepdim=True))
+    # A second, equal step: the moment is an average, not a sum.
+    muon.step(even, [direction], [torch.zeros(6, 4)], **rule, neurons=moments)
+    torch.testing.assert_close(moments[0], 0.19 * (plain[0] / (6 / 4) ** 0.5).square().mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("neuron_beta", [0.0, 0.9])
+def test_cautious_decay_takes_only_from_weights_that_the_update_shrinks(neuron_beta):
+    torch.manual_seed(0)
+    start, grad = torch.randn(5, 7), torch.randn(5, 7)
+    steps = []
+    for weight_decay in (0.0, 0.5):
+        params = [start.clone()]
+        Muon(dtype=torch.float32, cautious=True, neuron_beta=neuron_beta).step(
+            params, [grad], [torch.zeros(5, 7)], lr=0.01, momentum=0.9, weight_decay=weight_decay,
+            neurons=[torch.zeros(5, 1)])
+        steps.append(params[0] - start)
+    shrinks = steps[0] * start < 0
+    expected = torch.where(shrinks, -0.01 * 0.5 * start, torch.zeros(()))
+    assert shrinks.any()
+    assert not shrinks.all()
+    torch.testing.assert_close(steps[1] - steps[0], expected, atol=1e-6, rtol=1e-5)

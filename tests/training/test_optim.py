@@ -27,7 +27,7 @@ def test_adam_groups_move_exactly_as_torch_adam():
     net, optimizer = make()
     twin = copy.deepcopy(net)
     names = [n for n, _ in net.named_parameters() if not n.endswith(("c_q.weight", "attn.proj.weight"))]
-    lr = {"tok_emb.weight": 0.05, "A_log": 0.002, "dt_proj.weight": 0.002, "dt_proj.bias": 0.002}
+    lr = {"tok_emb.weight": 0.02, "A_log": 0.002, "dt_proj.weight": 0.002, "dt_proj.bias": 0.002}
     theirs = [
         {"params": [p], "lr": next((v for k, v in lr.items() if n.endswith(k)), 0.02)}
         for n, p in twin.named_parameters()
@@ -68,6 +68,32 @@ def test_resume_is_bit_exact_through_the_state_dict():
     assert ours["param_groups"] == theirs["param_groups"]
     for index, state in ours["state"].items():
         assert_same(state, theirs["state"][index])
+
+
+def test_neuron_moments_are_state_and_decay_may_follow_the_rate():
+    config = OptimizerConfig(warmdown_iters=4, muon_neuron_beta=0.9, cautious_decay=True, decay_with_lr=True,
+                             weight_decay=0.4, embed_decay=0.2)
+    net, optimizer = make(config)
+    optimizer.set_schedule(0.5, 0.9)
+    decays = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert decays["matrices"] == 0.2
+    assert decays["embed"] == 0.1
+    assert decays["scalars"] == 0
+    gradients(net, 0)
+    optimizer.step()
+    saved = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
+    other, resumed = make(config)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    for running, rule in ((net, optimizer), (other, resumed)):
+        gradients(running, 1)
+        rule.set_schedule(0.5, 0.9)
+        rule.step()
+    for (name, a), (_, b) in zip(net.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    moments = [state["neuron_moment"] for state in optimizer.state.values() if "neuron_moment" in state]
+    assert moments
+    assert all((moment > 0).all() for moment in moments)
 
 
 def test_momentum_of_bfloat16_weights_survives_a_resume_in_float32():

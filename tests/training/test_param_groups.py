@@ -77,4 +77,4 @@ def test_learning_rates_and_decay_per_group():
         "scalars": ("adam", 0.02, 0.0),
     }
     tied = build_optimizer(Hymba(HymbaConfig(**SMALL)).named_parameters(), OptimizerConfig(), tied=True)
-    assert tied.param_groups[0]["lr"] == 0.05
+    assert tied.param_groups[0]["lr"] == 0.02

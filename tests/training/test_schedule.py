@@ -2,8 +2,10 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
+import yaml
 
 from hymba_lightning.run.run import ClockReading
 from hymba_lightning.training.optim import OptimizerConfig
@@ -15,7 +17,9 @@ from hymba_lightning.training.schedule import (
     warmup_lr_scale,
 )
 
-REFERENCE = {"warmup_share": 0.0, "warmdown_iters": 3000, "muon_momentum_warmup_steps": 500}
+CONFIGS = Path(__file__).parents[2] / "configs"
+REFERENCE = {"warmup_share": 0.0, "warmdown_iters": 3000, "warmdown_shape": "cosine", "lr_floor": 0.0,
+             "muon_momentum_warmup_steps": 500}
 
 
 def at_step(step, max_steps):
@@ -90,9 +94,9 @@ def test_runs_of_any_number_of_steps_warm_up_and_cool_down(steps):
     scales, momenta = whole_run(OptimizerConfig(), [at_step(step, steps) for step in range(steps)])
     assert 0 < scales[0] <= 0.11
     assert max(b - a for a, b in itertools.pairwise(scales)) < 0.25  # no jump
-    assert max(scales) > 0.99
-    assert scales.index(max(scales)) <= 0.5 * steps
-    assert scales[-1] < 0.05
+    assert max(scales) > 0.95
+    assert scales.index(max(scales)) <= 0.25 * steps
+    assert 0.1 <= scales[-1] < 0.15
     assert momenta[0] == 0.85
     assert momenta[steps // 2] == momenta[-1] == 0.95
 
@@ -118,6 +122,17 @@ def test_the_references_constants_give_the_references_schedule():
     assert momenta[250] == pytest.approx(0.9)
     assert momenta[500] == momenta[6999] == 0.95
     assert config.lr_scale(at_time(540.0, 600.0, 0.08)) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.75)))
+
+
+def test_the_references_config_gives_the_references_schedule_alone_and_over_the_32k_config():
+    files = [yaml.safe_load((CONFIGS / name).read_text())["model"] for name in ("hymba_32k.yaml", "reference.yaml")]
+    expected = OptimizerConfig(**REFERENCE)
+    readings = [at_step(step, 7000) for step in (0, 100, 3999, 5000, 6999)] + [at_time(500.0, 600.0, 0.08)]
+    for settings in (files[1]["optimizer"], files[0]["optimizer"] | files[1]["optimizer"]):
+        config = OptimizerConfig(**settings)
+        assert config.embed_lr == 0.05
+        assert whole_run(config, readings) == whole_run(expected, readings)
+    assert (files[1]["average"], files[1]["ema_decay"]) == ("ema", 0.997)
 
 
 def test_switched_off_parts_do_nothing():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hymba_lightning.ops import registry
+from hymba_lightning.ops.sliding_window import fa4
 from hymba_lightning.ops.sliding_window.naive import sliding_window_attention_naive
 
 _operation = registry.Operation(
@@ -18,6 +19,10 @@ _operation = registry.Operation(
         "naive": registry.Backend(registry.anywhere),
         "blocked": registry.Backend(registry.on_device("cpu", "use backend 'flex' or 'flash'")),
         "flex": registry.Backend(registry.on_device("cuda", "flex_attention has no backward elsewhere; use 'blocked'")),
+        "fa4": registry.Backend(fa4.missing, {
+            "float32": "flash-attn-4 takes float16 and bfloat16; cast q, k and v, or use backend 'flex'",
+            "head_dim": f"flash-attn-4 takes heads whose width is a multiple of {fa4.HEAD_DIM_STEP} and at most "
+                        f"{fa4.MAX_HEAD_DIM}; use backend 'flex'"}),
         "flash": registry.Backend(
             registry.needs_package("flash_attn", "pip install flash-attn --no-build-isolation", "cuda"),
             {"float32": "flash-attn takes float16 and bfloat16; cast q, k and v, or use backend 'flex'"}),
@@ -26,7 +31,7 @@ _operation = registry.Operation(
             {"window": "sdpa serves global layers only (window None, or one that no query outgrows)",
              "offset_on_cpu": "with more keys than queries it needs a dense mask on a CPU; use backend 'blocked'"}),
     },
-    order={"cpu": ("sdpa", "blocked"), "cuda": ("flash", "sdpa", "flex"), "other": ("sdpa", "naive")},
+    order={"cpu": ("sdpa", "blocked"), "cuda": ("fa4", "flash", "sdpa", "flex"), "other": ("sdpa", "naive")},
 )
 registry.register("sliding_window_attention", _operation)
 
@@ -52,10 +57,12 @@ def sliding_window_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, 
     if window is not None and window >= n_keys:
         window = None
     features: tuple[str, ...] = () if window is None else ("window",)
-    if n_keys > n_queries and device_type == "cpu":
+    if n_keys > n_queries > 1 and device_type == "cpu":
         features += ("offset_on_cpu",)
     if q_BTHK.dtype == torch.float32:
         features += ("float32",)
+    if head_dim % fa4.HEAD_DIM_STEP or head_dim > fa4.MAX_HEAD_DIM:
+        features += ("head_dim",)
     name = registry.choose("sliding_window_attention", backend, device_type, features)
     scale = head_dim ** -0.5 if scale is None else scale
     k_BSGK, v_BSGK = k_BSGK.to(q_BTHK.dtype), v_BSGK.to(q_BTHK.dtype)
@@ -67,6 +74,8 @@ def sliding_window_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, 
         from hymba_lightning.ops.sliding_window.blocked import sliding_window_attention_blocked as attention
     elif name == "flex":
         from hymba_lightning.ops.sliding_window.flex import sliding_window_attention_flex as attention
+    elif name == "fa4":
+        attention = fa4.sliding_window_attention_fa4
     elif name == "flash":
         from hymba_lightning.ops.sliding_window.flash import sliding_window_attention_flash as attention
     else:

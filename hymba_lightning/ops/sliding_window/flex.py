@@ -22,6 +22,8 @@ BACKWARD_TILES = {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "b
                   "bwd_num_stages": 3}
 # Narrowest heads that flex_attention compiles for.
 MIN_HEAD_DIM = 16
+# Lengths come rounded, so that only batches, widths, types and modes with and without gradient are left to differ.
+MAX_COMPILED_SHAPES = 128
 
 
 def window_block_mask(n_queries: int, n_keys: int, window: int, device: torch.device) -> BlockMask:
@@ -59,15 +61,66 @@ def _ordered(wanted_QC: Tensor) -> tuple[Tensor, Tensor]:
 _cached_block_mask = functools.lru_cache(maxsize=16)(window_block_mask)
 
 
+class UncompiledAttentionError(RuntimeError):
+    """flex_attention was about to run uncompiled, which makes every score of a sequence by itself."""
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    if not torch.compiler.is_compiling():
+        raise UncompiledAttentionError(
+            f"sliding_window_attention: torch did not compile flex_attention for q {tuple(q.shape)} and k "
+            f"{tuple(k.shape)}, and without that it makes all {q.size(2):,} x {k.size(2):,} scores of each head. Leave "
+            "torch.compile switched on (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE); if more than "
+            f"{MAX_COMPILED_SHAPES} shapes were compiled in this process, call torch.compiler.reset()")
+    return flex_attention(q, k, v, **options)
+
+
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(_attention, dynamic=False)
+
+
+def _call_compiled(*qkv: Tensor, **options: Any) -> Tensor:
+    # torch gives up on a function after 8 shapes and would then run it uncompiled.
+    with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED_SHAPES):
+        return _compiled()(*qkv, **options)
+
+
+def rounded_length(length: int) -> int:
+    """The least of 128, 192, 256, 384, 512, 768 … that is at least `length`: two lengths to each doubling."""
+    power = max(BLOCK, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if power > BLOCK and length <= power * 3 // 4 else power
+
+
+def pad_to_few_shapes(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor,
+                      window: int | None) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The same attention in one of a few shapes, and the query at which its output (T long) begins.
+
+    Keys that no query sees are cut off. Queries in front make up for keys that fill a part of a window only, so that
+    S-T is 0 or window-1; what is added at the end is seen by no earlier query.
+    """
+    n_queries = q_BTHK.size(1)
+    first = 0
+    if window is not None:
+        k_BSGK, v_BSGK = (x[:, max(0, x.size(1) - n_queries - window + 1):] for x in (k_BSGK, v_BSGK))
+        if k_BSGK.size(1) - n_queries < window - 1:
+            first = k_BSGK.size(1) - n_queries
+    behind = rounded_length(n_queries + first) - n_queries - first
+    k_BSGK, v_BSGK = (F.pad(x, (0, 0, 0, 0, 0, behind)) if behind else x for x in (k_BSGK, v_BSGK))
+    return F.pad(q_BTHK, (0, 0, 0, 0, first, behind)) if first + behind else q_BTHK, k_BSGK, v_BSGK, first
 
 
 def sliding_window_attention_flex(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None,
                                   scale: float) -> Tensor:
-    """softmax(scale q·k over the keys seen) v; the window None sees every earlier key."""
-    n_queries, n_keys, head_dim = q_BTHK.size(1), k_BSGK.size(1), q_BTHK.size(3)
+    """softmax(scale q·k over the keys seen) v; the window None sees every earlier key.
+
+    Raises UncompiledAttentionError where torch would compute all T x S scores instead.
+    """
+    length, head_dim, first = q_BTHK.size(1), q_BTHK.size(3), 0
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        q_BTHK, k_BSGK, v_BSGK, first = pad_to_few_shapes(q_BTHK, k_BSGK, v_BSGK, window)
+    n_queries, n_keys = q_BTHK.size(1), k_BSGK.size(1)
     arguments = n_queries, n_keys, n_keys if window is None else window, q_BTHK.device
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     if head_dim < MIN_HEAD_DIM:
@@ -76,9 +129,9 @@ def sliding_window_attention_flex(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor
     grouped = q.size(1) != k.size(1)
     tiles = BACKWARD_TILES if head_dim <= 64 and q.dtype != torch.float32 else None
     options: dict[str, Any] = {"scale": scale, "enable_gqa": grouped, "kernel_options": tiles}
-    if torch.compiler.is_compiling():
+    if compiling:
         # Part of a larger graph: the few small tensors of the mask are computed there.
         out = flex_attention(q, k, v, block_mask=window_block_mask(*arguments), **options)
     else:
-        out = _compiled()(q, k, v, block_mask=_cached_block_mask(*arguments), **options)
-    return out[..., :head_dim].transpose(1, 2)
+        out = _call_compiled(q, k, v, block_mask=_cached_block_mask(*arguments), **options)
+    return out[:, :, first:first + length, :head_dim].transpose(1, 2)

@@ -1,0 +1,153 @@
+"""The kernels made of matrix products on a real GPU: attention, the MLP, Newton-Schulz; right, then timed.
+
+B batch, T sequence, H query heads, G kv heads, K head_dim; M tokens, D width, F hidden width; n matrices of R x C.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hymba_lightning.ops.leaky_square_mlp import available_backends as mlp_backends
+from hymba_lightning.ops.leaky_square_mlp import leaky_square_mlp
+from hymba_lightning.ops.leaky_square_mlp import triton as mlp_triton
+from hymba_lightning.ops.newton_schulz import newton_schulz_step
+from hymba_lightning.ops.newton_schulz import triton as schulz_triton
+from hymba_lightning.ops.sliding_window import available_backends as attention_backends
+from hymba_lightning.ops.sliding_window import sliding_window_attention
+from hymba_lightning.ops.testing import rms_ratio
+from hymba_lightning.ops.triton_check import Inputs, compare, forward_and_backward, fresh_memory_is_nan, median_ms
+
+SLOPE = 0.5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+# Larger than a bank's own rounding to bfloat16 between the products.
+SCHULZ_TOLERANCE = 1e-2
+# B, T, S, H, G, K, window
+ATTENTIONS = ((2, 1000, 1000, 8, 4, 64, 512), (1, 700, 1211, 8, 4, 64, 512), (2, 300, 340, 4, 1, 64, 100),
+              (1, 513, 513, 2, 2, 128, None), (2, 1, 300, 8, 4, 64, 300), (2, 130, 130, 4, 2, 64, 1))
+# M, D, F
+MLPS = ((700, 512, 2048), (45, 24, 72), (1, 8, 8), (65536, 512, 2048))
+# n, R, C
+BANKS = ((14, 512, 2048), (7, 512, 1024), (25, 512, 512), (7, 48, 512), (3, 45, 67), (2, 1, 300))
+TRAINING_ATTENTION = (2, 32768, 32768, 8, 4, 64, 512)
+# Tile of the MLP's kernels, programs for each multiprocessor, flatten, warps, stages.
+MLP_SWEEP = ((128, 256, 64, 1, True, 8, 3), (128, 256, 64, 1, False, 8, 3), (128, 128, 64, 2, True, 8, 3),
+             (128, 128, 64, 2, True, 4, 3), (256, 128, 64, 1, True, 8, 3))
+# Block, inner block, warps, stages, registers of a thread.
+SCHULZ_SWEEP = ((128, 64, 8, 3, 128), (128, 64, 8, 4, 128), (128, 64, 4, 3, 255), (128, 32, 8, 4, 128),
+                (64, 64, 4, 4, 128))
+
+
+def attention_inputs(batch: int, queries: int, keys: int, heads: int, kv_heads: int, width: int) -> Inputs:
+    """Random operands, bfloat16, v being a slice of a wider tensor as in the network."""
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda").bfloat16()
+
+    v = normal(batch, keys, 3 * kv_heads * width)[..., kv_heads * width:2 * kv_heads * width]
+    return {"q": normal(batch, queries, heads, width), "k": normal(batch, keys, kv_heads, width),
+            "v": v.unflatten(-1, (kv_heads, width))}
+
+
+def run_attention(i: Any, window: int | None, backend: str) -> tuple[Tensor]:
+    """The output alone."""
+    return (sliding_window_attention(i["q"], i["k"], i["v"], window=window, backend=backend),)
+
+
+def mlp_inputs(tokens: int, width: int, hidden: int) -> Inputs:
+    """Random operands, bfloat16."""
+    shapes = {"x": (tokens, width), "w_in": (hidden, width), "w_out": (width, hidden)}
+    return {name: (torch.randn(*shape, device="cuda") / (1 if name == "x" else shape[1]**0.5)).bfloat16()
+            for name, shape in shapes.items()}
+
+
+def run_mlp(i: Any, backend: str) -> tuple[Tensor]:
+    """The output alone."""
+    return (leaky_square_mlp(i["x"], i["w_in"], i["w_out"], SLOPE, backend=backend),)
+
+
+def bank(matrices: int, rows: int, columns: int) -> Tensor:
+    """Matrices of Frobenius norm 1, bfloat16."""
+    x_nRC = torch.randn(matrices, rows, columns, device="cuda")
+    return (x_nRC / x_nRC.norm(dim=(1, 2), keepdim=True)).bfloat16()
+
+
+def check_schulz(shape: tuple[int, int, int]) -> bool:
+    """Prints how far a step is from float64, and whether its Gram matrices are symmetric."""
+    x_nRC = bank(*shape)
+    x = x_nRC.double()
+    gram = x @ x.mT
+    a, b, c = COEFFICIENTS
+    with fresh_memory_is_nan():
+        found = newton_schulz_step(x_nRC, *COEFFICIENTS, backend="triton")
+        square = schulz_triton._product(x_nRC, x_nRC.mT, None, 1.0, 0.0, symmetric=True)
+    ratio = max(rms_ratio(found.double(), a * x + b * gram @ x + c * gram @ gram @ x), rms_ratio(square.double(), gram))
+    passed = ratio <= SCHULZ_TOLERANCE and torch.equal(square, square.mT)
+    print(f"{f'newton_schulz {shape}':<48} worst {ratio:.2e} (limit {SCHULZ_TOLERANCE:.0e}) "
+          f"{'ok' if passed else 'WRONG'}", flush=True)
+    return passed
+
+
+def check(quick: bool = False) -> bool:
+    """Every comparison of what can run here, or with `quick` the first two shapes of each; all passed?"""
+    passed, count = True, 2 if quick else None
+    for backend in (name for name in ("fa4", "flex", "flash") if name in attention_backends("cuda")):
+        for *shape, window in ATTENTIONS[:count]:
+            passed &= compare(f"attention {backend} {tuple(shape)} window {window}",
+                              functools.partial(run_attention, window=window, backend=backend),
+                              functools.partial(run_attention, window=window, backend="naive"),
+                              attention_inputs(*shape), torch.bfloat16)
+    if "triton" in mlp_backends("cuda"):
+        for mlp in MLPS[:count]:
+            passed &= compare(f"mlp {mlp}", functools.partial(run_mlp, backend="triton"),
+                              functools.partial(run_mlp, backend="torch"), mlp_inputs(*mlp), torch.bfloat16)
+    for bank_shape in BANKS[:count]:
+        passed &= check_schulz(bank_shape)
+    return passed
+
+
+def _orthogonalized(x_nRC: Tensor, backend: str) -> Callable[[], object]:
+    return lambda: [newton_schulz_step(x_nRC, *COEFFICIENTS, backend=backend) for _ in range(5)]
+
+
+def timings() -> None:
+    """Prints forward, and with backward, of each backend at the training shapes, and five Newton-Schulz steps."""
+    calls: dict[str, tuple[Callable, Inputs]] = {
+        f"attention {name}": (functools.partial(run_attention, window=512, backend=name),
+                              attention_inputs(*TRAINING_ATTENTION[:6]))
+        for name in ("fa4", "flex", "flash") if name in attention_backends("cuda")}
+    # Compiled, because the elementwise passes of plain torch are what it is compared with.
+    calls |= {f"mlp {name}": (torch.compile(functools.partial(run_mlp, backend=name)), mlp_inputs(*MLPS[-1]))
+              for name in mlp_backends("cuda")}
+    for name, (run, inputs) in calls.items():
+        forward, both = forward_and_backward(run, inputs)
+        print(f"{name:<24} forward {median_ms(forward):.3f} ms, with backward {median_ms(both):.3f} ms", flush=True)
+    for shape in BANKS[:4]:
+        x_nRC = bank(*shape)
+        times = {name: median_ms(_orthogonalized(x_nRC, name)) for name in ("triton", "torch")}
+        print(f"newton_schulz, 5 steps of {shape}: triton {times['triton']:.3f} ms, torch {times['torch']:.3f} ms, "
+              f"{times['triton'] / times['torch']:.2f}", flush=True)
+
+
+def sweep() -> None:
+    """Times the kernels with other tiles and launch options."""
+    i: Any = mlp_inputs(*MLPS[-1])
+    g = torch.randn_like(i["x"])
+    for options in MLP_SWEEP:
+        mlp_triton.BLOCK_M, mlp_triton.BLOCK_N, mlp_triton.BLOCK_K = options[:3]
+        mlp_triton.PROGRAMS, mlp_triton.FLATTEN, warps, stages = options[3:]
+        mlp_triton.OPTIONS = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        hidden, _ = mlp_triton.hidden_layer(i["x"], i["w_in"], SLOPE)
+        times = (median_ms(functools.partial(mlp_triton.hidden_layer, i["x"], i["w_in"], SLOPE)),
+                 median_ms(functools.partial(mlp_triton.hidden_layer_backward, g, i["w_out"], hidden, SLOPE)))
+        print(f"mlp {options}: forward {times[0]:.3f} ms, backward {times[1]:.3f} ms", flush=True)
+    for block, block_k, warps, stages, registers in SCHULZ_SWEEP:
+        schulz_triton.BLOCK, schulz_triton.BLOCK_K = block, block_k
+        schulz_triton.OPTIONS = {"num_warps": warps, "num_stages": stages, "maxnreg": registers,
+                                 "enable_fp_fusion": True}
+        times_by_bank = [median_ms(_orthogonalized(bank(*shape), "triton")) for shape in BANKS[:3]]
+        print(f"newton_schulz blocks {block}, {block_k}, warps {warps}, stages {stages}, registers {registers}: "
+              + ", ".join(f"{ms:.3f}" for ms in times_by_bank) + " ms", flush=True)
