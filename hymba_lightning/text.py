@@ -27,11 +27,6 @@ def as_html(text: str) -> str:
     return html.escape(printable(text))
 
 
-def drawable(text: str, most: int | None = None) -> str:
-    """The text so that matplotlib draws it letter by letter: nothing in it is a formula."""
-    return printable(text, most).replace("$", r"\$")
-
-
 def without_folders(text: str, folder: Path) -> str:
     """The text as others may read it: paths into `folder` are relative to it, other absolute ones only names."""
     for known in dict.fromkeys((str(folder), os.path.realpath(folder))):

@@ -13,7 +13,7 @@ from hymba_lightning.text import printable
 
 NAMES = ["$x$", "$\\frac{", "a$b", r"$\mathdefault{", "[/red]x", "[bold]y", ":smile:", "\x1b[2Jz", "\u202eabc", "x\ny",
          "$" * 7, "ü 中"]
-POINTS = [CurvePoint(1, 10, 2.0), CurvePoint(2, 10, 1.5)]
+POINTS = [CurvePoint(1, 2.0, 500), CurvePoint(2, 1.5, 500)]
 
 
 @pytest.mark.parametrize("name", NAMES)

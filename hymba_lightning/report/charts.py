@@ -9,7 +9,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hymba_lightning.text import as_html, drawable
+from hymba_lightning.plots import save_figure
+from hymba_lightning.text import as_html, printable
 
 COLORS = ("#2563a8", "#c8641e", "#2a8f6d", "#8a4fb0", "#b0304f", "#6b7480")
 
@@ -165,15 +166,15 @@ def to_png(chart: Chart, path: Path) -> Path:
         places = _x_ticks(chart, *_limits(chart)[:2])
         axis.set_xticks(places, [_power_label(place) for place in places])
     if chart.categories:
-        axis.set_xticks(range(len(chart.categories)), map(drawable, chart.categories))
+        axis.set_xticks(range(len(chart.categories)), map(printable, chart.categories))
         axis.set_xlim(*_limits(chart)[:2])
     axis.set_ylim(*_limits(chart)[2:])
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(True, axis="y", color="#e4e7ea", linewidth=0.8)
-    axis.set_xlabel(drawable(chart.x_label))
-    axis.set_ylabel(drawable(chart.y_label))
-    axis.set_title(drawable(chart.title), loc="left", fontsize=12)
+    axis.set_xlabel(printable(chart.x_label))
+    axis.set_ylabel(printable(chart.y_label))
+    axis.set_title(printable(chart.title), loc="left", fontsize=12)
     # Given with its lines, a label is shown whatever it begins with.
-    axis.legend(lines, [drawable(series.label) for series in chart.series], fontsize=8, frameon=False)
-    figure.savefig(path)
+    axis.legend(lines, [printable(series.label) for series in chart.series], fontsize=8, frameon=False)
+    save_figure(figure, path)
     return path

@@ -10,9 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from hymba_lightning.plots import save_figure
 from hymba_lightning.quantization import ArtifactReport
 from hymba_lightning.report.charts import COLORS
-from hymba_lightning.text import as_html, drawable
+from hymba_lightning.text import as_html, printable
 
 WIDTH, HEIGHT = 460.0, 300.0
 GROUPS = ("embedding", "attention", "mamba", "mlp", "other")
@@ -116,13 +117,13 @@ def to_png(report: ArtifactReport, title: str, path: Path) -> Path:
                                  edgecolor="white", linewidth=0.8))
         label = _label(tile.name)
         if tile.height > 12 and tile.width > 5.0 * len(label) + 6:
-            axis.text(tile.x + 3, tile.y + 4, drawable(label), fontsize=7, color="white", va="top")
+            axis.text(tile.x + 3, tile.y + 4, printable(label), fontsize=7, color="white", va="top")
     present = sorted({tile.group for tile in tiles(report)})
     axis.legend(handles=[Rectangle((0, 0), 1, 1, facecolor=COLORS[group], label=GROUPS[group]) for group in present],
                 loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=len(present), fontsize=8, frameon=False)
     axis.set_xlim(0, WIDTH)
     axis.set_ylim(HEIGHT, 0)
     axis.axis("off")
-    axis.set_title(drawable(title), loc="left", fontsize=12)
-    figure.savefig(path)
+    axis.set_title(printable(title), loc="left", fontsize=12)
+    save_figure(figure, path)
     return path

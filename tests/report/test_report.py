@@ -13,7 +13,6 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.text import Text
 
 from hymba_lightning.commands import run_command
 from hymba_lightning.report import charts, treemap
@@ -21,7 +20,7 @@ from hymba_lightning.report.charts import Chart, Series, ticks
 from hymba_lightning.report.page import write_report
 from hymba_lightning.report.runs import differences, load_runs
 from hymba_lightning.run.record import DataIdentity, RunRecord
-from hymba_lightning.text import drawable, printable
+from hymba_lightning.text import printable
 
 VOID = {"meta"}
 
@@ -330,13 +329,6 @@ def test_names_in_a_run_are_text(runs, tmp_path, name):
         assert html.escape(printable(name)) in page
     assert (tmp_path / "report" / "loss.png").stat().st_size > 1000
     assert (tmp_path / "report" / "artifact-0.png").is_file()
-
-
-def test_dollars_are_drawn_as_they_stand():
-    for text in ("$x$", r"\$x\$", "a$b", "$", r"\$"):
-        drawn = Text(0, 0, drawable(text))
-        shown, math = drawn._preprocess_math(drawn.get_text())
-        assert (shown, bool(math)) == (text, False)
 
 
 def test_the_page_names_no_folders(runs, tmp_path):
