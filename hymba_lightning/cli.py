@@ -130,7 +130,7 @@ class HymbaCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         leave_signals_to_us(trainer)
         run = Run.of(trainer)
-        run.folder, run.started = self.folder, self._started
+        run.folder, run.command_started = self.folder, self._started
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
