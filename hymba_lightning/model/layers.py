@@ -11,6 +11,8 @@ from torch import Tensor, nn
 RMS_EPS = 1.1920928955078125e-07
 # Matrices up to this size are stored as float16 in the artifact, so quantization-aware training leaves them alone.
 QAT_MIN_NUMEL = 65_536
+# Up to so many tokens projections of the same input are multiplied one after the other.
+FEW_ROWS = 16
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -71,6 +73,11 @@ def fused_linear(x: Tensor, linears: list[Linear], sizes: list[int], unit: int) 
 
     `unit`, a divisor of every size, is the granularity of the cut.
     """
-    product = F.linear(x, torch.cat([linear.cast_weight(x.dtype) for linear in linears]))
+    weights = [linear.cast_weight(x.dtype) for linear in linears]
+    if x.numel() <= FEW_ROWS * x.size(-1) and not torch.is_grad_enabled():
+        # Putting the matrices together would cost more than the products.
+        product = torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
+    else:
+        product = F.linear(x, torch.cat(weights))
     pieces = product.unflatten(-1, (-1, unit)).split([size // unit for size in sizes], dim=-2)
     return [piece.flatten(-2) for piece in pieces]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger("hymba_lightning")
 
@@ -89,6 +90,11 @@ def needs_triton(device_type: str) -> str | None:
     if device_type != "cuda" and not interpreted:
         return f"Triton compiles for GPUs, the tensors are on {device_type}; TRITON_INTERPRET=1 runs it on CPUs, slowly"
     return None
+
+
+def is_one_step(x_BTE: Tensor) -> bool:
+    """Whether a recurrence makes one step on a CPU, without gradient: its definition is then its cheapest form."""
+    return x_BTE.size(1) == 1 and x_BTE.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _refusal(backend: Backend, features: tuple[str, ...]) -> str | None:

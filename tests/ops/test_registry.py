@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 
 from hymba_lightning.ops import registry
 
@@ -67,3 +68,23 @@ def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
     assert registry.needs_triton("mps") is not None
     monkeypatch.setattr(registry, "is_installed", lambda package: False)
     assert "pip install triton" in registry.needs_triton("cuda")
+
+
+def test_a_single_step_without_gradient_takes_no_operator(monkeypatch):
+    """One token on a CPU: the definition itself; with a gradient, more tokens or a named backend the usual choice."""
+    import hymba_lightning.ops.selective_scan as scan
+
+    taken = []
+    monkeypatch.setattr(scan.registry, "choose", lambda op, backend, *rest: taken.append(backend) or "naive")
+
+    def call(length, backend="auto"):
+        u, states = torch.zeros(1, length, 4), torch.zeros(1, length, 2)
+        scan.selective_scan(u, u, torch.zeros(4, 2), states, states, torch.zeros(4), None, dt_bias_E=torch.zeros(4),
+                            backend=backend)
+
+    with torch.no_grad():
+        call(1)
+        call(2)
+        call(1, "chunked")
+    call(1)
+    assert taken == ["naive", "auto", "chunked", "auto"]

@@ -50,6 +50,8 @@ def causal_conv1d(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, *, activatio
     batch, _, channels = x_BTE.shape
     taps = weight_EW.size(1)
     features = (() if 2 <= taps <= 4 else ("taps",)) + (() if channels % 8 == 0 else ("channels",))
+    if backend == "auto" and registry.is_one_step(x_BTE):
+        backend = "naive"
     name = registry.choose("causal_conv1d", backend, x_BTE.device.type, features)
     if initial_state_BEW1 is None:
         initial_state_BEW1 = x_BTE.new_zeros(batch, channels, taps - 1)

@@ -51,6 +51,8 @@ def selective_scan(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C
     features: tuple[str, ...] = () if initial_state_BEN is None else ("initial_state",)
     if return_state and torch.is_grad_enabled():
         features += ("state_gradient",)
+    if backend == "auto" and registry.is_one_step(u_BTE):
+        backend = "naive"
     name = registry.choose("selective_scan", backend, u_BTE.device.type, features)
     operands = u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E
     if name == "mamba_ssm":

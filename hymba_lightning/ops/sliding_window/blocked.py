@@ -132,8 +132,8 @@ def _attention_backward(g_out: Tensor, q: Tensor, k: Tensor, v: Tensor, window: 
             problem.probabilities(q_GRK, k_GSK, block, scores, p)
             g_v[b, kv_heads, block.keys].baddbmm_(p.transpose(1, 2), g_GRK)
             g_p = torch.bmm(g_GRK, v_GSK.transpose(1, 2), out=scores)
-            torch.mul(g_p, p, out=g_scores)
-            torch.addcmul(g_scores, p, g_scores.sum(-1, keepdim=True), value=-1, out=g_scores)
+            # p·(g_p − Σ g_p·p) in one pass.
+            torch.ops.aten._softmax_backward_data.out(g_p, p, -1, torch.float32, grad_input=g_scores)
             g_k[b, kv_heads, block.keys].baddbmm_(g_scores.transpose(1, 2), q_GRK)
             g_q[b, block.queries, heads] = problem.unstack(torch.bmm(g_scores, k_GSK).mul_(scale)).to(q.dtype)
 
