@@ -22,9 +22,10 @@ TEXTS = [f"document {number}: " + " ".join(f"w{number * k % 97}" for k in range(
 # Saves after every few documents, so that there is something to go on from.
 CODE = """
 import sys, hymba_lightning.data.corpus as corpus
-from hymba_lightning.commands import run_command
+from hymba_lightning.__main__ import main
 corpus.SAVE_SECONDS = 0.05
-run_command("prepare", sys.argv[1:])
+sys.argv = ["hymba", "prepare", *sys.argv[1:]]
+main()
 """
 
 

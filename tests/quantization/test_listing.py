@@ -97,7 +97,7 @@ def test_a_damaged_file_is_refused_within_a_second(artifact, tmp_path, change, m
     done = subprocess.run([sys.executable, "-m", "hymba_lightning", "inspect", str(path)], capture_output=True,
                           text=True, check=False)
     after = os.times()
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("hymba inspect: ")
     assert message in done.stderr
     assert "bad.hymba" in done.stderr
