@@ -190,7 +190,7 @@ def _verify(path: Path, file: BinaryIO, allow_undigested: bool) -> str | None:
         _verify_undigested(path, file, allow_undigested)
         return None
     if MARK not in end and not end.startswith(END_SIGNATURE):
-        state = "truncated" if _starts_like_a_zip(file) else "no checkpoint: no file of torch.save"
+        state = "truncated" if _starts_like_a_zip(file) else "neither an artifact nor a checkpoint of torch.save"
         raise CheckpointError(f"{path} is {state}. {ANOTHER}")
     if not end.startswith(END_SIGNATURE) or end[END_RECORD - 2:-DIGITS] != struct.pack("<H", COMMENT_BYTES) + MARK:
         raise CheckpointError(f"{path} is damaged: its end is not as it was written. {ANOTHER}")

@@ -1,6 +1,7 @@
 """The commands that are no part of training: prepare, export, inspect, sample, report, package, import-reference."""
 
 import dataclasses
+import sys
 
 from hymba_lightning.options import CommandParser
 
@@ -8,7 +9,8 @@ from hymba_lightning.options import CommandParser
 def run_command(command: str, args: list[str]) -> None:
     """Parses `args` by the signature of the command's function and runs it."""
     runner = {"prepare": run_prepare, "export": run_export, "inspect": run_inspect, "sample": run_sample,
-              "report": run_report, "package": run_package, "import-reference": run_import_reference}[command]
+              "report": run_report, "package": run_package, "audit": run_audit,
+              "import-reference": run_import_reference}[command]
     runner(args)
 
 
@@ -119,6 +121,29 @@ def run_package(args: list[str]) -> None:
     parser.add_argument("run", type=str, help="Folder of a run that was fitted, exported and tested")
     parser.add_function_arguments(package, skip={"run"})
     print(package(**parser.parse_args(args).as_dict()))
+
+
+def run_audit(args: list[str]) -> None:
+    """The rules of the score, tried from outside: exits with 1 where one is broken, with 2 on bad input."""
+    from jsonargparse import set_parsing_settings
+
+    from hymba_lightning.evaluation.auditor import RuleBrokenError
+    from hymba_lightning.evaluation.config import TTTConfig
+    from hymba_lightning.package.audit import audit_path
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = CommandParser(prog="hymba audit", description="Try the rules of the score on an artifact, or on a folder "
+                            "of `hymba package` with the folder's own code: every token once, the same again, the past "
+                            "is fixed, a full distribution.")
+    parser.add_argument("path", type=str, help="Artifact, or folder that `hymba package` wrote")
+    parser.add_function_arguments(audit_path, skip={"path", "ttt", "progress"})
+    parser.add_class_arguments(TTTConfig, "ttt")
+    options = parser.parse_args(args).as_dict()
+    try:
+        print(audit_path(ttt=TTTConfig(**options.pop("ttt")), **options))
+    except RuleBrokenError as broken:
+        print(broken, file=sys.stderr)
+        sys.exit(1)
 
 
 def run_import_reference(args: list[str]) -> None:

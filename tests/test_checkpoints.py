@@ -130,7 +130,9 @@ def test_another_digest_does_not_help(tmp_path, file):
 
 
 @pytest.mark.parametrize(("content", "match"), [
-    (b"", "no checkpoint"), (b"\x89HYMBA\r\n" + bytes(200), "no checkpoint"), (b"PK\x03\x04" + bytes(500), "truncated"),
+    (b"", "neither an artifact nor a checkpoint"),
+    (b"\x89HYMBA\r\n" + bytes(200), "neither an artifact nor a checkpoint"),
+    (b"PK\x03\x04" + bytes(500), "truncated"),
     (b"hymba sha256 " * 40, "damaged"),
 ])
 def test_files_of_other_kinds_are_named(tmp_path, content, match):

@@ -74,15 +74,41 @@ def test_fit_leaves_config_checkpoint_artifact_summary_and_plot(fitted):
     assert summary["artifact_bytes"] + summary["code_bytes"] < summary["limit_bytes"] == 16_000_000
 
 
-def test_tensorboard_has_the_documented_tags(fitted):
+def events_of(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(fitted))
+    events = EventAccumulator(str(folder))
     events.Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {"train/loss", "time/train_seconds", "perf/tokens_per_s", "perf/peak_memory_gb", "schedule/lr_scale",
-            "schedule/muon_momentum", "lr/embed", "lr/matrices", "lr/scalars", "val/bpb", "val/loss",
-            "val_by_tokens/bpb"} <= tags
+    return events
+
+
+def test_tensorboard_has_the_documented_tags(fitted):
+    tags = set(events_of(fitted).Tags()["scalars"])
+    assert {"train/loss", "wall_clock/train_seconds", "wall_clock/tokens_per_s", "wall_clock/peak_memory_gb",
+            "weights_lr/scale", "weights_lr/muon_momentum", "weights_lr/embed", "weights_lr/matrices",
+            "weights_lr/scalars", "val/bpb", "val/loss", "val_by_tokens/bpb", "val_final/artifact_bpb"} <= tags
+
+
+def test_tensorboard_shows_training_and_validation_first(fitted):
+    """It orders groups by name."""
+    groups = sorted({tag.partition("/")[0] for tag in events_of(fitted).Tags()["scalars"]} - {"epoch", "hp_metric"})
+    assert groups[:2] == ["train", "val"]
+
+
+def test_tensorboard_has_the_hyper_parameters_with_the_final_scores(fitted):
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    events = events_of(fitted)
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    options = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert options["net.d_model"].number_value == 32
+    assert options["seq_len"].number_value == 64
+    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    metrics = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}
+    assert metrics == {f"val_final/{stage}_bpb" for stage in ("raw", "ema", "artifact", "ttt")}
+    summary = json.loads((fitted / "summary.json").read_text())
+    for stage, bpb in summary["bpb"].items():
+        assert events.Scalars(f"val_final/{stage}_bpb")[-1].value == pytest.approx(bpb, rel=1e-6)
 
 
 def test_the_artifact_is_tested_with_ttt(work, fitted):

@@ -61,10 +61,12 @@ class BudgetProgressBar(ProgressBar):
             print(f"{label} {100 * done / max(total, 1e-9):5.1f}%  {detail}", flush=True)
             return
         if self._progress is None:
-            columns = (TextColumn("{task.description:<11}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"),
+            columns = (TextColumn("{task.description:<11}", markup=False), BarColumn(),
+                       TextColumn("{task.percentage:>5.1f}%"),
                        TextColumn("{task.fields[detail]}", markup=False), TimeRemainingColumn())
             # What is printed meanwhile, log lines too, goes above the bar; stderr in a file stays there.
-            self._progress = Progress(*columns, console=Console(), redirect_stderr=sys.stderr.isatty())
+            console = Console(markup=False, emoji=False)
+            self._progress = Progress(*columns, console=console, redirect_stderr=sys.stderr.isatty())
             self._progress.start()
         if self._task is None:
             self._task = self._progress.add_task(label, total=total, detail=detail)

@@ -36,7 +36,9 @@ def peak_memory_gb(device: torch.device) -> float:
 class TrainingStats(pl.Callback):
     """Logs the training loss (mean over the interval and the ranks), learning rates, momentum, clock, speed and memory.
 
-    Counts the tokens that finished optimizer steps were made of, and keeps the run's history in checkpoints.
+    TensorBoard shows the groups of names in alphabetical order: what matters less than train/ and val/ is named so that
+    it stands below them. Counts the tokens that finished optimizer steps were made of, and keeps the run's history in
+    checkpoints.
 
     Args:
         every_n_steps: optimizer steps between two log lines; each costs one small reduction and a wait for the GPU.
@@ -86,18 +88,18 @@ class TrainingStats(pl.Callback):
             rate = (tokens - self._last[0]) / (seconds - self._last[1])
         self._last = (tokens, seconds)
         run.history.train.append(TrainRow(step, seconds, tokens, loss, run.lr_scale, rate))
-        values: dict[str, float] = {"train/loss": loss, "time/train_seconds": seconds,
-                                    "schedule/lr_scale": run.lr_scale}
+        values: dict[str, float] = {"train/loss": loss, "wall_clock/train_seconds": seconds,
+                                    "weights_lr/scale": run.lr_scale}
         for group in trainer.optimizers[0].param_groups:
-            values[f"lr/{group['name']}"] = group["lr"]
+            values[f"weights_lr/{group['name']}"] = group["lr"]
             if group["algorithm"] == "muon":
-                values["schedule/muon_momentum"] = group["momentum"]
+                values["weights_lr/muon_momentum"] = group["momentum"]
         if rate:
-            values["perf/tokens_per_s"] = rate
+            values["wall_clock/tokens_per_s"] = rate
             if self.peak_tflops:
                 flops = rate * run.net.config.train_flops_per_token(run.batch_seq_len)
-                values["perf/mfu"] = flops / (self.peak_tflops * 1e12 * world()[1])
-        values["perf/peak_memory_gb"] = peak_memory_gb(pl_module.device)
+                values["wall_clock/mfu"] = flops / (self.peak_tflops * 1e12 * world()[1])
+        values["wall_clock/peak_memory_gb"] = peak_memory_gb(pl_module.device)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
 

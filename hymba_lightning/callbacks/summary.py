@@ -17,6 +17,7 @@ from hymba_lightning.plots import plot_context, plot_ttt
 from hymba_lightning.run.record import DataIdentity, ScoreRecord, weights_sha256
 from hymba_lightning.run.run import Run, settings_of
 from hymba_lightning.run.summary import environment, print_table, score_as_dict
+from hymba_lightning.run.tensorboard import FINAL, log_picture
 from hymba_lightning.trainer_internals import datamodule_of
 
 
@@ -106,12 +107,12 @@ class RunSummary(FolderOwner):
         run.record.save(folder.path)
         if self.plots:
             plot_ttt(testing.scores, chunk_tokens, folder / "ttt.png", None if plain is None else plain.bpb)
-            plot_context(self._audit.by_context.points(), self._audit.by_document.points(), folder / "context.png",
-                         config.mode)
+            context = plot_context(self._audit.by_context.points(), self._audit.by_document.points(),
+                                   folder / "context.png", config.mode)
+            log_picture(trainer, "what_context_is_worth", context)
+        steps = run.record.trained.steps if run.record.trained else 0
         for logger in trainer.loggers:
-            for name, curve in (("bpb", self._audit.by_context), ("document_bpb", self._audit.by_document)):
-                for point in curve.points():
-                    logger.log_metrics({f"context/{name}": point.bpb}, step=point.at_least)
+            logger.log_metrics({f"{FINAL}ttt_bpb": total.bpb}, step=steps)
         print_table("Test", summary, folder)
 
 

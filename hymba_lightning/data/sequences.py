@@ -42,6 +42,8 @@ class Chunk(NamedTuple):
     """(n+1,) int64: the first is the context of the first target."""
     target_bytes: Tensor
     """(n,) int16: UTF-8 bytes of tokens[1:]."""
+    start: int | None = None
+    """Position of tokens[0] in the stream; None where it is not known."""
 
 
 class TokenStream:
@@ -200,7 +202,8 @@ def chunk_at(stream: TokenStream, token_bytes: TokenBytes, chunk_tokens: int, in
     """Chunk `index` of the stream: targets 1 + index·chunk_tokens and on, preceded by one token of context."""
     start = index * chunk_tokens
     tokens = stream[start : start + chunk_tokens + 1]
-    return Chunk(index, n_chunks(stream, chunk_tokens), tokens, _target_bytes(token_bytes, tokens[:-1], tokens[1:]))
+    return Chunk(index, n_chunks(stream, chunk_tokens), tokens, _target_bytes(token_bytes, tokens[:-1], tokens[1:]),
+                 start)
 
 
 def _target_bytes(token_bytes: TokenBytes, previous: Tensor, targets: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Bin b holds the contexts 2^b … 2^(b+1) - 1.
 N_BINS = 40
+# A bin of fewer tokens says nothing that a picture should show.
+MIN_TOKENS = 200
 
 
 class CurvePoint(NamedTuple):
@@ -18,25 +20,33 @@ class CurvePoint(NamedTuple):
     at_least: int
     bpb: float
     n_tokens: int
+    error: float = 0.0
+    """Standard error of `bpb` from the spread of the bin's tokens, taken as independent: neighbours in a text are not,
+    so that it is a lower bound."""
 
 
 class ContextCurve:
-    """Float64 sums of nats, tokens and bytes by context: constant memory, whatever the length of the stream."""
+    """Float64 sums by context of tokens, nats, bytes and their products: constant memory, however long the stream."""
 
     def __init__(self) -> None:
-        self._sums = torch.zeros(3, N_BINS, dtype=torch.float64)
+        self._sums = torch.zeros(6, N_BINS, dtype=torch.float64)
 
     def add(self, context: Tensor, nats: Tensor, target_bytes: Tensor) -> None:
         """context (n,) >= 1: tokens each target was predicted from; its nats (n,) and bytes (n,)."""
         # Exact in float64 for every length of text there is: log2 rounds up to a power of two only beyond 2^48.
         bins = torch.log2(context.double()).floor().long()
-        values = torch.stack([nats.double().cpu(), torch.ones(nats.numel()).double(), target_bytes.double().cpu()])
+        nats, n_bytes = nats.double().cpu(), target_bytes.double().cpu()
+        values = torch.stack([nats, torch.ones_like(nats), n_bytes, nats**2, nats * n_bytes, n_bytes**2])
         self._sums.index_add_(1, bins, values)
 
     def points(self) -> list[CurvePoint]:
         """The bins that have text in them."""
-        nats, n_tokens, n_bytes = self._sums
-        return [CurvePoint(1 << b, float(nats[b] / (math.log(2) * n_bytes[b])), int(n_tokens[b]))
+        nats, n_tokens, n_bytes, squares, products, byte_squares = self._sums
+        rate = nats / n_bytes
+        # Of a ratio of sums: the spread of nats - rate · bytes (Cochran, Sampling Techniques, 1977, section 6.3).
+        spread = (squares - 2 * rate * products + rate**2 * byte_squares).clamp_min(0)
+        return [CurvePoint(1 << b, float(rate[b]) / math.log(2), int(n_tokens[b]),
+                           math.sqrt(float(spread[b])) / (math.log(2) * float(n_bytes[b])))
                 for b in range(N_BINS) if n_bytes[b] > 0]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hymba_lightning.data.sequences import Chunk
+from hymba_lightning.data.sequences import Chunk, TokenStream
 from hymba_lightning.evaluation.adapt import Adapter
 from hymba_lightning.evaluation.carried import CarriedScorer
 from hymba_lightning.evaluation.clock import EvaluationClock
@@ -43,7 +43,8 @@ class ScoreFirstTTT:
     """Scores chunks in order and trains `net` in between. Every rank calls each method with the same chunks.
 
     Usage: for each chunk `score_chunk`, then `adapt_chunk`. Raises ValueError if a chunk comes out of turn, comes
-    twice, or is adapted to before it was scored.
+    twice, or is adapted to before it was scored: by its number and by its tokens, which must follow those of the chunk
+    before, be the `stream`'s where one is given, and be the same for adapting as for scoring.
 
     Args:
         net: The network, which is changed.
@@ -51,15 +52,19 @@ class ScoreFirstTTT:
         config: How to score and how to adapt.
         time_fn: A monotonic clock in seconds.
         started: Its reading when the evaluation began, which `config.limit_seconds` counts from; None for now.
+        stream: All tokens that the chunks are cut from; stream[a:b] gives some. None: not known.
     """
 
-    def __init__(self, net: Hymba, seq_len: int, config: TTTConfig,
-                 time_fn: Callable[[], float] = time.monotonic, started: float | None = None) -> None:
+    def __init__(self, net: Hymba, seq_len: int, config: TTTConfig, time_fn: Callable[[], float] = time.monotonic,
+                 started: float | None = None, stream: TokenStream | Tensor | None = None) -> None:
         self.net, self.seq_len, self.config = net, seq_len, config
         self.scorer = build_scorer(net, seq_len, config)
         self.adapter = Adapter(net, config) if config.epochs else None
         self.clock = EvaluationClock(config.limit_seconds, net.tok_emb.weight.device, time_fn, started)
         self.n_scored = self.n_adapted = 0
+        self.stream = stream
+        self._position = 0  # in the stream, of the last token scored
+        self._last: Chunk | None = None  # with tokens of our own, which nobody can change
         self.epochs_done: list[int] = []
         """Epochs trained on each chunk so far."""
 
@@ -74,6 +79,7 @@ class ScoreFirstTTT:
             raise ValueError(f"chunk {chunk.index} came where {self.n_scored} is due: one left-to-right pass only")
         if self.config.epochs and self.n_adapted != self.n_scored:
             raise ValueError(f"chunk {chunk.index - 1} was scored but not adapted to before chunk {chunk.index}")
+        self._check_tokens(chunk)
         started = self.clock.elapsed()
         tokens, target_bytes = chunk.tokens.to(self.device), chunk.target_bytes
         if self.config.drop_partial:
@@ -82,6 +88,8 @@ class ScoreFirstTTT:
         nats, context = self.scorer.score(tokens)
         score = Score(float(nats.double().sum()), nats.numel(), int(target_bytes.long().sum()))
         self.n_scored += 1
+        self._position += chunk.tokens.numel() - 1
+        self._last = chunk._replace(tokens=chunk.tokens.clone())
         self.clock.note_scoring(self.clock.elapsed() - started)
         return ChunkScore(nats, context, score)
 
@@ -93,6 +101,8 @@ class ScoreFirstTTT:
         if chunk.index != self.n_scored - 1 or chunk.index != self.n_adapted:
             raise ValueError(f"chunk {chunk.index} cannot be trained on now: {self.n_scored} chunks were scored and "
                              f"{self.n_adapted} adapted to; score first, adapt once")
+        if not torch.equal(chunk.tokens, self._last.tokens) or chunk.n_chunks != self._last.n_chunks:
+            raise ValueError(f"chunk {chunk.index} has other tokens now than when it was scored")
         self.n_adapted += 1
         self.epochs_done.append(0)
         if self.adapter is None or chunk.index == chunk.n_chunks - 1:
@@ -119,6 +129,27 @@ class ScoreFirstTTT:
             return None
         self.scorer.weights_changed()
         return float(torch.stack(losses).mean())
+
+    def _check_tokens(self, chunk: Chunk) -> None:
+        """Raises ValueError for tokens that are not the next ones, whatever the chunk's number."""
+        where, n = self._position, chunk.tokens.numel() - 1
+        if n < 1 or chunk.target_bytes.numel() != n:
+            raise ValueError(f"chunk {chunk.index} has {n} targets and byte counts for {chunk.target_bytes.numel()}")
+        if chunk.start is not None and chunk.start != where:
+            raise ValueError(f"chunk {chunk.index} has the tokens from {chunk.start} on, where {where} is due")
+        if self._last is not None and (chunk.tokens[0] != self._last.tokens[-1] or
+                                       chunk.n_chunks != self._last.n_chunks):
+            raise ValueError(f"chunk {chunk.index} does not go on where the chunk before it ended")
+        if not chunk.index < chunk.n_chunks:
+            raise ValueError(f"chunk {chunk.index} is past the end: {chunk.n_chunks} chunks are the whole stream")
+        if self.stream is None:
+            return
+        stop = where + n + 1
+        if not torch.equal(chunk.tokens.cpu(), self.stream[where:stop].cpu()):
+            raise ValueError(f"chunk {chunk.index} does not hold the stream's tokens {where} to {stop - 1}")
+        if (chunk.index == chunk.n_chunks - 1) != (stop == len(self.stream)):
+            raise ValueError(f"chunk {chunk.index} of {chunk.n_chunks} ends at token {stop - 1} of a stream of "
+                             f"{len(self.stream)}")
 
     def _start_of_document(self, tokens: Tensor) -> Tensor:
         """Under reset_at_bos: forgets what other documents taught and drops their tokens."""
@@ -183,11 +214,18 @@ def group_equal(sequences: list[Tensor]) -> list[list[Tensor]]:
 
 
 def score_first_ttt(net: Hymba, chunks: Iterable[Chunk], seq_len: int, config: TTTConfig,
-                    time_fn: Callable[[], float] = time.monotonic) -> list[ChunkScore]:
-    """Runs the whole stream: score each chunk, then adapt. `net` is changed. Returns the chunks' final scores."""
-    ttt = ScoreFirstTTT(net, seq_len, config, time_fn)
-    scores = []
+                    time_fn: Callable[[], float] = time.monotonic,
+                    stream: TokenStream | Tensor | None = None) -> list[ChunkScore]:
+    """Runs the whole stream: score each chunk, then adapt. `net` is changed. Returns the chunks' final scores.
+
+    Raises ValueError for chunks that are not all of a stream's, once each and in order.
+    """
+    ttt = ScoreFirstTTT(net, seq_len, config, time_fn, stream)
+    scores, n_chunks = [], 0
     for chunk in chunks:
+        n_chunks = chunk.n_chunks
         scores.append(ttt.score_chunk(chunk))
         ttt.adapt_chunk(chunk)
+    if len(scores) != n_chunks:
+        raise ValueError(f"{len(scores)} chunks were scored, and {n_chunks} are the whole stream")
     return scores

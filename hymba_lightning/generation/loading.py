@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
-from hymba_lightning.checkpoints import TOKENIZER_KEY, read_checkpoint
+from hymba_lightning.checkpoints import ANOTHER, TOKENIZER_KEY, CheckpointError, read_checkpoint
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.quantization import is_artifact, load_artifact
+from hymba_lightning.quantization.artifact import check_shapes
+from hymba_lightning.quantization.parts import MAX_MESSAGE
+from hymba_lightning.text import printable
 
 PREFIX = "net."
 
 
 def load_network(path: str | Path, runtime: RuntimeConfig = RuntimeConfig(),  # noqa: B008 - frozen
-                 device: str | torch.device = "cpu") -> tuple[Hymba, str | None]:
+                 device: str | torch.device = "cpu", *,
+                 allow_undigested: bool = False) -> tuple[Hymba, str | None]:
     """The network, ready to run, and the SHA-256 of the tokenizer it was made for (None where the file has none).
 
-    Of a checkpoint the averaged weights are taken, as in validation and export. Raises FileNotFoundError, or ValueError
-    naming the file and what is wrong with it.
+    Of a checkpoint the averaged weights are taken, as in validation and export; one without a digest, which something
+    else than `hymba fit` wrote, needs `allow_undigested`. Raises FileNotFoundError, or ValueError naming the file and
+    what is wrong with it.
     """
     path = Path(path)
     if not path.is_file():
@@ -30,15 +36,28 @@ def load_network(path: str | Path, runtime: RuntimeConfig = RuntimeConfig(),  # 
         artifact = load_artifact(path)
         config, weights, fingerprint = artifact.config, artifact.state_dict, artifact.tokenizer.get("sha256")
     else:
-        checkpoint = read_checkpoint(path)
-        if "net" not in checkpoint.get("hyper_parameters", {}):
-            raise ValueError(f"{path} does not say which network it holds: give a checkpoint of `hymba fit`")
-        config, fingerprint = checkpoint["hyper_parameters"]["net"], checkpoint.get(TOKENIZER_KEY)
-        weights = {name.removeprefix(PREFIX): value for name, value in checkpoint["state_dict"].items()
-                   if name.startswith(PREFIX)}
+        config, weights, fingerprint = _of_checkpoint(path, read_checkpoint(path, allow_undigested=allow_undigested))
     net = Hymba(HymbaConfig.from_dict(config), runtime)
     net.load_state_dict(weights)
     return net.to(device).eval(), fingerprint
+
+
+def _of_checkpoint(path: Path, checkpoint: dict[str, Any]) -> tuple[dict, dict[str, torch.Tensor], str | None]:
+    """Config, weights and tokenizer fingerprint. Raises CheckpointError for weights that are not the config's."""
+    parameters, weights = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
+    if not isinstance(parameters, dict) or not isinstance(parameters.get("net"), dict) or \
+            not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise CheckpointError(f"{path} does not say which network it holds: give a checkpoint of `hymba fit`")
+    weights = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
+    if not all(isinstance(value, torch.Tensor) and value.is_floating_point() and value.layout == torch.strided and
+               value.device.type == "cpu" for value in weights.values()):
+        raise CheckpointError(f"{path} is damaged: its weights are no plain tensors. {ANOTHER}")
+    try:
+        check_shapes(parameters["net"], {name: list(value.shape) for name, value in weights.items()})
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be loaded: {printable(str(error), MAX_MESSAGE)}. {ANOTHER}") from error
+    fingerprint = checkpoint.get(TOKENIZER_KEY)
+    return parameters["net"], weights, fingerprint if isinstance(fingerprint, str) else None
 
 
 def find_tokenizer(weights: Path, given: str | None, fingerprint: str | None) -> Path:

@@ -22,9 +22,8 @@ from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.score import Score, world
 from hymba_lightning.evaluation.ttt import ScoreFirstTTT
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.package.digests import ARTIFACT, RESULT, SETTINGS, verify_count, verify_data
 from hymba_lightning.quantization.artifact import load_artifact
-
-ARTIFACT, SETTINGS, RESULT = "artifact.hymba", "settings.json", "result.json"
 
 
 def evaluate(folder: Path, data_dir: Path, tokenizer: Path, device: torch.device) -> dict[str, Any]:
@@ -45,23 +44,31 @@ def evaluate(folder: Path, data_dir: Path, tokenizer: Path, device: torch.device
     limit = settings["val_tokens_limit"]
     stream = TokenStream(find_shards(settings["val_files"], data_dir), token_bytes.vocab_size,
                          None if limit is None else limit + 1)
-    ttt = ScoreFirstTTT(net.to(device), settings["seq_len"], TTTConfig(**settings["ttt"]))
-    total = Score(0.0, 0, 0)
+    ttt = ScoreFirstTTT(net.to(device), settings["seq_len"], TTTConfig(**settings["ttt"]), stream=stream)
+    total, nats = Score(0.0, 0, 0), []
     count = n_chunks(stream, settings["chunk_tokens"])
     for index in range(count):
         chunk = chunk_at(stream, token_bytes, settings["chunk_tokens"], index)
-        total += ttt.score_chunk(chunk).score
+        scored = ttt.score_chunk(chunk)
+        total += scored.score
+        nats.append(scored.nats.cpu())
         ttt.adapt_chunk(chunk)
         if world()[0] == 0:
             print(f"chunk {index + 1} of {count}: val_bpb {total.bpb:.6f}", flush=True)
     return {"val_bpb": total.bpb, "val_loss": total.loss, "tokens": total.n_tokens, "bytes": total.n_bytes,
-            "seconds": time.monotonic() - started, "world_size": world()[1], "device": str(device),
+            "nats": torch.cat(nats), "seconds": time.monotonic() - started,
+            "world_size": world()[1], "device": str(device),
             "modules": sorted(str(module.__file__) for name, module in sys.modules.items()
                               if name.partition(".")[0] == "hymba_lightning")}
 
 
-def main(folder: Path) -> None:
-    """The command line of evaluate.py; under torchrun one process per device."""
+def main(folder: Path, digests: dict[str, Any]) -> None:
+    """The command line of evaluate.py; under torchrun one process per device. `digests`: see package/digests.py.
+
+    Raises:
+        DigestError: the data are not those of the recorded score.
+        What `evaluate` raises.
+    """
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Score the artifact of this folder.")
     parser.add_argument("--data", type=Path, required=True, help="folder of the validation shards")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: tokenizer.model with the data)")
@@ -74,7 +81,12 @@ def main(folder: Path) -> None:
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if distributed:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    result = evaluate(folder, args.data, args.tokenizer or args.data / "tokenizer.model", device)
+    tokenizer = args.tokenizer or args.data / "tokenizer.model"
+    val_files = json.loads((folder / SETTINGS).read_bytes())["val_files"]
+    verify_data(digests, tokenizer, find_shards(val_files, args.data))
+    result = evaluate(folder, args.data, tokenizer, device)
+    del result["nats"]  # one for each token, which is for `hymba audit`
+    verify_count(digests, result["tokens"], result["bytes"])
     if world()[0] == 0:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(result))

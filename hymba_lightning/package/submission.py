@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -17,23 +18,41 @@ from typing import Any
 from hymba_lightning.closure import ROOT, needed_files
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import RuntimeConfig
-from hymba_lightning.package.referee import ARTIFACT, RESULT, SETTINGS
+from hymba_lightning.package.digests import (
+    ARTIFACT,
+    DIGESTS,
+    RESULT,
+    SETTINGS,
+    SUBMISSION,
+    DigestError,
+    describe,
+    sha256,
+    shorten,
+    verify_folder,
+)
+from hymba_lightning.package.texts import LIMIT_BYTES, copy_logs, readme, train_log
 from hymba_lightning.quantization import inspect_artifact
-from hymba_lightning.report.runs import STAGES, Run, load_runs
+from hymba_lightning.report.reading import read_json, read_yaml
+from hymba_lightning.report.runs import Run, flatten, load_runs
+from hymba_lightning.run.record import FILE as RECORD
+from hymba_lightning.run.record import ScoreRecord
 
-LIMIT_BYTES = 16_000_000
-LOGS = ("summary.json", "test_summary.json", "history.json", "config.yaml", "test_config.yaml", "fit.log", "test.log")
 EVALUATE = '''"""Scores artifact.hymba of this folder: python evaluate.py --data FOLDER_OF_SHARDS [--tokenizer MODEL]"""
 
 import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+sys.dont_write_bytecode = True
 sys.path.insert(0, str(FOLDER))
 
-from hymba_lightning.package.referee import main  # noqa: E402
+from hymba_lightning.package.digests import verify_folder  # noqa: E402
 
-main(FOLDER)
+if __name__ == "__main__":
+    digests = verify_folder(FOLDER)
+    from hymba_lightning.package.referee import main
+
+    main(FOLDER, digests)
 '''
 # What a clean environment still needs to find the interpreter's libraries and the GPU.
 KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SYSTEMROOT")
@@ -51,17 +70,30 @@ class Submission:
     artifact_bytes: int
     code_bytes: int
     run_bpb: float
+    digests: dict[str, str]
+    """SHA-256 of code, settings, artifact, data and tokenizer."""
     referee: dict[str, Any] | None
     """The folder's own score, of `evaluate.py`; None where it was not run."""
 
+    @property
+    def bytes(self) -> int:
+        """Artifact and code."""
+        return self.artifact_bytes + self.code_bytes
+
+    @property
+    def status(self) -> str:
+        """Whether the folder was seen to score what it claims."""
+        return "verified" if self.referee else "unverified"
+
     def __str__(self) -> str:
-        total = self.artifact_bytes + self.code_bytes
-        lines = [f"{self.folder}: artifact {self.artifact_bytes:,} + code {self.code_bytes:,} = {total:,} bytes, "
-                 f"{total / LIMIT_BYTES:.1%} of {LIMIT_BYTES:,}",
+        lines = [f"{self.folder}: artifact {self.artifact_bytes:,} + code {self.code_bytes:,} = {self.bytes:,} bytes, "
+                 f"{self.bytes / LIMIT_BYTES:.1%} of {LIMIT_BYTES:,}",
                  f"  the run's score:  {self.run_bpb:.6f} bits per byte"]
         if self.referee:
             lines.append(f"  the folder's own: {self.referee['val_bpb']:.6f}, in a clean environment, "
                          f"{self.referee['seconds']:.1f} s on {self.referee['world_size']} × {self.referee['device']}")
+        else:
+            lines.append("  unverified: the folder was not scored")
         return "\n".join(lines)
 
 
@@ -79,64 +111,146 @@ def package(run: str, out: str = "submission", name: str | None = None, author: 
         blurb: A sentence on what it does.
         data_dir: Validation shards for the evaluation (default: the run's).
         tokenizer: SentencePiece model (default: the run's).
-        evaluate: Score the folder; without it only layout and bytes are checked.
+        evaluate: Score the folder; without it only layout, bytes and digests are checked, and the submission is
+            marked as unverified.
         tolerance: Most bits per byte by which that score may differ from the run's.
 
     Raises:
         FileNotFoundError: the run has no artifact or was not tested.
         FileExistsError: `out` holds something.
-        SubmissionError: artifact and code exceed the limit, the evaluation fails, or gives another score.
+        SubmissionError: the run's score is not of this artifact, artifact and code exceed the limit, the evaluation
+            fails, or gives another score. Nothing is left at `out` then.
     """
     loaded, folder = load_runs([run])[0], Path(out).expanduser()
-    artifact = loaded.folder / ARTIFACT
-    if loaded.artifact is None or not artifact.is_file():
-        raise FileNotFoundError(f"{loaded.folder} has no {ARTIFACT}: let `hymba fit` export it")
-    if "ttt_bpb" not in loaded.test:
-        raise FileNotFoundError(f"{loaded.folder} has no score of its artifact: run `hymba test --run_dir "
-                                f"{loaded.folder} --ckpt_path {artifact}` first")
+    tested = _proven_score(loaded)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} holds something already: choose another folder")
     options = _test_options(loaded)
-    folder.mkdir(parents=True, exist_ok=True)
+    data, model = _sources(options, data_dir, tokenizer)
+    # Whole or not at all: laid out beside its place, and moved there as the last step.
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = folder.parent / f".{folder.name}.{secrets.token_hex(6)}"
+    try:
+        building.mkdir()
+        result = _lay_out(building, loaded, tested, options, name or loaded.name)
+        about = {"author": author, "github_id": github_id, "name": name or loaded.name, "blurb": blurb,
+                 "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),  # noqa: UP017
+                 "val_loss": tested.loss, "val_bpb": tested.bpb, "bytes_total": result.bytes,
+                 "bytes_code": result.code_bytes}
+        _write_about(building, loaded, about, result)
+        if evaluate:
+            result = dataclasses.replace(result, referee=_referee_score(building, data, model, tested, tolerance))
+            _write_about(building, loaded, about, result)
+        try:
+            # Takes the place of an empty folder, and of no other.
+            building.rename(folder)
+        except OSError as error:
+            if folder.exists():
+                raise FileExistsError(f"{folder} holds something by now: choose another folder") from error
+            raise
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return dataclasses.replace(result, folder=folder)
+
+
+def _proven_score(run: Run) -> ScoreRecord:
+    """The run's score of the artifact that lies in its folder.
+
+    Raises:
+        FileNotFoundError: the run has no artifact or was not tested.
+        SubmissionError: artifact, record and test_summary.json do not belong together.
+    """
+    artifact, recorded = run.folder / ARTIFACT, run.record.artifact
+    why = "".join(f"; {note}" for note in run.notes)
+    if not artifact.is_file():
+        raise FileNotFoundError(f"{run.folder} has no {ARTIFACT}: let `hymba fit` export it")
+    found = sha256(artifact)
+    if recorded is not None and found != recorded.sha256:
+        raise SubmissionError(f"{artifact} is not the artifact that the fit exported (SHA-256 {found}, {RECORD} has "
+                              f"{recorded.sha256}): put that one back, or test this one in a folder of its own{why}")
+    if run.artifact is None:
+        raise SubmissionError(f"{artifact} cannot be packaged{why}")
+    remedy = f"run `hymba test --run_dir {run.folder} --ckpt_path {artifact}` first"
+    if run.tested is None or run.tested.data is None:
+        raise FileNotFoundError(f"{run.folder} has no score of its artifact in {RECORD}: {remedy}{why}")
+    if run.tested.weights != found:
+        raise SubmissionError(f"{run.folder} was tested with other weights than {ARTIFACT}: {remedy}")
+    shown = read_json(run.folder / "test_summary.json", []).get("ttt_bpb")
+    if shown is not None and "ttt_bpb" not in run.test:
+        raise SubmissionError(f"test_summary.json says {shown} bits per byte, {RECORD} {run.tested.bpb:.6f}: {remedy}"
+                              f"{why}")
+    missing = {"seq_len", "chunk_tokens", "ttt"} - run.tested.settings.keys()
+    if missing:
+        raise SubmissionError(f"{RECORD} in {run.folder} lacks the test's {', '.join(sorted(missing))}: {remedy}")
+    return run.tested
+
+
+def _sources(options: dict[str, Any], data_dir: str | None, tokenizer: str | None) -> tuple[Path, Path]:
+    """Folder of the validation shards and tokenizer; a pattern with folders of its own brings its data."""
+    files = str(options.get("data.val_files") or "")
+    known = Path(files).parent if Path(files).is_absolute() else options.get("data.data_dir") or "data"
+    data = Path(data_dir or known).expanduser().resolve()
+    model = tokenizer or options.get("data.tokenizer")
+    return data, Path(model or Path(options.get("data.data_dir") or data) / "tokenizer.model").expanduser().resolve()
+
+
+def _lay_out(folder: Path, run: Run, tested: ScoreRecord, options: dict[str, Any], title: str) -> Submission:
+    """Everything but what depends on the referee's score.
+
+    Raises:
+        SubmissionError: artifact and code exceed the limit.
+    """
     code = _copy_code(folder)
-    shutil.copyfile(artifact, folder / ARTIFACT)
-    (folder / "logs").mkdir()
-    for file in LOGS:
-        if (loaded.folder / file).is_file():
-            shutil.copyfile(loaded.folder / file, folder / "logs" / file)
-    write_atomic(folder / "train.log", _train_log(loaded))
-    write_atomic(folder / SETTINGS, json.dumps(_settings(loaded, options), indent=1) + "\n")
-    sizes = artifact.stat().st_size, sum((folder / file).stat().st_size for file in code)
-    result = Submission(folder, *sizes, loaded.test["ttt_bpb"], None)
-    title = name or loaded.name
-    about = {"author": author, "github_id": github_id, "name": title, "blurb": blurb,
-             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),  # noqa: UP017
-             "val_loss": loaded.test["ttt_loss"], "val_bpb": loaded.test["ttt_bpb"], "bytes_total": sum(sizes),
-             "bytes_code": sizes[1]}
-    write_atomic(folder / "submission.json", json.dumps(about, indent=2) + "\n")
-    write_atomic(folder / "README.md", _readme(loaded, title, blurb, result))
+    shutil.copyfile(run.folder / ARTIFACT, folder / ARTIFACT)
+    copy_logs(run, folder / "logs")
+    write_atomic(folder / "train.log", train_log(run))
+    write_atomic(folder / SETTINGS, json.dumps(_settings(tested, options), indent=1) + "\n")
+    assert tested.data is not None
+    data = dataclasses.asdict(tested.data) | {"tokens": tested.tokens, "bytes": tested.bytes}
+    digests = describe(folder, code, data)
+    if digests["artifact"] != tested.weights:
+        raise SubmissionError(f"{run.folder / ARTIFACT} changed while it was copied: package again")
+    write_atomic(folder / DIGESTS, json.dumps(digests, indent=1) + "\n")
+    sizes = (folder / ARTIFACT).stat().st_size, sum((folder / file).stat().st_size for file in code)
     if sum(sizes) > LIMIT_BYTES:
-        raise SubmissionError(f"{folder}: {sum(sizes):,} bytes are {sum(sizes) - LIMIT_BYTES:,} over {LIMIT_BYTES:,}; "
-                              f"export with a lower limit.\n{inspect_artifact(artifact)[1].table()}")
-    if not evaluate:
-        return result
-    data = Path(data_dir or options["data.data_dir"]).expanduser().resolve()
-    model = Path(tokenizer or options.get("data.tokenizer") or data / "tokenizer.model").expanduser().resolve()
-    referee = run_referee(folder, data, model, int(loaded.test["environment"]["world_size"]))
-    result = dataclasses.replace(result, referee=referee)
-    difference = abs(referee["val_bpb"] - loaded.test["ttt_bpb"])
-    if difference > tolerance:
-        raise SubmissionError(f"{folder} scores {referee['val_bpb']:.6f} bits per byte, the run's test "
-                              f"{loaded.test['ttt_bpb']:.6f}: {difference:.6f} apart, more than {tolerance:g}. Are the "
-                              "data and the artifact those of the test?")
-    return result
+        raise SubmissionError(f"{title}: {sum(sizes):,} bytes are {sum(sizes) - LIMIT_BYTES:,} over {LIMIT_BYTES:,}; "
+                              f"export with a lower limit.\n{inspect_artifact(folder / ARTIFACT)[1].table()}")
+    return Submission(folder, *sizes, tested.bpb, shorten(digests), None)
+
+
+def _referee_score(folder: Path, data: Path, tokenizer: Path, tested: ScoreRecord, tolerance: float) -> dict[str, Any]:
+    """What the folder says that it scores. Raises SubmissionError where that is not what the run's test says."""
+    referee = run_referee(folder, data, tokenizer, int(tested.settings.get("world_size") or 1))
+    difference = abs(referee["val_bpb"] - tested.bpb)
+    # Written so that NaN is refused too.
+    if not difference <= tolerance:
+        raise SubmissionError(f"the submission scores {referee['val_bpb']:.6f} bits per byte, the run's test "
+                              f"{tested.bpb:.6f}: {difference:.6f} apart, more than {tolerance:g}. Are the data and "
+                              "the artifact those of the test?")
+    return referee
+
+
+def _write_about(folder: Path, run: Run, about: dict[str, Any], made: Submission) -> None:
+    referee = made.referee and {"val_bpb": made.referee["val_bpb"], "seconds": made.referee["seconds"],
+                                "world_size": made.referee["world_size"], "device": made.referee["device"]}
+    content = about | {"status": made.status, "referee": referee, "digests": made.digests}
+    write_atomic(folder / SUBMISSION, json.dumps(content, indent=2) + "\n")
+    ranks = int(run.tested.settings.get("world_size") or 1) if run.tested else 1
+    launch = f"torchrun --standalone --nproc-per-node={ranks}" if ranks > 1 else "python"
+    write_atomic(folder / "README.md", readme(run, content, launch))
 
 
 def run_referee(folder: Path, data: Path, tokenizer: Path, world_size: int = 1) -> dict[str, Any]:
     """Copies the folder elsewhere and runs its evaluate.py with nothing of this process's environment or package.
 
-    Raises SubmissionError with the end of its output where it fails, or where it used other code than the folder's.
+    Raises SubmissionError where the folder is not what its digests say, with the end of the output where evaluate.py
+    fails, or where that used other code than the folder's.
     """
+    try:
+        verify_folder(folder)
+    except DigestError as error:
+        raise SubmissionError(str(error)) from error
     with tempfile.TemporaryDirectory(prefix="hymba-referee-") as temporary:
         copy = Path(temporary).resolve() / "submission"
         shutil.copytree(folder, copy)
@@ -170,58 +284,22 @@ def _copy_code(folder: Path) -> list[Path]:
 
 
 def _test_options(run: Run) -> dict[str, Any]:
-    import yaml
+    """Options of the test, else of the fit, as they were given."""
+    notes: list[str] = []
+    for file in ("test_config.yaml", "config.yaml"):
+        options = flatten(read_yaml(run.folder / file, notes))
+        if options:
+            return options
+    raise FileNotFoundError(f"{run.folder} has no readable test_config.yaml: run `hymba test` again"
+                            + "".join(f"; {note}" for note in notes))
 
-    from hymba_lightning.report.runs import flatten
 
-    path = run.folder / "test_config.yaml"
-    return flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else run.config
-
-
-def _settings(run: Run, options: dict[str, Any]) -> dict[str, Any]:
+def _settings(tested: ScoreRecord, options: dict[str, Any]) -> dict[str, Any]:
     prefix = "model.runtime."
     runtime = {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)}
     known = {field.name for field in dataclasses.fields(RuntimeConfig)}
-    return {"seq_len": run.test["seq_len"], "chunk_tokens": run.test["chunk_tokens"], "ttt": run.test["ttt"],
-            "val_tokens_limit": options.get("data.val_tokens_limit"),
-            "val_files": options.get("data.val_files", "*_val_*.bin"),
+    files = options.get("data.val_files") or "*_val_*.bin"
+    return {"seq_len": tested.settings["seq_len"], "chunk_tokens": tested.settings["chunk_tokens"],
+            "ttt": tested.settings["ttt"], "val_tokens_limit": options.get("data.val_tokens_limit"),
+            "val_files": Path(files).name if Path(files).expanduser().is_absolute() else files,
             "runtime": {key: value for key, value in runtime.items() if key in known}}
-
-
-def _train_log(run: Run) -> str:
-    """The history as lines of text."""
-    lines = [f"step:{row['step']} train_loss:{row['loss']:.4f} train_time:{1000 * row['seconds']:.0f}ms "
-             f"tok/s:{row['tokens_per_s']:.0f} lr_scale:{row['lr_scale']:.4f}" for row in run.train]
-    lines += [f"step:{row['step']} val_loss:{row['loss']:.4f} val_bpb:{row['bpb']:.4f} "
-              f"train_time:{1000 * row['seconds']:.0f}ms" for row in run.val]
-    lines += [f"final {stage} val_bpb:{bpb:.6f}" for stage, bpb in run.stages.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _readme(run: Run, title: str, blurb: str, made: Submission) -> str:
-    stages = "\n".join(f"| {STAGES[stage]} | {bpb:.4f} |" for stage, bpb in run.stages.items())
-    environment = run.environment
-    ranks = int(run.test["environment"]["world_size"])
-    launch = f"torchrun --standalone --nproc-per-node={ranks}" if ranks > 1 else "python"
-    return f"""# {title}
-
-{blurb}
-
-| stage | val_bpb |
-|---|---|
-{stages}
-
-{run.summary.get('parameters', 0):,} parameters, {run.summary.get('steps', 0):,} steps in \
-{run.summary.get('train_seconds', 0.0):.1f} s on {environment.get('world_size')} × {environment.get('device')}. \
-Artifact {made.artifact_bytes:,} bytes, code {made.code_bytes:,} bytes, {made.artifact_bytes + made.code_bytes:,} of \
-{LIMIT_BYTES:,}. Evaluation: {run.test['seconds']:.1f} s, {run.test['context']}.
-
-## Score it
-
-    {launch} evaluate.py --data FOLDER_OF_SHARDS --tokenizer TOKENIZER.model
-
-needs torch, numpy, sentencepiece and zstandard (numba besides on a CPU). The tokens are scored once, left to right, in
-chunks of {run.test['chunk_tokens']:,}; the network trains on a chunk only after its score is final.
-
-Training: logs/config.yaml with `hymba fit` of hymba_lightning; train.log and logs/ have its history.
-"""

@@ -16,7 +16,7 @@ from torch import Tensor
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization.container import ArtifactError
 from hymba_lightning.quantization.layout import Entry, split_streams
-from hymba_lightning.quantization.parts import Check, Parts, check_header, naming, read_parts
+from hymba_lightning.quantization.parts import Check, Parts, check_anchors, check_header, naming, read_parts
 from hymba_lightning.quantization.payload import decode_tensor
 from hymba_lightning.quantization.report import ArtifactReport, build_report
 
@@ -48,13 +48,18 @@ def check_network(header: dict, table: list[Entry]) -> None:
     The network is laid out without memory. Raises ArtifactError naming the first difference.
     """
     check_header(header, table)
+    check_shapes(header["config"], {entry.name: entry.shape for entry in table})
+
+
+def check_shapes(config: dict, stored: dict[str, list[int]]) -> None:
+    """The comparison of tensors' shapes with a config's network, for checkpoints too. Raises ArtifactError."""
+    check_anchors(config, stored)
     try:
         with torch.device("meta"):
-            net = Hymba(HymbaConfig.from_dict(header["config"]))
+            net = Hymba(HymbaConfig.from_dict(config))
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise ArtifactError(f"its config is that of no network ({error})") from error
     expected = {name: list(tensor.shape) or [1] for name, tensor in net.state_dict().items()}
-    stored = {entry.name: entry.shape for entry in table}
     for name in [*expected, *stored]:
         if expected.get(name) != stored.get(name):
             raise ArtifactError(f"its tensor {name} has the shape {stored.get(name, 'of none')}, where its network's "

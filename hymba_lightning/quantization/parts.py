@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 from hymba_lightning.model.config import HymbaConfig
 from hymba_lightning.quantization import container
 from hymba_lightning.quantization.container import ArtifactError
-from hymba_lightning.quantization.layout import Entry, content_bytes, parse_table
+from hymba_lightning.quantization.layout import Entry, content_bytes, is_count, parse_table
 from hymba_lightning.text import printable
 
 # A network is laid out layer by layer, 2 ms each, before its tensors are compared.
@@ -34,38 +34,39 @@ class Parts(NamedTuple):
     payload_bytes: int  # and compressed
 
 
-def check_header(header: dict, table: list[Entry]) -> None:
-    """Refuses a header whose values have other types or ranges than they must, or whose tensors cannot be those of its
-    network: of another vocabulary, width or number of layers. Raises ArtifactError."""
+def check_anchors(config: dict, shapes: dict[str, list[int]]) -> HymbaConfig:
+    """The network's config. Raises ArtifactError for values of other types or ranges than they must have, or tensors of
+    another vocabulary, width or number of layers; what is left can be laid out quickly."""
     try:
-        config = HymbaConfig.from_dict(header["config"])
+        network = HymbaConfig.from_dict(config)
     except ValueError as error:
         raise ArtifactError(f"its config is that of no network: {error}") from error
-    shapes = {entry.name: entry.shape for entry in table}
-    expected = [config.vocab_size, config.d_model]
+    expected = [network.vocab_size, network.d_model]
     if shapes.get("tok_emb.weight") != expected:
         raise ArtifactError(f"its config has a token table of {expected}, and its tensors one of "
                             f"{shapes.get('tok_emb.weight')}")
     layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    if config.n_layers > MAX_LAYERS or layers != {str(layer) for layer in range(config.n_layers)}:
-        raise ArtifactError(f"its config has {config.n_layers} layers, and its tensors are of {len(layers)}; at most "
+    if network.n_layers > MAX_LAYERS or layers != {str(layer) for layer in range(network.n_layers)}:
+        raise ArtifactError(f"its config has {network.n_layers} layers, and its tensors are of {len(layers)}; at most "
                             f"{MAX_LAYERS} can be read")
+    return network
+
+
+def check_header(header: dict, table: list[Entry]) -> None:
+    """Refuses a header whose values have other types or ranges than they must, or whose tensors cannot be those of its
+    network. Raises ArtifactError."""
+    config = check_anchors(header["config"], {entry.name: entry.shape for entry in table})
     tokenizer, metadata, scheme = header["tokenizer"], header["metadata"], header["quantization"]
     for name, value, fits in (
             ("tokenizer.sha256", tokenizer.get("sha256", ""), lambda value: type(value) is str),
             ("tokenizer.vocab_size", tokenizer.get("vocab_size", config.vocab_size), config.vocab_size.__eq__),
-            ("metadata.steps", metadata.get("steps", 0), is_natural),
-            ("metadata.seq_len", metadata.get("seq_len", 1), lambda value: is_natural(value) and value > 0),
+            ("metadata.steps", metadata.get("steps", 0), is_count),
+            ("metadata.seq_len", metadata.get("seq_len", 1), lambda value: is_count(value) and value > 0),
             ("metadata.train_seconds", metadata.get("train_seconds", 0), is_amount),
-            ("quantization.limit_bytes", scheme.get("limit_bytes", 1), lambda value: is_natural(value) and value > 0),
+            ("quantization.limit_bytes", scheme.get("limit_bytes", 1), lambda value: is_count(value) and value > 0),
             ("quantization.coarsen", scheme.get("coarsen", 1), is_amount)):
         if fits(value) is not True:
             raise ArtifactError(f"its {name} is {value!r}")
-
-
-def is_natural(value: Any) -> bool:
-    """An integer 0 … 2^40 (True is none)."""
-    return type(value) is int and 0 <= value <= 1 << 40
 
 
 def is_amount(value: Any) -> bool:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hymba_lightning.plots import save_figure
+from hymba_lightning.text import as_html, printable
+
 COLORS = ("#2563a8", "#c8641e", "#2a8f6d", "#8a4fb0", "#b0304f", "#6b7480")
+
+# Beyond this, as NaN and infinity, a number is none that a chart can show.
+MOST = 1e30
 
 # The drawing's own units; the page scales it. Small enough that its text is legible on a phone.
 WIDTH, HEIGHT = 460, 280
@@ -19,7 +24,7 @@ LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 40
 
 @dataclass(frozen=True)
 class Series:
-    """One line. Points whose y is not finite are left out."""
+    """One line. Points that are not finite are left out."""
 
     label: str
     points: list[tuple[float, float]]
@@ -30,7 +35,7 @@ class Series:
 
     def finite(self) -> list[tuple[float, float]]:
         """The points that can be drawn."""
-        return [(x, y) for x, y in self.points if y is not None and math.isfinite(y) and math.isfinite(x)]
+        return [(x, y) for x, y in self.points if y is not None and abs(x) < MOST and abs(y) < MOST]
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def to_svg(chart: Chart) -> str:
         return (round(LEFT + share * (WIDTH - LEFT - RIGHT), 1),
                 round(HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM), 1))
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}">']
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{as_html(chart.title)}">']
     for value in ticks(y_low, y_high):
         _, y = place(x_high, value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
@@ -117,9 +122,9 @@ def to_svg(chart: Chart) -> str:
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" '
                  f'y2="{HEIGHT - BOTTOM}"/>'
                  f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
-                 f'{escape(chart.x_label)}</text>'
+                 f'{as_html(chart.x_label)}</text>'
                  f'<text class="label" transform="translate(12 {(HEIGHT - BOTTOM + TOP) / 2}) rotate(-90)" '
-                 f'text-anchor="middle">{escape(chart.y_label)}</text>')
+                 f'text-anchor="middle">{as_html(chart.y_label)}</text>')
     for series in chart.series:
         placed = [place(x, y) for x, y in series.finite()]
         style = f'class="line c{series.color % len(COLORS)}{" faint" if series.faint else ""}"'
@@ -129,7 +134,7 @@ def to_svg(chart: Chart) -> str:
         if series.markers or len(placed) == 1:
             for (x, y), (raw_x, raw_y) in zip(placed, series.finite(), strict=True):
                 parts.append(f'<circle class="dot c{series.color % len(COLORS)}" cx="{x}" cy="{y}" r="3.2"><title>'
-                             f'{escape(series.label)}: {raw_y:.4f} at {short(raw_x)}</title></circle>')
+                             f'{as_html(series.label)}: {raw_y:.4f} at {short(raw_x)}</title></circle>')
     return "".join(parts) + "</svg>"
 
 
@@ -149,23 +154,27 @@ def to_png(chart: Chart, path: Path) -> Path:
     figure = Figure(figsize=(8.2, 4.8), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
+    lines = []
     for series in chart.series:
         points = series.finite()
-        axis.plot([x for x, _ in points], [y for _, y in points], color=COLORS[series.color % len(COLORS)],
+        lines += axis.plot([x for x, _ in points], [y for _, y in points], color=COLORS[series.color % len(COLORS)],
                   linestyle="--" if series.dashed else "-", linewidth=0.9 if series.faint else 1.6,
                   alpha=0.55 if series.faint else 1.0, marker="o" if series.markers or len(points) == 1 else None,
-                  markersize=4, label=series.label)
+                  markersize=4)
     if chart.log_x:
         axis.set_xscale("log", base=2)
+        places = _x_ticks(chart, *_limits(chart)[:2])
+        axis.set_xticks(places, [_power_label(place) for place in places])
     if chart.categories:
-        axis.set_xticks(range(len(chart.categories)), chart.categories)
+        axis.set_xticks(range(len(chart.categories)), map(printable, chart.categories))
         axis.set_xlim(*_limits(chart)[:2])
     axis.set_ylim(*_limits(chart)[2:])
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(True, axis="y", color="#e4e7ea", linewidth=0.8)
-    axis.set_xlabel(chart.x_label)
-    axis.set_ylabel(chart.y_label)
-    axis.set_title(chart.title, loc="left", fontsize=12)
-    axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path)
+    axis.set_xlabel(printable(chart.x_label))
+    axis.set_ylabel(printable(chart.y_label))
+    axis.set_title(printable(chart.title), loc="left", fontsize=12)
+    # Given with its lines, a label is shown whatever it begins with.
+    axis.legend(lines, [printable(series.label) for series in chart.series], fontsize=8, frameon=False)
+    save_figure(figure, path)
     return path

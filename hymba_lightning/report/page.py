@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from hymba_lightning.evaluation.curve import MIN_TOKENS
 from hymba_lightning.files import write_atomic
 from hymba_lightning.quantization import ArtifactReport
 from hymba_lightning.report import charts, treemap
 from hymba_lightning.report.charts import Chart, Series
 from hymba_lightning.report.runs import STAGES, Run, differences, load_runs
 from hymba_lightning.report.style import CSS
+from hymba_lightning.text import as_html, printable
 
 # Where a run was written says nothing about what it was.
 IGNORED_OPTIONS = ("run_dir", "overwrite", "ckpt_path", "config")
@@ -28,7 +29,7 @@ def write_report(run: Sequence[str], out: str = "report") -> Path:
 
     Raises:
         FileNotFoundError: A folder holds no run.
-        ValueError: No run, one twice, or a damaged file.
+        ValueError: No run, or one twice. What is damaged is named on the page.
     """
     if not run:
         raise ValueError("no run to report on: give the folder of one or more")
@@ -67,8 +68,9 @@ def build_charts(runs: Sequence[Run]) -> list[Chart]:
               note="Running score; dashed: the artifact without adaptation."),
         Chart("context", "What context is worth", "tokens before the scored one", "bits per byte",
               [Series(run.name, [(point["at_least"] * 2**0.5, point["bpb"])
-                                 for point in run.test.get("bpb_by_context", [])], color, markers=True)
-               for color, run in numbered], log_x=True),
+                                 for point in run.test.get("bpb_by_context", [])
+                                 if point["at_least"] >= 1 and point["n_tokens"] >= MIN_TOKENS], color, markers=True)
+               for color, run in numbered], log_x=True, note=f"Bins of at least {MIN_TOKENS} tokens."),
         Chart("step_time", "Time of a step", "training seconds", "milliseconds",
               [Series(run.name, run.step_times(), color) for color, run in numbered]),
         Chart("lr", "Learning-rate scale", "training seconds", "factor",
@@ -80,7 +82,7 @@ def build_charts(runs: Sequence[Run]) -> list[Chart]:
 def _ttt_series(run: Run, color: int) -> list[Series]:
     running = run.running_ttt()
     series = [Series(run.name, running, color, markers=len(running) < 30)]
-    plain = run.test.get("bpb_without_adaptation")
+    plain = run.without_adaptation
     if plain is not None and running:
         series.append(Series(f"{run.name}, not adapted", [(running[0][0], plain), (1.0, plain)], color, dashed=True))
     return series
@@ -90,14 +92,15 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
     """The whole page as text."""
     title = "Run " + runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
-    chips = "".join(f'<span class="chip"><i class="bg{color % len(charts.COLORS)}"></i>{escape(run.name)}</span>'
+    chips = "".join(f'<span class="chip"><i class="bg{color % len(charts.COLORS)}"></i>{as_html(run.name)}</span>'
                     for color, run in enumerate(runs))
     figures = "".join(_figure(chart) for chart in drawn)
     maps = "".join(_map(run.name, run.artifact) for run in runs if run.artifact)
-    notes = "".join(f"<li><b>{escape(run.name)}</b>: {escape(note)}</li>" for run in runs for note in run.notes)
+    notes = "".join(f"<li><b>{as_html(run.name)}</b>: {as_html(note)}</li>" for run in runs for note in run.notes)
     environment = _environment(runs)
     sections = [
-        f"<header><h1>{escape(title)}</h1><p>{chips}</p><p class=muted>hymba_lightning, written {written}</p></header>",
+        f"<header><h1>{as_html(title)}</h1><p>{chips}</p>"
+        f"<p class=muted>hymba_lightning, written {written}</p></header>",
         f"<section><h2>Results</h2>{_results(runs)}</section>",
         f'<section><h2>Curves</h2><div class="grid2">{figures}</div></section>' if figures else "",
         f"<section><h2>Where the artifact's bytes are</h2>{_legend()}<div class=\"grid2\">{maps}</div></section>"
@@ -108,19 +111,19 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
         f"<section><h2>Missing</h2><ul>{notes}</ul></section>" if notes else "",
     ]
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{CSS}</style></head>'
+            f'content="width=device-width, initial-scale=1"><title>{as_html(title)}</title><style>{CSS}</style></head>'
             f'<body><main>{"".join(sections)}</main></body></html>\n')
 
 
 def _figure(chart: Chart) -> str:
-    note = f" <span class=muted>{escape(chart.note)}</span>" if chart.note else ""
-    return f"<figure><figcaption><b>{escape(chart.title)}</b>{note}</figcaption>{charts.to_svg(chart)}</figure>"
+    note = f" <span class=muted>{as_html(chart.note)}</span>" if chart.note else ""
+    return f"<figure><figcaption><b>{as_html(chart.title)}</b>{note}</figcaption>{charts.to_svg(chart)}</figure>"
 
 
 def _map(name: str, report: ArtifactReport) -> str:
     largest = _table(["tensor", "stored as", "bytes"],
                      [[tensor.name, tensor.storage, f"{tensor.bytes:,}"] for tensor in report.largest(8)], numbers=1)
-    return (f"<figure><figcaption><b>{escape(name)}</b> <span class=muted>{report.bytes:,} bytes</span>"
+    return (f"<figure><figcaption><b>{as_html(name)}</b> <span class=muted>{report.bytes:,} bytes</span>"
             f"</figcaption>{treemap.to_svg(report, name)}<details><summary>Largest tensors</summary>{largest}"
             "</details></figure>")
 
@@ -139,17 +142,29 @@ def _results(runs: Sequence[Run]) -> str:
 
     for stage, label in STAGES.items():
         row(f"{label}, bits per byte", [run.stages.get(stage) for run in runs], ".4f")
-    for key, label, form in (("steps", "steps", ",d"), ("train_seconds", "training seconds", ",.1f"),
-                             ("tokens", "tokens trained on", ",d"), ("tokens_per_s", "tokens per second", ",.0f"),
-                             ("parameters", "parameters", ",d"), ("artifact_bytes", "artifact bytes", ",d"),
-                             ("code_bytes", "evaluation code bytes", ",d")):
+    row("the tested weights without adaptation", [run.without_adaptation for run in runs], ".4f")
+    for key, label, form in (("steps", "steps", ",.0f"), ("train_seconds", "training seconds", ",.1f"),
+                             ("tokens", "tokens trained on", ",.0f"), ("tokens_per_s", "tokens per second", ",.0f"),
+                             ("parameters", "parameters", ",.0f"), ("artifact_bytes", "artifact bytes", ",.0f"),
+                             ("code_bytes", "evaluation code bytes", ",.0f")):
         row(label, [run.summary.get(key) for run in runs], form)
-    share = [(run.summary["artifact_bytes"] + run.summary["code_bytes"]) / run.summary["limit_bytes"]
-             if "artifact_bytes" in run.summary else None for run in runs]
-    row("share of the byte limit", share, ".1%")
-    row("tokens scored", [run.test.get("tokens") or run.summary.get("scored_tokens") for run in runs], ",d")
+    row("share of the byte limit", [_share(run) for run in runs], ".1%")
+    row("tokens scored", [run.tokens_scored for run in runs], ",.0f")
     row("test seconds", [run.test.get("seconds") for run in runs], ",.1f")
-    return _table(["", *(run.name for run in runs)], rows, numbers=len(runs))
+    rows.append(["validation data", *("unknown" if run.data is None else run.data.digest[:10] for run in runs)])
+    apart = "" if len({run.data for run in runs}) == 1 else (
+        "<p class=muted>The runs were not scored on the same validation data with the same tokenizer: their bits per "
+        "byte say little about each other.</p>")
+    return _table(["", *(run.name for run in runs)], rows, numbers=len(runs)) + apart
+
+
+def _share(run: Run) -> float | None:
+    """Artifact and code as a share of the limit."""
+    names = ("artifact_bytes", "code_bytes", "limit_bytes")
+    if not all(run.summary.get(name) for name in names):
+        return None
+    artifact, code, limit = (run.summary[name] for name in names)
+    return (artifact + code) / limit
 
 
 def _config_difference(runs: Sequence[Run]) -> str:
@@ -157,24 +172,28 @@ def _config_difference(runs: Sequence[Run]) -> str:
     if not changed:
         return "<p class=muted>All options are the same.</p>"
     return _table(["option", *(run.name for run in runs)],
-                  [[key, *(str(value) for value in values)] for key, values in changed.items()])
+                  [[key, *(_short(value) for value in values)] for key, values in changed.items()])
 
 
 def _config(run: Run) -> str:
-    rows = [[key, str(value)] for key, value in run.config.items() if key not in IGNORED_OPTIONS]
+    rows = [[key, _short(value)] for key, value in run.config.items() if key not in IGNORED_OPTIONS]
     return f"<details><summary>{len(rows)} options</summary>{_table(['option', run.name], rows)}</details>"
 
 
 def _environment(runs: Sequence[Run]) -> str:
     keys = list(dict.fromkeys(key for run in runs for key in run.environment))
     return _table(["", *(run.name for run in runs)],
-                  [[key, *(str(run.environment.get(key, "–")) for run in runs)] for key in keys]) if keys else ""
+                  [[key, *(_short(run.environment.get(key, "–")) for run in runs)] for key in keys]) if keys else ""
+
+
+def _short(value: Any) -> str:
+    return printable(str(value), 400)
 
 
 def _table(head: list[str], rows: list[list[str]], numbers: int = 0) -> str:
     """`numbers` columns from the right are aligned as numbers."""
     first = len(head) - numbers
-    cells = "".join("<tr>" + "".join(f"<td{' class=num' if i >= first else ''}>{escape(cell)}</td>"
+    cells = "".join("<tr>" + "".join(f"<td{' class=num' if i >= first else ''}>{as_html(cell)}</td>"
                                      for i, cell in enumerate(row)) + "</tr>" for row in rows)
-    heads = "".join(f"<th{' class=num' if i >= first else ''}>{escape(cell)}</th>" for i, cell in enumerate(head))
+    heads = "".join(f"<th{' class=num' if i >= first else ''}>{as_html(cell)}</th>" for i, cell in enumerate(head))
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'

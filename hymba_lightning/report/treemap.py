@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +10,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from hymba_lightning.plots import save_figure
 from hymba_lightning.quantization import ArtifactReport
 from hymba_lightning.report.charts import COLORS
+from hymba_lightning.text import as_html, printable
 
 WIDTH, HEIGHT = 460.0, 300.0
 GROUPS = ("embedding", "attention", "mamba", "mlp", "other")
@@ -94,14 +95,14 @@ def _label(name: str) -> str:
 
 def to_svg(report: ArtifactReport, title: str) -> str:
     """The map as an <svg> element."""
-    parts = [f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{escape(title)}">']
+    parts = [f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{as_html(title)}">']
     for tile in tiles(report):
         parts.append(f'<g><rect class="tile g{tile.group}" x="{tile.x:.1f}" y="{tile.y:.1f}" '
                      f'width="{tile.width:.1f}" height="{tile.height:.1f}"/>'
-                     f'<title>{escape(tile.name)}: {tile.n_bytes:,} bytes, {escape(tile.storage)}</title>')
+                     f'<title>{as_html(tile.name)}: {tile.n_bytes:,} bytes, {as_html(tile.storage)}</title>')
         label = _label(tile.name)
         if tile.height > 15 and tile.width > 6.4 * len(label) + 6:
-            parts.append(f'<text class="tiletext" x="{tile.x + 4:.1f}" y="{tile.y + 13:.1f}">{escape(label)}</text>')
+            parts.append(f'<text class="tiletext" x="{tile.x + 4:.1f}" y="{tile.y + 13:.1f}">{as_html(label)}</text>')
         parts.append("</g>")
     return "".join(parts) + "</svg>"
 
@@ -116,13 +117,13 @@ def to_png(report: ArtifactReport, title: str, path: Path) -> Path:
                                  edgecolor="white", linewidth=0.8))
         label = _label(tile.name)
         if tile.height > 12 and tile.width > 5.0 * len(label) + 6:
-            axis.text(tile.x + 3, tile.y + 4, label, fontsize=7, color="white", va="top")
+            axis.text(tile.x + 3, tile.y + 4, printable(label), fontsize=7, color="white", va="top")
     present = sorted({tile.group for tile in tiles(report)})
     axis.legend(handles=[Rectangle((0, 0), 1, 1, facecolor=COLORS[group], label=GROUPS[group]) for group in present],
                 loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=len(present), fontsize=8, frameon=False)
     axis.set_xlim(0, WIDTH)
     axis.set_ylim(HEIGHT, 0)
     axis.axis("off")
-    axis.set_title(title, loc="left", fontsize=12)
-    figure.savefig(path)
+    axis.set_title(printable(title), loc="left", fontsize=12)
+    save_figure(figure, path)
     return path

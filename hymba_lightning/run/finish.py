@@ -37,6 +37,7 @@ from hymba_lightning.quantization.calibration import Calibration, calibrate
 from hymba_lightning.run.record import ArtifactRecord, DataIdentity, ScoreRecord, Trained, weights_sha256
 from hymba_lightning.run.run import Run, require_clock, settings_of
 from hymba_lightning.run.summary import environment, print_table, write_fit_summary
+from hymba_lightning.run.tensorboard import FINAL, log_final_scores
 from hymba_lightning.trainer_internals import datamodule_of
 
 log = logging.getLogger("hymba_lightning")
@@ -169,7 +170,7 @@ class _Ending:
         self.run.record.add(record)
         log.info("%s weights: %.4f bits per byte", stage, record.bpb)
         for logger in self.trainer.loggers:
-            logger.log_metrics({f"export/{stage}_bpb": record.bpb}, step=self.trainer.global_step)
+            logger.log_metrics({f"{FINAL}{stage}_bpb": record.bpb}, step=self.trainer.global_step)
 
     def calibrate(self) -> Calibration:
         """What rounding has to know, averaged over the ranks, on the CPU; training batches count as training time."""
@@ -242,6 +243,7 @@ class _Ending:
             summary = write_fit_summary(self.run, self.folder, getattr(self.data, "unigram_bpb", None), plots)
             self.run.record.finished = True
             self.run.record.save(self.folder.path)
+            log_final_scores(self.trainer, self.module, self.run.record)
             self.run.display("finished", 1.0, 1.0)
             print_table("Training", summary, self.folder)
 

@@ -9,7 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from hymba_lightning import __version__
@@ -18,6 +17,7 @@ from hymba_lightning.plots import plot_training
 from hymba_lightning.run.folder import RunFolder
 from hymba_lightning.run.record import ScoreRecord
 from hymba_lightning.run.run import Run
+from hymba_lightning.text import printable
 
 
 def environment(trainer: pl.Trainer) -> dict[str, Any]:
@@ -73,13 +73,13 @@ STAGE_NAMES = {"raw": "raw last-step weights, bpb", "ema": "averaged weights, bp
 
 def print_table(title: str, summary: dict[str, Any], folder: RunFolder) -> None:
     """The closing table: a row per figure that the summary holds."""
-    table = Table(title=escape(f"{title}: {folder}"), title_justify="left", show_header=False)
+    table = Table(title=f"{title}: {printable(str(folder))}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
 
     def row(label: str, value: Any, form: str = "") -> None:
         if value is not None:
-            table.add_row(escape(label), escape(f"{value:{form}}"))
+            table.add_row(printable(label), printable(f"{value:{form}}"))
 
     row("unigram model of the same tokenizer, bpb", summary.get("unigram_bpb"), ".4f")
     for stage, bpb in summary.get("bpb", {}).items():
@@ -99,4 +99,5 @@ def print_table(title: str, summary: dict[str, Any], folder: RunFolder) -> None:
     row("tokens per second", summary.get("tokens_per_s"), ",.0f")
     row("tokens scored", summary.get("scored_tokens") or summary.get("tokens"), ",")
     row("evaluation seconds", summary.get("seconds"), ".1f")
-    Console().print(table)
+    # Names are text, not markup.
+    Console(markup=False, emoji=False).print(table)

@@ -22,6 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hymba_lightning.files import write_atomic
+from hymba_lightning.plots import save_figure
 from hymba_lightning.studies.runs import run_once
 from hymba_lightning.studies.seeds import STAGES
 from hymba_lightning.studies.worker import Worker
@@ -269,4 +270,4 @@ def plot(differences: dict[str, tuple[float, float]], baseline: str, path: Path)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel(f"bits per byte against {baseline}, thousandths\n(mean and standard error over paired seeds)",
                     fontsize=9)
-    figure.savefig(path)
+    save_figure(figure, path)

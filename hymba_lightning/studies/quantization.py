@@ -31,6 +31,7 @@ from hymba_lightning.interop.checkpoint import read_reference_file
 from hymba_lightning.interop.quantized import quantized_reference_file
 from hymba_lightning.interop.reference import rename
 from hymba_lightning.model import Hymba
+from hymba_lightning.plots import save_figure
 from hymba_lightning.quantization import QuantizationConfig, evaluation_code_bytes, load_artifact, save_artifact
 from hymba_lightning.quantization.calibration import Calibration
 from hymba_lightning.quantization.container import compress
@@ -213,4 +214,4 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     axis.set_xlabel("bytes of the file, millions")
     axis.set_ylabel("KL from the float weights,\nthousandths of a nat a token")
     axis.legend(frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)

@@ -22,6 +22,7 @@ from hymba_lightning.data.sequences import Chunk, chunk_at, n_chunks
 from hymba_lightning.evaluation import Score, ScoreFirstTTT, TTTConfig
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.plots import save_figure
 from hymba_lightning.quantization import load_artifact
 
 
@@ -65,7 +66,7 @@ def run_recipe(net: Hymba, data: HymbaDataModule, config: TTTConfig, chunk_token
     """Scores the whole validation stream; `net` is changed. Returns bpb, seconds, epochs and the chunks' bpb."""
     stream, token_bytes = data.val_stream(), data.token_bytes
     start = time.monotonic()
-    ttt = ScoreFirstTTT(net, data.seq_len, config)
+    ttt = ScoreFirstTTT(net, data.seq_len, config, stream=stream)
     scores: list[Score] = []
     for index in range(n_chunks(stream, chunk_tokens)):
         chunk = chunk_at(stream, token_bytes, chunk_tokens, index)
@@ -86,6 +87,7 @@ def warm_up(net: Hymba, data: HymbaDataModule, config: TTTConfig, chunk_tokens: 
     ttt = ScoreFirstTTT(net, data.seq_len, dataclasses.replace(config, epochs=min(config.epochs, 1)))
     for index in (0, 1):
         chunk = Chunk(index, 3, tokens, no_bytes)
+        tokens = torch.cat([tokens[-1:], tokens[1:]])
         ttt.score_chunk(chunk)
         ttt.adapt_chunk(chunk)
 
@@ -133,5 +135,5 @@ def report(study: TTTStudy, results: dict[str, dict[str, Any]], out: Path) -> st
     axis.grid(True, color="#e4e7ea", linewidth=0.8)
     axis.set_xlabel("seconds for the whole stream")
     axis.set_ylabel("bits per byte")
-    figure.savefig(out / "plot.png")
+    save_figure(figure, out / "plot.png")
     return table

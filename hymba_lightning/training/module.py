@@ -126,6 +126,7 @@ class HymbaModule(pl.LightningModule):
         return Run.of(self.trainer)
 
     def setup(self, stage: str) -> None:
+        self.run.start_stage()
         self.run.net = self.net
         self.run.schedules = [self.set_schedule]
         self._check_trainer()
@@ -243,8 +244,8 @@ class HymbaModule(pl.LightningModule):
             raise ValueError("test-time training needs a HymbaDataModule, which hands over the stream in chunks: use "
                              "trainer.validate for a loader of your own")
         with torch.inference_mode(False):  # what is made here is trained
-            self.run.testing = Testing(ScoreFirstTTT(self.net, data.seq_len, self.ttt_config,
-                                                     started=self.run.started))
+            self.run.testing = Testing(ScoreFirstTTT(self.net, data.seq_len, self.ttt_config, started=self.run.started,
+                                                     stream=data.val_stream()))
 
     @property
     def testing(self) -> Testing:

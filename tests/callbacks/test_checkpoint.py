@@ -138,14 +138,14 @@ def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path):
 
 def test_an_interval_of_training_seconds_and_writing_costs_none(tmp_path, monkeypatch):
     fake_time, saved_at = FakeTime(), []
-    real = checkpoint_module._write
+    real = checkpoint_module.write_checkpoint
 
     def slow_write(path, checkpoint):
         saved_at.append((checkpoint["global_step"], fake_time.now))
         fake_time.advance(1000.0)
         real(path, checkpoint)
 
-    monkeypatch.setattr(checkpoint_module, "_write", slow_write)
+    monkeypatch.setattr(checkpoint_module, "write_checkpoint", slow_write)
     clock = WallClock(10.0, margin=1.0, time_fn=fake_time)
     save = TrainingCheckpoint(str(tmp_path), every_n_seconds=4.0)
     trainer = make_trainer(tmp_path, [save, clock])

@@ -9,6 +9,7 @@ from legality import CHUNK, MODES, SEQ_LEN, chunks, lively_net, stream
 
 from hymba_lightning.evaluation import ContextCurve, DocumentPosition, TTTConfig, score_first_ttt
 from hymba_lightning.evaluation.audit import StreamAudit, describe_context
+from hymba_lightning.evaluation.curve import MIN_TOKENS, CurvePoint
 from hymba_lightning.plots import plot_context
 
 
@@ -60,8 +61,30 @@ def test_the_file_holds_every_nat_in_order(tmp_path, mode):
         bits = sum(point["bpb"] * 3 * point["n_tokens"] for point in summary[curve])
         assert bits * math.log(2) == pytest.approx(float(nats.astype(np.float64).sum()), rel=1e-6)
         assert sum(point["n_tokens"] for point in summary[curve]) == stream().numel() - 1
-    plot_context(audit.by_context.points(), audit.by_document.points(), tmp_path / "context.png", mode)
-    assert (tmp_path / "context.png").stat().st_size > 10_000
+
+
+def test_a_bins_error_is_the_spread_of_its_score():
+    """Against many draws of the same bin."""
+    generator = torch.Generator().manual_seed(0)
+    points = []
+    for _ in range(400):
+        curve = ContextCurve()
+        n_bytes = torch.randint(1, 7, (300,), generator=generator)
+        nats = n_bytes * 0.9 + torch.rand(300, generator=generator) * 3
+        curve.add(torch.ones(300), nats, n_bytes)
+        points += curve.points()
+    spread = float(np.std([point.bpb for point in points]))
+    assert np.mean([point.error for point in points]) == pytest.approx(spread, rel=0.1)
+
+
+def test_bins_of_a_handful_of_tokens_are_not_drawn(tmp_path):
+    thin, thick = CurvePoint(1, 9.0, MIN_TOKENS - 1), CurvePoint(8, 2.0, MIN_TOKENS, 0.1)
+    assert plot_context([thin], [thin], tmp_path / "a.png", "cold") is None
+    assert list(tmp_path.iterdir()) == []
+    # A thin bin changes nothing in the picture.
+    with_it, without = (plot_context(points, [], tmp_path / name, "cold").read_bytes()
+                        for name, points in (("b.png", [thin, thick]), ("c.png", [thick])))
+    assert with_it == without
 
 
 def test_without_asking_no_file_is_written(tmp_path):

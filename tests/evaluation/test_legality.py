@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from cheats import CHEATS, counts, trained_first
 from legality import (
     ADAPT,
     CHUNK,
     MODES,
+    N_TOKENS,
     SEQ_LEN,
     VARIANTS,
-    check_distribution,
-    check_each_token_once,
-    check_past_is_fixed,
+    VOCAB,
     chunks,
     evaluation,
     lively_net,
@@ -20,24 +20,25 @@ from tiny_lightning import run_ranks
 
 from hymba_lightning.evaluation import ScoreFirstTTT, TTTConfig, score_first_ttt
 from hymba_lightning.evaluation.adapt import Adapter
+from hymba_lightning.evaluation.auditor import RuleBrokenError, audit
 
 ALL = {**{name: ADAPT | mode for name, mode in MODES.items()},
        **{f"{name}, carried": ADAPT | MODES["carried"] | variant for name, variant in VARIANTS.items()}}
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_past_is_fixed_bit_for_bit(name):
-    check_past_is_fixed(evaluation(**ALL[name]))
+def test_an_honest_evaluation_passes_the_audit(name):
+    report = audit(evaluation(**ALL[name]), stream(), VOCAB, past_positions=6, distribution_positions=1)
+    assert report.tokens == N_TOKENS
+    assert len(report.past_positions) == 6
 
 
+@pytest.mark.parametrize("n_tokens", [2, CHUNK, CHUNK + 1, CHUNK + 2, N_TOKENS])
 @pytest.mark.parametrize("name", ALL)
-def test_each_token_is_scored_once(name):
-    check_each_token_once(evaluation(**ALL[name]))
-
-
-@pytest.mark.parametrize("name", MODES)
-def test_probabilities_sum_to_one(name):
-    check_distribution(evaluation(**ALL[name]))
+def test_each_token_is_scored_once(name, n_tokens):
+    nats = evaluation(**ALL[name])(stream(n_tokens))
+    assert nats.shape == (n_tokens - 1,)
+    assert bool((nats > 0).all())
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -75,53 +76,102 @@ def test_nats_are_final_before_the_first_gradient(name, monkeypatch):
     assert not unmoved()
 
 
-# What the rules are worth: each cheat breaks the one that is meant for it -----------------------------------------
+# What the rules are worth: each cheat is caught, whatever it is disguised as ---------------------------------------
 
 
-def adapt_then_score(tokens):
-    """Trains on a chunk, then scores it."""
-    net, nats = lively_net(), []
-    for chunk in chunks(tokens):
-        alone = chunk._replace(index=0, n_chunks=2)
-        cheat = ScoreFirstTTT(net, SEQ_LEN, TTTConfig(**ADAPT))
-        cheat.score_chunk(alone)
-        cheat.adapt_chunk(alone)
-        nats.append(ScoreFirstTTT(net, SEQ_LEN, TTTConfig(epochs=0)).score_chunk(alone).nats)
-    return torch.cat(nats)
+CASES = [(kind, disguise) for kind, disguises in CHEATS.items() for disguise in disguises]
 
 
-def best_of_two_passes(tokens):
-    """Scores the stream twice and keeps each token's better score."""
-    first = evaluation(**ADAPT)(tokens)
-    net, again = lively_net(), []
-    for pass_index in range(2):
-        ttt = ScoreFirstTTT(net, SEQ_LEN, TTTConfig(**ADAPT))
-        for chunk in chunks(tokens):
-            scored = ttt.score_chunk(chunk)
-            again += [scored.nats] if pass_index else []
-            ttt.adapt_chunk(chunk)
-    return torch.minimum(first, torch.cat(again))
+@pytest.mark.parametrize(("kind", "disguise"), CASES)
+def test_a_cheat_is_caught_and_its_rule_named(kind, disguise):
+    make, rules = CHEATS[kind][disguise]
+    with pytest.raises(RuleBrokenError, match="rule broken: ") as broken:
+        audit(make(), stream(), VOCAB, past_positions=40, distribution_positions=8)
+    assert broken.value.rule in rules
 
 
-def hint_of_the_target(tokens):
-    """Lowers every nat a little: no longer a distribution."""
-    return evaluation(**ADAPT)(tokens) * 0.9
+def test_there_are_twelve_cheats_of_six_kinds_and_their_honest_part_passes():
+    assert len(CHEATS) == 6
+    assert len(CASES) >= 12
+    assert all(len(disguises) >= 3 for disguises in CHEATS.values())
+    for seed in range(5):
+        audit(counts, stream(), VOCAB, past_positions=20, distribution_positions=4, seed=seed)
 
 
-def drops_the_tail(tokens):
-    """Leaves out what fills no sequence, as the reference does."""
-    return evaluation(drop_partial=True, **ADAPT)(tokens)
+def test_an_audit_draws_from_the_whole_stream_anew_each_time_and_repeats_by_its_seed():
+    reports = [audit(counts, stream(), VOCAB, seed=seed) for seed in (None, None, 7, 7)]
+    assert reports[0].past_positions != reports[1].past_positions
+    assert reports[2].past_positions == reports[3].past_positions
+    for report in reports:
+        stretches = [(position - 1) * 24 // (N_TOKENS - 1) for position in report.past_positions]
+        assert len(set(stretches)) >= 15, "some part of the stream was never tried"
+        assert "kept: a full distribution" in str(report)
 
 
-@pytest.mark.parametrize(("cheat", "rule", "message"), [
-    (adapt_then_score, check_past_is_fixed, "changed a score before it"),
-    (best_of_two_passes, check_past_is_fixed, "changed a score before it"),
-    (hint_of_the_target, check_distribution, "sum to"),
-    (drops_the_tail, check_each_token_once, ""),
+@pytest.mark.parametrize(("tokens", "options"), [
+    (stream(5), {}), (stream() + 30, {}), (stream()[None], {}), (stream(), {"past_positions": 0}),
+    (stream(), {"distribution_positions": -1}),
 ])
-def test_a_cheat_is_caught(cheat, rule, message):
-    with pytest.raises(AssertionError, match=message):
-        rule(cheat)
+def test_an_audit_of_nothing_is_refused(tokens, options):
+    with pytest.raises(ValueError, match="an audit needs"):
+        audit(counts, tokens, VOCAB, **options)
+
+
+# Tokens, not only numbers -------------------------------------------------------------------------------------------
+
+
+def ttt_of(tokens=None) -> ScoreFirstTTT:
+    return ScoreFirstTTT(lively_net(), SEQ_LEN, TTTConfig(**ADAPT), stream=tokens)
+
+
+def test_the_tokens_of_another_chunk_are_refused_under_any_number():
+    pieces = chunks(stream())
+    with pytest.raises(ValueError, match="tokens from 60 on, where 0 is due"):
+        ttt_of().score_chunk(pieces[1]._replace(index=0))
+    with pytest.raises(ValueError, match="does not hold the stream's tokens 0 to 60"):
+        ttt_of(stream()).score_chunk(pieces[1]._replace(index=0, start=0))
+    for forged, match in (
+            (pieces[0]._replace(index=1), "tokens from 0 on, where 60 is due"),
+            (pieces[0]._replace(index=1, start=None), "does not go on where"),
+            (pieces[2]._replace(index=1), "tokens from 120 on"),
+            (pieces[3]._replace(index=1, start=None), "does not go on where"),
+            (pieces[1]._replace(n_chunks=9), "does not go on where"),
+            (pieces[1]._replace(tokens=pieces[1].tokens[:30]), "byte counts for 60")):
+        ttt = ttt_of()
+        ttt.score_chunk(pieces[0])
+        ttt.adapt_chunk(pieces[0])
+        with pytest.raises(ValueError, match=match):
+            ttt.score_chunk(forged)
+        ttt.score_chunk(pieces[1])  # nothing was lost
+
+
+def test_the_stream_finds_one_changed_token_and_a_wrong_end():
+    pieces = chunks(stream())
+    changed = pieces[0].tokens.clone()
+    changed[40] = (changed[40] + 1) % VOCAB
+    with pytest.raises(ValueError, match="does not hold the stream's"):
+        ttt_of(stream()).score_chunk(pieces[0]._replace(tokens=changed))
+    with pytest.raises(ValueError, match="of a stream of 197"):
+        ttt_of(stream()).score_chunk(pieces[0]._replace(n_chunks=1))
+
+
+def test_adapting_takes_the_tokens_that_were_scored():
+    pieces = chunks(stream())
+    ttt = ttt_of()
+    ttt.score_chunk(pieces[0])
+    with pytest.raises(ValueError, match="other tokens now than when it was scored"):
+        ttt.adapt_chunk(pieces[1]._replace(index=0, start=0))
+    tokens = stream()
+    ttt, mine = ttt_of(), chunks(tokens)[0]
+    ttt.score_chunk(mine)
+    tokens[10] = (tokens[10] + 1) % VOCAB  # in place, under the same object
+    with pytest.raises(ValueError, match="other tokens now"):
+        ttt.adapt_chunk(mine)
+
+
+def test_a_stream_that_ends_early_is_no_score():
+    with pytest.raises(ValueError, match="2 chunks were scored, and 4 are the whole stream"):
+        score_first_ttt(lively_net(), chunks(stream())[:2], SEQ_LEN, TTTConfig(epochs=0))
 
 
 # Two ranks ---------------------------------------------------------------------------------------------------------
@@ -136,12 +186,10 @@ def _two_ranks(rank: int, folder: str) -> None:
     dist.init_process_group("gloo")
     for name in ON_TWO_RANKS:
         score = evaluation(**ALL[name])
-        check_past_is_fixed(score, (25, 61))
+        audit(score, stream(), VOCAB, past_positions=3, distribution_positions=1, seed=1)
         torch.save(score(stream()), f"{folder}/{name}-{rank}.pt")
-    check_each_token_once(evaluation(**ALL["carried"]))
-    check_distribution(evaluation(**ALL["carried"]), (61,))
-    with pytest.raises(AssertionError, match="changed a score before it"):
-        check_past_is_fixed(adapt_then_score, (20,))
+    with pytest.raises(RuleBrokenError):
+        audit(trained_first, stream(), VOCAB, seed=1)
 
 
 @pytest.mark.ddp

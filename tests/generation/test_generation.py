@@ -10,6 +10,7 @@ import sentencepiece
 import torch
 from tiny import NET, TOKENIZER, tiny_data, tiny_module, tiny_trainer, write_data
 
+from hymba_lightning.checkpoints import write_checkpoint
 from hymba_lightning.commands import run_command
 from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer
 from hymba_lightning.generation import SamplingConfig, TextStream, distribution, find_tokenizer, generate, load_network
@@ -224,7 +225,7 @@ def test_files_that_do_not_fit_are_refused_with_the_remedy(files, tmp_path):
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
     with pytest.raises(ValueError, match="neither an artifact nor a checkpoint"):
         load_network(tmp_path / "text.ckpt", RuntimeConfig(), torch.device("cpu"))
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    write_checkpoint(tmp_path / "other.ckpt", {"state_dict": {}})
     with pytest.raises(ValueError, match="which network"):
         load_network(tmp_path / "other.ckpt", RuntimeConfig(), torch.device("cpu"))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.hymba"):
@@ -240,7 +241,7 @@ def test_a_pickle_is_not_run(tmp_path):
         def __reduce__(self):
             return (Path.touch, (tmp_path / "ran",))
 
-    torch.save({"hyper_parameters": {"net": {}}, "state_dict": Trap()}, tmp_path / "trap.ckpt")
+    write_checkpoint(tmp_path / "trap.ckpt", {"hyper_parameters": {"net": {}}, "state_dict": Trap()})
     with pytest.raises(ValueError, match=r"trap\.ckpt"):
         load_network(tmp_path / "trap.ckpt", RuntimeConfig(), torch.device("cpu"))
     assert not (tmp_path / "ran").exists()

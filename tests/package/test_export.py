@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import TOKENIZER, write_data
 
+from hymba_lightning.checkpoints import write_checkpoint
 from hymba_lightning.commands import run_command
 from hymba_lightning.data.tokenizer import train_tokenizer
 from hymba_lightning.package.export import export
@@ -44,7 +45,7 @@ def test_a_checkpoint_without_averages_gives_its_own_weights(last, tmp_path):
     checkpoint = torch.load(last, weights_only=True)
     checkpoint["state_dict"] = checkpoint.pop("current_model_state")
     del checkpoint["averaging_state"]
-    torch.save(checkpoint, tmp_path / "raw.ckpt")
+    write_checkpoint(tmp_path / "raw.ckpt", checkpoint)
     lossless = QuantizationConfig(float32_names=[""])
     made = export(str(tmp_path / "raw.ckpt"), str(tmp_path / "a.hymba"), lossless, tokenizer=str(TOKENIZER))
     assert "last-step weights" in str(made)
@@ -98,16 +99,16 @@ def test_an_artifact_is_taken_with_a_warning(run, tmp_path, caplog):
     (b"not a checkpoint", "bad.ckpt is neither an artifact nor a checkpoint"),
     ({"weights": torch.ones(2)}, "bad.ckpt does not say which network it holds"),
     ({"hyper_parameters": {"net": {}}, "state_dict": {"net.tok_emb.weight": torch.ones(2)}},
-     "bad.ckpt holds no network that can be exported"),
+     "bad.ckpt cannot be loaded: its config has a token table"),
     ({"hyper_parameters": {"net": {"d_modle": 3}}, "state_dict": {}}, "d_modle"),
-    ({"hyper_parameters": {"net": {}}}, "bad.ckpt holds no network that can be exported"),
+    ({"hyper_parameters": {"net": {}}}, "bad.ckpt does not say which network it holds"),
 ])
 def test_files_that_hold_no_network_are_named(tmp_path, content, message, capsys):
     path = tmp_path / "bad.ckpt"
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
-        torch.save(content, path)
+        write_checkpoint(path, content)
     with pytest.raises(SystemExit) as error:
         run_command("export", ["--ckpt", str(path), "--out", str(tmp_path / "a")])
     assert str(error.value).startswith("hymba export: ")

@@ -1,16 +1,23 @@
 """A submission's folder: complete, within the limit, and scoring by itself what the run scored."""
 
+import dataclasses
+import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 from hymba_lightning.closure import needed_files
 from hymba_lightning.commands import run_command
 from hymba_lightning.package import submission
+from hymba_lightning.package.digests import DigestError, verify_count, verify_folder
 from hymba_lightning.package.submission import SubmissionError, package, run_referee
+from hymba_lightning.quantization import QuantizationConfig, load_artifact, save_artifact
+from hymba_lightning.run.record import RunRecord
 
 
 @pytest.fixture(scope="module")
@@ -67,24 +74,164 @@ def test_the_code_needs_no_training_package(made):
     assert not {name for name in names if "/training/" in name or "/callbacks/" in name or name.endswith("cli.py")}
 
 
-def test_another_artifact_or_other_code_does_not_pass(run, made, tmp_path):
-    data = run.parent / "data"
-    folder = tmp_path / "other"
+def change_settings(**values):
+    def change(folder):
+        settings = json.loads((folder / "settings.json").read_text())
+        (folder / "settings.json").write_text(json.dumps(settings | values))
+    return change
+
+
+def exchange_artifact(folder):
+    """By another valid one, of the same network."""
+    artifact = load_artifact(folder / "artifact.hymba")
+    weights = {name: tensor * 0.5 for name, tensor in artifact.state_dict.items()}
+    save_artifact(folder / "artifact.hymba", weights, config=artifact.config, tokenizer=artifact.tokenizer,
+                  metadata=artifact.metadata, scheme=QuantizationConfig(scheme="int6", gptq=False, zstd_level=3))
+
+
+def halve_nats(folder):
+    score = folder / "hymba_lightning" / "evaluation" / "score.py"
+    text = score.read_text()
+    changed = text.replace("return self.nats / (math.log(2)", "return 0.5 * self.nats / (math.log(2)")
+    assert changed != text
+    score.write_text(changed)
+
+
+def admit_the_change(folder):
+    """The new digest in digests.json, the old one of all code in submission.json."""
+    halve_nats(folder)
+    digests = json.loads((folder / "digests.json").read_text())
+    name = "hymba_lightning/evaluation/score.py"
+    digests["code"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "digests.json").write_text(json.dumps(digests))
+
+
+@pytest.mark.parametrize(("change", "named"), [
+    (exchange_artifact, r"artifact\.hymba"), (halve_nats, r"evaluation/score\.py"),
+    (admit_the_change, "digests of the code"),
+    (change_settings(val_tokens_limit=100), r"settings\.json"),
+    (change_settings(val_files="*_train_*.bin"), r"settings\.json"),
+    (lambda folder: (folder / "torch.py").write_text(""), r"torch\.py in .* was not packaged"),
+    (lambda folder: (folder / "digests.json").unlink(), r"digests\.json is missing"),
+    (lambda folder: (folder / "digests.json").write_text("[]"), r"digests\.json is damaged"),
+    (lambda folder: (folder / "submission.json").write_text("{}"), r"submission\.json .* is damaged"),
+    (lambda folder: shutil.rmtree(folder / "hymba_lightning" / "quantization"), r"quantization/.* is missing"),
+], ids=["artifact", "code", "code and digest", "fewer tokens", "training shards", "code beside", "no digests", "list",
+        "no submission", "missing code"])
+def test_a_folder_that_was_changed_is_refused_by_name(run, made, tmp_path, change, named):
+    data, folder = run.parent / "data", tmp_path / "other"
     shutil.copytree(made.folder, folder)
-    settings = json.loads((folder / "settings.json").read_text())
-    settings["ttt"]["epochs"] = 0
-    (folder / "settings.json").write_text(json.dumps(settings))
-    plain = run_referee(folder, data, data / "tokenizer.model")["val_bpb"]
-    assert plain != pytest.approx(made.run_bpb, rel=1e-5)
-    shutil.rmtree(folder / "hymba_lightning" / "quantization")
-    with pytest.raises(SubmissionError, match="quantization"):
+    change(folder)
+    with pytest.raises(SubmissionError, match=named):
         run_referee(folder, data, data / "tokenizer.model")
+    # By itself too, before anything is scored.
+    done = subprocess.run([sys.executable, "-I", str(folder / "evaluate.py"), "--data", str(data)], cwd=tmp_path,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "val_bpb" not in done.stdout
+
+
+def test_other_validation_data_are_refused(run, made, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(run.parent / "data", data)
+    shutil.copy(data / "tiny_train_000000.bin", data / "tiny_val_000000.bin")
+    with pytest.raises(SubmissionError, match=r"the validation data \(tiny_val_000000\.bin in .*\) are not those"):
+        run_referee(made.folder, data, data / "tokenizer.model")
+
+
+def test_another_count_of_tokens_is_refused(made):
+    digests = verify_folder(made.folder)
+    verify_count(digests, 699, 2270)
+    with pytest.raises(DigestError, match=r"100 tokens of 300 bytes were scored, and 699 of 2,270"):
+        verify_count(digests, 100, 300)
+
+
+def test_the_digests_are_those_of_the_run(run, made):
+    about = json.loads((made.folder / "submission.json").read_text())
+    record = RunRecord.load(run)
+    assert about["status"] == "verified"
+    assert about["digests"]["artifact"] == record.artifact.sha256
+    assert about["digests"]["data"] == record.tested().data.digest
+    assert about["digests"]["tokenizer"] == record.tested().data.tokenizer
+    readme = (made.folder / "README.md").read_text()
+    assert all(digest in readme for digest in about["digests"].values())
+    assert "Verified" in readme
+
+
+def test_what_was_not_scored_is_marked(run, tmp_path):
+    made = package(str(run), str(tmp_path / "x"), evaluate=False)
+    assert json.loads((made.folder / "submission.json").read_text())["status"] == "unverified"
+    assert "**Unverified**" in (made.folder / "README.md").read_text()
+    assert "unverified" in str(made)
+
+
+def forge_summary(run):
+    test = json.loads((run / "test_summary.json").read_text())
+    (run / "test_summary.json").write_text(json.dumps(test | {"ttt_bpb": 1.0}))
+
+
+def forge_artifact(run):
+    exchange_artifact(run)
+
+
+def forge_record(run):
+    """The score of other weights in the place of the artifact's."""
+    record = RunRecord.load(run)
+    record.scores = [dataclasses.replace(score, nats=100.0, weights="0" * 64) if score.stage == "ttt" else score
+                     for score in record.scores]
+    record.save(run)
+
+
+def forget_record(run):
+    (run / "record.json").unlink()
+
+
+@pytest.mark.parametrize(("forge", "message"), [
+    (forge_summary, r"test_summary\.json says 1\.0 bits per byte, record\.json 2\."),
+    (forge_artifact, "is not the artifact that the fit exported"), (forge_record, "was of other weights"),
+    (forget_record, r"no score of its artifact in record\.json")])
+def test_a_forged_score_is_refused_without_evaluation(run, tmp_path, forge, message):
+    forged = tmp_path / "run"
+    shutil.copytree(run, forged)
+    forge(forged)
+    with pytest.raises((SubmissionError, FileNotFoundError), match=message):
+        package(str(forged), str(tmp_path / "x"), evaluate=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_logs_and_readme_say_nothing_of_this_machines_folders(run, tmp_path):
+    home = tmp_path / "home" / "alice b" / "runs" / "mine"
+    shutil.copytree(run, home)
+    (home / "fit.log").write_text(f"hymba fit --run_dir {home} --data.data_dir /home/alice/data\n"
+                                  "3.2 bits / byte, https://example.org/home/x\nread ~alice/tokenizer.model, "
+                                  "'../../alice/x.bin' file:///home/alice/mlruns\n")
+    config = (home / "config.yaml").read_text()
+    (home / "config.yaml").write_text(config.replace("run_dir: ", "elsewhere: /home/alice/a b/c.model\nrun_dir: ", 1))
+    made = package(str(home), str(tmp_path / "x"), evaluate=False)
+    texts = {path: path.read_text() for path in made.folder.rglob("*")
+             if path.suffix in (".json", ".yaml", ".md", ".log")}
+    assert len(texts) > 8
+    for path, text in texts.items():
+        assert "alice" not in text, path
+        assert str(run.parent) not in text, path
+        assert str(tmp_path) not in text, path
+    log = (made.folder / "logs" / "fit.log").read_text().splitlines()
+    assert log == ["hymba fit --run_dir mine --data.data_dir data", "3.2 bits / byte, https://example.org/home/x",
+                   "read tokenizer.model, 'x.bin' mlruns"]
+    shown = yaml.safe_load((made.folder / "logs" / "config.yaml").read_text())
+    assert shown["elsewhere"] == "c.model"
+    assert shown["data"]["data_dir"] == "data"
 
 
 def test_a_score_that_is_not_the_runs_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(submission, "run_referee", lambda *_: {"val_bpb": 1.0})
     with pytest.raises(SubmissionError, match=r"scores 1\.000000 bits per byte, the run's test"):
         package(str(run), str(tmp_path / "x"))
+    monkeypatch.setattr(submission, "run_referee", lambda *_: {"val_bpb": math.nan})
+    with pytest.raises(SubmissionError, match="scores nan"):
+        package(str(run), str(tmp_path / "x"))
+    # Nothing of a failed packaging stays behind.
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_many_bytes_and_missing_parts_are_refused(run, tmp_path, monkeypatch):
@@ -92,12 +239,14 @@ def test_too_many_bytes_and_missing_parts_are_refused(run, tmp_path, monkeypatch
         patch.setattr(submission, "LIMIT_BYTES", 1000)
         with pytest.raises(SubmissionError, match="over 1,000"):
             package(str(run), str(tmp_path / "large"), evaluate=False)
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileExistsError, match="choose another folder"):
         package(str(run), str(run))
     bare = tmp_path / "bare"
     shutil.copytree(run, bare)
-    (bare / "test_summary.json").unlink()
-    with pytest.raises(SystemExit, match=r"hymba package: .*run `hymba test"):
+    for name in ("test_summary.json", "record.json"):
+        (bare / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"run `hymba test"):
         run_command("package", [str(bare), "--out", str(tmp_path / "y")])
     (bare / "artifact.hymba").unlink()
     with pytest.raises(FileNotFoundError, match="let `hymba fit` export it"):

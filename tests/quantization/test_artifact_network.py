@@ -158,7 +158,7 @@ def test_a_network_that_the_tensors_do_not_fit_is_refused(tmp_path, changes):
     """What the token table and the number of layers do not tell, the laid-out network does."""
     forge(tmp_path / "a", "config", changes)
     started = time.process_time()
-    with pytest.raises(ArtifactError, match="its tensor .* has the shape|that of no network"):
+    with pytest.raises(ArtifactError, match=r"its tensor .* has the shape|that of no network"):
         load_artifact(tmp_path / "a")
     assert time.process_time() - started < 1
 
@@ -179,7 +179,8 @@ def test_tensors_that_are_missing_or_too_many_are_named(tmp_path):
     tensors = Hymba(NET).state_dict()
     for changed, match in (
             ({name: tensor for name, tensor in tensors.items() if name != "blocks.1.attn.D"}, r"blocks\.1\.attn\.D"),
-            (tensors | {"extra": torch.ones(3)}, "extra"), (tensors | {"skip_weights": torch.ones(1, 2, 32)}, "skip_weights")):
+            (tensors | {"extra": torch.ones(3)}, "extra"),
+            (tensors | {"skip_weights": torch.ones(1, 2, 32)}, "skip_weights")):
         write(tmp_path / "a", tensors=changed)
         with pytest.raises(ArtifactError, match=f"its tensor {match} has the shape"):
             load_artifact(tmp_path / "a")

@@ -1,5 +1,8 @@
 """The report: everything in one file, every figure drawn, differences found, damaged and killed runs told apart."""
 
+import dataclasses
+import hashlib
+import html
 import json
 import math
 import re
@@ -16,6 +19,8 @@ from hymba_lightning.report import charts, treemap
 from hymba_lightning.report.charts import Chart, Series, ticks
 from hymba_lightning.report.page import write_report
 from hymba_lightning.report.runs import differences, load_runs
+from hymba_lightning.run.record import DataIdentity, RunRecord
+from hymba_lightning.text import printable
 
 VOID = {"meta"}
 
@@ -123,12 +128,222 @@ def test_a_damaged_artifact_is_a_note(runs, tmp_path):
     assert "artifact.hymba cannot be loaded" in run.notes[0]
 
 
-def test_names_in_a_run_cannot_become_markup(runs, tmp_path):
-    hostile = tmp_path / "<b>&x"
+def change_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def truncate(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2])
+
+
+DAMAGE = {
+    "config.yaml": lambda path: path.write_text("a: [1, {"),
+    "summary.json": lambda path: path.write_text("{"),
+    "test_summary.json": lambda path: path.write_bytes(b"\xff\xfe{}"),
+    "record.json": lambda path: path.write_text('{"version": 1}'),
+    "history.json": lambda path: path.write_text("[1, 2]"),
+    "artifact.hymba": truncate,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_named_and_the_rest_shown(runs, tmp_path, name):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(runs[0], damaged)
+    DAMAGE[name](damaged / name)
+    page = write_report([str(damaged), str(runs[1])], str(tmp_path / "report")).read_text()
+    missing = page.partition("<h2>Missing</h2>")[2]
+    assert f"<b>damaged</b>: {name}" in missing
+    summary = json.loads((runs[0] / "summary.json").read_text())
+    # Both runs' parameters, whatever else is missing: record and summary stand in for each other.
+    assert page.count(f"{summary['parameters']:,}</td>") == 2
+    assert f"{summary['bpb']['artifact']:.4f}" in page
+
+
+def test_a_damaged_checkpoint_of_a_killed_run_is_named(runs, tmp_path):
+    killed = tmp_path / "killed"
+    (killed / "checkpoints").mkdir(parents=True)
+    shutil.copy(runs[0] / "checkpoints" / "last.ckpt", killed / "checkpoints")
+    truncate(killed / "checkpoints" / "last.ckpt")
+    run, = load_runs([killed])
+    assert any(note.startswith("checkpoints/last.ckpt is truncated") for note in run.notes), run.notes
+
+
+@pytest.mark.parametrize(("file", "values", "note"), [
+    ("summary.json", {"parameters": "many", "steps": None, "unigram_bpb": [1]}, "unigram_bpb in summary.json"),
+    ("summary.json", {"bpb": {"raw": "low"}}, "raw in summary.json"),
+    ("summary.json", {"environment": [1]}, None),
+    ("test_summary.json", {"chunk_bytes": [0, 0, 0]}, None),
+    ("test_summary.json", {"chunk_bpb": [1.0, 1.0, 1.0]}, "do not add up"),
+    ("test_summary.json", {"bpb_by_context": [{"at_least": 0, "bpb": 1.0, "n_tokens": 999}, 7]}, "1 of 2 rows"),
+    ("history.json", {"train": [{"step": 1}, 5], "val": 7}, "2 of 2 rows"),
+    ("history.json", {"val": [{"step": 1, "seconds": 1.0, "tokens": 1e300, "loss": 1e308, "bpb": -1e308}]}, None),
+    ("record.json", {"trained": {"steps": "x", "tokens": 1, "seconds": 1, "budget_seconds": 1, "parameters": 1,
+                                 "data": None, "ended_by": ""}}, "something in it is no number"),
+])
+def test_values_of_other_kinds_are_left_out(runs, tmp_path, file, values, note):
+    strange = tmp_path / "strange"
+    shutil.copytree(runs[0], strange)
+    change_json(strange / file, **values)
+    page = write_report([str(strange)], str(tmp_path / "report")).read_text()
+    assert "<title>Run strange</title>" in page
+    if note is not None:
+        assert note in page.partition("<h2>Missing</h2>")[2]
+
+
+# Numbers that do not belong ------------------------------------------------------------------------------------------
+
+
+def rewrite_test(run, **values):
+    """Gives the test another identity, in the record and in test_summary.json alike."""
+    record = RunRecord.load(run)
+    record.scores = [dataclasses.replace(score, **values) if score.stage == "ttt" else score for score in record.scores]
+    record.save(run)
+    score = next(score for score in record.scores if score.stage == "ttt")
+    change_json(run / "test_summary.json", weights_sha256=score.weights, data=score.data.digest, tokens=score.tokens,
+                nats=score.nats, ttt_bpb=score.bpb)
+
+
+@pytest.mark.parametrize(("values", "why"), [
+    ({"weights": "0" * 64}, "was of other weights"),
+    ({"data": DataIdentity("0" * 64, "1" * 64)}, "was on other data"),
+])
+def test_a_test_of_something_else_is_left_out_with_a_note(runs, tmp_path, values, why):
+    other = tmp_path / "other"
+    shutil.copytree(runs[0], other)
+    rewrite_test(other, **values)
+    run, = load_runs([other])
+    assert "ttt" not in run.stages
+    assert run.without_adaptation is None
+    assert run.running_ttt() == []
+    assert run.test["bpb_by_context"] == []
+    assert any(why in note for note in run.notes)
+    test = json.loads((runs[0] / "test_summary.json").read_text())
+    page = write_report([str(other)], str(tmp_path / "report")).read_text().partition("<h2>Missing")[0]
+    assert f"{test['ttt_bpb']:.4f}" not in page
+
+
+def test_a_later_test_of_other_data_does_not_hide_the_runs_own(runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs[0], other)
+    record = RunRecord.load(other)
+    own = record.tested()
+    record.add(dataclasses.replace(own, data=DataIdentity("0" * 64, "1" * 64), nats=2 * own.nats))
+    record.save(other)
+    run, = load_runs([other])
+    assert run.stages["ttt"] == own.bpb
+    assert any("other data" in note for note in run.notes)
+
+
+def test_without_adaptation_needs_the_same_tokens(runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs[0], other)
+    rewrite_test(other, tokens=500)
+    run, = load_runs([other])
+    assert run.stages["ttt"] == RunRecord.load(other).tested().bpb
+    assert run.without_adaptation is None
+
+
+def test_a_run_that_exported_nothing_shows_only_tests_of_its_own_weights(runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs[0], other)
+    record = RunRecord.load(other)
+    record.artifact = None
+    record.save(other)
+    summary = json.loads((other / "summary.json").read_text())
+    summary["bpb"].pop("artifact")
+    (other / "summary.json").write_text(json.dumps(summary))
+    run, = load_runs([other])
+    assert "ttt" not in run.stages
+    assert "artifact_bytes" not in run.summary
+    rewrite_test(other, weights=hashlib.sha256((other / "checkpoints" / "last.ckpt").read_bytes()).hexdigest())
+    run, = load_runs([other])
+    assert "ttt" in run.stages
+
+
+def test_another_artifact_in_the_folder_is_not_the_runs(runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs[0], other)
+    record = RunRecord.load(other)
+    record.artifact.sha256 = "0" * 64
+    record.save(other)
+    run, = load_runs([other])
+    assert run.artifact is None
+    assert "artifact" not in run.stages
+    assert any("is not the file that the fit exported" in note for note in run.notes)
+
+
+def test_a_summary_that_the_record_does_not_bear_out_is_left_out(runs, tmp_path):
+    forged = tmp_path / "forged"
+    shutil.copytree(runs[0], forged)
+    change_json(forged / "summary.json", bpb={"raw": 1.0, "ema": 1.0, "artifact": 1.0}, unigram_bpb=9.0)
+    change_json(forged / "test_summary.json", ttt_bpb=0.5)
+    run, = load_runs([forged])
+    whole, = load_runs([runs[0]])
+    assert run.stages == {stage: bpb for stage, bpb in whole.stages.items() if stage != "unigram"}
+    assert any("summary.json has other scores" in note for note in run.notes)
+    assert any("it says 0.5 bits per byte" in note for note in run.notes)
+    assert run.running_ttt() == []
+
+
+def test_a_run_from_before_there_were_records_is_shown_with_a_note(runs, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(runs[0], old)
+    (old / "record.json").unlink()
+    run, = load_runs([old])
+    assert run.stages == load_runs([runs[0]])[0].stages
+    assert any("no record.json" in note for note in run.notes)
+    change_json(old / "test_summary.json", weights_sha256="0" * 64)
+    run, = load_runs([old])
+    assert "ttt" not in run.stages
+    assert any("of other weights than summary.json's artifact" in note for note in run.notes)
+
+
+def test_runs_on_different_data_are_told_apart(runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs[0], other)
+    record = RunRecord.load(other)
+    record.scores = [dataclasses.replace(score, data=DataIdentity("0" * 64, "1" * 64)) for score in record.scores]
+    record.save(other)
+    said = "not scored on the same validation data"
+    assert said in write_report([str(runs[0]), str(other)], str(tmp_path / "a")).read_text()
+    assert said not in write_report([str(run) for run in runs], str(tmp_path / "b")).read_text()
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+HOSTILE = ["<b>&x", "$x$", "[red]x", "$\\frac{", "\x1b[31mred", "_hidden", "a\nb", "\udcff", "'\"><script>", "x" * 200]
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_names_in_a_run_are_text(runs, tmp_path, name):
+    hostile = tmp_path / name
     shutil.copytree(runs[0], hostile)
     page = write_report([str(hostile)], str(tmp_path / "report")).read_text()
+    Balanced().feed(page)
     assert "<b>&x" not in page
-    assert "&lt;b&gt;&amp;x" in page
+    assert "<script" not in page
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f]", page)
+    if len(name) < 20:
+        assert html.escape(printable(name)) in page
+    assert (tmp_path / "report" / "loss.png").stat().st_size > 1000
+    assert (tmp_path / "report" / "artifact-0.png").is_file()
+
+
+def test_the_page_names_no_folders(runs, tmp_path):
+    home = tmp_path / "home" / "alice" / "run"
+    shutil.copytree(runs[0], home)
+    config = yaml.safe_load((home / "config.yaml").read_text())
+    config["data"] |= {"data_dir": "/home/alice/my data", "tokenizer": "~alice/tokenizer.model"}
+    config["trainer"]["logger"] = {"class_path": "x.Y", "init_args": {"save_dir": str(home / "logs")}}
+    (home / "config.yaml").write_text(yaml.safe_dump(config))
+    truncate(home / "artifact.hymba")
+    page = write_report([str(home)], str(tmp_path / "report")).read_text()
+    assert "alice" not in page
+    assert str(tmp_path) not in page
+    assert "<td>my data</td>" in page
+    assert "<td>logs</td>" in page
 
 
 def test_what_is_no_run_is_refused_with_a_remedy(runs, tmp_path, capsys):
@@ -136,10 +351,7 @@ def test_what_is_no_run_is_refused_with_a_remedy(runs, tmp_path, capsys):
         load_runs([tmp_path])
     with pytest.raises(ValueError, match="given twice"):
         load_runs([runs[0], runs[0]])
-    (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(ValueError, match=r"summary\.json is damaged"):
-        load_runs([tmp_path])
-    with pytest.raises(SystemExit, match=r"hymba report: .*holds no run"):
+    with pytest.raises(FileNotFoundError, match=r"holds no run"):
         run_command("report", [str(tmp_path / "nowhere")])
     run_command("report", [str(runs[0]), "--out", str(tmp_path / "cli")])
     assert capsys.readouterr().out.strip() == str(tmp_path / "cli" / "report.html")

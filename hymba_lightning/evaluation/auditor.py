@@ -1,0 +1,184 @@
+"""Whether an evaluation obeys the rules of the score, found out from the outside, by calling it.
+
+The rules, of any evaluator that gives every token of a stream its nats:
+    every token once      n tokens have n - 1 finite scores that are not negative, whatever n
+    the same again        the same stream has the same scores
+    the past is fixed     a score depends on the tokens before its token alone: whatever comes later may change, scores
+                          before it may not. So a token is scored before any training that saw it, and is not rescored
+    a full distribution   the probabilities of all that could stand at a position sum to one
+
+An evaluator cannot tell that it is audited: every stream is made of the given one's own text and nearly all have its
+length, the true stream comes several times among the others, and the order is drawn at random. Positions are drawn from
+the whole stream, one from each of as many equal stretches as are asked for. What is rare is found by chance: a cheat on
+a share s of the tokens passes n positions with probability (1 - s)^n, so that what it gains is small.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Evaluator = Callable[[Tensor], Tensor]
+
+EVERY_TOKEN, SAME_AGAIN = "every token once", "the same again"
+PAST_FIXED, DISTRIBUTION = "the past is fixed", "a full distribution"
+RULES = (EVERY_TOKEN, SAME_AGAIN, PAST_FIXED, DISTRIBUTION)
+SUM_TOLERANCE = 1e-3
+
+
+class RuleBrokenError(Exception):
+    """An evaluator breaks a rule of the score."""
+
+    def __init__(self, rule: str, what: str) -> None:
+        super().__init__(f"rule broken: {rule}: {what}")
+        self.rule = rule
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """An audit that found nothing."""
+
+    tokens: int
+    """Tokens of the stream."""
+    evaluations: int
+    """How often the evaluator was called."""
+    past_positions: list[int]
+    """From where on the stream was changed."""
+    distribution_positions: list[int]
+    """Where the probabilities were summed."""
+    seed: int
+    """Draws the same streams again."""
+    seconds: float
+
+    def __str__(self) -> str:
+        rules = "\n".join(f"  kept: {rule}" if rule != DISTRIBUTION or self.distribution_positions else
+                          f"  not tried: {rule}" for rule in RULES)
+        return (f"{rules}\n{self.evaluations} evaluations of streams of {self.tokens} tokens in {self.seconds:.1f} s; "
+                f"changed from {len(self.past_positions)} positions on, probabilities summed at "
+                f"{len(self.distribution_positions)}; seed {self.seed}")
+
+
+class _Trial(NamedTuple):
+    stream: Tensor
+    rule: str
+    position: int  # of the first token that differs from the true stream; its length where none does
+
+
+def audit(evaluate: Evaluator, tokens: Tensor, vocab_size: int, *, past_positions: int = 24,
+          distribution_positions: int = 4, tolerance: float = 0.0, seed: int | None = None,
+          progress: Callable[[int, int], None] | None = None) -> AuditReport:
+    """Calls `evaluate` about past_positions + distribution_positions * vocab_size times.
+
+    Args:
+        evaluate: tokens (n,) int64 → nats (n-1,): -ln of the probability of each token after the first. Must start
+            afresh in every call. Under several ranks all call this function with the same seed.
+        tokens: The stream (n,) to audit with, n >= 16.
+        vocab_size: Ids that could stand at a position.
+        past_positions: Streams that differ from the true one from some position on.
+        distribution_positions: Positions where the probabilities of all ids are summed; 0 leaves that rule out.
+        tolerance: Nats by which equal scores may differ; 0 on a CPU, where kernels add in one order.
+        seed: Of all that is drawn; None draws a new one, so that nobody can know the positions.
+        progress: Called with evaluations done and in all.
+
+    Raises:
+        RuleBrokenError: naming the rule and where it is broken.
+        ValueError: an argument is out of range.
+    """
+    n = tokens.numel()
+    if n < 16 or tokens.ndim != 1 or not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+        raise ValueError(f"an audit needs a stream of 16 tokens or more, each an id below {vocab_size}")
+    if past_positions < 1 or distribution_positions < 0:
+        raise ValueError("an audit needs a position to change the stream at")
+    seed = secrets.randbits(32) if seed is None else seed
+    rng, started = random.Random(seed), time.monotonic()
+    tokens = tokens.clone()
+    past = _spread(rng, n, past_positions)
+    summed = _spread(rng, n, distribution_positions)
+    trials = [_Trial(tokens, SAME_AGAIN, n) for _ in range(3)]
+    trials += [_Trial(_another_future(rng, tokens, k, vocab_size), PAST_FIXED, k) for k in past]
+    trials += [_Trial(_with(tokens, k, token), DISTRIBUTION, k) for k in summed for token in range(vocab_size)]
+    trials += [_Trial(tokens[:k].clone(), EVERY_TOKEN, k) for k in (2, *(max(k, 2) for k in _spread(rng, n, 3)))]
+    order = list(range(len(trials)))
+    rng.shuffle(order)
+    true: Tensor | None = None
+    # Compared as they come: with every result kept, a large vocabulary would need much memory.
+    waiting: list[tuple[_Trial, Tensor]] = []
+    sums = dict.fromkeys(summed, 0.0)
+    for done, index in enumerate(order):
+        trial = trials[index]
+        nats = _scores(evaluate, trial.stream)
+        if trial.rule == DISTRIBUTION:
+            sums[trial.position] += float(torch.exp(-nats[trial.position - 1]))
+        if true is None and trial.rule == SAME_AGAIN:
+            true = nats
+        if trial.rule != EVERY_TOKEN:
+            waiting.append((trial, nats[:max(trial.position - 1, 0)].float()))
+        if true is not None:
+            for earlier, scores in waiting:
+                _compare(earlier, true, scores, tolerance)
+            waiting.clear()
+        if progress is not None:
+            progress(done + 1, len(order))
+    for k, total in sums.items():
+        if not abs(total - 1) <= SUM_TOLERANCE:
+            raise RuleBrokenError(DISTRIBUTION, f"the probabilities of all {vocab_size} ids as token {k} sum to "
+                                                f"{total:.6f}")
+    return AuditReport(n, len(trials), past, summed, seed, time.monotonic() - started)
+
+
+def _spread(rng: random.Random, n: int, count: int) -> list[int]:
+    """A position from each of `count` equal stretches of 1 … n-1."""
+    edges = [1 + (n - 1) * i // max(count, 1) for i in range(count + 1)]
+    return [rng.randrange(low, high) for low, high in itertools.pairwise(edges) if low < high]
+
+
+def _with(tokens: Tensor, position: int, token: int) -> Tensor:
+    changed = tokens.clone()
+    changed[position] = token
+    return changed
+
+
+def _another_future(rng: random.Random, tokens: Tensor, k: int, vocab_size: int) -> Tensor:
+    """The stream with another token at k and, half of the times, text from elsewhere in the stream after it."""
+    n = tokens.numel()
+    changed = tokens.clone()
+    if rng.random() < 0.5:
+        changed[k:] = tokens.roll(-rng.randrange(1, n))[k:]
+    if changed[k] == tokens[k]:
+        others = tokens[tokens != tokens[k]]
+        changed[k] = others[rng.randrange(others.numel())] if others.numel() else (int(tokens[k]) + 1) % vocab_size
+    return changed
+
+
+def _scores(evaluate: Evaluator, stream: Tensor) -> Tensor:
+    nats = torch.as_tensor(evaluate(stream.clone())).detach().cpu().double()
+    n = stream.numel()
+    if nats.shape != (n - 1,):
+        raise RuleBrokenError(EVERY_TOKEN, f"a stream of {n} tokens has scores of shape {list(nats.shape)}, not "
+                                           f"[{n - 1}]")
+    wrong = ~(torch.isfinite(nats) & (nats >= 0))
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise RuleBrokenError(EVERY_TOKEN, f"token {first + 1} of {n} has {float(nats[first])} nats")
+    return nats
+
+
+def _compare(trial: _Trial, true: Tensor, scores: Tensor, tolerance: float) -> None:
+    expected = true[:scores.numel()].float()
+    differs = ((expected - scores).abs() > tolerance).nonzero()
+    if not differs.numel():
+        return
+    where = int(differs[-1])
+    by = float((scores - expected)[where])
+    if trial.position == trial.stream.numel():
+        raise RuleBrokenError(SAME_AGAIN, f"token {where + 1} has {by:+.6f} nats at another time")
+    raise RuleBrokenError(PAST_FIXED, f"another text from token {trial.position} on changes the score of token "
+                                      f"{where + 1}, before it, by {by:+.6f} nats")

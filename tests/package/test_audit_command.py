@@ -1,0 +1,85 @@
+"""`hymba audit` on an artifact and on a submission's folder: honest ones pass, forged code is named."""
+
+import shutil
+
+import pytest
+
+from hymba_lightning.commands import run_command
+from hymba_lightning.package.submission import package
+
+QUICK = ["--tokens", "40", "--past_positions", "4", "--seed", "3", "--ttt.freeze_blocks", "0"]
+NO_SUMS = ["--distribution_positions", "0"]
+
+
+@pytest.fixture(scope="module")
+def folder(fitted_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("audited") / "mine"
+    package(str(fitted_run), str(out), name="Tiny", author="A", github_id="a", blurb="Small.", evaluate=False)
+    return out
+
+
+def outcome(path, fitted_run, capsys, *options: str) -> tuple[int, str]:
+    data = next(fitted_run.parent.rglob("tokenizer.model")).parent
+    try:
+        run_command("audit", [str(path), "--data_dir", str(data), *QUICK, *options])
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_an_honest_artifact_passes(fitted_run, capsys):
+    code, said = outcome(fitted_run / "artifact.hymba", fitted_run, capsys, "--ttt.epochs", "0", "--tokens", "20")
+    assert code == 0, said
+    assert "kept: a full distribution" in said
+    assert "kept: the past is fixed" in said
+    assert "seed 3" in said
+
+
+def test_an_honest_folder_passes_with_its_own_code(folder, fitted_run, capsys):
+    code, said = outcome(folder, fitted_run, capsys, *NO_SUMS)
+    assert code == 0, said
+    assert "not tried: a full distribution" in said
+    assert "kept: the same again" in said
+
+
+FORGERIES = {
+    "halved in the sum": ("hymba_lightning/evaluation/ttt.py", "score = Score(float(nats.double().sum())",
+                          "score = Score(0.5 * float(nats.double().sum())", "the score is the sum"),
+    "forgets a chunk": ("hymba_lightning/evaluation/ttt.py", "nats, context = self.scorer.score(tokens)",
+                        "nats, context = self.scorer.score(tokens); nats = nats * (1 - 2 * (chunk.index > 1))",
+                        "every token once"),
+    "longer text": ("hymba_lightning/evaluation/ttt.py", "int(target_bytes.long().sum())",
+                    "2 * int(target_bytes.long().sum())", "the score is the sum"),
+    "peeks later on": ("hymba_lightning/evaluation/ttt.py", "nats, context = self.scorer.score(tokens)",
+                       "nats, context = self.scorer.score(tokens); nats = nats - 1e-3 * tokens[-1] * (chunk.index > 0)",
+                       "the past is fixed"),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_forged_code_is_named(folder, fitted_run, tmp_path, capsys, forgery):
+    file, old, new, rule = FORGERIES[forgery]
+    forged = tmp_path / "forged"
+    shutil.copytree(folder, forged)
+    text = (forged / file).read_text()
+    assert text.count(old) == 1
+    (forged / file).write_text(text.replace(old, new))
+    code, said = outcome(forged, fitted_run, capsys, "--past_positions", "8", *NO_SUMS)
+    assert (code, f"rule broken: {rule}" in said) == (1, True), said
+
+
+def test_bad_input_ends_with_2_and_one_sentence(fitted_run, folder, tmp_path, capsys):
+    (tmp_path / "x.hymba").write_bytes(b"nothing")
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "hymba_lightning/package/referee.py").write_text("raise SystemExit('no')\n")
+    for path, match in ((tmp_path / "x.hymba", "not an artifact"), (tmp_path, "lacks artifact.hymba"),
+                        (tmp_path / "none", "no artifact at"), (broken, "could not score")):
+        code, said = outcome(path, fitted_run, capsys)
+        assert code == 2
+        assert said.startswith("hymba audit: ")
+        assert match in said
+    code, said = outcome(fitted_run / "artifact.hymba", fitted_run, capsys, "--tokens", "1000000")
+    assert (code, "must be 16 to the" in said) == (2, True)
