@@ -157,6 +157,28 @@ def test_hessians_are_those_of_the_inputs(net, monkeypatch):
             pytest.approx(expected, rel=1e-4), name
 
 
+def test_branches_side_by_side_with_gates_go_through_the_artifact(tmp_path):
+    torch.manual_seed(0)
+    config = HymbaConfig(vocab_size=64, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, window=8, bigram_hash=False,
+                         merge="concat", branch_gate=5, dynamics_norm=True)
+    net = Hymba(config)
+    for parameter in net.parameters():
+        if not parameter.detach().any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.randint(0, 64, (2, 24))
+    hessians = collect_hessians(net, [ids])
+    assert hessians["blocks.1.attn.proj.weight"].shape == (128, 128)
+    scheme = QuantizationConfig(scheme="mixed", gptq=True, limit_bytes=evaluation_code_bytes() + 200_000)
+    save_artifact(tmp_path / "a.hymba", net.state_dict(), config=config.to_dict(), tokenizer={}, metadata={},
+                  scheme=scheme, hessians=hessians)
+    artifact = load_artifact(tmp_path / "a.hymba")
+    other = Hymba(HymbaConfig.from_dict(artifact.config))
+    other.load_state_dict(artifact.state_dict)
+    torch.testing.assert_close(other.blocks[0].attn.branch_gate, net.blocks[0].attn.branch_gate, rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        assert (other(ids) - net(ids)).norm() < 0.1 * net(ids).norm()
+
+
 def test_a_shared_projection_has_one_hessian_over_all_its_uses(net):
     ids = torch.randint(0, 64, (2, 24), generator=torch.Generator().manual_seed(3))
     hessians = collect_hessians(net, [ids])

@@ -11,6 +11,7 @@ from hymba_lightning.training.param_groups import ParameterGroupError, assign_pa
 SMALL = {"vocab_size": 64, "n_layers": 4, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "bigram_buckets": 32,
          "bigram_dim": 16, "window": 8}
 OPTIONS = {"meta_tokens": 2, "kv_share_every": 2, "merge": "channel", "branch_norm": True, "expand": 2}
+SIDE_BY_SIDE = {"merge": "concat", "branch_gate": 5, "value_gate": True, "dynamics_norm": True}
 
 
 def groups_of(config: HymbaConfig, **switches: bool) -> dict[str, set[str]]:
@@ -20,7 +21,7 @@ def groups_of(config: HymbaConfig, **switches: bool) -> dict[str, set[str]]:
     return {name: {n for n, _ in pairs} for name, pairs in members.items()}
 
 
-@pytest.mark.parametrize("extra", [{}, OPTIONS, {**OPTIONS, "tie_embeddings": False}])
+@pytest.mark.parametrize("extra", [{}, OPTIONS, {**OPTIONS, "tie_embeddings": False}, SIDE_BY_SIDE])
 def test_the_groups_cover_the_network(extra):
     config = HymbaConfig(**SMALL, **extra)
     groups = groups_of(config)
@@ -34,6 +35,7 @@ def test_the_groups_cover_the_network(extra):
         assert f"blocks.{i}.attn.conv1d.weight" in groups["conv"]
         assert {f"blocks.{i}.attn.conv1d.bias", f"blocks.{i}.attn.D", f"blocks.{i}.resid_mix"} <= groups["scalars"]
         assert {f"blocks.{i}.attn.proj.weight", f"blocks.{i}.mlp.proj.weight"} <= groups["matrices"]
+        assert (f"blocks.{i}.attn.branch_gate" in groups["scalars"]) == bool(config.branch_gate)
     assert "bigram_hash.proj.weight" in groups["matrices"]
     assert {"bigram_hash.table.weight", "smeargate.gate", "skip_weights"} <= groups["scalars"]
 
