@@ -1,6 +1,7 @@
 """The `hymba` command: LightningCLI with the callbacks of a run, and artifacts wherever a checkpoint is taken."""
 
 import importlib
+import importlib.util
 import inspect
 import logging
 import time
@@ -129,7 +130,7 @@ class HymbaCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         leave_signals_to_us(trainer)
         run = Run.of(trainer)
-        run.folder, run.started = self.folder, self._started
+        run.folder, run.command_started = self.folder, self._started
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
@@ -217,6 +218,9 @@ def send_logger(logger: Namespace, folder: Path) -> None:
                 if name in ("CSVLogger", "TensorBoardLogger") and options.get(level) in (None, "lightning_logs"):
                     options[level] = ""
             break
+    if name == "MLFlowLogger" and not options.get("tracking_uri") and importlib.util.find_spec("sqlalchemy"):
+        # Its folders of files are given up by MLflow itself.
+        options["tracking_uri"] = f"sqlite:///{folder / 'mlflow.db'}"
     logger["init_args"] = options
 
 

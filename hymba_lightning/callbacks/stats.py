@@ -37,7 +37,8 @@ class TrainingStats(pl.Callback):
     """Logs the training loss (mean over the interval and the ranks), learning rates, momentum, clock, speed and memory.
 
     TensorBoard shows the groups of names in alphabetical order: what matters less than train/ and val/ is named so that
-    it stands below them. Counts the tokens that finished optimizer steps were made of, and keeps the run's history in checkpoints.
+    it stands below them. Counts the tokens that finished optimizer steps were made of, and keeps the run's history in
+    checkpoints.
 
     Args:
         every_n_steps: optimizer steps between two log lines; each costs one small reduction and a wait for the GPU.

@@ -59,7 +59,7 @@ class _ColumnError(Exception):
 def _rows(path: str, text_key: str, limit: int) -> Iterator[list]:
     arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     arrow.set_cpu_count(1)
-    with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+    with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True) as file:
         names = file.schema_arrow.names
         if text_key not in names:
             raise _ColumnError(f"no column {text_key!r} among {', '.join(names)}; set text_key")
@@ -81,6 +81,8 @@ def _rows(path: str, text_key: str, limit: int) -> Iterator[list]:
                     yield rows
                     rows, n_bytes = [], 0
             yield rows
+        if done != file.metadata.num_rows:
+            raise ValueError(f"{done:,} rows instead of {file.metadata.num_rows:,}")
 
 
 def _batch_rows(file: Any, text_key: str) -> int:

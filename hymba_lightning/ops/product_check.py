@@ -34,9 +34,11 @@ MLPS = ((700, 512, 2048), (45, 24, 72), (1, 8, 8), (65536, 512, 2048))
 # n, R, C
 BANKS = ((14, 512, 2048), (7, 512, 1024), (25, 512, 512), (7, 48, 512), (3, 45, 67), (2, 1, 300))
 TRAINING_ATTENTION = (2, 32768, 32768, 8, 4, 64, 512)
-# Tile of the MLP's kernels, programs for each multiprocessor, flatten, warps, stages.
-MLP_SWEEP = ((128, 256, 64, 1, True, 8, 3), (128, 256, 64, 1, False, 8, 3), (128, 128, 64, 2, True, 8, 3),
-             (128, 128, 64, 2, True, 4, 3), (256, 128, 64, 1, True, 8, 3))
+# Launches of the MLP's kernels; both have the tiles' columns in common.
+MLP_SWEEP = tuple(mlp_triton.Launch(*options) for options in (
+    ((128, 128, 64), 2, True, 8, 3), ((128, 128, 64), 2, False, 8, 2, 128), ((128, 128, 32), 2, True, 8, 3, 128),
+    ((128, 128, 32), 2, False, 8, 3, 128), ((128, 128, 64), 1, True, 8, 4), ((256, 128, 64), 1, True, 8, 3),
+    ((128, 128, 64), 16, False, 8, 2, 128), ((64, 128, 64), 3, True, 4, 3, 168)))
 # Block, inner block, warps, stages, registers of a thread.
 SCHULZ_SWEEP = ((128, 64, 8, 3, 128), (128, 64, 8, 4, 128), (128, 64, 4, 3, 255), (128, 32, 8, 4, 128),
                 (64, 64, 4, 4, 128))
@@ -136,14 +138,12 @@ def sweep() -> None:
     """Times the kernels with other tiles and launch options."""
     i: Any = mlp_inputs(*MLPS[-1])
     g = torch.randn_like(i["x"])
-    for options in MLP_SWEEP:
-        mlp_triton.BLOCK_M, mlp_triton.BLOCK_N, mlp_triton.BLOCK_K = options[:3]
-        mlp_triton.PROGRAMS, mlp_triton.FLATTEN, warps, stages = options[3:]
-        mlp_triton.OPTIONS = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-        hidden, _ = mlp_triton.hidden_layer(i["x"], i["w_in"], SLOPE)
+    for how in MLP_SWEEP:
+        mlp_triton.FORWARD = mlp_triton.BACKWARD = how
+        kept = mlp_triton.hidden_layer(i["x"], i["w_in"], SLOPE)
         times = (median_ms(functools.partial(mlp_triton.hidden_layer, i["x"], i["w_in"], SLOPE)),
-                 median_ms(functools.partial(mlp_triton.hidden_layer_backward, g, i["w_out"], hidden, SLOPE)))
-        print(f"mlp {options}: forward {times[0]:.3f} ms, backward {times[1]:.3f} ms", flush=True)
+                 median_ms(functools.partial(mlp_triton.hidden_layer_backward, g, i["w_out"], *kept, SLOPE)))
+        print(f"mlp {how}: forward {times[0]:.3f} ms, backward {times[1]:.3f} ms", flush=True)
     for block, block_k, warps, stages, registers in SCHULZ_SWEEP:
         schulz_triton.BLOCK, schulz_triton.BLOCK_K = block, block_k
         schulz_triton.OPTIONS = {"num_warps": warps, "num_stages": stages, "maxnreg": registers,

@@ -29,7 +29,8 @@ from hymba_lightning.ops.newton_schulz import triton as schulz_triton
 from hymba_lightning.ops.selective_scan import triton as scan_triton
 from hymba_lightning.ops.softcapped_cross_entropy import triton as loss_triton
 
-TYPE_NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+TYPE_NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
+              torch.int32: "*i32"}
 COMPILE_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 # A multiprocessor's schedulers, the registers of each, and the programs it can hold, on every architecture this
 # compiles for.
@@ -136,8 +137,8 @@ def mlp_launches(tokens: int, width: int, hidden: int, dtype: torch.dtype) -> li
     x, w_in, w_out = (torch.empty(*shape, dtype=dtype, device="meta")
                       for shape in ((tokens, width), (hidden, width), (width, hidden)))
     with recorded(mlp_triton) as launches:
-        hidden_MF, _ = mlp_triton.hidden_layer._init_fn(x, w_in, 0.5)
-        mlp_triton.hidden_layer_backward._init_fn(x, w_out, hidden_MF, 0.5)
+        activation_and_signs = mlp_triton.hidden_layer._init_fn(x, w_in, 0.5)
+        mlp_triton.hidden_layer_backward._init_fn(x, w_out, *activation_and_signs, 0.5)
     return launches
 
 

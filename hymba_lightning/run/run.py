@@ -160,12 +160,19 @@ class Run:
         self.testing: Testing | None = None
         self.weights_from: Path | None = None
         """File that the network under validation or test was loaded from."""
+        self.command_started: float | None = None
+        """time.monotonic() when the command began that the next stage is run for."""
         self.started = time.monotonic()
-        """When the command, or else the Trainer's first stage, began."""
+        """When the stage in progress began, the command's own start included."""
         self.schedules: list[Callable[[ClockReading], None]] = []
         """Called with the agreed reading before every optimizer step."""
         self.display: Callable[[str, float, float], None] = _no_display
         """Shows (text, done, total) of work that is no loop of the Trainer's."""
+
+    def start_stage(self) -> None:
+        """Another fit, validation or test begins: its time runs from now, or from the start of its command."""
+        self.started = time.monotonic() if self.command_started is None else self.command_started
+        self.command_started = None
 
     @property
     def net(self) -> Hymba:

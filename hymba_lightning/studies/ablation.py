@@ -106,8 +106,8 @@ def bits_per_byte(run_dir: Path) -> dict[str, float]:
 
 
 class StudyQueue:
-    """What is left to run, asked anew each time: seed by seed, so that pairs are complete early, and among the runs of a
-    seed first those of the network that the asking process has compiled.
+    """What is left to run, asked anew each time: seed by seed, so that pairs are complete early, and among the runs of
+    a seed first those of the network that the asking process has compiled.
 
     `source` is a study, or the file of one, which may change meanwhile: variants added to it are run, in its order,
     those taken out are not, and a version that cannot be read leaves the last one in force.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import runpy
 import subprocess
 import sys
 import traceback
@@ -39,7 +40,7 @@ class Worker:
         """
         if self._process is None:
             line = [sys.executable, "-m", "hymba_lightning.studies.worker"]
-            self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
                                              env=os.environ | self.environment)
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
@@ -66,20 +67,18 @@ class Worker:
 
 
 def run_here(arguments: list[str]) -> int:
-    """One command in this process. Returns 0, or 1 after printing what went wrong."""
-    from hymba_lightning.__main__ import main
-
+    """One command in this process, as `python -m hymba_lightning` would run it. Returns its exit code."""
     sys.argv = ["hymba", *arguments]
+    # Each command puts its own around these.
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     try:
-        main()
-        return 0
+        runpy.run_module("hymba_lightning", run_name="__main__")
     except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        return int(bool(end.code))
-    except Exception:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
         traceback.print_exc()
         return 1
+    return 0
 
 
 def free_memory() -> None:
@@ -96,7 +95,7 @@ def serve(requests: TextIO) -> None:
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     for line in requests:
         request = json.loads(line)
         # Not sys.stdout alone: libraries in C++ write to the descriptors.

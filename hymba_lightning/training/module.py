@@ -126,6 +126,7 @@ class HymbaModule(pl.LightningModule):
         return Run.of(self.trainer)
 
     def setup(self, stage: str) -> None:
+        self.run.start_stage()
         self.run.net = self.net
         self.run.schedules = [self.set_schedule]
         self._check_trainer()

@@ -26,7 +26,8 @@ MODES: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "mlp": {"parameters": "mlp"}, "scalars": {"parameters": "scalars"},
     "low rank": {"parameters": "low_rank", "rank": 3},
-    "muon": {"optimizer": "muon", "lr": 0.01}, "anchored": {"anchor": 0.1}, "documents": {"reset_at_bos": True},
+    "muon": {"optimizer": "muon", "lr": 0.01}, "muon and sgd": {"optimizer": "muon", "lr": 0.01, "rest_lr": 0.05},
+    "anchored": {"anchor": 0.1}, "documents": {"reset_at_bos": True},
     "short sequences": {"train_seq_len": 10, "lr_decay": "constant"},
 }
 

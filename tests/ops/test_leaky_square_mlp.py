@@ -54,7 +54,7 @@ def compare(shape):
     """A case: the ratios of output and gradients."""
     from hymba_lightning.ops.leaky_square_mlp import triton as module
 
-    module.BLOCK_M, module.BLOCK_N, module.BLOCK_K = 32, 64, 16
+    module.FORWARD = module.BACKWARD = module.Launch((32, 64, 16), 1, True, 4, 2)
     module.multiprocessors = lambda device: 3
     *sizes, dtype, special = shape
     x, w_in, w_out, gradient = operands(*sizes, dtype)

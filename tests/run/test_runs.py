@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 
 import lightning.pytorch as pl
 import numpy as np
@@ -321,6 +322,10 @@ def test_fit_then_test_from_python_is_one_run(tmp_path):
     trainer.test(module, data, verbose=False)
     record = RunRecord.load(tmp_path / "run")
     assert record == Run.of(trainer).record
+    Run.of(trainer).started -= 1000  # what training took is not the evaluation's time
+    trainer.test(module, data, verbose=False)
+    assert RunRecord.load(tmp_path / "run").tested() is None  # the artifact was not tested, the weights were
+    assert [score for score in Run.of(trainer).record.scores if score.stage == "ttt"][-1].seconds < 900
     tested = [score for score in record.scores if score.stage == "ttt"]
     assert tested[0].weights == record.stages()["ema"].weights
     assert record.without_adaptation(tested[0]) == record.stages()["ema"]
@@ -330,7 +335,7 @@ def test_an_evaluations_limit_is_of_everything_it_takes(tmp_path, monkeypatch):
     """Time that passes before the first chunk is part of it."""
     module = tiny_module(ttt=TTTConfig(limit_seconds=5.0, epochs=2, freeze_blocks=0))
     trainer = tiny_trainer(tmp_path, callbacks=[RunSummary(plots=False)])
-    Run.of(trainer).started -= 4.999
+    Run.of(trainer).command_started = time.monotonic() - 4.999
     trainer.test(module, tiny_data(write_data(tmp_path / "data")), verbose=False)
     summary = json.loads((tmp_path / "test_summary.json").read_text())
     assert summary["epochs_done"] == [0, 0, 0, 0]
