@@ -19,7 +19,7 @@ MOST = 1e30
 
 # The drawing's own units; the page scales it. Small enough that its text is legible on a phone.
 WIDTH, HEIGHT = 460, 280
-LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 26, 40
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,7 @@ def to_svg(chart: Chart) -> str:
                  f'y2="{HEIGHT - BOTTOM}"/>'
                  f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
                  f'{as_html(chart.x_label)}</text>'
-                 f'<text class="label" transform="translate(12 {(HEIGHT - BOTTOM + TOP) / 2}) rotate(-90)" '
-                 f'text-anchor="middle">{as_html(chart.y_label)}</text>')
+                 f'<text class="label" x="2" y="12">{as_html(chart.y_label)}</text>')
     for series in chart.series:
         placed = [place(x, y) for x, y in series.finite()]
         style = f'class="line c{series.color % len(COLORS)}{" faint" if series.faint else ""}"'

@@ -92,9 +92,10 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
     """The whole page as text."""
     title = "Run " + runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
-    chips = "".join(f'<span class="chip"><i class="bg{color % len(charts.COLORS)}"></i>{as_html(run.name)}</span>'
+    chips = "".join(f'<span class="chip">{_key(color, len(runs))}{as_html(run.name)}</span>'
                     for color, run in enumerate(runs))
-    figures = "".join(_figure(chart) for chart in drawn)
+    keys = "".join(f'<span class="key">{_key(color, len(runs))}</span>' for color in range(len(runs)))
+    figures = "".join(_figure(chart, keys if len(runs) > 1 else "") for chart in drawn)
     maps = "".join(_map(run.name, run.artifact) for run in runs if run.artifact)
     notes = "".join(f"<li><b>{as_html(run.name)}</b>: {as_html(note)}</li>" for run in runs for note in run.notes)
     environment = _environment(runs)
@@ -115,9 +116,15 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
             f'<body><main>{"".join(sections)}</main></body></html>\n')
 
 
-def _figure(chart: Chart) -> str:
+def _key(color: int, count: int) -> str:
+    """A run's colour, and its number where there are several: what stands for its name where that is too long."""
+    return f'<i class="bg{color % len(charts.COLORS)}"></i>' + (f"<b>{color + 1}</b>" if count > 1 else "")
+
+
+def _figure(chart: Chart, keys: str) -> str:
     note = f" <span class=muted>{as_html(chart.note)}</span>" if chart.note else ""
-    return f"<figure><figcaption><b>{as_html(chart.title)}</b>{note}</figcaption>{charts.to_svg(chart)}</figure>"
+    return (f"<figure><figcaption><b>{as_html(chart.title)}</b>{note} <span class=keys>{keys}</span></figcaption>"
+            f"{charts.to_svg(chart)}</figure>")
 
 
 def _map(name: str, report: ArtifactReport) -> str:
@@ -151,11 +158,15 @@ def _results(runs: Sequence[Run]) -> str:
     row("share of the byte limit", [_share(run) for run in runs], ".1%")
     row("tokens scored", [run.tokens_scored for run in runs], ",.0f")
     row("test seconds", [run.test.get("seconds") for run in runs], ",.1f")
-    rows.append(["validation data", *("unknown" if run.data is None else run.data.digest[:10] for run in runs)])
-    apart = "" if len({run.data for run in runs}) == 1 else (
-        "<p class=muted>The runs were not scored on the same validation data with the same tokenizer: their bits per "
-        "byte say little about each other.</p>")
-    return _table(["", *(run.name for run in runs)], rows, numbers=len(runs)) + apart
+    rows.append(["validation data", *("unknown" if run.data is None else run.data.digest[:7] for run in runs)])
+    known = {run.data for run in runs} - {None}
+    apart = ""
+    if len(known) > 1:
+        apart = ("The runs were not scored on the same validation data with the same tokenizer: their bits per byte "
+                 "say little about each other.")
+    elif known and any(run.data is None for run in runs):
+        apart = "Of some runs it is not known on which data they were scored: their bits per byte may not compare."
+    return _run_table("", runs, rows, numbers=True) + (f"<p class=muted>{apart}</p>" if apart else "")
 
 
 def _share(run: Run) -> float | None:
@@ -171,29 +182,35 @@ def _config_difference(runs: Sequence[Run]) -> str:
     changed = differences([run.config for run in runs], IGNORED_OPTIONS)
     if not changed:
         return "<p class=muted>All options are the same.</p>"
-    return _table(["option", *(run.name for run in runs)],
-                  [[key, *(_short(value) for value in values)] for key, values in changed.items()])
+    return _run_table("option", runs, [[key, *(_short(value) for value in values)] for key, values in changed.items()])
 
 
 def _config(run: Run) -> str:
     rows = [[key, _short(value)] for key, value in run.config.items() if key not in IGNORED_OPTIONS]
-    return f"<details><summary>{len(rows)} options</summary>{_table(['option', run.name], rows)}</details>"
+    return f"<details><summary>{len(rows)} options</summary>{_run_table('option', [run], rows)}</details>"
 
 
 def _environment(runs: Sequence[Run]) -> str:
     keys = list(dict.fromkeys(key for run in runs for key in run.environment))
-    return _table(["", *(run.name for run in runs)],
-                  [[key, *(_short(run.environment.get(key, "–")) for run in runs)] for key in keys]) if keys else ""
+    return _run_table("", runs, [[key, *(_short(run.environment.get(key, "–")) for run in runs)] for key in keys]) \
+        if keys else ""
 
 
 def _short(value: Any) -> str:
     return printable(str(value), 400)
 
 
+def _run_table(first: str, runs: Sequence[Run], rows: list[list[str]], numbers: bool = False) -> str:
+    """A column per run under its key and name; a narrow screen has room for the key only."""
+    names = [f'<span class="head">{_key(color, len(runs))}<span class=long>{as_html(run.name)}</span></span>'
+             for color, run in enumerate(runs)] if len(runs) > 1 else [as_html(run.name) for run in runs]
+    return _table([as_html(first), *names], rows, numbers=len(runs) if numbers else 0)
+
+
 def _table(head: list[str], rows: list[list[str]], numbers: int = 0) -> str:
-    """`numbers` columns from the right are aligned as numbers."""
+    """`head` is HTML; `numbers` columns from the right are aligned as numbers."""
     first = len(head) - numbers
     cells = "".join("<tr>" + "".join(f"<td{' class=num' if i >= first else ''}>{as_html(cell)}</td>"
                                      for i, cell in enumerate(row)) + "</tr>" for row in rows)
-    heads = "".join(f"<th{' class=num' if i >= first else ''}>{as_html(cell)}</th>" for i, cell in enumerate(head))
+    heads = "".join(f"<th{' class=num' if i >= first else ''}>{cell}</th>" for i, cell in enumerate(head))
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'

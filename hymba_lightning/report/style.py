@@ -24,7 +24,10 @@ h2{{font-size:18px;margin:34px 0 10px;font-weight:650}}
 p{{margin:4px 0}}
 .muted{{color:var(--muted);font-size:13px}}
 .chip{{display:inline-flex;align-items:center;gap:6px;margin:0 14px 4px 0;font-size:14px}}
-.chip i{{width:11px;height:11px;border-radius:3px}}
+.chip i,.key i,.head i{{width:11px;height:11px;border-radius:3px}}
+.key,.head{{display:inline-flex;align-items:center;gap:4px;margin-right:8px;font-size:13px}}
+.head{{margin-right:0}}
+.keys{{display:block;color:var(--muted)}}
 .grid2{{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:16px}}
 figure{{margin:0;padding:14px 14px 10px;background:var(--card);border:1px solid var(--rule);border-radius:8px;
 min-width:0}}
@@ -45,11 +48,12 @@ table{{border-collapse:collapse;width:100%;font-size:14px}}
 th,td{{text-align:left;padding:6px 12px;border-top:1px solid var(--rule);vertical-align:top}}
 thead th{{border-top:0;color:var(--muted);font-weight:600;white-space:nowrap}}
 td:first-child{{color:var(--muted)}}
+td:first-child,th:first-child{{position:sticky;left:0;background:var(--card)}}
 td:not(:first-child){{overflow-wrap:anywhere}}
 .num{{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}}
 details{{margin-top:8px}}
 summary{{cursor:pointer;color:var(--muted);font-size:13px;padding:4px 0}}
 @media(max-width:760px){{main{{padding:18px 12px 40px}}.grid2{{grid-template-columns:minmax(0,1fr)}}
-.tick{{font-size:13.5px}}.label{{font-size:14px}}.tiletext{{font-size:11px}}table{{font-size:13px}}
-th,td{{padding:5px 8px}}figure{{padding:10px 8px 6px}}}}
+.tick{{font-size:13.5px}}.label{{font-size:14px}}.tiletext{{font-size:11px}}table{{font-size:12.5px}}
+th,td{{padding:5px 4px}}td:first-child{{min-width:92px}}.head .long{{display:none}}figure{{padding:10px 8px 6px}}}}
 """

@@ -311,6 +311,19 @@ def test_runs_on_different_data_are_told_apart(runs, tmp_path):
     assert said not in write_report([str(run) for run in runs], str(tmp_path / "b")).read_text()
 
 
+def test_several_runs_have_keys_where_a_screen_is_too_narrow_for_names(runs, report, tmp_path):
+    text = report.read_text()
+    head = text.partition("<h2>Results</h2>")[2].partition("</thead>")[0]
+    assert re.findall(r'<i class="bg(\d)"></i><b>(\d)</b><span class=long>(\w+)</span>', head) == \
+        [("0", "1", "run"), ("1", "2", "wide")]
+    assert re.search(r"@media\(max-width:760px\).*\.head \.long\{display:none\}", text, re.DOTALL)
+    # The keys are explained once, and stand at every chart.
+    assert '<b>2</b>wide</span>' in text
+    assert text.count("<span class=keys><span") == 7
+    alone = write_report([str(runs[0])], str(tmp_path / "report")).read_text()
+    assert "<b>1</b>" not in alone
+
+
 # Names ---------------------------------------------------------------------------------------------------------------
 
 HOSTILE = ["<b>&x", "$x$", "[red]x", "$\\frac{", "\x1b[31mred", "_hidden", "a\nb", "\udcff", "'\"><script>", "x" * 200]
