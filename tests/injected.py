@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hymba_lightning.callbacks.rank_watch import RankWatch
 from hymba_lightning.data.shards import Shard
+from hymba_lightning.run.finish import _Ending
 from hymba_lightning.training.module import HymbaModule
 
 
@@ -133,9 +134,8 @@ def waits_in_warmup(rank: int) -> None:
 
 def waits_in_the_finish(rank: int) -> None:
     """After training, when weights are scored."""
-    from hymba_lightning.callbacks.export import ExportArtifact
 
-    _waits_in(ExportArtifact, "_score")
+    _waits_in(_Ending, "score")
 
 
 def waits_in_the_test(rank: int) -> None:

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from hymba_lightning.commands import run_command
+from hymba_lightning.errors import report
 from hymba_lightning.package.submission import package
 
 QUICK = ["--tokens", "40", "--past_positions", "4", "--seed", "3", "--ttt.freeze_blocks", "0"]
@@ -25,6 +26,8 @@ def outcome(path, fitted_run, capsys, *options: str) -> tuple[int, str]:
         code = 0
     except SystemExit as end:
         code = end.code
+    except (ValueError, OSError) as error:
+        code = report(error, "hymba audit")  # as the command's entry does
     said = capsys.readouterr()
     return code, said.out + said.err
 
