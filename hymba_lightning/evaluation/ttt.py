@@ -220,7 +220,7 @@ def score_first_ttt(net: Hymba, chunks: Iterable[Chunk], seq_len: int, config: T
 
     Raises ValueError for chunks that are not all of a stream's, once each and in order.
     """
-    ttt = ScoreFirstTTT(net, seq_len, config, time_fn, stream)
+    ttt = ScoreFirstTTT(net, seq_len, config, time_fn, stream=stream)
     scores, n_chunks = [], 0
     for chunk in chunks:
         n_chunks = chunk.n_chunks

@@ -84,7 +84,8 @@ def print_table(title: str, summary: dict[str, Any], folder: RunFolder) -> None:
     row("unigram model of the same tokenizer, bpb", summary.get("unigram_bpb"), ".4f")
     for stage, bpb in summary.get("bpb", {}).items():
         row(STAGE_NAMES.get(stage, stage), bpb, ".4f")
-    row("without adaptation, bpb", summary.get("bpb_without_adaptation"), ".4f")
+    mode = summary.get("mode_without_adaptation")
+    row(f"without adaptation, {mode}, bpb", summary.get("bpb_without_adaptation"), ".4f")
     row("evaluation mode", summary.get("mode"))
     row("score-first TTT, bpb", summary.get("ttt_bpb"), ".4f")
     if "artifact_bytes" in summary:
