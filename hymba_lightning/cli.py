@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import logging
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +52,27 @@ class RunConfig(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False, **kwargs)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """A fit writes at its start, when nothing can be refused any more."""
+        """A fit writes at its start, when nothing can be refused any more; one that goes on, with its first step."""
+        self._pending = False
         if stage != "fit":
             self._write(trainer, f"{TrainerFn(stage).value}_config.yaml")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        run = Run.of(trainer)
+        self._pending = run.folder_of(trainer).owns(trainer.ckpt_path)
+        if self._pending:
+            run.before_finish = [partial(self._write_once, trainer)]
+            return
+        run.before_finish = []
         self._write(trainer, "config.yaml")
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger) and not trainer.fast_dev_run:
-                    text = self.parser.dump(self.config, skip_none=False)
-                    logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self._write_once(trainer)
+
+    def _write_once(self, trainer: Any) -> None:
+        if self._pending:
+            self._pending = False
+            self._write(trainer, "config.yaml")
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Done above."""
@@ -69,7 +80,11 @@ class RunConfig(SaveConfigCallback):
     def _write(self, trainer: Any, name: str) -> None:
         folder = Run.of(trainer).folder_of(trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:
-            write_atomic(folder / name, self.parser.dump(self.config, skip_none=False))
+            text = self.parser.dump(self.config, skip_none=False)
+            write_atomic(folder / name, text)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_text("config", f"```yaml\n{text}\n```")
 
 
 class HymbaCLI(LightningCLI):
@@ -116,7 +131,8 @@ class HymbaCLI(LightningCLI):
         """Names the run's folder, and sends the loggers there that were not sent elsewhere."""
         folder = self._get(self.config, "run_dir")
         # Ranks of one run may name it differently here; rank 0's name counts from the moment they can talk.
-        self.folder = RunFolder(folder or new_folder(), bool(self._get(self.config, "overwrite", default=False)))
+        overwrite = bool(self._get(self.config, "overwrite", default=False))
+        self.folder = RunFolder(folder or new_folder(), overwrite, loggers=True)
         loggers = self._get(self.config, "trainer")["logger"]
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, Namespace) and "class_path" in logger:
@@ -213,9 +229,10 @@ def send_logger(logger: Namespace, folder: Path) -> None:
         default = parameters[option].default if option in parameters else None
         if option in parameters and options.get(option) in (None, default):
             options[option] = str(folder / default if isinstance(default, str) else folder)
-            # Folders named after a version would pile up beside each other when a run goes on.
+            # Events of a run that goes on belong together. A CSV file would be written anew each time: it keeps its
+            # folder by version.
             for level in ("name", "version"):
-                if name in ("CSVLogger", "TensorBoardLogger") and options.get(level) in (None, "lightning_logs"):
+                if name == "TensorBoardLogger" and options.get(level) in (None, "lightning_logs"):
                     options[level] = ""
             break
     if name == "MLFlowLogger" and not options.get("tracking_uri") and importlib.util.find_spec("sqlalchemy"):

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hymba_lightning import signals
-from hymba_lightning.callbacks.owner import FolderOwner
+from hymba_lightning.callbacks.owner import FolderOwner, settle
 from hymba_lightning.callbacks.random_state import random_states, restore_random_states
 from hymba_lightning.checkpoints import write_checkpoint
 from hymba_lightning.run.run import Run, require_clock
@@ -124,6 +124,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
         """
         if trainer.global_step == self._seen_step:
             return
+        settle(trainer)
         self._seen_step = trainer.global_step
         clock = Run.of(trainer).clock
         code = 0 if clock is None else clock.stop_code

@@ -5,6 +5,7 @@ import lightning.pytorch as pl
 from hymba_lightning.callbacks.owner import FolderOwner
 from hymba_lightning.quantization import QuantizationConfig
 from hymba_lightning.run.finish import ExportSettings, finish, rehearse
+from hymba_lightning.run.folder import ARTIFACT, RunFolder
 from hymba_lightning.run.run import Run, require_clock
 from hymba_lightning.trainer_internals import end_where_nothing_is_left, is_trial
 
@@ -38,10 +39,23 @@ class ExportArtifact(FolderOwner):
         self.settings = ExportSettings(enabled, filename, quantization, calibration_batches, score_stages)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._check_filename(Run.of(trainer).folder_of(trainer))
         super().setup(trainer, pl_module, stage)
         Run.of(trainer).export = self.settings
         if stage == "fit":
             expect_end(trainer)
+
+    def _check_filename(self, folder: RunFolder) -> None:
+        """
+        Raises:
+            ValueError: the artifact would take the place of a folder or of another file of the run.
+        """
+        path = (folder / self.settings.filename).resolve()
+        name = str(path.relative_to(folder.path.resolve())) if folder.path.resolve() in path.parents else ""
+        first = name.split("/")[0]
+        if path.is_dir() or path == folder.path.resolve() or (name != ARTIFACT and first and folder.is_ours(first)):
+            raise ValueError(f"export.filename is {self.settings.filename!r}, which is a folder or another file of the "
+                             "run: give the artifact a name of its own, e.g. artifact.hymba")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """On a GPU, calibrates once before the clock starts: what that compiles would not fit into the reserve."""

@@ -1,6 +1,7 @@
 """For callbacks that write to the run's folder: claim it, clear what an old run left, let go of it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -48,6 +49,11 @@ class FolderOwner(pl.Callback):
             run.started_fit = True
             _on_rank_0(trainer, start)
 
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
+                           batch_idx: int) -> None:
+        """With its first step a run has begun for good."""
+        settle(trainer)
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
         _close(trainer)
@@ -69,8 +75,19 @@ def _on_rank_0(trainer: pl.Trainer, work: Callable[[], None]) -> None:
         raise outcome
 
 
+def settle(trainer: pl.Trainer) -> None:
+    """Lets go of what the run took the place of."""
+    run = Run.of(trainer)
+    if run.started_fit and not run.settled and run.folder is not None:
+        run.settled = True
+        if trainer.is_global_zero:
+            run.folder.settle()
+
+
 def _close(trainer: pl.Trainer) -> None:
     run = Run.of(trainer)
-    run.started_fit = False
-    if run.folder is not None:
+    if run.folder is not None and run.folder.is_open:
+        if run.started_fit and not run.settled and trainer.is_global_zero:
+            run.folder.restore()
         run.folder.close()
+    run.started_fit = run.settled = False

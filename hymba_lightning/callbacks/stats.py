@@ -47,6 +47,8 @@ class TrainingStats(pl.Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, peak_tflops: float | None = None) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"model.log_every_n_steps is {every_n_steps}; it must be 1 or more")
         self.every_n_steps = every_n_steps
         self.peak_tflops = peak_tflops
         self._run: Run | None = None

@@ -69,7 +69,7 @@ class RunSummary(FolderOwner):
         testing = Run.of(trainer).testing
         if testing is None or testing.chunk is None:
             return
-        total = testing.total()
+        total, self._n_chunks = testing.total(), batch.n_chunks
         self._audit.add(batch, testing.chunk)
         for logger in trainer.loggers:
             logger.log_metrics({"ttt/running_bpb": total.bpb, "ttt/chunk_bpb": testing.scores[-1].bpb},
@@ -87,7 +87,8 @@ class RunSummary(FolderOwner):
                     "dtype": run.net.runtime.compute_dtype, "world_size": trainer.world_size,
                     "epochs_done": testing.ttt.epochs_done}
         score = ScoreRecord("ttt", total.nats, total.n_tokens, total.n_bytes, _identity(data), self._weights,
-                            config.mode, settings, time.monotonic() - run.started)
+                            config.mode, settings, time.monotonic() - run.started,
+                            len(testing.scores) == self._n_chunks)
         plain = run.record.without_adaptation(score)
         run.record.add(score)
         identity = {key: value for key, value in score_as_dict(score).items() if key not in ("bpb", "loss")}

@@ -315,15 +315,28 @@ class HymbaDataModule(pl.LightningDataModule):
     def _load_chunk(self, index: int) -> Chunk:
         return chunk_at(self.val_stream(), self.token_bytes, self.ttt_chunk_tokens, index)
 
+    def predict_dataloader(self) -> Loader:
+        """As for validation."""
+        return self.val_dataloader()
+
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data that the finished optimizer steps have reached, over all ranks."""
-        return {"spans": self._position.spans(self._global_step()), "seq_len": self.seq_len}
+        return {"spans": self._position.spans(self._global_step()), "seq_len": self.seq_len,
+                "data": self._train_digest, "shuffle_seed": self.shuffle_seed}
+
+    @cached_property
+    def _train_digest(self) -> str:
+        return self.data_digest("train")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` says, with whatever number of ranks and sequences per rank there are now."""
         spans = state_dict["spans"]
+        for what, own in (("data", self._train_digest), ("shuffle_seed", self.shuffle_seed)):
+            if state_dict.get(what, own) != own and self.trainer is not None and self.trainer.is_global_zero:
+                log.warning("going on with other training %s than the checkpoint was trained with",
+                            "text" if what == "data" else "order (data.shuffle_seed)")
         if state_dict["seq_len"] != self.seq_len:
             spans = -(-spans * (state_dict["seq_len"] + 1) // (self.seq_len + 1))
             log.info(

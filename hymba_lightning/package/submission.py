@@ -161,7 +161,8 @@ def _proven_score(run: Run) -> ScoreRecord:
         FileNotFoundError: the run has no artifact or was not tested.
         SubmissionError: artifact, record and test_summary.json do not belong together.
     """
-    artifact, recorded = run.folder / ARTIFACT, run.record.artifact
+    recorded = run.record.artifact
+    artifact = run.folder / (recorded.file if recorded else ARTIFACT)
     why = "".join(f"; {note}" for note in run.notes)
     if not artifact.is_file():
         raise FileNotFoundError(f"{run.folder} has no {ARTIFACT}: let `hymba fit` export it")
@@ -202,7 +203,8 @@ def _lay_out(folder: Path, run: Run, tested: ScoreRecord, options: dict[str, Any
         SubmissionError: artifact and code exceed the limit.
     """
     code = _copy_code(folder)
-    shutil.copyfile(run.folder / ARTIFACT, folder / ARTIFACT)
+    recorded = run.record.artifact
+    shutil.copyfile(run.folder / (recorded.file if recorded else ARTIFACT), folder / ARTIFACT)
     copy_logs(run, folder / "logs")
     write_atomic(folder / "train.log", train_log(run))
     write_atomic(folder / SETTINGS, json.dumps(_settings(tested, options), indent=1) + "\n")

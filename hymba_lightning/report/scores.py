@@ -25,13 +25,15 @@ def tested_score(record: RunRecord, folder: Path) -> tuple[ScoreRecord | None, s
         return None, None
     own, data, latest = _own_weights(record, folder), fitted_data(record), tests[-1]
     of_weights = [score for score in tests if own is None or score.weights in own]
-    right = [score for score in of_weights if data is None or score.data == data]
+    right = [score for score in of_weights if score.whole and (data is None or score.data == data)]
     chosen = right[-1] if right else None
     if chosen is latest:
         return chosen, None
     what = f"the latest test ({latest.bpb:.4f} bits per byte of {latest.tokens:,} tokens)"
     if latest not in of_weights:
         return chosen, f"{what} was of other weights than the run's, and is left out"
+    if not latest.whole:
+        return chosen, f"{what} was of a part of the validation data, and is left out"
     return chosen, f"{what} was on other data than the fit's validation data, and is left out"
 
 

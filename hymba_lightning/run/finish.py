@@ -73,6 +73,8 @@ def finish(trainer: pl.Trainer, module: pl.LightningModule, settings: ExportSett
     if ending.is_done():
         log.info("%s is finished already: nothing is left to do", ending.folder)
         return
+    for note in run.before_finish:
+        note()
     run.record.finished = False
     ending.note_training()
     if settings.score_stages and ending.val_batches:
@@ -133,6 +135,8 @@ class _Ending:
             artifact = record.artifact
             done = (artifact is not None and artifact.settings == self.settings.as_dict() and self.path.is_file()
                     and file_sha256(self.path) == artifact.sha256)
+        if done and self.settings.score_stages and self.val_batches:
+            done = bool(record.stages()) and (not self.settings.enabled or "artifact" in record.stages())
         return bool(self.trainer.strategy.broadcast(done))
 
     def note_training(self) -> None:

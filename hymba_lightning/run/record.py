@@ -52,6 +52,8 @@ class ScoreRecord:
     settings: dict[str, Any] = field(default_factory=dict)
     """Everything else that the number depends on: seq_len, compute dtype, test-time training."""
     seconds: float | None = None
+    whole: bool = True
+    """Whether all of the text was scored that was to be scored, not only some first chunks of it."""
 
     @property
     def bpb(self) -> float:
@@ -130,7 +132,7 @@ class RunRecord:
 
     def tested(self) -> ScoreRecord | None:
         """The latest test of the recorded artifact; of whatever was tested where there is no artifact."""
-        tests = [score for score in self.scores if score.stage == "ttt"]
+        tests = [score for score in self.scores if score.stage == "ttt" and score.whole]
         if self.artifact is not None:
             tests = [score for score in tests if score.weights == self.artifact.sha256]
         return tests[-1] if tests else None

@@ -143,6 +143,10 @@ class Run:
         self.plots = True
         self.started_fit = False
         """Whether the folder belongs to the fit in progress."""
+        self.settled = False
+        """Whether that fit has made a step."""
+        self.before_finish: list[Callable[[], None]] = []
+        """Called where the run's end is (again) to be made."""
         self.ends = False
         """Whether somebody finishes the fit in progress."""
         self.before_end: list[Callable[[], None]] = []

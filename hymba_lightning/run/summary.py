@@ -98,7 +98,7 @@ def print_table(title: str, summary: dict[str, Any], folder: RunFolder) -> None:
     row("training seconds", summary.get("train_seconds"), ".2f")
     row("budget seconds", summary.get("budget_seconds"), ".0f")
     row("tokens per second", summary.get("tokens_per_s"), ",.0f")
-    row("tokens scored", summary.get("scored_tokens") or summary.get("tokens"), ",")
+    row("tokens scored", summary.get("tokens" if "ttt_bpb" in summary else "scored_tokens"), ",")
     row("evaluation seconds", summary.get("seconds"), ".1f")
     # Names are text, not markup.
     Console(markup=False, emoji=False).print(table)

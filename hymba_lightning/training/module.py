@@ -88,6 +88,8 @@ class HymbaModule(pl.LightningModule):
         # load_from_checkpoint brings back what was saved: plain values.
         net = HymbaConfig.from_dict(net) if isinstance(net, dict) else net
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
+        runtime = RuntimeConfig(**runtime) if isinstance(runtime, dict) else runtime
+        ttt = TTTConfig(**ttt) if isinstance(ttt, dict) else ttt
         self.net = Hymba(net, runtime)
         self.optimizer_config, self.ttt_config = optimizer, ttt
         self.budget_seconds, self.reserve_seconds = budget_seconds, reserve_seconds
@@ -141,6 +143,8 @@ class HymbaModule(pl.LightningModule):
             raise ValueError(f"the tokenizer starts documents with id {bos_id}, but model.net.bos_id is "
                              f"{self.net.config.bos_id}: set it to {bos_id}")
         if stage == "fit":
+            if self.trainer.max_steps == 0 or self.trainer.limit_train_batches == 0:
+                raise ValueError("nothing would be trained: trainer.max_steps or trainer.limit_train_batches is 0")
             if self.budget_seconds is None and self.trainer.max_steps < 0:
                 raise ValueError("nothing ends this run: set model.budget_seconds or trainer.max_steps")
             if self.compile_net:
@@ -174,7 +178,8 @@ class HymbaModule(pl.LightningModule):
         config = self.optimizer_config
         self.run.lr_scale = config.lr_scale(reading)
         optimizer = self.trainer.optimizers[0]
-        assert isinstance(optimizer, HymbaOptimizer)
+        if not isinstance(optimizer, HymbaOptimizer):
+            return  # one's own, with a schedule of its own
         optimizer.set_schedule(self.run.lr_scale, config.momentum(reading))
         if not self._lengths_told and reading.expected_steps is not None:
             self._lengths_told = True
@@ -301,9 +306,10 @@ class HymbaModule(pl.LightningModule):
             ValueError: naming what differs.
         """
         saved = checkpoint.get("hyper_parameters", {})
-        if saved.get("net") is not None:
-            own = self.net.config.to_dict()
-            different = [f"{key}: checkpoint {value!r}, config {own.get(key)!r}" for key, value in saved["net"].items()
+        net = saved.get("net")
+        if net is not None:
+            own, net = self.net.config.to_dict(), net.to_dict() if isinstance(net, HymbaConfig) else net
+            different = [f"{key}: checkpoint {value!r}, config {own.get(key)!r}" for key, value in net.items()
                          if value != own.get(key)]
             if different:
                 raise ValueError("the checkpoint holds another network than the config describes ("

@@ -125,7 +125,7 @@ def test_documents_adapt_for_themselves():
     alone = lively_net()
     fresh = ScoreFirstTTT(alone, SEQ_LEN, config)
     second = chunks(stream())[1]
-    only = second._replace(index=0, tokens=stream()[100:121], target_bytes=second.target_bytes[:20])
+    only = second._replace(index=0, start=None, tokens=stream()[100:121], target_bytes=second.target_bytes[:20])
     fresh.score_chunk(only)
     fresh.adapt_chunk(only)
     for (name, a), b in zip(net.named_parameters(), alone.parameters(), strict=True):

@@ -6,8 +6,8 @@ from tiny import TOKENIZER, write_data
 
 from hymba_lightning.checkpoints import write_checkpoint
 from hymba_lightning.commands import run_command
-from hymba_lightning.errors import is_user_error
 from hymba_lightning.data.tokenizer import train_tokenizer
+from hymba_lightning.errors import is_user_error
 from hymba_lightning.package.export import export
 from hymba_lightning.quantization import (
     ArtifactTooLargeError,

@@ -35,8 +35,28 @@ def test_another_runs_checkpoint_is_no_leave_to_overwrite(tmp_path):
 
 def test_overwriting_takes_away_all_that_a_run_wrote_and_nothing_else(tmp_path):
     folder = fill(tmp_path / "a")
-    RunFolder(folder, overwrite=True).start()
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    run = RunFolder(folder, overwrite=True, loggers=True)
+    (folder / "events.out.tfevents.2").write_text("of the new run, whose logger was there first")
+    run.start()
+    run.settle()
+    assert {path.name for path in folder.iterdir()} == {"notes.txt", "events.out.tfevents.2"}
+
+
+def test_what_came_to_nothing_gives_the_old_run_back(tmp_path):
+    folder = fill(tmp_path / "a")
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    run = RunFolder(folder, overwrite=True)
+    run.start()
+    (folder / "config.yaml").write_text("new")
+    (folder / "checkpoints").mkdir()
+    run.restore()
+    assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    # So does the next owner, where the process was killed in between.
+    run.start()
+    (folder / "config.yaml").write_text("new")
+    RunFolder(folder).claim("hymba test")
+    assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and not path.name.startswith((".lock", ".owner"))} == before
 
 
 def test_a_config_alone_shows_that_a_run_began_there(tmp_path):

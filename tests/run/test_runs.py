@@ -22,6 +22,7 @@ from hymba_lightning.checkpoints import CheckpointError, read_checkpoint, write_
 from hymba_lightning.cli import run as cli_run
 from hymba_lightning.data.shards import write_shard
 from hymba_lightning.evaluation.config import TTTConfig
+from hymba_lightning.model import HymbaConfig
 from hymba_lightning.run import Run, RunRecord
 from hymba_lightning.run.folder import RunExistsError
 from hymba_lightning.training.module import HymbaModule
@@ -79,6 +80,8 @@ def test_a_runs_files_lie_in_its_folder_whatever_the_logger(work, tmp_path, monk
     for name in ("a", "b"):
         files = {path.name for path in (tmp_path / "runs" / name).iterdir()}
         assert {"artifact.hymba", "summary.json", "record.json", "config.yaml", "checkpoints"} <= files
+        if "TensorBoardLogger" in logger or "--config" in logger:
+            assert any(name.startswith("events.out.tfevents") for name in files)
     assert {path.name for path in tmp_path.iterdir()} <= {"runs", "logs", "two.yaml"}
     cli_run(["test", "--config", str(work / "tiny.yaml"), "--run_dir", "runs/a", *logger, "--ckpt_path", "last"])
     assert (tmp_path / "runs" / "a" / "test_summary.json").is_file()
@@ -115,6 +118,29 @@ def test_what_is_refused_late_takes_nothing_away(work, fitted, tmp_path):
         hymba(work, "fit", folder, "--overwrite", "true", "--model.net.vocab_size", "512")
     assert (folder / "summary.json").read_bytes() == (fitted / "summary.json").read_bytes()
     assert (folder / "artifact.hymba").is_file()
+
+
+@pytest.mark.parametrize("options", [
+    ["--model.runtime.scan_backend", "triton"], ["--trainer.max_steps", "0"],
+    ["--trainer.min_steps", "3", "--model.budget_seconds", "3"], ["--export.filename", "checkpoints/last.ckpt"],
+    ["--export.filename", "."], ["--trainer.callbacks+", "LearningRateMonitor"],
+], ids=["backend", "no steps", "least steps", "the checkpoint's name", "the folder's name", "another callback"])
+def test_what_fails_before_its_first_step_leaves_the_old_run(work, fitted, tmp_path, options):
+    folder = copied(fitted, tmp_path / "run")
+    with pytest.raises(Exception):  # noqa: B017, PT011 - what each says is tested where it is raised
+        hymba(work, "fit", folder, "--overwrite", "true", *options)
+    for path in fitted.rglob("*"):
+        if path.is_file() and not path.name.startswith("."):
+            assert (folder / path.relative_to(fitted)).read_bytes() == path.read_bytes(), path
+
+
+def test_a_test_of_a_part_is_not_the_runs_score(work, fitted, tmp_path):
+    folder = copied(fitted, tmp_path / "run")
+    artifact = ["--ckpt_path", str(folder / "artifact.hymba")]
+    hymba(work, "test", folder, *artifact, "--trainer.limit_test_batches", "1")
+    assert RunRecord.load(folder).tested() is None
+    hymba(work, "test", folder, *artifact)
+    assert RunRecord.load(folder).tested().tokens == 699
 
 
 def test_a_new_run_in_an_old_folder_shows_nothing_of_the_old(work, fitted, tmp_path):
@@ -197,7 +223,7 @@ def test_a_finished_run_is_left_as_it_is(work, fitted, tmp_path, caplog):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     hymba(work, "fit", folder, "--ckpt_path", "last")
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    assert {path for path in after if after[path] != before.get(path)} <= {folder / "config.yaml", folder / ".lock"}
+    assert {path for path in after if after[path] != before.get(path)} <= {folder / ".lock"}
     hymba(work, "fit", folder, "--ckpt_path", "last", "--export.quantization.bits", "4")
     assert RunRecord.load(folder).artifact.settings["quantization"]["bits"] == 4
 
@@ -288,7 +314,9 @@ def test_an_optimizer_of_ones_own_is_no_option(work, tmp_path, option):
 
 
 def test_a_module_comes_back_from_its_checkpoint(fitted):
-    module = HymbaModule.load_from_checkpoint(fitted / "checkpoints" / "last.ckpt")
+    last = fitted / "checkpoints" / "last.ckpt"
+    HymbaModule.load_from_checkpoint(last, net=HymbaConfig(**NET), runtime={"activation_checkpointing": True})
+    module = HymbaModule.load_from_checkpoint(last)
     saved = read_checkpoint(fitted / "checkpoints" / "last.ckpt")["state_dict"]
     own = {name: value for name, value in module.state_dict().items() if name.startswith("net.")}
     assert all(torch.equal(value, saved[name]) for name, value in own.items())
