@@ -1,5 +1,6 @@
-"""Shared by all tests: one thread, and the folder of shared test modules on the path."""
+"""Shared by all tests: one thread, signals as in a terminal, and the folder of shared test modules on the path."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+# A shell that starts the tests in the background has them ignore these, and with them every process that they start.
+for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session")
