@@ -108,7 +108,7 @@ def test_checkpoint_of_two_ranks_goes_on_with_one(folder: Path, tmp_path: Path) 
     trainer = _trainer(max_steps=3, limit_val_batches=0, callbacks=[Save(tmp_path / "c.ckpt")])
     trainer.fit(RankRecorder(tmp_path), datamodule=data)
     state = torch.load(tmp_path / "c.ckpt", weights_only=False)["HymbaDataModule"]
-    assert state == {"spans": 2 * 2 * 2, "seq_len": 7}
+    assert (state["spans"], state["seq_len"]) == (2 * 2 * 2, 7)
     single = HymbaDataModule(str(folder), seq_len=7, micro_batch_size=3)
     single.load_state_dict(state)
     assert next(iter(single.train_dataloader())).inputs[:, 0].tolist() == [64, 72, 80]
