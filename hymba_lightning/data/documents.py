@@ -174,10 +174,11 @@ class DocumentReader:
 
     def _csv(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
         delimiter = "\t" if ".tsv" in file.path.name.lower() else ","
-        csv.field_size_limit(self.max_bytes)
         rows = csv.reader(self._csv_lines(file, raw), delimiter=delimiter, strict=True)
         header: list[str] = []
         while True:
+            # The limit is the whole process's, and others read CSV too.
+            before = csv.field_size_limit(self.max_bytes)
             try:
                 row = next(rows)
             except StopIteration:
@@ -187,6 +188,8 @@ class DocumentReader:
                 if not header or "field larger" in str(error) or "end of data" in str(error):
                     return
                 continue
+            finally:
+                csv.field_size_limit(before)
             if not header:
                 header = row
                 if self.text_key not in header:
