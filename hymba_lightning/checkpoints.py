@@ -33,8 +33,22 @@ PIECE = 1 << 20
 # Where a checkpoint has the SHA-256 of the tokenizer it was trained with.
 TOKENIZER_KEY = "tokenizer_sha256"
 # All that torch.load's readers raise on malformed input; they document none of it.
-READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError,
-               AttributeError, AssertionError, OverflowError, MemoryError, OSError, struct.error, zipfile.BadZipFile)
+READ_ERRORS = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+    OSError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 ANOTHER = "Go on from another checkpoint, or train anew"
 # Ten years: no run's clock shows more.
 MOST_SECONDS = 10 * 365 * 86_400.0
@@ -64,8 +78,9 @@ def write_checkpoint(path: str | os.PathLike[str], values: dict[str, Any]) -> st
     return digest
 
 
-def read_checkpoint(path: str | os.PathLike[str], *, allow_undigested: bool = False,
-                    mmap: bool = False) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | os.PathLike[str], *, allow_undigested: bool = False, mmap: bool = False
+) -> dict[str, Any]:
     """The dictionary in a checkpoint, tensors on the CPU, nothing in the file executed.
 
     Args:
@@ -87,8 +102,10 @@ def read_checkpoint(path: str | os.PathLike[str], *, allow_undigested: bool = Fa
             values = torch.load(str(path) if mmap else file, map_location="cpu", weights_only=True, mmap=mmap or None)
         except READ_ERRORS as error:
             reason = str(error).split("\n")[0]
-            raise CheckpointError(f"{path} is no checkpoint: it holds more than tensors and plain values, or is no "
-                                  f"file of torch.save ({reason}). {ANOTHER}") from error
+            raise CheckpointError(
+                f"{path} is no checkpoint: it holds more than tensors and plain values, or is no "
+                f"file of torch.save ({reason}). {ANOTHER}"
+            ) from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise CheckpointError(f"{path} is no checkpoint: it holds no dictionary of named values. {ANOTHER}")
     return values
@@ -110,8 +127,10 @@ def check_archive(file: BinaryIO) -> None:
         members = zipfile.ZipFile(file).infolist()
     except READ_ERRORS as error:
         raise ValueError(f"it is no archive of torch.save ({error})") from error
-    if any(member.compress_type != zipfile.ZIP_STORED for member in members) or \
-            sum(member.file_size for member in members) > size:
+    if (
+        any(member.compress_type != zipfile.ZIP_STORED for member in members)
+        or sum(member.file_size for member in members) > size
+    ):
         raise ValueError("its archive is compressed or overlaps, which torch.save never does")
 
 
@@ -128,6 +147,7 @@ def check_clock_state(path: str | os.PathLike[str], state: Any, global_step: Any
         CheckpointError: the state is missing, malformed, not finite, negative, absurdly large or at odds with itself or
             with the steps.
     """
+
     def refuse(what: str) -> CheckpointError:
         return CheckpointError(f"{path}: {what}, so what is left of the budget is not known. {ANOTHER}")
 
@@ -148,8 +168,10 @@ def check_clock_state(path: str | os.PathLike[str], state: Any, global_step: Any
         raise refuse(f"its training clock has {len(recent)} durations for {steps} steps")
     # Steps do not overlap, so they took no longer than the clock ran; the rest is rounding.
     if sum(recent) > elapsed * (1 + 1e-6) + 1e-3:
-        raise refuse(f"its last {len(recent)} steps took {sum(recent):.3f} s, and its training clock shows "
-                     f"{elapsed:.3f} s in all")
+        raise refuse(
+            f"its last {len(recent)} steps took {sum(recent):.3f} s, and its training clock shows "
+            f"{elapsed:.3f} s in all"
+        )
 
 
 def check_tokenizer(path: str | os.PathLike[str], recorded: Any, expected: str) -> None:
@@ -167,8 +189,10 @@ def check_tokenizer(path: str | os.PathLike[str], recorded: Any, expected: str) 
         return
     if recorded is None:
         raise CheckpointError(f"{path} does not say which tokenizer it was trained with. {ANOTHER}")
-    raise CheckpointError(f"{path} was made for another tokenizer (sha256 {str(recorded)[:DIGITS]}) than the data's "
-                          f"({expected}): give --data.tokenizer the right one")
+    raise CheckpointError(
+        f"{path} was made for another tokenizer (sha256 {str(recorded)[:DIGITS]}) than the data's "
+        f"({expected}): give --data.tokenizer the right one"
+    )
 
 
 def _is_seconds(value: Any) -> bool:
@@ -192,7 +216,7 @@ def _verify(path: Path, file: BinaryIO, allow_undigested: bool) -> str | None:
     if MARK not in end and not end.startswith(END_SIGNATURE):
         state = "truncated" if _starts_like_a_zip(file) else "neither an artifact nor a checkpoint of torch.save"
         raise CheckpointError(f"{path} is {state}. {ANOTHER}")
-    if not end.startswith(END_SIGNATURE) or end[END_RECORD - 2:-DIGITS] != struct.pack("<H", COMMENT_BYTES) + MARK:
+    if not end.startswith(END_SIGNATURE) or end[END_RECORD - 2 : -DIGITS] != struct.pack("<H", COMMENT_BYTES) + MARK:
         raise CheckpointError(f"{path} is damaged: its end is not as it was written. {ANOTHER}")
     digest = _digest(file, size - DIGITS)
     if digest.encode() != end[-DIGITS:]:
@@ -202,8 +226,10 @@ def _verify(path: Path, file: BinaryIO, allow_undigested: bool) -> str | None:
 
 def _verify_undigested(path: Path, file: BinaryIO, allowed: bool) -> None:
     if not allowed:
-        raise CheckpointError(f"{path} has no digest: something else than `hymba fit` wrote it, and damage would pass "
-                              "unnoticed. If you trust it, say so with allow_undigested")
+        raise CheckpointError(
+            f"{path} has no digest: something else than `hymba fit` wrote it, and damage would pass "
+            "unnoticed. If you trust it, say so with allow_undigested"
+        )
     try:
         damaged = zipfile.ZipFile(file).testzip()
     except READ_ERRORS as error:
@@ -222,7 +248,7 @@ def _digest(file: BinaryIO, n_bytes: int) -> str:
     file.seek(0)
     digest, piece = hashlib.sha256(), memoryview(bytearray(PIECE))
     while n_bytes > 0:
-        got = file.readinto(piece[:min(PIECE, n_bytes)])  # type: ignore[attr-defined]
+        got = file.readinto(piece[: min(PIECE, n_bytes)])  # type: ignore[attr-defined]
         if not got:
             break
         digest.update(piece[:got])

@@ -55,8 +55,9 @@ class FolderClaim:
         try:
             self._lock.acquire()
         except Timeout:
-            raise FolderInUseError(f"{self.folder} is in use by {self._owner()}: wait for its end, or choose another "
-                                   "folder") from None
+            raise FolderInUseError(
+                f"{self.folder} is in use by {self._owner()}: wait for its end, or choose another folder"
+            ) from None
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         owner = {"work": self.work, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
         # Only for the message to others: the lock holds without it, also on a full disk.
@@ -73,8 +74,9 @@ class FolderClaim:
         self.take()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.release()
 
     def _owner(self) -> str:

@@ -102,26 +102,47 @@ class HymbaCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         names = (self._command,) if self._command in SUBCOMMANDS else SUBCOMMANDS
-        not_options = {"model", "dataloaders", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only",
-                       "verbose"}
+        not_options = {
+            "model",
+            "dataloaders",
+            "train_dataloaders",
+            "val_dataloaders",
+            "datamodule",
+            "weights_only",
+            "verbose",
+        }
         return dict.fromkeys(names, not_options)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", type=str | None, default=None,
-                            help="Folder of the run: config, checkpoints, logs, artifact, summary, plots "
-                                 "(default: runs/<date>-<time>)")
-        parser.add_argument("--overwrite", type=bool, default=False,
-                            help="Let fit start anew in a folder that holds a run already")
-        parser.add_argument("--check_memory", type=bool, default=True,
-                            help="Refuse a fit on the CPU that needs far more memory than is free")
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of the run: config, checkpoints, logs, artifact, summary, plots (default: runs/<date>-<time>)",
+        )
+        parser.add_argument(
+            "--overwrite", type=bool, default=False, help="Let fit start anew in a folder that holds a run already"
+        )
+        parser.add_argument(
+            "--check_memory",
+            type=bool,
+            default=True,
+            help="Refuse a fit on the CPU that needs far more memory than is free",
+        )
         parser.add_lightning_class_args(TrainingCheckpoint, "checkpoint")
         parser.add_lightning_class_args(ExportArtifact, "export")
         parser.add_lightning_class_args(BudgetProgressBar, "progress")
         parser.add_lightning_class_args(RunSummary, "summary")
         # One endless pass over the data: the clock or max_steps ends a run, not an epoch.
-        parser.set_defaults({"trainer.max_epochs": 1, "trainer.use_distributed_sampler": False,
-                             "trainer.num_sanity_val_steps": 0, "trainer.enable_model_summary": False,
-                             "trainer.check_val_every_n_epoch": None})
+        parser.set_defaults(
+            {
+                "trainer.max_epochs": 1,
+                "trainer.use_distributed_sampler": False,
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.enable_model_summary": False,
+                "trainer.check_val_every_n_epoch": None,
+            }
+        )
 
     def _parse_ckpt_path(self) -> None:
         """LightningCLI would let a checkpoint's hyper-parameters override explicit flags; here flags win, and
@@ -166,23 +187,28 @@ class HymbaCLI(LightningCLI):
         if ckpt_path is not None and not Path(ckpt_path).is_file():
             raise FileNotFoundError(f"--ckpt_path {ckpt_path} does not exist")
         if ckpt_path is not None and is_artifact(ckpt_path):
-            raise ValueError(f"--ckpt_path {ckpt_path} is an artifact, which holds no state of training: fit goes on "
-                             "from a checkpoint, e.g. --ckpt_path last")
+            raise ValueError(
+                f"--ckpt_path {ckpt_path} is an artifact, which holds no state of training: fit goes on "
+                "from a checkpoint, e.g. --ckpt_path last"
+            )
         self.folder.check(ckpt_path)
         if self._get(self.config_init, "check_memory") and self.trainer.strategy.root_device.type == "cpu":
-            estimate = estimate_memory(model.net.config, model.net.runtime, datamodule.seq_len,
-                                       datamodule.micro_batch_size)
+            estimate = estimate_memory(
+                model.net.config, model.net.runtime, datamodule.seq_len, datamodule.micro_batch_size
+            )
             check_memory(estimate, free_memory(), self.trainer.num_devices)
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs, **SAFE)
 
-    def validate(self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None,
-                 **kwargs: Any) -> None:
+    def validate(
+        self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None, **kwargs: Any
+    ) -> None:
         """Scores a checkpoint or an artifact on the validation stream."""
         ckpt_path = self._load_weights(model, datamodule, ckpt_path)
         self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=True, **kwargs, **SAFE)
 
-    def test(self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None,
-             **kwargs: Any) -> None:
+    def test(
+        self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None, **kwargs: Any
+    ) -> None:
         """Scores a checkpoint or an artifact chunk by chunk with test-time training in between."""
         ckpt_path = self._load_weights(model, datamodule, ckpt_path)
         self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, **kwargs, **SAFE)
@@ -194,8 +220,9 @@ class HymbaCLI(LightningCLI):
 
     def _last(self) -> str:
         if not self.folder.checkpoint.is_file():
-            raise FileNotFoundError(f"{self.folder.checkpoint} does not exist: --ckpt_path last needs the --run_dir of "
-                                    "a run")
+            raise FileNotFoundError(
+                f"{self.folder.checkpoint} does not exist: --ckpt_path last needs the --run_dir of a run"
+            )
         return str(self.folder.checkpoint)
 
     def _load_weights(self, model: HymbaModule, data: HymbaDataModule, path: str | None) -> str | None:
@@ -211,11 +238,14 @@ class HymbaCLI(LightningCLI):
             return path
         artifact = load_artifact(path)
         if artifact.tokenizer.get("sha256") is None:
-            log.warning("%s does not say which tokenizer it was made for: its score means something only with that one",
-                        path)
+            log.warning(
+                "%s does not say which tokenizer it was made for: its score means something only with that one", path
+            )
         elif artifact.tokenizer["sha256"] != data.tokenizer_fingerprint():
-            raise ValueError(f"{path} was made for another tokenizer (sha256 {artifact.tokenizer.get('sha256')}) than "
-                             f"the data's ({data.tokenizer_fingerprint()}): give --data.tokenizer the right one")
+            raise ValueError(
+                f"{path} was made for another tokenizer (sha256 {artifact.tokenizer.get('sha256')}) than "
+                f"the data's ({data.tokenizer_fingerprint()}): give --data.tokenizer the right one"
+            )
         model.use_network(HymbaConfig.from_dict(artifact.config), artifact.state_dict)
         return None
 
@@ -245,6 +275,15 @@ def run(args: list[str], started: float | None = None) -> HymbaCLI:
     """Runs one of LightningCLI's subcommands. `started`: time.monotonic() when the command began."""
     check_config_files(args)
     make_folders_optional()
-    return HymbaCLI(HymbaModule, HymbaDataModule, args=args, command=args[0], started=started,
-                    seed_everything_default=1337, parser_class=TrainingParser, save_config_callback=RunConfig,
-                    auto_configure_optimizers=False, parser_kwargs={"prog": "hymba"})
+    return HymbaCLI(
+        HymbaModule,
+        HymbaDataModule,
+        args=args,
+        command=args[0],
+        started=started,
+        seed_everything_default=1337,
+        parser_class=TrainingParser,
+        save_config_callback=RunConfig,
+        auto_configure_optimizers=False,
+        parser_kwargs={"prog": "hymba"},
+    )

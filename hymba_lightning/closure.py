@@ -47,13 +47,23 @@ def _lazy_home(name: str) -> str | None:
     if file is None or file.name != "__init__.py":
         return None
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    return next((node.module for node in _types_only(tree)
-                 if isinstance(node, ast.ImportFrom) and last in [alias.name for alias in node.names]), None)
+    return next(
+        (
+            node.module
+            for node in _types_only(tree)
+            if isinstance(node, ast.ImportFrom) and last in [alias.name for alias in node.names]
+        ),
+        None,
+    )
 
 
 def _types_only(tree: ast.AST) -> list[ast.AST]:
-    return [inner for node in ast.walk(tree)
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for inner in ast.walk(node)]
+    return [
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    ]
 
 
 def _imports(path: Path) -> list[str]:

@@ -17,14 +17,42 @@ from types import TracebackType
 USER_ERROR, FAULT = 2, 1
 
 # A file is missing, in the way, not ours to touch, or its disk is full: nothing that another program could help.
-SYSTEM_REFUSALS = frozenset({errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
-                             errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG,
-                             errno.EIO, errno.EINVAL, errno.ENOTEMPTY, errno.EBUSY, errno.EMFILE, errno.ENXIO})
+SYSTEM_REFUSALS = frozenset(
+    {
+        errno.ENOENT,
+        errno.EEXIST,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.EFBIG,
+        errno.EIO,
+        errno.EINVAL,
+        errno.ENOTEMPTY,
+        errno.EBUSY,
+        errno.EMFILE,
+        errno.ENXIO,
+    }
+)
 OWN = ("hymba_lightning",)
 # Where Lightning checks what it is given; its other parts raise where the program is wrong.
-CHECKS = ("lightning.pytorch.trainer", "lightning.pytorch.cli", "lightning.pytorch.accelerators",
-          "lightning.pytorch.strategies", "lightning.pytorch.loggers", "lightning.pytorch.profilers",
-          "lightning.pytorch.plugins", "lightning.fabric", "lightning_utilities", "jsonargparse")
+CHECKS = (
+    "lightning.pytorch.trainer",
+    "lightning.pytorch.cli",
+    "lightning.pytorch.accelerators",
+    "lightning.pytorch.strategies",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.plugins",
+    "lightning.fabric",
+    "lightning_utilities",
+    "jsonargparse",
+)
 # What stumbles here stumbles over a file that is damaged or no checkpoint.
 READERS = ("torch.serialization", "torch._weights_only_unpickler")
 REFUSALS = (ValueError, ImportError, OSError, ArithmeticError)
@@ -61,8 +89,10 @@ def is_user_error(error: BaseException) -> bool:
 def sentence(error: BaseException) -> str:
     """The exception's text on one line, with a remedy where the text has none."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return (f"out of memory{_detail(error)}: take fewer data.micro_batch_size, a shorter data.seq_len, "
-                "model.runtime.activation_checkpointing true, or a smaller network")
+        return (
+            f"out of memory{_detail(error)}: take fewer data.micro_batch_size, a shorter data.seq_len, "
+            "model.runtime.activation_checkpointing true, or a smaller network"
+        )
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
         return f"{' and '.join(names)}: {error.strerror}" if names else error.strerror
@@ -88,8 +118,11 @@ def report(error: BaseException, command: str, debug: bool = False) -> int:
     if user:
         print(f"{where}: {sentence(error)}", file=sys.stderr)
         return USER_ERROR
-    print(f"{where}: {type(error).__name__}: {sentence(error)}. This is a fault of the program, not of what it was "
-          "given: please report it with the lines above", file=sys.stderr)
+    print(
+        f"{where}: {type(error).__name__}: {sentence(error)}. This is a fault of the program, not of what it was "
+        "given: please report it with the lines above",
+        file=sys.stderr,
+    )
     return FAULT
 
 

@@ -13,10 +13,20 @@ from hymba_lightning.errors import UsageError
 from hymba_lightning.usage import unknown
 
 # jsonargparse's words for types, and ours.
-TYPES = (("a <class 'int'>", "a whole number"), ("a <class 'float'>", "a number"), ("<class 'null'>", "null"),
-         ("a <class 'bool'>", "true or false"), ("a <class 'str'>", "text"), ("a typing.Literal", "one of "),
-         ("<class 'int'>", "a whole number"), ("<class 'float'>", "a number"), ("<class 'bool'>", "true or false"),
-         ("<class 'str'>", "text"), ("typing.", ""), ("NoneType", "null"))
+TYPES = (
+    ("a <class 'int'>", "a whole number"),
+    ("a <class 'float'>", "a number"),
+    ("<class 'null'>", "null"),
+    ("a <class 'bool'>", "true or false"),
+    ("a <class 'str'>", "text"),
+    ("a typing.Literal", "one of "),
+    ("<class 'int'>", "a whole number"),
+    ("<class 'float'>", "a number"),
+    ("<class 'bool'>", "true or false"),
+    ("<class 'str'>", "text"),
+    ("typing.", ""),
+    ("NoneType", "null"),
+)
 
 
 class OneSentence:
@@ -52,8 +62,9 @@ def check_config_files(args: list[str]) -> None:
     Raises:
         UsageError: a file that is given with --config is missing, no YAML, or no mapping of names to values.
     """
-    pairs = [arg.split("=", 1) if "=" in arg else [arg, value]
-             for arg, value in zip(args, [*args[1:], ""], strict=True)]
+    pairs = [
+        arg.split("=", 1) if "=" in arg else [arg, value] for arg, value in zip(args, [*args[1:], ""], strict=True)
+    ]
     for name in (value for option, value in pairs if option in ("-c", "--config")):
         try:
             content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
@@ -67,8 +78,10 @@ def check_config_files(args: list[str]) -> None:
             reason = getattr(error, "problem", None) or "it cannot be parsed"
             raise UsageError(f"--config {name}{where}: this is no YAML: {reason}") from None
         if content is not None and not isinstance(content, dict):
-            raise UsageError(f"--config {name} holds a {type(content).__name__}; names with values are needed, such as "
-                             "model: {budget_seconds: 90}")
+            raise UsageError(
+                f"--config {name} holds a {type(content).__name__}; names with values are needed, such as "
+                "model: {budget_seconds: 90}"
+            )
 
 
 def _names(parser: Any) -> list[str]:
@@ -89,8 +102,12 @@ def _plain(message: str) -> str:
         return text
     name, text = found.groups()
     # The alternatives of a union, with the reason against each, say no more than what was given.
-    text = re.sub(r"Does not validate against any of the Union subtypes.*? Subtypes: \[?(.*?)\]? Errors:.*? "
-                  r"Given value type: .*? Given value: (.*)", r"Expected one of \1. Got value: \2", text)
+    text = re.sub(
+        r"Does not validate against any of the Union subtypes.*? Subtypes: \[?(.*?)\]? Errors:.*? "
+        r"Given value type: .*? Given value: (.*)",
+        r"Expected one of \1. Got value: \2",
+        text,
+    )
     simple = re.fullmatch(r"Expected (.*?)\. Got value: (.*)", text)
     if simple:
         text = f"expected {simple[1]}, got {simple[2]!r}"

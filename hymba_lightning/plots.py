@@ -37,17 +37,22 @@ def _figure(width: float, height: float, n_rows: int = 1, ratios: list[float] | 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Draws every text as it is, a name with dollar signs too; only numbers on an axis may be formulas (10²)."""
-    numbers = {label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)
-               if not isinstance(axis.get_major_formatter(), FixedFormatter)
-               for label in axis.get_ticklabels(which="both")}
+    numbers = {
+        label
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        if not isinstance(axis.get_major_formatter(), FixedFormatter)
+        for label in axis.get_ticklabels(which="both")
+    }
     for text in figure.findobj(Text):
         if text not in numbers:
             text.set_parse_math(False)
     figure.savefig(path)
 
 
-def plot_training(train: list[TrainRow], val: list[ValRow], stages: dict[str, float], path: Path,
-                  unigram_bpb: float | None = None) -> Path:
+def plot_training(
+    train: list[TrainRow], val: list[ValRow], stages: dict[str, float], path: Path, unigram_bpb: float | None = None
+) -> Path:
     """Training loss (nats per token), bits per byte of validations and of the final stages, and the lr scale, each in
     a panel of its own over the same training seconds.
 
@@ -89,8 +94,15 @@ def _draw_bpb(axis: Axes, val: list[ValRow], stages: dict[str, float], end: floa
     axis.set_ylabel("bits per byte\n(validation)")
     if unigram_bpb is not None:
         axis.axhline(unigram_bpb, color=GREY, linestyle="--", linewidth=1)
-        axis.annotate(f"unigram {unigram_bpb:.3f}", (0, unigram_bpb), xycoords=("axes fraction", "data"), fontsize=8,
-                      color=INK, xytext=(4, 3), textcoords="offset points")
+        axis.annotate(
+            f"unigram {unigram_bpb:.3f}",
+            (0, unigram_bpb),
+            xycoords=("axes fraction", "data"),
+            fontsize=8,
+            color=INK,
+            xytext=(4, 3),
+            textcoords="offset points",
+        )
     drawn = [(name, bpb) for name, bpb in stages.items() if np.isfinite(bpb)]
     for (_, bpb), marker in zip(drawn, "s^Dv", strict=False):
         axis.plot(end, bpb, marker=marker, color=ORANGE, markersize=6, linestyle="none", markeredgecolor=INK)
@@ -98,10 +110,24 @@ def _draw_bpb(axis: Axes, val: list[ValRow], stages: dict[str, float], end: floa
     order = sorted(drawn, key=lambda stage: stage[1])
     heights = spread([(bpb - low) / (high - low) for _, bpb in order], 0.13)
     for (name, bpb), height in zip(order, heights, strict=True):
-        axis.annotate(f"{name} {bpb:.4f}", (end, bpb), xytext=(1.03, height), textcoords="axes fraction", fontsize=8,
-                      color=INK, va="center", annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4,
-                                  "relpos": (0, 0.5)})
+        axis.annotate(
+            f"{name} {bpb:.4f}",
+            (end, bpb),
+            xytext=(1.03, height),
+            textcoords="axes fraction",
+            fontsize=8,
+            color=INK,
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": GREY,
+                "linewidth": 0.8,
+                "shrinkA": 1,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
+        )
 
 
 def spread(places: list[float], distance: float) -> list[float]:
@@ -130,16 +156,29 @@ def plot_ttt(scores: list[Score], tokens_per_chunk: int, path: Path, artifact_bp
         total = total + score
         running.append(total.bpb)
     tokens = np.cumsum([score.n_tokens for score in scores])
-    axis.plot(tokens, [score.bpb for score in scores], color=GREY, marker="o", markersize=3, linewidth=0.8,
-              label="each chunk, scored before training on it")
+    axis.plot(
+        tokens,
+        [score.bpb for score in scores],
+        color=GREY,
+        marker="o",
+        markersize=3,
+        linewidth=0.8,
+        label="each chunk, scored before training on it",
+    )
     axis.plot(tokens, running, color=BLUE, linewidth=1.8, label=f"running score, {running[-1]:.4f} at the end")
     if artifact_bpb is not None:
-        axis.axhline(artifact_bpb, color=ORANGE, linestyle="--", linewidth=1.2,
-                     label=f"artifact without adaptation {artifact_bpb:.4f}")
+        axis.axhline(
+            artifact_bpb,
+            color=ORANGE,
+            linestyle="--",
+            linewidth=1.2,
+            label=f"artifact without adaptation {artifact_bpb:.4f}",
+        )
     axis.set_xlabel("validation tokens scored")
     axis.set_ylabel("bits per byte")
-    axis.set_title(f"Score-first test-time training, chunks of {tokens_per_chunk:,} tokens", color=INK, loc="left",
-                   fontsize=12)
+    axis.set_title(
+        f"Score-first test-time training, chunks of {tokens_per_chunk:,} tokens", color=INK, loc="left", fontsize=12
+    )
     axis.legend(fontsize=8, frameon=False)
     save_figure(figure, path)
     return path
@@ -151,27 +190,47 @@ def plot_context(by_context: list[CurvePoint], by_document: list[CurvePoint], pa
     Each bin doubles; points sit at the bin's geometric middle with bars of two standard errors. Bins of fewer than
     MIN_TOKENS tokens are left out; None, and no file, where no bin is left.
     """
-    curves = [([point for point in points if point.n_tokens >= MIN_TOKENS], color, label)
-              for points, color, label in ((by_document, GREY, "place in the document"),
-                                           (by_context, BLUE, "tokens it was predicted from"))]
+    curves = [
+        ([point for point in points if point.n_tokens >= MIN_TOKENS], color, label)
+        for points, color, label in (
+            (by_document, GREY, "place in the document"),
+            (by_context, BLUE, "tokens it was predicted from"),
+        )
+    ]
     if not any(points for points, _, _ in curves):
         return None
     figure, (axis,) = _figure(8.2, 4.0)
     for points, color, label in curves:
         if points:
-            axis.errorbar([point.at_least * 2**0.5 for point in points], [point.bpb for point in points],
-                          yerr=[2 * point.error for point in points], color=color, marker="o", markersize=4,
-                          linewidth=1.4, elinewidth=1, capsize=2.5, label=label)
+            axis.errorbar(
+                [point.at_least * 2**0.5 for point in points],
+                [point.bpb for point in points],
+                yerr=[2 * point.error for point in points],
+                color=color,
+                marker="o",
+                markersize=4,
+                linewidth=1.4,
+                elinewidth=1,
+                capsize=2.5,
+                label=label,
+            )
     axis.set_xscale("log", base=2)
     bins = sorted({point.at_least for points, _, _ in curves for point in points})
-    shown = bins[::-(-len(bins) // 10)]
+    shown = bins[:: -(-len(bins) // 10)]
     axis.set_xticks(shown, [f"{at // 1024}K" if at >= 1024 else str(at) for at in shown])
     axis.minorticks_off()
     axis.set_xlabel("tokens before the scored one")
     axis.set_ylabel("bits per byte")
     axis.set_title(f"What context is worth, evaluation mode {printable(mode)}", color=INK, loc="left", fontsize=12)
-    axis.text(1, 1.02, f"bins of at least {MIN_TOKENS} tokens, bars ± 2 standard errors", transform=axis.transAxes,
-              ha="right", fontsize=8, color=INK)
+    axis.text(
+        1,
+        1.02,
+        f"bins of at least {MIN_TOKENS} tokens, bars ± 2 standard errors",
+        transform=axis.transAxes,
+        ha="right",
+        fontsize=8,
+        color=INK,
+    )
     axis.legend(fontsize=8, frameon=False)
     save_figure(figure, path)
     return path

@@ -92,7 +92,7 @@ def start_again_in_utf8() -> None:
 
     Does nothing where the command line is not this process's own, as in a child of multiprocessing.
     """
-    if sys.argv[1:] == sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1:] and len(sys.orig_argv) > 1:
+    if sys.argv[1:] == sys.orig_argv[len(sys.orig_argv) - len(sys.argv) + 1 :] and len(sys.orig_argv) > 1:
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

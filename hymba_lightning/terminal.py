@@ -8,17 +8,38 @@ import warnings
 from typing import TextIO
 
 # Parts of library messages that tell a user of this command nothing.
-NOISE = ("litlogger", "TPU available", "GPU available", "Tensor Cores", "`Trainer.fit` stopped: `max_epochs=1`",
-         "Seed set to", "Initializing distributed:", "distributed_backend=", "All distributed processes registered",
-         "LOCAL_RANK:", "Restoring states from the checkpoint path", "Restored all states from the checkpoint",
-         "Loaded model weights from the checkpoint", "`Trainer.fit` stopped: `max_steps=", "-" * 20)
+NOISE = (
+    "litlogger",
+    "TPU available",
+    "GPU available",
+    "Tensor Cores",
+    "`Trainer.fit` stopped: `max_epochs=1`",
+    "Seed set to",
+    "Initializing distributed:",
+    "distributed_backend=",
+    "All distributed processes registered",
+    "LOCAL_RANK:",
+    "Restoring states from the checkpoint path",
+    "Restored all states from the checkpoint",
+    "Loaded model weights from the checkpoint",
+    "`Trainer.fit` stopped: `max_steps=",
+    "-" * 20,
+)
 # Warnings of libraries about what this package does on purpose, or about their own insides.
 QUIET_WARNINGS = (
-    "LightningCLI's args parameter", r".*isinstance\(treespec, LeafSpec\)", ".*does not have many workers",
-    r".*Checkpoint directory .* exists and is not empty", ".*You have overridden .* `configure_callbacks`",
-    ".*Starting from v1.9.0, `tensorboardX`", r".*`training_step` returned `None`", ".*`lr_scheduler.step\\(\\)`",
-    ".*is incompatible with the `torch.compile`", ".*The `srun` command is available on your system",
-    ".*pkg_resources is deprecated", ".*pynvml package is deprecated", ".*Please use the new API settings to control",
+    "LightningCLI's args parameter",
+    r".*isinstance\(treespec, LeafSpec\)",
+    ".*does not have many workers",
+    r".*Checkpoint directory .* exists and is not empty",
+    ".*You have overridden .* `configure_callbacks`",
+    ".*Starting from v1.9.0, `tensorboardX`",
+    r".*`training_step` returned `None`",
+    ".*`lr_scheduler.step\\(\\)`",
+    ".*is incompatible with the `torch.compile`",
+    ".*The `srun` command is available on your system",
+    ".*pkg_resources is deprecated",
+    ".*pynvml package is deprecated",
+    ".*Please use the new API settings to control",
 )
 
 
@@ -64,7 +85,13 @@ def take_over_lightnings_messages() -> None:
         logger.propagate = True
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int,
-                  file: TextIO | None = None, line: str | None = None) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     text = " ".join(str(message).split())
     print(f"warning: {text}", file=file or sys.stderr, flush=True)

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 # Paths inside a line that start at a root, a home or above here; no fractions ("bits / byte"), no addresses of hosts.
-PATHS = re.compile(r"""(?<![\w.:/~])(?:(?:file|sqlite):/*(?=/)|~[\w.-]*|\.\.)?(?:/[^\s"'`<>|:,;(){}\[\]/]+){2,}/?
+PATHS = re.compile(
+    r"""(?<![\w.:/~])(?:(?:file|sqlite):/*(?=/)|~[\w.-]*|\.\.)?(?:/[^\s"'`<>|:,;(){}\[\]/]+){2,}/?
                        |(?<![\w.:/~])(?:~[\w.-]*|\.\.)/[^\s"'`<>|:,;(){}\[\]/]+/?
-                       |(?<!\w)(?:[A-Za-z]:|\\)\\(?:[^\s"'`<>|:]+)""", re.VERBOSE)
+                       |(?<!\w)(?:[A-Za-z]:|\\)\\(?:[^\s"'`<>|:]+)""",
+    re.VERBOSE,
+)
 WHOLE = re.compile(r"(?:~|[A-Za-z]:\\|\\\\|/(?!/)).*")
 
 
 def printable(text: str, most: int | None = None) -> str:
     """The text without characters that would steer a terminal, its middle left out where it has over `most`."""
     if most is not None and len(text) > most:
-        text = f"{text[:most // 2]} … {text[-(most // 2):]}"
+        text = f"{text[: most // 2]} … {text[-(most // 2) :]}"
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 

@@ -28,14 +28,21 @@ COMMON = {
 }
 # Options of Lightning that mean nothing to these commands; they are still accepted.
 NOT_IN_HELP = (
-    "trainer.limit_predict_batches", "trainer.sync_batchnorm", "trainer.reload_dataloaders_every_n_epochs",
-    "trainer.use_distributed_sampler", "trainer.model_registry", "trainer.min_epochs", "trainer.min_steps",
+    "trainer.limit_predict_batches",
+    "trainer.sync_batchnorm",
+    "trainer.reload_dataloaders_every_n_epochs",
+    "trainer.use_distributed_sampler",
+    "trainer.model_registry",
+    "trainer.min_epochs",
+    "trainer.min_steps",
 )
 # The first line of a docstring is no title for a group that stands among others.
 TITLES = {"trainer": "Lightning's Trainer", "ckpt_path": "Weights"}
-CKPT_PATH = {"fit": "Checkpoint to go on from; 'last' is that of --run_dir",
-             "validate": "Artifact or checkpoint to score; 'last' is the checkpoint of --run_dir",
-             "test": "Artifact or checkpoint to score; 'last' is the checkpoint of --run_dir"}
+CKPT_PATH = {
+    "fit": "Checkpoint to go on from; 'last' is that of --run_dir",
+    "validate": "Artifact or checkpoint to score; 'last' is the checkpoint of --run_dir",
+    "test": "Artifact or checkpoint to score; 'last' is the checkpoint of --run_dir",
+}
 
 
 class TrainingParser(OneSentence, LightningArgumentParser):
@@ -64,14 +71,23 @@ class TrainingParser(OneSentence, LightningArgumentParser):
 
 def _is_lightnings(group: Any) -> bool:
     """Sorts stably: ours as they come, then the others."""
-    return any(action.dest.partition(".")[0] in ("trainer", "optimizer", "lr_scheduler")
-               for action in group._group_actions)
+    return any(
+        action.dest.partition(".")[0] in ("trainer", "optimizer", "lr_scheduler") for action in group._group_actions
+    )
 
 
 def _common(parser: argparse.ArgumentParser, command: str) -> str:
     known = {action.dest for action in parser._actions}
-    skip = {"fit": ("model.ttt.mode",)}.get(command, ("overwrite", "model.budget_seconds", "trainer.max_steps",
-                                                      "trainer.accumulate_grad_batches", "model.compile",
-                                                      "export.quantization.scheme"))
+    skip = {"fit": ("model.ttt.mode",)}.get(
+        command,
+        (
+            "overwrite",
+            "model.budget_seconds",
+            "trainer.max_steps",
+            "trainer.accumulate_grad_batches",
+            "model.compile",
+            "export.quantization.scheme",
+        ),
+    )
     lines = [f"  --{dest:<34}{text}" for dest, text in COMMON.items() if dest in known and dest not in skip]
     return "most used:\n" + "\n".join(lines) + "\n"

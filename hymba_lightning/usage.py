@@ -26,13 +26,29 @@ COMMANDS = {
     "import-reference": "take over the public reference run's checkpoint or quantized file",
 }
 # What other tools call it.
-OTHER_NAMES = {"train": "fit", "pretrain": "fit", "run": "fit", "resume": "fit", "eval": "validate",
-               "evaluate": "validate", "score": "test", "ttt": "test", "generate": "sample", "complete": "sample",
-               "quantize": "export", "tokenize": "prepare", "preprocess": "prepare", "info": "inspect",
-               "show": "inspect", "plot": "report", "submit": "package", "submission": "package"}
+OTHER_NAMES = {
+    "train": "fit",
+    "pretrain": "fit",
+    "run": "fit",
+    "resume": "fit",
+    "eval": "validate",
+    "evaluate": "validate",
+    "score": "test",
+    "ttt": "test",
+    "generate": "sample",
+    "complete": "sample",
+    "quantize": "export",
+    "tokenize": "prepare",
+    "preprocess": "prepare",
+    "info": "inspect",
+    "show": "inspect",
+    "plot": "report",
+    "submit": "package",
+    "submission": "package",
+}
 MISSING = {
     "fit": "nothing says what to train on and what ends the run: give --config with a file, such as "
-           "configs/demo.yaml, or --data.data_dir and one of --model.budget_seconds and --trainer.max_steps",
+    "configs/demo.yaml, or --data.data_dir and one of --model.budget_seconds and --trainer.max_steps",
     "validate": "nothing to score: give --ckpt_path with an artifact or a checkpoint, and the --config of its run",
     "test": "nothing to score: give --ckpt_path with an artifact or a checkpoint, and the --config of its run",
 }
@@ -55,6 +71,7 @@ commands:
 
 def versions() -> str:
     """Ours, and those of the libraries a result depends on; nothing is imported for it."""
+
     def version(name: str) -> str:
         try:
             return f"{name} {importlib.metadata.version(name)}"
@@ -142,7 +159,7 @@ def after_stop(args: Sequence[str], signal_name: str, saved: Saved | None) -> st
         return f"stopped by {signal_name} before it was done; to do it again: hymba {shlex.join(args)}"
     if saved is None:
         return f"stopped by {signal_name} before anything was saved; to start again: hymba {shlex.join(args)}"
-    return (f"stopped by {signal_name}; {saved.path} holds step {saved.step}. To go on: {resume_command(args, saved)}")
+    return f"stopped by {signal_name}; {saved.path} holds step {saved.step}. To go on: {resume_command(args, saved)}"
 
 
 def after_fit(run_dir: Path, artifact: Path | None) -> str:
@@ -150,6 +167,8 @@ def after_fit(run_dir: Path, artifact: Path | None) -> str:
     run = shlex.quote(str(run_dir))
     weights = shlex.quote(str(artifact or run_dir / "checkpoints" / "last.ckpt"))
     config = shlex.quote(str(run_dir / "config.yaml"))
-    return (f"next: hymba test --config {config} --run_dir {run} --ckpt_path {weights}\n"
-            f"      hymba sample --ckpt_path {weights} --prompt \"Once\"\n"
-            f"      hymba report {run}")
+    return (
+        f"next: hymba test --config {config} --run_dir {run} --ckpt_path {weights}\n"
+        f'      hymba sample --ckpt_path {weights} --prompt "Once"\n'
+        f"      hymba report {run}"
+    )

@@ -26,10 +26,21 @@ def write_config(folder: Path, **model: object) -> Path:
     write_data(folder / "data")
     config = {
         "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 30, "logger": False},
-        "model": {"net": NET, "optimizer": {"warmdown_iters": 20, "muon_momentum_warmup_steps": 15}, "ema_decay": 0.9,
-                  "log_every_n_steps": 5, "compile_warmup_steps": 0, **model},
-        "data": {"data_dir": str(folder / "data"), "seq_len": 64, "micro_batch_size": 2, "ttt_chunk_tokens": 256,
-                 "shuffle_seed": 3},
+        "model": {
+            "net": NET,
+            "optimizer": {"warmdown_iters": 20, "muon_momentum_warmup_steps": 15},
+            "ema_decay": 0.9,
+            "log_every_n_steps": 5,
+            "compile_warmup_steps": 0,
+            **model,
+        },
+        "data": {
+            "data_dir": str(folder / "data"),
+            "seq_len": 64,
+            "micro_batch_size": 2,
+            "ttt_chunk_tokens": 256,
+            "shuffle_seed": 3,
+        },
         "checkpoint": {"every_n_seconds": None, "every_n_steps": 1},
         "export": {"enabled": False},
         "summary": {"plots": False},
@@ -54,8 +65,9 @@ def _run(arguments: list[str], environment: dict[str, str], log: str, hook: obje
     main()
 
 
-def start(arguments: list[str], log: Path, environment: dict[str, str] | None = None,
-          hook: object = None) -> multiprocessing.Process:
+def start(
+    arguments: list[str], log: Path, environment: dict[str, str] | None = None, hook: object = None
+) -> multiprocessing.Process:
     """Starts `hymba <arguments>`; its output is appended to `log`. `hook(rank)`, importable, runs first."""
     process = CONTEXT.Process(target=_run, args=(arguments, environment or {}, str(log), hook), daemon=True)
     process.start()
@@ -67,24 +79,50 @@ def start_ranks(arguments: list[str], log: Path, world_size: int, hook: object =
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size),
-              "LOCAL_WORLD_SIZE": str(world_size), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
-    return [start([*arguments, "--trainer.devices", str(world_size), "--trainer.strategy", "ddp"],
-                  log.with_name(f"{log.name}.{rank}"), shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, hook)
-            for rank in range(world_size)]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    return [
+        start(
+            [*arguments, "--trainer.devices", str(world_size), "--trainer.strategy", "ddp"],
+            log.with_name(f"{log.name}.{rank}"),
+            shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            hook,
+        )
+        for rank in range(world_size)
+    ]
 
 
-def start_nodes(arguments: list[str], log: Path, n_nodes: int, hook: object,
-                environment: dict[str, str]) -> list[multiprocessing.Process]:
+def start_nodes(
+    arguments: list[str], log: Path, n_nodes: int, hook: object, environment: dict[str, str]
+) -> list[multiprocessing.Process]:
     """Starts one process per node, of one rank each, as torchrun on every node would. Node n logs to <log>.n"""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n_nodes), "LOCAL_RANK": "0",
-              "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "test"}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(n_nodes),
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "TORCHELASTIC_RUN_ID": "test",
+    }
     options = ["--trainer.devices", "1", "--trainer.num_nodes", str(n_nodes), "--trainer.strategy", "ddp"]
-    return [start([*arguments, *options], log.with_name(f"{log.name}.{node}"),
-                  shared | environment | {"RANK": str(node), "GROUP_RANK": str(node)}, hook) for node in range(n_nodes)]
+    return [
+        start(
+            [*arguments, *options],
+            log.with_name(f"{log.name}.{node}"),
+            shared | environment | {"RANK": str(node), "GROUP_RANK": str(node)},
+            hook,
+        )
+        for node in range(n_nodes)
+    ]
 
 
 def finish(processes: list[multiprocessing.Process], timeout: float = 120.0) -> list[int | None]:

@@ -11,8 +11,18 @@ def make_run(folder: Path, steps: int = 8, name: str = "run") -> Path:
     """Config tiny.yaml and data in `folder`; the run is in <folder>/<name>, which is returned."""
     config, run = write_config(folder, ttt={"epochs": 1, "freeze_blocks": 0, "lr": 0.02}), folder / name
     common = ["--config", str(config), "--run_dir", str(run)]
-    fit = ["fit", *common, "--export.enabled", "true", "--trainer.max_steps", str(steps), "--model.log_every_n_steps",
-           "2", "--trainer.val_check_interval", "4"]
+    fit = [
+        "fit",
+        *common,
+        "--export.enabled",
+        "true",
+        "--trainer.max_steps",
+        str(steps),
+        "--model.log_every_n_steps",
+        "2",
+        "--trainer.val_check_interval",
+        "4",
+    ]
     test = ["test", *common, "--ckpt_path", str(run / "artifact.hymba")]
     for command in (fit, test):
         if finish([start(command, folder / "log")]) != [0]:

@@ -42,13 +42,26 @@ def ttt_chunks(vectors: dict[str, Tensor], chunk_tokens: int, n_tokens: int | No
     target_bytes = vectors["base_bytes"][targets].short()
     target_bytes += (vectors["has_leading_space"][targets] & ~vectors["is_boundary"][previous]).short()
     n_chunks = -(-targets.numel() // chunk_tokens)
-    return [Chunk(i, n_chunks, tokens[i * chunk_tokens:(i + 1) * chunk_tokens + 1],
-                  target_bytes[i * chunk_tokens:(i + 1) * chunk_tokens]) for i in range(n_chunks)]
+    return [
+        Chunk(
+            i,
+            n_chunks,
+            tokens[i * chunk_tokens : (i + 1) * chunk_tokens + 1],
+            target_bytes[i * chunk_tokens : (i + 1) * chunk_tokens],
+        )
+        for i in range(n_chunks)
+    ]
 
 
 def ttt_config(values: dict[str, Any], **changes: Any) -> TTTConfig:
     """The recipe of ttt.json: the reference's, which drops partial sequences."""
-    recipe = {"epochs": values["epochs"], "lr": values["lr"], "momentum": values["momentum"],
-              "batch_seqs": values["batch_seqs"], "freeze_blocks": values["freeze_blocks"],
-              "grad_clip": values["grad_clip"], "drop_partial": True}
+    recipe = {
+        "epochs": values["epochs"],
+        "lr": values["lr"],
+        "momentum": values["momentum"],
+        "batch_seqs": values["batch_seqs"],
+        "freeze_blocks": values["freeze_blocks"],
+        "grad_clip": values["grad_clip"],
+        "drop_partial": True,
+    }
     return TTTConfig(**(recipe | changes))

@@ -52,6 +52,7 @@ def rank_1_hangs(rank: int) -> None:
 
 def error_on_rank_1(rank: int) -> None:
     """Rank 1 fails with an exception in its fifth step."""
+
     def fail(loss: object) -> None:
         raise ValueError("the cooling failed")
 
@@ -158,6 +159,7 @@ def slow_validation(rank: int) -> None:
 
 def a_fault_in_the_program(rank: int) -> None:
     """A conversion inside the package fails, which is nobody's bad input."""
+
     def fail(loss: object) -> None:
         raise ZeroDivisionError("the cooling failed")
 

@@ -9,19 +9,53 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hymba_lightning"
 # A module may import from its own level and below.
-LEVELS = {"__init__": 0, "claim": 0, "closure": 0, "errors": 0, "files": 0, "signals": 0, "streams": 0, "terminal": 0,
-          "text": 0, "usage": 0, "ops": 0, "checkpoints": 1, "model": 1, "data": 2, "quantization": 2, "evaluation": 2,
-          "generation": 2, "interop": 2, "metrics": 2, "plots": 2, "trainer_internals": 2, "run": 3, "report": 4,
-          "callbacks": 4, "package": 5, "training": 5, "options": 6, "training_options": 6, "studies": 6, "cli": 6,
-          "commands": 6, "help_text": 7, "__main__": 7}
+LEVELS = {
+    "__init__": 0,
+    "claim": 0,
+    "closure": 0,
+    "errors": 0,
+    "files": 0,
+    "signals": 0,
+    "streams": 0,
+    "terminal": 0,
+    "text": 0,
+    "usage": 0,
+    "ops": 0,
+    "checkpoints": 1,
+    "model": 1,
+    "data": 2,
+    "quantization": 2,
+    "evaluation": 2,
+    "generation": 2,
+    "interop": 2,
+    "metrics": 2,
+    "plots": 2,
+    "trainer_internals": 2,
+    "run": 3,
+    "report": 4,
+    "callbacks": 4,
+    "package": 5,
+    "training": 5,
+    "options": 6,
+    "training_options": 6,
+    "studies": 6,
+    "cli": 6,
+    "commands": 6,
+    "help_text": 7,
+    "__main__": 7,
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imported(path: Path) -> list[str]:
     """Dotted names a file imports, except under `if TYPE_CHECKING`."""
     tree = ast.parse(path.read_text())
-    typing_only = {id(inner) for node in ast.walk(tree)
-                   if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for inner in ast.walk(node)}
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
     names = []
     for node in ast.walk(tree):
         if id(node) in typing_only:
@@ -62,17 +96,33 @@ def _says_its_encoding(call: ast.Call) -> bool:
     if name not in ("open", "fdopen") or (owner in ("os", "gzip", "tarfile", "zipfile", "Image") and name == "open"):
         return True
     position = 0 if isinstance(call.func, ast.Attribute) and name == "open" else 1
-    modes = [*call.args[position:position + 1], *(word.value for word in call.keywords if word.arg == "mode")]
+    modes = [*call.args[position : position + 1], *(word.value for word in call.keywords if word.arg == "mode")]
     # A mode that depends is seen by what it depends on.
-    return any(isinstance(part, ast.Constant) and isinstance(part.value, str) and "b" in part.value
-               for mode in modes for part in ast.walk(mode))
+    return any(
+        isinstance(part, ast.Constant) and isinstance(part.value, str) and "b" in part.value
+        for mode in modes
+        for part in ast.walk(mode)
+    )
 
 
-@pytest.mark.parametrize(("code", "holds"), [
-    ("open('x')", False), ("open('x', 'w')", False), ("open('x', 'rb')", True), ("open('x', encoding='utf-8')", True),
-    ("path.open()", False), ("path.open('wb')", True), ("path.read_text()", False), ("path.write_text('x')", False),
-    ("os.fdopen(handle, 'wb')", True), ("os.fdopen(handle, 'w')", False), ("os.open('x', os.O_RDWR)", True),
-    ("path.read_text(errors='replace')", False), ("gzip.open(raw)", True)])
+@pytest.mark.parametrize(
+    ("code", "holds"),
+    [
+        ("open('x')", False),
+        ("open('x', 'w')", False),
+        ("open('x', 'rb')", True),
+        ("open('x', encoding='utf-8')", True),
+        ("path.open()", False),
+        ("path.open('wb')", True),
+        ("path.read_text()", False),
+        ("path.write_text('x')", False),
+        ("os.fdopen(handle, 'wb')", True),
+        ("os.fdopen(handle, 'w')", False),
+        ("os.open('x', os.O_RDWR)", True),
+        ("path.read_text(errors='replace')", False),
+        ("gzip.open(raw)", True),
+    ],
+)
 def test_what_counts_as_saying_the_encoding(code, holds):
     assert _says_its_encoding(ast.parse(code).body[0].value) is holds
 

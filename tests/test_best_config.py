@@ -19,12 +19,39 @@ def test_a_small_net_goes_through_every_stage_of_the_best_recipe(tmp_path):
     write_data(tmp_path / "data")
     small = {key: value for key, value in NET.items() if not key.startswith("bigram")}
     options = [part for name, value in small.items() for part in (f"--model.net.{name}", str(value))]
-    common = ["--config", str(BEST), "--run_dir", str(tmp_path / "run"), *options, "--trainer.accelerator", "cpu",
-              "--trainer.devices", "1", "--trainer.strategy", "auto", "--model.compile", "false",
-              "--data.data_dir", str(tmp_path / "data"), "--data.seq_len", "64", "--data.ttt_chunk_tokens", "256",
-              "--model.ttt.train_seq_len", "16"]
-    steps = ["--trainer.max_steps", "8", "--model.budget_seconds", "null", "--model.reserve_seconds", "0",
-             "--export.calibration_batches", "2"]
+    common = [
+        "--config",
+        str(BEST),
+        "--run_dir",
+        str(tmp_path / "run"),
+        *options,
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.devices",
+        "1",
+        "--trainer.strategy",
+        "auto",
+        "--model.compile",
+        "false",
+        "--data.data_dir",
+        str(tmp_path / "data"),
+        "--data.seq_len",
+        "64",
+        "--data.ttt_chunk_tokens",
+        "256",
+        "--model.ttt.train_seq_len",
+        "16",
+    ]
+    steps = [
+        "--trainer.max_steps",
+        "8",
+        "--model.budget_seconds",
+        "null",
+        "--model.reserve_seconds",
+        "0",
+        "--export.calibration_batches",
+        "2",
+    ]
     run(["fit", *common, *steps])
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["steps"] == 8
@@ -42,7 +69,10 @@ def test_it_is_the_seeds_network_but_for_what_it_names():
     values = yaml.safe_load(BEST.read_text())["model"]
     net = HymbaConfig(**values["net"])
     assert net.to_dict().items() - HymbaConfig().to_dict().items() == {
-        ("vocab_size", 8192), ("bigram_hash", False), ("branch_gate", 12)}
+        ("vocab_size", 8192),
+        ("bigram_hash", False),
+        ("branch_gate", 12),
+    }
     OptimizerConfig(**values["optimizer"])
 
 
@@ -51,4 +81,5 @@ def test_it_trains_in_the_same_seconds_on_as_many_tokens_a_step(other):
     best, other = (yaml.safe_load((BEST.parent / name).read_text()) for name in ("best.yaml", other))
     assert best["model"]["budget_seconds"] == other["model"]["budget_seconds"]
     assert {key: best["data"][key] for key in ("seq_len", "micro_batch_size")} == {
-        key: other["data"][key] for key in ("seq_len", "micro_batch_size")}
+        key: other["data"][key] for key in ("seq_len", "micro_batch_size")
+    }

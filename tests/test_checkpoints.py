@@ -26,13 +26,19 @@ from hymba_lightning.checkpoints import (
 )
 
 N_DAMAGED = 400
-VALUES = {"state_dict": {"a": torch.arange(300.0).view(3, 100), "b": torch.ones(7, dtype=torch.int64)},
-          "global_step": 12, "callbacks": {"WallClock": {"elapsed": 3.5, "steps": 12, "recent": [0.25] * 12}}}
+VALUES = {
+    "state_dict": {"a": torch.arange(300.0).view(3, 100), "b": torch.ones(7, dtype=torch.int64)},
+    "global_step": 12,
+    "callbacks": {"WallClock": {"elapsed": 3.5, "steps": 12, "recent": [0.25] * 12}},
+}
 
 
 def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"]) \
+    return (
+        a.keys() == b.keys()
+        and all(torch.equal(a["state_dict"][k], b["state_dict"][k]) for k in a["state_dict"])
         and {k: v for k, v in a.items() if k != "state_dict"} == {k: v for k, v in b.items() if k != "state_dict"}
+    )
 
 
 def saved_elsewhere() -> bytes:
@@ -53,17 +59,17 @@ def damage(content: bytes, rng: random.Random) -> bytes:
     damaged = content
     while damaged == content:
         kind, start, length = rng.randrange(8), rng.randrange(len(content)), rng.choice([1, 1, 8, 512, 4096])
-        piece = content[start:start + length]
+        piece = content[start : start + length]
         if kind == 0:
             damaged = content[:start]
         elif kind == 1:
-            damaged = content[:start] + content[start + length:]
+            damaged = content[:start] + content[start + length :]
         elif kind == 2:
             damaged = content[:start] + piece + content[start:]
         elif kind == 3:
-            damaged = content[:start] + bytes(len(piece)) + content[start + length:]
+            damaged = content[:start] + bytes(len(piece)) + content[start + length :]
         elif kind == 4:
-            damaged = content[:start] + rng.randbytes(len(piece)) + content[start + length:]
+            damaged = content[:start] + rng.randbytes(len(piece)) + content[start + length :]
         elif kind == 5:
             damaged = content + rng.randbytes(length)
         elif kind == 6:
@@ -115,7 +121,7 @@ def test_a_file_of_something_else_needs_a_word_and_is_warned_of(tmp_path, caplog
     assert verify_checkpoint(path, allow_undigested=True) is None
     # torch does not check the CRC-32 of what it loads.
     position = content.index(struct.pack("<f", 77.0))
-    path.write_bytes(content[:position] + b"\1" + content[position + 1:])
+    path.write_bytes(content[:position] + b"\1" + content[position + 1 :])
     assert not same(torch.load(path, weights_only=True), VALUES)
     with pytest.raises(CheckpointError, match="damaged: the checksum of its part"):
         read_checkpoint(path, allow_undigested=True)
@@ -129,12 +135,15 @@ def test_another_digest_does_not_help(tmp_path, file):
         read_checkpoint(file)
 
 
-@pytest.mark.parametrize(("content", "match"), [
-    (b"", "neither an artifact nor a checkpoint"),
-    (b"\x89HYMBA\r\n" + bytes(200), "neither an artifact nor a checkpoint"),
-    (b"PK\x03\x04" + bytes(500), "truncated"),
-    (b"hymba sha256 " * 40, "damaged"),
-])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "neither an artifact nor a checkpoint"),
+        (b"\x89HYMBA\r\n" + bytes(200), "neither an artifact nor a checkpoint"),
+        (b"PK\x03\x04" + bytes(500), "truncated"),
+        (b"hymba sha256 " * 40, "damaged"),
+    ],
+)
 def test_files_of_other_kinds_are_named(tmp_path, content, match):
     path = tmp_path / "x.ckpt"
     path.write_bytes(content)
@@ -175,9 +184,19 @@ def test_a_full_disk_leaves_the_file_before(file, monkeypatch):
 
 
 def trainer(folder) -> Trainer:
-    return Trainer(plugins=[DigestCheckpointIO()], max_steps=3, accelerator="cpu", devices=1,
-                   logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-                   limit_val_batches=0, check_val_every_n_epoch=None, default_root_dir=folder)
+    return Trainer(
+        plugins=[DigestCheckpointIO()],
+        max_steps=3,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        check_val_every_n_epoch=None,
+        default_root_dir=folder,
+    )
 
 
 def test_a_trainer_with_the_plugin_writes_digests_and_refuses_damage(tmp_path):
@@ -207,16 +226,29 @@ def test_a_true_clock_passes():
     check_clock_state("x", {"elapsed": 2.4999999, "steps": 10, "recent": [0.25] * 10}, 10)  # rounding
 
 
-@pytest.mark.parametrize(("changes", "match"), [
-    ({"elapsed": -1e9}, "shows -1000000000.0 seconds"), ({"elapsed": math.nan}, "shows nan"),
-    ({"elapsed": math.inf}, "shows inf"), ({"elapsed": 1e12}, "shows 1000000000000.0"),
-    ({"elapsed": "3.5"}, "shows '3.5'"), ({"elapsed": True}, "shows True"), ({"elapsed": None}, "shows None"),
-    ({"elapsed": 0.1}, "last 10 steps took 2.500 s, and its training clock shows 0.100 s"),
-    ({"steps": -1}, "counted -1 steps where 12"), ({"steps": 12.0}, "counted 12.0"), ({"steps": 11}, "counted 11"),
-    ({"steps": 1000}, "counted 1000"), ({"recent": []}, "0 durations for 12 steps"), ({"recent": 3}, "durations"),
-    ({"recent": [0.1] * 13}, "13 durations for 12"), ({"recent": [-1.0]}, "no seconds"),
-    ({"recent": [math.nan]}, "no seconds"), ({"recent": ["1"]}, "no seconds"),
-])
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"elapsed": -1e9}, "shows -1000000000.0 seconds"),
+        ({"elapsed": math.nan}, "shows nan"),
+        ({"elapsed": math.inf}, "shows inf"),
+        ({"elapsed": 1e12}, "shows 1000000000000.0"),
+        ({"elapsed": "3.5"}, "shows '3.5'"),
+        ({"elapsed": True}, "shows True"),
+        ({"elapsed": None}, "shows None"),
+        ({"elapsed": 0.1}, "last 10 steps took 2.500 s, and its training clock shows 0.100 s"),
+        ({"steps": -1}, "counted -1 steps where 12"),
+        ({"steps": 12.0}, "counted 12.0"),
+        ({"steps": 11}, "counted 11"),
+        ({"steps": 1000}, "counted 1000"),
+        ({"recent": []}, "0 durations for 12 steps"),
+        ({"recent": 3}, "durations"),
+        ({"recent": [0.1] * 13}, "13 durations for 12"),
+        ({"recent": [-1.0]}, "no seconds"),
+        ({"recent": [math.nan]}, "no seconds"),
+        ({"recent": ["1"]}, "no seconds"),
+    ],
+)
 def test_an_absurd_clock_is_refused(changes, match):
     with pytest.raises(CheckpointError, match=f"run/last.ckpt: .*{match}.*train anew"):
         check_clock_state("run/last.ckpt", CLOCK | changes, 12)

@@ -25,8 +25,13 @@ def work(tmp_path_factory):
     write_data(folder / "data")
     config = {
         "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 6},
-        "model": {"net": NET, "optimizer": {"warmdown_iters": 3}, "ema_decay": 0.8, "log_every_n_steps": 2,
-                  "ttt": {"epochs": 1, "freeze_blocks": 1}},
+        "model": {
+            "net": NET,
+            "optimizer": {"warmdown_iters": 3},
+            "ema_decay": 0.8,
+            "log_every_n_steps": 2,
+            "ttt": {"epochs": 1, "freeze_blocks": 1},
+        },
         "data": {"data_dir": str(folder / "data"), "seq_len": 64, "micro_batch_size": 2, "ttt_chunk_tokens": 256},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
@@ -46,8 +51,12 @@ def fitted(work):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_is_understood(path):
-    out = subprocess.run([sys.executable, "-m", "hymba_lightning", "fit", "--config", str(path), "--print_config"],
-                         capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-m", "hymba_lightning", "fit", "--config", str(path), "--print_config"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     resolved = yaml.safe_load(out)
     given = yaml.safe_load(path.read_text())
     for section in ("net", "ttt"):
@@ -84,9 +93,21 @@ def events_of(folder):
 
 def test_tensorboard_has_the_documented_tags(fitted):
     tags = set(events_of(fitted).Tags()["scalars"])
-    assert {"train/loss", "wall_clock/train_seconds", "wall_clock/tokens_per_s", "wall_clock/peak_memory_gb",
-            "weights_lr/scale", "weights_lr/muon_momentum", "weights_lr/embed", "weights_lr/matrices",
-            "weights_lr/scalars", "val/bpb", "val/loss", "val_by_tokens/bpb", "val_final/artifact_bpb"} <= tags
+    assert {
+        "train/loss",
+        "wall_clock/train_seconds",
+        "wall_clock/tokens_per_s",
+        "wall_clock/peak_memory_gb",
+        "weights_lr/scale",
+        "weights_lr/muon_momentum",
+        "weights_lr/embed",
+        "weights_lr/matrices",
+        "weights_lr/scalars",
+        "val/bpb",
+        "val/loss",
+        "val_by_tokens/bpb",
+        "val_final/artifact_bpb",
+    } <= tags
 
 
 def test_tensorboard_shows_training_and_validation_first(fitted):
@@ -125,16 +146,35 @@ def test_the_artifact_is_tested_with_ttt(work, fitted):
 
 def test_scores_of_a_checkpoint_are_those_of_the_averaged_weights(work, fitted):
     ckpt = str(fitted / "checkpoints" / "last.ckpt")
-    hymba(work, "test", "ckpt", "--ckpt_path", ckpt, "--model.ttt.epochs", "0", "--model.net.window", "12",
-          "--data.ttt_chunk_tokens", "640")
+    hymba(
+        work,
+        "test",
+        "ckpt",
+        "--ckpt_path",
+        ckpt,
+        "--model.ttt.epochs",
+        "0",
+        "--model.net.window",
+        "12",
+        "--data.ttt_chunk_tokens",
+        "640",
+    )
     score = json.loads((work / "ckpt" / "test_summary.json").read_text())["ttt_bpb"]
     assert score == pytest.approx(json.loads((fitted / "summary.json").read_text())["bpb"]["ema"], rel=1e-6)
 
 
 def test_a_resumed_run_ends_with_the_same_weights(work):
     # A schedule without shares, since the run is cut by another step limit.
-    options = ["--export.enabled", "false", "--model.optimizer.warmdown_iters", "0",
-               "--model.optimizer.warmup_share", "0", "--model.optimizer.momentum_warmup_share", "0"]
+    options = [
+        "--export.enabled",
+        "false",
+        "--model.optimizer.warmdown_iters",
+        "0",
+        "--model.optimizer.warmup_share",
+        "0",
+        "--model.optimizer.momentum_warmup_share",
+        "0",
+    ]
     hymba(work, "fit", "whole", *options)
     whole = torch.load(work / "whole" / "checkpoints" / "last.ckpt", weights_only=True)
     hymba(work, "fit", "cut", *options, "--trainer.max_steps", "4")
@@ -161,14 +201,26 @@ def test_an_artifact_over_the_limit_fails_loudly_and_is_kept_for_a_look(work):
 
 
 def test_gptq_calibrates_on_training_batches_inside_the_clock(work):
-    folder = hymba(work, "fit", "gptq", "--export.quantization.scheme", "gptq", "--export.calibration_batches", "3",
-                   "--export.quantization.keep_float_numel", "100", "--export.quantization.bits", "4")
+    folder = hymba(
+        work,
+        "fit",
+        "gptq",
+        "--export.quantization.scheme",
+        "gptq",
+        "--export.calibration_batches",
+        "3",
+        "--export.quantization.keep_float_numel",
+        "100",
+        "--export.quantization.bits",
+        "4",
+    )
     artifact, report = inspect_artifact(folder / "artifact.hymba")
     assert artifact.quantization["scheme"] == "gptq"
     assert any(tensor.storage == "int4" for tensor in report.tensors)
     summary = json.loads((folder / "summary.json").read_text())
-    plain = hymba(work, "fit", "rounded", "--export.quantization.keep_float_numel", "100",
-                  "--export.quantization.bits", "4")
+    plain = hymba(
+        work, "fit", "rounded", "--export.quantization.keep_float_numel", "100", "--export.quantization.bits", "4"
+    )
     rounded = json.loads((plain / "summary.json").read_text())
     assert summary["bpb"]["ema"] == rounded["bpb"]["ema"]
     assert summary["bpb"]["artifact"] != rounded["bpb"]["artifact"]
@@ -176,10 +228,13 @@ def test_gptq_calibrates_on_training_batches_inside_the_clock(work):
     assert summary["train_seconds"] > 0
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--ckpt_path", "nowhere.hymba"], "nowhere.hymba does not exist"),
-    ([], "give --ckpt_path"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ckpt_path", "nowhere.hymba"], "nowhere.hymba does not exist"),
+        ([], "give --ckpt_path"),
+    ],
+)
 def test_test_without_weights_says_what_is_missing(work, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         hymba(work, "test", "none", *options)
@@ -198,11 +253,19 @@ def test_help_explains_every_field_within_three_seconds():
     subprocess.run([sys.executable, "-m", "hymba_lightning", "fit", "--help"], check=True, capture_output=True)
     for args in (["--help"], ["fit", "--help"]):
         start = time.monotonic()
-        out = subprocess.run([sys.executable, "-m", "hymba_lightning", *args], capture_output=True, text=True,
-                             check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-m", "hymba_lightning", *args], capture_output=True, text=True, check=True
+        ).stdout
         assert time.monotonic() - start < 3
-    for word in ("--model.net.window", "Keys a token sees", "--model.optimizer.matrix_lr", "--data.seq_len",
-                 "--export.quantization.bits", "--model.budget_seconds", "Training seconds the run may take"):
+    for word in (
+        "--model.net.window",
+        "Keys a token sees",
+        "--model.optimizer.matrix_lr",
+        "--data.seq_len",
+        "--export.quantization.bits",
+        "--model.budget_seconds",
+        "Training seconds the run may take",
+    ):
         assert word in out
 
 
@@ -210,14 +273,26 @@ def test_help_explains_every_field_within_three_seconds():
 def test_two_ranks_fit_export_and_test(work):
     """Through the command line on two CPU processes: equal steps, one artifact, a test with uneven sequences."""
     base = [sys.executable, "-m", "hymba_lightning"]
-    common = ["--config", str(work / "tiny.yaml"), "--run_dir", str(work / "two"), "--trainer.devices", "2",
-              "--trainer.strategy", "ddp"]
+    common = [
+        "--config",
+        str(work / "tiny.yaml"),
+        "--run_dir",
+        str(work / "two"),
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+    ]
     subprocess.run([*base, "fit", *common], check=True, capture_output=True, timeout=300)
     summary = json.loads((work / "two" / "summary.json").read_text())
     assert summary["tokens"] == 6 * 2 * 64 * 2
     assert summary["scored_tokens"] == 699
-    subprocess.run([*base, "test", *common, "--ckpt_path", str(work / "two" / "artifact.hymba")], check=True,
-                   capture_output=True, timeout=300)
+    subprocess.run(
+        [*base, "test", *common, "--ckpt_path", str(work / "two" / "artifact.hymba")],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     result = json.loads((work / "two" / "test_summary.json").read_text())
     assert result["tokens"] == 699
     assert result["environment"]["world_size"] == 2

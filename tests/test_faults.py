@@ -47,8 +47,12 @@ def edit(config: Path, **sections: dict) -> Path:
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_killed_rank_ends_the_other_which_says_who_died(tmp_path, config, dead):
     log, run = tmp_path / "log", tmp_path / "run"
-    ranks = start_ranks(["fit", "--config", str(config), "--run_dir", str(run), "--trainer.max_steps", "1000"], log, 2,
-                        hook=injected.slow_steps)
+    ranks = start_ranks(
+        ["fit", "--config", str(config), "--run_dir", str(run), "--trainer.max_steps", "1000"],
+        log,
+        2,
+        hook=injected.slow_steps,
+    )
     wait_for((run / "checkpoints" / "last.ckpt").is_file)
     ranks[dead].kill()
     started = time.monotonic()
@@ -62,8 +66,12 @@ def test_a_killed_rank_ends_the_other_which_says_who_died(tmp_path, config, dead
 @pytest.mark.ddp
 def test_a_rank_that_hangs_is_ended_when_the_other_is_gone(tmp_path, config):
     """As a collective on a GPU would, which notices no dead peer."""
-    ranks = start_ranks(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")], tmp_path / "log", 2,
-                        hook=injected.rank_1_hangs)
+    ranks = start_ranks(
+        ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")],
+        tmp_path / "log",
+        2,
+        hook=injected.rank_1_hangs,
+    )
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     wait_for(lambda: last.is_file() and torch.load(last, weights_only=True)["global_step"] == 4)
     ranks[0].kill()
@@ -73,8 +81,12 @@ def test_a_rank_that_hangs_is_ended_when_the_other_is_gone(tmp_path, config):
 
 @pytest.mark.ddp
 def test_a_rank_that_fails_tells_the_others_why(tmp_path, config):
-    ranks = start_ranks(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")], tmp_path / "log", 2,
-                        hook=injected.error_on_rank_1)
+    ranks = start_ranks(
+        ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")],
+        tmp_path / "log",
+        2,
+        hook=injected.error_on_rank_1,
+    )
     codes = finish(ranks, timeout=60)
     assert None not in codes
     assert 0 not in codes
@@ -88,12 +100,29 @@ def test_a_rank_that_fails_tells_the_others_why(tmp_path, config):
 def test_a_killed_rank_ends_a_run_that_lightning_launched(tmp_path, config, dead):
     """The command as a user types it: Lightning starts rank 1 itself."""
     run, log = tmp_path / "run", open(tmp_path / "log", "w")  # noqa: SIM115
-    command = [sys.executable, "-m", "hymba_lightning", "fit", "--config", str(config), "--run_dir", str(run),
-               "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "100000"]
+    command = [
+        sys.executable,
+        "-m",
+        "hymba_lightning",
+        "fit",
+        "--config",
+        str(config),
+        "--run_dir",
+        str(run),
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+        "--trainer.max_steps",
+        "100000",
+    ]
     with subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True) as main:
         wait_for((run / "checkpoints" / "last.ckpt").is_file, timeout=120)
-        child = int(subprocess.run(["pgrep", "-P", str(main.pid), "-f", "hymba_lightning"], capture_output=True,
-                                   text=True, check=True).stdout.split()[0])
+        child = int(
+            subprocess.run(
+                ["pgrep", "-P", str(main.pid), "-f", "hymba_lightning"], capture_output=True, text=True, check=True
+            ).stdout.split()[0]
+        )
         os.kill(main.pid if dead == 0 else child, 9)
         wait_for(lambda: not _alive(child) and main.poll() is not None, timeout=60)
     assert f"rank {dead} of 2 died" in (tmp_path / "log").read_text()
@@ -112,12 +141,15 @@ def test_a_nan_stops_with_step_shard_offset_and_the_checkpoint_from_before(tmp_p
     assert code == 2
     # In order, the spans of step 8 begin at 65 tokens times 14 and 15.
     shard = tmp_path / "data" / "tiny_train_000000.bin"
-    assert f"the loss of step 8 is not finite (NaN or infinite); its batch: {shard} from token 910, {shard} from " \
-           "token 975" in printed
+    assert (
+        f"the loss of step 8 is not finite (NaN or infinite); its batch: {shard} from token 910, {shard} from "
+        "token 975" in printed
+    )
     assert "last.ckpt is from before" in printed
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 7
-    code, printed = fit(config, tmp_path / "run", "--ckpt_path", "last", "--model.on_nan", "skip",
-                        hook=injected.nan_on_the_last_rank)
+    code, printed = fit(
+        config, tmp_path / "run", "--ckpt_path", "last", "--model.on_nan", "skip", hook=injected.nan_on_the_last_rank
+    )
     assert code == 0, printed
     assert "step 8 is not finite" in printed
     assert "Its gradient was left out" in printed
@@ -125,8 +157,12 @@ def test_a_nan_stops_with_step_shard_offset_and_the_checkpoint_from_before(tmp_p
 
 @pytest.mark.ddp
 def test_a_nan_on_one_rank_stops_all_at_one_step_with_the_ranks_batch(tmp_path, config):
-    ranks = start_ranks(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")], tmp_path / "log", 2,
-                        hook=injected.nan_on_the_last_rank)
+    ranks = start_ranks(
+        ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")],
+        tmp_path / "log",
+        2,
+        hook=injected.nan_on_the_last_rank,
+    )
     assert finish(ranks) == [2, 2]
     printed = (tmp_path / "log.0").read_text()  # the first rank speaks for all
     assert "the loss of step 8 is not finite" in printed
@@ -157,10 +193,14 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_artifact_whole(tmp_path, 
     assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == [".lock"]
 
 
-@pytest.mark.parametrize(("hook", "message"), [
-    (injected.shard_vanishes, "was there when the run began and cannot be read now"),
-    (injected.shard_shrinks, "shrank from"),
-], ids=["vanishes", "shrinks"])
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        (injected.shard_vanishes, "was there when the run began and cannot be read now"),
+        (injected.shard_shrinks, "shrank from"),
+    ],
+    ids=["vanishes", "shrinks"],
+)
 def test_a_shard_lost_in_mid_run_is_named(tmp_path, config, hook, message):
     code, printed = fit(config, tmp_path / "run", hook=hook)
     assert code == 2
@@ -198,13 +238,16 @@ def test_a_checkpoint_cannot_execute_code(tmp_path, config, command, monkeypatch
 # Configs that cannot be -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("section", "fields", "message"), [
-    ("model", {"net": {"n_heads": 3}}, "is not a multiple of n_heads=3: change either"),
-    ("model", {"net": {"window": 0}}, "window must be at least 1"),
-    ("model", {"net": {"vocab_size": 1000}}, "set it to 1024"),
-    ("data", {"seq_len": 30_000}, "lower data.seq_len or prepare more text"),
-    ("model", {"on_nan": "ignore"}, "choose from stop, skip"),
-])
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        ("model", {"net": {"n_heads": 3}}, "is not a multiple of n_heads=3: change either"),
+        ("model", {"net": {"window": 0}}, "window must be at least 1"),
+        ("model", {"net": {"vocab_size": 1000}}, "set it to 1024"),
+        ("data", {"seq_len": 30_000}, "lower data.seq_len or prepare more text"),
+        ("model", {"on_nan": "ignore"}, "choose from stop, skip"),
+    ],
+)
 def test_a_config_that_cannot_be_fails_before_any_work(tmp_path, config, section, fields, message, monkeypatch, capsys):
     from hymba_lightning.cli import run
 

@@ -49,8 +49,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert_equal(*randomness, "random_states")
 
 
-def run_killed(config: Path, run: Path, n_kills: int, seed: int, world_size: int = 1,
-               options: tuple[str, ...] = ()) -> list[int]:
+def run_killed(
+    config: Path, run: Path, n_kills: int, seed: int, world_size: int = 1, options: tuple[str, ...] = ()
+) -> list[int]:
     """Starts, kills and resumes a run; returns the steps at which the survivors' checkpoints stood."""
     chance, log, steps = random.Random(seed), run.parent / f"{run.name}.log", []
     last = run / "checkpoints" / "last.ckpt"
@@ -86,8 +87,9 @@ def log_text(log: Path, world_size: int) -> str:
 
 def test_killed_at_random_moments_a_run_ends_with_the_same_bits(tmp_path):
     config = write_config(tmp_path)
-    assert finish([start(["fit", "--config", str(config), "--run_dir", str(tmp_path / "whole")],
-                         tmp_path / "whole.log")]) == [0], log_text(tmp_path / "whole.log", 1)
+    assert finish(
+        [start(["fit", "--config", str(config), "--run_dir", str(tmp_path / "whole")], tmp_path / "whole.log")]
+    ) == [0], log_text(tmp_path / "whole.log", 1)
     steps = run_killed(config, tmp_path / "cut", 4, seed=time.time_ns())
     assert len({*steps, 0, STEPS}) > 2, f"killed at {steps}: all kills fell on the ends of the run"
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
@@ -126,8 +128,18 @@ def test_a_killed_run_spends_its_budget_once(tmp_path):
 @pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.ddp)])
 def test_killed_in_what_comes_after_training_a_run_ends_with_the_same_artifact(tmp_path, world_size):
     config, chance = write_config(tmp_path), random.Random(time.time_ns())
-    options = ["--export.enabled", "true", "--export.quantization.scheme", "mixed", "--export.quantization.gptq",
-               "true", "--export.quantization.limit_bytes", "500000", "--trainer.max_steps", "5"]
+    options = [
+        "--export.enabled",
+        "true",
+        "--export.quantization.scheme",
+        "mixed",
+        "--export.quantization.gptq",
+        "true",
+        "--export.quantization.limit_bytes",
+        "500000",
+        "--trainer.max_steps",
+        "5",
+    ]
 
     def begin(run: Path, *more: str) -> list:
         arguments = ["fit", "--config", str(config), "--run_dir", str(run), *options, *more]
@@ -140,8 +152,12 @@ def test_killed_in_what_comes_after_training_a_run_ends_with_the_same_artifact(t
     for kill in range(3):
         processes = begin(run, *(["--ckpt_path", "last"] if kill else []))
         told = kill + 1
-        wait_for(lambda: (log.is_file() and log.read_text().count("scoring raw weights") >= told)  # noqa: B023
-                 or any(p.exitcode is not None for p in processes))  # noqa: B023
+        wait_for(
+            lambda: (
+                (log.is_file() and log.read_text().count("scoring raw weights") >= told)  # noqa: B023
+                or any(p.exitcode is not None for p in processes)  # noqa: B023
+            )
+        )
         time.sleep(chance.uniform(0.0, 0.6))
         for process in processes:
             process.kill()
@@ -153,6 +169,7 @@ def test_killed_in_what_comes_after_training_a_run_ends_with_the_same_artifact(t
     one, other = RunRecord.load(tmp_path / "whole"), RunRecord.load(run)
     assert other.finished
     assert {name: score.nats for name, score in one.stages().items()} == {
-        name: score.nats for name, score in other.stages().items()}
+        name: score.nats for name, score in other.stages().items()
+    }
     left = {path.name for path in run.iterdir()} - {".lock", ".owner.json"}
     assert left == {path.name for path in (tmp_path / "whole").iterdir()} - {".lock", ".owner.json"}

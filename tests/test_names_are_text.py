@@ -11,8 +11,20 @@ from hymba_lightning.plots import plot_context, save_figure
 from hymba_lightning.report.charts import Chart, Series, to_png
 from hymba_lightning.text import printable
 
-NAMES = ["$x$", "$\\frac{", "a$b", r"$\mathdefault{", "[/red]x", "[bold]y", ":smile:", "\x1b[2Jz", "\u202eabc", "x\ny",
-         "$" * 7, "ü 中"]
+NAMES = [
+    "$x$",
+    "$\\frac{",
+    "a$b",
+    r"$\mathdefault{",
+    "[/red]x",
+    "[bold]y",
+    ":smile:",
+    "\x1b[2Jz",
+    "\u202eabc",
+    "x\ny",
+    "$" * 7,
+    "ü 中",
+]
 POINTS = [CurvePoint(1, 2.0, 500), CurvePoint(2, 1.5, 500)]
 
 

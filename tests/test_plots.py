@@ -31,8 +31,11 @@ def figures(monkeypatch):
 def test_loss_bits_per_byte_and_rate_have_panels_of_their_own_over_one_time(figures, tmp_path):
     plot_training(TRAIN, VAL, STAGES, tmp_path / "a.png", 3.4)
     axes = figures[0].axes
-    assert ["loss" in axes[0].get_ylabel(), "bits per byte" in axes[1].get_ylabel(), axes[2].get_ylabel()] == \
-        [True, True, "lr scale"]
+    assert ["loss" in axes[0].get_ylabel(), "bits per byte" in axes[1].get_ylabel(), axes[2].get_ylabel()] == [
+        True,
+        True,
+        "lr scale",
+    ]
     # No second scale in the place of another.
     boxes = [axis.get_position() for axis in axes]
     assert all(below.y1 <= above.y0 for above, below in pairwise(boxes))
@@ -43,11 +46,14 @@ def test_the_final_stages_are_named_beside_the_panel_without_overlap(figures, tm
     plot_training(TRAIN, VAL, STAGES, tmp_path / "a.png", 3.4)
     figure, axis = figures[0], figures[0].axes[1]
     # Without the leaders from label to point.
-    named = {text.get_text(): Text.get_window_extent(text) for text in axis.texts
-             if not text.get_text().startswith("unigram")}
+    named = {
+        text.get_text(): Text.get_window_extent(text)
+        for text in axis.texts
+        if not text.get_text().startswith("unigram")
+    }
     assert set(named) == {f"{stage} {bpb:.4f}" for stage, bpb in STAGES.items()}
     boxes = list(named.values())
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1:])
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
     frame = figure.bbox
     assert all(box.x0 > axis.bbox.x1 and box.x1 <= frame.x1 and frame.y0 <= box.y0 for box in boxes)
 

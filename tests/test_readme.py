@@ -18,8 +18,9 @@ def test_the_notebooks_run_beats_the_unigram_model_by_half_a_bit(tmp_path):
     prepare = [sys.executable, "-m", "hymba_lightning", "prepare", "stdlib", "--out", "data/demo"]
     subprocess.run([*prepare, "--vocab_size", "1024"], cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert len(BLOCKS) == 1
-    done = subprocess.run([sys.executable, "-c", BLOCKS[0]], cwd=tmp_path, env=environment, capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKS[0]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = re.search(r"^([\d.]+) bits per byte; the unigram model has ([\d.]+)$", done.stdout, re.MULTILINE)
     assert found, done.stdout

@@ -15,8 +15,7 @@ import pytest
 import torch
 from fit_process import finish, log_of, start, start_ranks, wait_for, write_config
 
-PHASES = {"setup": injected.waits_in_setup, "warm-up": injected.waits_in_warmup,
-          "finish": injected.waits_in_the_finish}
+PHASES = {"setup": injected.waits_in_setup, "warm-up": injected.waits_in_warmup, "finish": injected.waits_in_the_finish}
 
 
 @pytest.fixture
@@ -37,8 +36,11 @@ def last_line(log: Path) -> str:
 @pytest.mark.parametrize("phase", PHASES)
 def test_outside_the_training_loop_a_signal_ends_fit_at_once(tmp_path, config, phase):
     log = tmp_path / "log"
-    process = start(["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), "--trainer.max_steps", "2"],
-                    log, hook=PHASES[phase])
+    process = start(
+        ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), "--trainer.max_steps", "2"],
+        log,
+        hook=PHASES[phase],
+    )
     wait_for(lambda: waits(log))
     os.kill(process.pid, signal.SIGTERM)
     assert finish([process], timeout=20) == [128 + signal.SIGTERM], log_of(log)
@@ -53,8 +55,9 @@ def test_outside_the_training_loop_a_signal_ends_fit_at_once(tmp_path, config, p
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_the_last_line_is_the_command_that_goes_on(tmp_path, config, signum):
     log, run = tmp_path / "log", tmp_path / "a run"
-    process = start(["fit", "--config", str(config), f"--run_dir={run}", "--overwrite", "true"], log,
-                    hook=injected.slow_steps)
+    process = start(
+        ["fit", "--config", str(config), f"--run_dir={run}", "--overwrite", "true"], log, hook=injected.slow_steps
+    )
     wait_for((run / "checkpoints" / "last.ckpt").is_file)
     os.kill(process.pid, signum)
     assert finish([process], timeout=20) == [128 + signum], log_of(log)
@@ -70,9 +73,23 @@ def test_the_last_line_is_the_command_that_goes_on(tmp_path, config, signum):
 
 def test_a_validation_is_not_waited_for(tmp_path, config):
     log, run = tmp_path / "log", tmp_path / "run"
-    process = start(["fit", "--config", str(config), "--run_dir", str(run), "--trainer.val_check_interval", "3",
-                     "--checkpoint.every_n_steps", "1000", "--data.val_micro_batch_size", "1"], log,
-                    hook=injected.slow_validation)
+    process = start(
+        [
+            "fit",
+            "--config",
+            str(config),
+            "--run_dir",
+            str(run),
+            "--trainer.val_check_interval",
+            "3",
+            "--checkpoint.every_n_steps",
+            "1000",
+            "--data.val_micro_batch_size",
+            "1",
+        ],
+        log,
+        hook=injected.slow_validation,
+    )
     wait_for(lambda: waits(log))
     os.kill(process.pid, signal.SIGTERM)
     assert finish([process], timeout=20) == [128 + signal.SIGTERM], log_of(log)
@@ -111,8 +128,11 @@ def test_prepare_is_ended_by_every_signal(tmp_path, signum):
     (tmp_path / "texts").mkdir()
     for number in range(400):
         (tmp_path / "texts" / f"{number}.txt").write_text(f"the text number {number} " * 30, encoding="utf-8")
-    process = start(["prepare", str(tmp_path / "texts"), "--out", str(tmp_path / "out"), "--vocab_size", "300"],
-                    tmp_path / "log", hook=injected.prepare_saves_often)
+    process = start(
+        ["prepare", str(tmp_path / "texts"), "--out", str(tmp_path / "out"), "--vocab_size", "300"],
+        tmp_path / "log",
+        hook=injected.prepare_saves_often,
+    )
     wait_for((tmp_path / "out").is_dir)
     os.kill(process.pid, signum)
     assert finish([process], timeout=30) == [128 + signum]
@@ -121,13 +141,15 @@ def test_prepare_is_ended_by_every_signal(tmp_path, signum):
 
 def test_a_second_signal_ends_at_once_what_does_not_come_back(tmp_path):
     """Also where the main thread is in a call that never returns to Python."""
-    code = ("import ctypes, signal\n"
-            "from hymba_lightning import signals\n"
-            "signals.listen('hymba fit')\n"
-            "signals.divert(lambda signum: None)\n"
-            "print('ready', flush=True)\n"
-            "for _ in range(100):\n"
-            "    ctypes.CDLL(None).sleep(5)\n")
+    code = (
+        "import ctypes, signal\n"
+        "from hymba_lightning import signals\n"
+        "signals.listen('hymba fit')\n"
+        "signals.divert(lambda signum: None)\n"
+        "print('ready', flush=True)\n"
+        "for _ in range(100):\n"
+        "    ctypes.CDLL(None).sleep(5)\n"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGINT)
@@ -139,27 +161,31 @@ def test_a_second_signal_ends_at_once_what_does_not_come_back(tmp_path):
 
 
 def test_signals_that_a_process_was_started_to_ignore_stay_ignored():
-    code = ("import os, signal\n"
-            "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
-            "from hymba_lightning import signals\n"
-            "signals.listen('hymba fit')\n"
-            "os.kill(os.getpid(), signal.SIGHUP)\n"
-            "print('still here')\n")
+    code = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "from hymba_lightning import signals\n"
+        "signals.listen('hymba fit')\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "print('still here')\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)
     assert (done.returncode, done.stdout) == (0, "still here\n")
 
 
 def test_a_pools_workers_are_ended_by_signals_as_usual():
     """multiprocessing ends its workers by SIGTERM; they must not take it for an order to this command."""
-    code = ("import multiprocessing, time\n"
-            "from hymba_lightning import signals\n"
-            "signals.listen('hymba prepare')\n"
-            "worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
-            "worker.start()\n"
-            "time.sleep(0.3)\n"
-            "worker.terminate()\n"
-            "worker.join(10)\n"
-            "print(worker.exitcode, signals.pending())\n")
+    code = (
+        "import multiprocessing, time\n"
+        "from hymba_lightning import signals\n"
+        "signals.listen('hymba prepare')\n"
+        "worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
+        "worker.start()\n"
+        "time.sleep(0.3)\n"
+        "worker.terminate()\n"
+        "worker.join(10)\n"
+        "print(worker.exitcode, signals.pending())\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "-15 0\n", done.stderr
 
@@ -169,15 +195,34 @@ def test_a_pools_workers_are_ended_by_signals_as_usual():
 @pytest.mark.parametrize("hook_point", ["training", "before"])
 def test_a_signal_to_the_command_ends_the_ranks_that_lightning_started(tmp_path, config, hook_point):
     run, log = tmp_path / "run", tmp_path / "log"
-    command = [sys.executable, "-m", "hymba_lightning", "fit", "--config", str(config), "--run_dir", str(run),
-               "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "100000"]
+    command = [
+        sys.executable,
+        "-m",
+        "hymba_lightning",
+        "fit",
+        "--config",
+        str(config),
+        "--run_dir",
+        str(run),
+        "--trainer.devices",
+        "2",
+        "--trainer.strategy",
+        "ddp",
+        "--trainer.max_steps",
+        "100000",
+    ]
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True) as main:
-        marker = (run / "checkpoints" / "last.ckpt").is_file if hook_point == "training" else \
-            (lambda: "backend" in log_of(log))
+        marker = (
+            (run / "checkpoints" / "last.ckpt").is_file
+            if hook_point == "training"
+            else (lambda: "backend" in log_of(log))
+        )
         wait_for(marker, timeout=120)
         main.send_signal(signal.SIGTERM)
         assert main.wait(timeout=60) == 143, log_of(log)
-    wait_for(lambda: subprocess.run(["pgrep", "-s", str(main.pid)], capture_output=True, check=False).returncode == 1,
-             timeout=20)
+    wait_for(
+        lambda: subprocess.run(["pgrep", "-s", str(main.pid)], capture_output=True, check=False).returncode == 1,
+        timeout=20,
+    )
     assert log_of(log).count("hymba fit: stopped by SIGTERM") == 1
     assert "Traceback" not in log_of(log)

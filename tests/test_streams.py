@@ -18,8 +18,20 @@ HYMBA = [sys.executable, "-m", "hymba_lightning"]
 def fit(tmp_path):
     """The command line of a tiny fit with an artifact, which prints a line at every step."""
     config = write_config(tmp_path)
-    return [*HYMBA, "fit", "--config", str(config), "--run_dir", str(tmp_path / "run"), "--trainer.max_steps", "4",
-            "--export.enabled", "true", "--progress.plain_seconds", "0.001"]
+    return [
+        *HYMBA,
+        "fit",
+        "--config",
+        str(config),
+        "--run_dir",
+        str(tmp_path / "run"),
+        "--trainer.max_steps",
+        "4",
+        "--export.enabled",
+        "true",
+        "--progress.plain_seconds",
+        "0.001",
+    ]
 
 
 def assert_finished(run: Path) -> None:
@@ -54,8 +66,13 @@ def test_training_goes_on_without_any_stream(tmp_path, fit):
 def test_a_filter_ends_quietly_when_its_reader_is_gone(fitted_run):
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run([*HYMBA, "inspect", str(fitted_run / "artifact.hymba")], stdout=writing,
-                          stderr=subprocess.PIPE, check=False, timeout=60)
+    done = subprocess.run(
+        [*HYMBA, "inspect", str(fitted_run / "artifact.hymba")],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        check=False,
+        timeout=60,
+    )
     os.close(writing)
     assert done.returncode == 128 + 13
     assert done.stderr == b""
@@ -64,8 +81,13 @@ def test_a_filter_ends_quietly_when_its_reader_is_gone(fitted_run):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_filter_whose_output_cannot_be_written_fails_with_one_line(fitted_run):
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([*HYMBA, "inspect", str(fitted_run / "artifact.hymba")], stdout=full,
-                              stderr=subprocess.PIPE, check=False, timeout=60)
+        done = subprocess.run(
+            [*HYMBA, "inspect", str(fitted_run / "artifact.hymba")],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
+        )
     assert done.returncode == 2
     assert done.stderr == b"hymba inspect: No space left on device\n"
 

@@ -76,8 +76,9 @@ def test_the_counters_of_a_cut_accumulation_window_go_back(folder, tmp_path):
                 trainer.should_stop = True
 
     cut = Cut()
-    tiny_trainer(tmp_path, max_steps=4, accumulate_grad_batches=3, callbacks=[cut]).fit(tiny_module(),
-                                                                                       tiny_data(folder))
+    tiny_trainer(tmp_path, max_steps=4, accumulate_grad_batches=3, callbacks=[cut]).fit(
+        tiny_module(), tiny_data(folder)
+    )
     assert cut.moved == [1, 1, 1]
 
 
@@ -89,8 +90,9 @@ def test_a_resumed_run_with_nothing_left_ends_once(folder, tmp_path):
             self.ends += 1
 
     save = TrainingCheckpoint(str(tmp_path / "c"), every_n_seconds=None)
-    tiny_trainer(tmp_path, max_steps=3, enable_checkpointing=True, callbacks=[save]).fit(tiny_module(),
-                                                                                        tiny_data(folder))
+    tiny_trainer(tmp_path, max_steps=3, enable_checkpointing=True, callbacks=[save]).fit(
+        tiny_module(), tiny_data(folder)
+    )
     ends = Ends()
     trainer = tiny_trainer(tmp_path, max_steps=3, callbacks=[ends])
     trainer.fit(tiny_module(), tiny_data(folder), ckpt_path=tmp_path / "c" / "last.ckpt")

@@ -26,9 +26,13 @@ def work(tmp_path_factory):
     """A folder with tiny data, its config, and configs that are wrong."""
     folder = tmp_path_factory.mktemp("voice")
     write_config(folder)
-    for name, text in {"key": "model:\n  net:\n    widnow: 3\n", "section": "modle:\n  budget_seconds: 3\n",
-                       "type": "model:\n  net:\n    window: abc\n", "list": "[1, 2]\n",
-                       "yaml": "model: {net: [\n"}.items():
+    for name, text in {
+        "key": "model:\n  net:\n    widnow: 3\n",
+        "section": "modle:\n  budget_seconds: 3\n",
+        "type": "model:\n  net:\n    window: abc\n",
+        "list": "[1, 2]\n",
+        "yaml": "model: {net: [\n",
+    }.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     (folder / "latin.yaml").write_bytes("# é\n".encode("latin-1"))
     (folder / "no.ckpt").write_bytes(b"this is no checkpoint" * 100)
@@ -39,46 +43,49 @@ def said(work: Path, *args: str, hook: object = None) -> tuple[int | None, str]:
     """Exit code and all that a command printed; {} stands for the folder."""
     log = work / "log"
     log.unlink(missing_ok=True)
-    code, = finish([start([arg.replace("{}", str(work)) for arg in args], log, hook=hook)])
+    (code,) = finish([start([arg.replace("{}", str(work)) for arg in args], log, hook=hook)])
     return code, log_of(log)
 
 
 FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
 
 
-@pytest.mark.parametrize(("args", "parts"), [
-    ((*FIT, "--model.net.widnow", "3"), ["option --model.net.widnow", "--model.net.window?", "hymba fit --help"]),
-    ((*FIT, "--budget_seconds=3"), ["option --budget_seconds", "--model.budget_seconds?"]),
-    ((*FIT, "--config", "{}/key.yaml"), ["key model.net.widnow", "model.net.window?"]),
-    ((*FIT, "--config", "{}/section.yaml"), ["key modle", "did you mean model"]),
-    ((*FIT, "--config", "{}/type.yaml"), ["--model.net.window: expected a whole number, got 'abc'"]),
-    ((*FIT, "--config", "{}/list.yaml"), ["list.yaml holds a list"]),
-    ((*FIT, "--config", "{}/yaml.yaml"), ["yaml.yaml, line 2", "no YAML"]),
-    ((*FIT, "--config", "{}/latin.yaml"), ["latin.yaml is no UTF-8 text"]),
-    ((*FIT, "--config", "{}/missing.yaml"), ["missing.yaml does not exist"]),
-    ((*FIT, "--model.ema_decay", "abc"), ["--model.ema_decay: expected", "a number", "null", "got 'abc'"]),
-    ((*FIT, "--model.optimizer.warmdown_shape", "round"), ["warmdown_shape", "'cosine', 'linear'", "'round'"]),
-    ((*FIT, "--model.net.window", "0"), ["window must be at least 1"]),
-    ((*FIT, "--data.data_dir", "{}/nowhere"), ["no shard matches", "nowhere"]),
-    ((*FIT, "--ckpt_path", "{}/nowhere.ckpt"), ["nowhere.ckpt does not exist"]),
-    ((*FIT, "--ckpt_path", "{}/no.ckpt"), ["checkpoint"]),
-    ((*FIT, "--trainer.accelerator", "abacus"), ["abacus", "Available names"]),
-    ((*FIT, "--trainer.devices", "0"), ["devices", "0"]),
-    ((*FIT, "--trainer.strategy", "luck"), ["luck"]),
-    ((*FIT, "stray"), ["argument stray"]),
-    (("fit",), ["--config", "--data.data_dir"]),
-    (("test", "--config", "{}/tiny.yaml"), ["give --ckpt_path"]),
-    (("validate",), ["give --ckpt_path"]),
-    (("test", "--config", "{}/tiny.yaml", "--ckpt_path", "{}/nowhere"), ["nowhere does not exist"]),
-    (("sample", "--ckpt_path", "{}/nowhere"), ["nowhere does not exist"]),
-    (("sample", "--ckpt_path", "x", "--temprature", "1"), ["option --temprature", "--temperature?"]),
-    (("inspect", "{}/tiny.yaml"), ["tiny.yaml", "not an artifact"]),
-    (("inspect",), ["required", "file"]),
-    (("report", "{}/nowhere"), ["nowhere"]),
-    (("prepare", "{}/nowhere", "--out", "{}/out"), ["nowhere", "no file"]),
-    (("export", "{}/nowhere", "{}/out"), ["nowhere"]),
-    (("package", "{}/nowhere", "--out", "{}/out"), ["nowhere"]),
-])
+@pytest.mark.parametrize(
+    ("args", "parts"),
+    [
+        ((*FIT, "--model.net.widnow", "3"), ["option --model.net.widnow", "--model.net.window?", "hymba fit --help"]),
+        ((*FIT, "--budget_seconds=3"), ["option --budget_seconds", "--model.budget_seconds?"]),
+        ((*FIT, "--config", "{}/key.yaml"), ["key model.net.widnow", "model.net.window?"]),
+        ((*FIT, "--config", "{}/section.yaml"), ["key modle", "did you mean model"]),
+        ((*FIT, "--config", "{}/type.yaml"), ["--model.net.window: expected a whole number, got 'abc'"]),
+        ((*FIT, "--config", "{}/list.yaml"), ["list.yaml holds a list"]),
+        ((*FIT, "--config", "{}/yaml.yaml"), ["yaml.yaml, line 2", "no YAML"]),
+        ((*FIT, "--config", "{}/latin.yaml"), ["latin.yaml is no UTF-8 text"]),
+        ((*FIT, "--config", "{}/missing.yaml"), ["missing.yaml does not exist"]),
+        ((*FIT, "--model.ema_decay", "abc"), ["--model.ema_decay: expected", "a number", "null", "got 'abc'"]),
+        ((*FIT, "--model.optimizer.warmdown_shape", "round"), ["warmdown_shape", "'cosine', 'linear'", "'round'"]),
+        ((*FIT, "--model.net.window", "0"), ["window must be at least 1"]),
+        ((*FIT, "--data.data_dir", "{}/nowhere"), ["no shard matches", "nowhere"]),
+        ((*FIT, "--ckpt_path", "{}/nowhere.ckpt"), ["nowhere.ckpt does not exist"]),
+        ((*FIT, "--ckpt_path", "{}/no.ckpt"), ["checkpoint"]),
+        ((*FIT, "--trainer.accelerator", "abacus"), ["abacus", "Available names"]),
+        ((*FIT, "--trainer.devices", "0"), ["devices", "0"]),
+        ((*FIT, "--trainer.strategy", "luck"), ["luck"]),
+        ((*FIT, "stray"), ["argument stray"]),
+        (("fit",), ["--config", "--data.data_dir"]),
+        (("test", "--config", "{}/tiny.yaml"), ["give --ckpt_path"]),
+        (("validate",), ["give --ckpt_path"]),
+        (("test", "--config", "{}/tiny.yaml", "--ckpt_path", "{}/nowhere"), ["nowhere does not exist"]),
+        (("sample", "--ckpt_path", "{}/nowhere"), ["nowhere does not exist"]),
+        (("sample", "--ckpt_path", "x", "--temprature", "1"), ["option --temprature", "--temperature?"]),
+        (("inspect", "{}/tiny.yaml"), ["tiny.yaml", "not an artifact"]),
+        (("inspect",), ["required", "file"]),
+        (("report", "{}/nowhere"), ["nowhere"]),
+        (("prepare", "{}/nowhere", "--out", "{}/out"), ["nowhere", "no file"]),
+        (("export", "{}/nowhere", "{}/out"), ["nowhere"]),
+        (("package", "{}/nowhere", "--out", "{}/out"), ["nowhere"]),
+    ],
+)
 def test_bad_input_is_answered_in_one_sentence(work, args, parts):
     code, text = said(work, *args)
     assert code == 2, text
@@ -97,16 +104,27 @@ def test_debug_shows_where_an_error_comes_from(work):
 
 
 def test_a_fault_of_the_program_is_called_one(work):
-    code, text = said(work, "fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/fault",
-                      hook=injected.a_fault_in_the_program)
+    code, text = said(
+        work, "fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/fault", hook=injected.a_fault_in_the_program
+    )
     assert code == 1
     assert "Traceback" in text
     assert "ZeroDivisionError: the cooling failed. This is a fault of the program" in text.splitlines()[-1]
 
 
 def test_a_finished_fit_says_what_comes_next(work):
-    code, text = said(work, "fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/done", "--trainer.max_steps", "2",
-                      "--export.enabled", "true")
+    code, text = said(
+        work,
+        "fit",
+        "--config",
+        "{}/tiny.yaml",
+        "--run_dir",
+        "{}/done",
+        "--trainer.max_steps",
+        "2",
+        "--export.enabled",
+        "true",
+    )
     assert code == 0
     commands = [line.partition("hymba ")[2].split() for line in text.splitlines() if "hymba " in line]
     assert [command[0] for command in commands] == ["test", "sample", "report"]
@@ -139,28 +157,35 @@ def error_of(code: str, module: str) -> BaseException:
     raise AssertionError("it raised nothing")
 
 
-@pytest.mark.parametrize(("code", "module", "users"), [
-    ("raise ValueError('window is 0')", "hymba_lightning.model.config", True),
-    ("raise FileExistsError('run/a holds a run')", "hymba_lightning.cli", True),
-    ("int('abc')", "hymba_lightning.model.config", False),
-    ("a, b = (1,)", "hymba_lightning.model.config", False),
-    ("raise TypeError('x')", "hymba_lightning.model.config", False),
-    ("raise ValueError('need at least one array')", "numpy.core", False),
-    ("import torch; torch.zeros(2).view(3)", "hymba_lightning.model.config", False),
-    ("raise ValueError('precision')", "lightning.pytorch.trainer.connectors.accelerator_connector", True),
-    ("raise ValueError('no')", "lightning.pytorch.loops.fit_loop", False),
-    ("open('/nowhere/x')", "torch.serialization", True),
-    ("raise TimeoutError('gloo')", "torch.distributed", False),
-    ("raise KeyError('x')", "hymba_lightning.cli", False),
-])
+@pytest.mark.parametrize(
+    ("code", "module", "users"),
+    [
+        ("raise ValueError('window is 0')", "hymba_lightning.model.config", True),
+        ("raise FileExistsError('run/a holds a run')", "hymba_lightning.cli", True),
+        ("int('abc')", "hymba_lightning.model.config", False),
+        ("a, b = (1,)", "hymba_lightning.model.config", False),
+        ("raise TypeError('x')", "hymba_lightning.model.config", False),
+        ("raise ValueError('need at least one array')", "numpy.core", False),
+        ("import torch; torch.zeros(2).view(3)", "hymba_lightning.model.config", False),
+        ("raise ValueError('precision')", "lightning.pytorch.trainer.connectors.accelerator_connector", True),
+        ("raise ValueError('no')", "lightning.pytorch.loops.fit_loop", False),
+        ("open('/nowhere/x')", "torch.serialization", True),
+        ("raise TimeoutError('gloo')", "torch.distributed", False),
+        ("raise KeyError('x')", "hymba_lightning.cli", False),
+    ],
+)
 def test_whose_fault_an_exception_is_follows_from_its_class_and_origin(code, module, users):
     assert errors.is_user_error(error_of(code, module)) is users
 
 
 def test_refusals_of_the_package_are_bad_input():
-    for make in (lambda: HymbaConfig(window=0), lambda: (_ for _ in ()).throw(BackendUnavailableError("x")),
-                 lambda: (_ for _ in ()).throw(errors.UserError("x")), lambda: Path("/nowhere/at/all").read_bytes(),
-                 lambda: torch.load(__file__, weights_only=True)):
+    for make in (
+        lambda: HymbaConfig(window=0),
+        lambda: (_ for _ in ()).throw(BackendUnavailableError("x")),
+        lambda: (_ for _ in ()).throw(errors.UserError("x")),
+        lambda: Path("/nowhere/at/all").read_bytes(),
+        lambda: torch.load(__file__, weights_only=True),
+    ):
         with pytest.raises(Exception) as raised:  # noqa: PT011 - each its own
             make()
         assert errors.is_user_error(raised.value), raised.value
@@ -177,13 +202,17 @@ def test_a_sentence_is_one_line_that_names_the_file():
 # Commands, versions, help ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("command", "near"), [("train", "fit"), ("tset", "test"), ("import_reference",
-                                               "import-reference"), ("generate", "sample")])
+@pytest.mark.parametrize(
+    ("command", "near"),
+    [("train", "fit"), ("tset", "test"), ("import_reference", "import-reference"), ("generate", "sample")],
+)
 def test_an_unknown_command_is_answered_without_any_library(command, near):
-    code = ("import sys\nfrom hymba_lightning.__main__ import main\n"
-            f"sys.argv = ['hymba', {command!r}, '--config', 'x']\n"
-            "try:\n    main()\nexcept SystemExit as end:\n"
-            "    print(end.code, sorted({'torch', 'lightning', 'jsonargparse', 'yaml'} & set(sys.modules)))\n")
+    code = (
+        "import sys\nfrom hymba_lightning.__main__ import main\n"
+        f"sys.argv = ['hymba', {command!r}, '--config', 'x']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n"
+        "    print(end.code, sorted({'torch', 'lightning', 'jsonargparse', 'yaml'} & set(sys.modules)))\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "2 []\n"
     assert f"did you mean {near}?" in done.stderr
@@ -205,25 +234,41 @@ def test_versions_are_told_without_importing_what_they_are_of():
     assert "lightning " in second
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("--model.net.widnow", "--model.net.window"), ("--model.budgetseconds", "--model.budget_seconds"),
-    ("--seq_len", "--data.seq_len"), ("--data.seq-len", "--data.seq_len"),
-    ("--trainer.maxsteps", "--trainer.max_steps"), ("--zzz", None),
-])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("--model.net.widnow", "--model.net.window"),
+        ("--model.budgetseconds", "--model.budget_seconds"),
+        ("--seq_len", "--data.seq_len"),
+        ("--data.seq-len", "--data.seq_len"),
+        ("--trainer.maxsteps", "--trainer.max_steps"),
+        ("--zzz", None),
+    ],
+)
 def test_near_misses(name, expected):
-    known = ["--model.net.window", "--model.net.d_conv", "--model.net.dt_min", "--model.budget_seconds",
-             "--data.seq_len", "--trainer.max_steps", "--trainer.min_steps", "--run_dir"]
+    known = [
+        "--model.net.window",
+        "--model.net.d_conv",
+        "--model.net.dt_min",
+        "--model.budget_seconds",
+        "--data.seq_len",
+        "--trainer.max_steps",
+        "--trainer.min_steps",
+        "--run_dir",
+    ]
     assert usage.near_misses(name, known)[:1] == ([expected] if expected else [])
 
 
 def test_the_command_that_goes_on_keeps_what_was_asked_for():
     saved = Saved(Path("runs/a b/checkpoints/last.ckpt"), 7)
     args = ["fit", "--config", "c.yaml", "--ckpt_path", "old.ckpt", "--overwrite=true", "--model.compile", "true"]
-    assert usage.resume_command(args, saved) == ("hymba fit --config c.yaml --model.compile true --run_dir "
-                                                 "'runs/a b' --ckpt_path last")
+    assert usage.resume_command(args, saved) == (
+        "hymba fit --config c.yaml --model.compile true --run_dir 'runs/a b' --ckpt_path last"
+    )
     elsewhere = Saved(Path("/ckpt/last.ckpt"), 7)
-    assert usage.resume_command(["fit", "--run_dir", "a"], elsewhere) == ("hymba fit --run_dir a --ckpt_path "
-                                                                          "/ckpt/last.ckpt")
+    assert usage.resume_command(["fit", "--run_dir", "a"], elsewhere) == (
+        "hymba fit --run_dir a --ckpt_path /ckpt/last.ckpt"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +277,18 @@ def help_of(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
 
     def ask(command: str, folder: Path = cache) -> tuple[str, bool]:
-        code = ("import sys\nfrom hymba_lightning.__main__ import main\n"
-                f"sys.argv = ['hymba', {command!r}, '--help']\nmain()\nprint('torch' in sys.modules, file=sys.stderr)")
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120,
-                              env=os.environ | {"XDG_CACHE_HOME": str(folder)})
+        code = (
+            "import sys\nfrom hymba_lightning.__main__ import main\n"
+            f"sys.argv = ['hymba', {command!r}, '--help']\nmain()\nprint('torch' in sys.modules, file=sys.stderr)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+            env=os.environ | {"XDG_CACHE_HOME": str(folder)},
+        )
         return done.stdout, done.stderr.splitlines()[-1] == "True"
 
     return ask
@@ -264,9 +317,18 @@ def test_kept_help_belongs_to_these_very_sources(monkeypatch, tmp_path):
 
 def test_help_begins_with_what_is_most_used_and_ends_with_lightnings_options(help_of):
     text, _ = help_of("fit")
-    places = [text.index(part) for part in ("most used:", "  --config ", "  --model.budget_seconds",
-                                            "--model.net.window WINDOW", "--export.quantization.bits",
-                                            "Lightning's Trainer:", "--trainer.accumulate_grad_batches ACC")]
+    places = [
+        text.index(part)
+        for part in (
+            "most used:",
+            "  --config ",
+            "  --model.budget_seconds",
+            "--model.net.window WINDOW",
+            "--export.quantization.bits",
+            "Lightning's Trainer:",
+            "--trainer.accumulate_grad_batches ACC",
+        )
+    ]
     assert places == sorted(places)
     assert text.count("\n", 0, text.index("--model.net.window WINDOW")) < 120
     assert "usage: hymba fit --config FILE [options]\n" in text
@@ -289,8 +351,24 @@ def test_a_config_of_a_run_is_yaml_with_every_letter(work):
     config.write_text((work / "tiny.yaml").read_text(encoding="utf-8") + "# größer → ☃\n", encoding="utf-8")
     run = work / "läufe"
     environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"}
-    done = subprocess.run([*HYMBA, "fit", "--config", str(config), "--run_dir", str(run), "--trainer.max_steps", "2",
-                           "--export.enabled", "true"], env=environment, capture_output=True, check=False, timeout=200)
+    done = subprocess.run(
+        [
+            *HYMBA,
+            "fit",
+            "--config",
+            str(config),
+            "--run_dir",
+            str(run),
+            "--trainer.max_steps",
+            "2",
+            "--export.enabled",
+            "true",
+        ],
+        env=environment,
+        capture_output=True,
+        check=False,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["run_dir"] == str(run)
 
@@ -299,8 +377,25 @@ def test_a_config_of_a_run_is_yaml_with_every_letter(work):
 def test_a_plotting_backend_that_does_not_exist_is_none_of_ours(work, backend):
     """A notebook's kernel leaves its backend's name in the environment of what it starts."""
     environment = os.environ | {"MPLBACKEND": backend}
-    done = subprocess.run([*HYMBA, "fit", "--config", str(work / "tiny.yaml"), "--run_dir", str(work / "plots"),
-                           "--trainer.max_steps", "5", "--summary.plots", "true", "--overwrite", "true"],
-                          env=environment, capture_output=True, check=False, timeout=200)
+    done = subprocess.run(
+        [
+            *HYMBA,
+            "fit",
+            "--config",
+            str(work / "tiny.yaml"),
+            "--run_dir",
+            str(work / "plots"),
+            "--trainer.max_steps",
+            "5",
+            "--summary.plots",
+            "true",
+            "--overwrite",
+            "true",
+        ],
+        env=environment,
+        capture_output=True,
+        check=False,
+        timeout=200,
+    )
     assert done.returncode == 0, done.stderr
     assert (work / "plots" / "training.png").stat().st_size > 10_000

@@ -16,8 +16,18 @@ from hymba_lightning.training.module import HymbaModule
 from hymba_lightning.training.optim import OptimizerConfig
 
 TOKENIZER = Path(__file__).parent / "golden" / "sp1024.model"
-NET = {"vocab_size": 1024, "n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "window": 16, "d_state": 4,
-       "bigram_buckets": 64, "bigram_dim": 8, "mlp_mult": 2}
+NET = {
+    "vocab_size": 1024,
+    "n_layers": 2,
+    "d_model": 32,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "window": 16,
+    "d_state": 4,
+    "bigram_buckets": 64,
+    "bigram_dim": 8,
+    "mlp_mult": 2,
+}
 
 
 def write_data(folder: Path, n_train: int = 20_000, n_val: int = 700) -> Path:
@@ -33,14 +43,21 @@ def write_data(folder: Path, n_train: int = 20_000, n_val: int = 700) -> Path:
     return folder
 
 
-def tiny_module(net: dict[str, Any] | None = None, runtime: dict[str, Any] | None = None,
-                optimizer: dict[str, Any] | None = None, **arguments: Any) -> HymbaModule:
+def tiny_module(
+    net: dict[str, Any] | None = None,
+    runtime: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> HymbaModule:
     """A module with the tiny network and the default schedule."""
     pl.seed_everything(7, verbose=False)
     arguments = {"log_every_n_steps": 1} | arguments
-    return HymbaModule(HymbaConfig(**(NET | (net or {}))), RuntimeConfig(**(runtime or {})),
-                       OptimizerConfig(**(optimizer or {})),
-                       **arguments)
+    return HymbaModule(
+        HymbaConfig(**(NET | (net or {}))),
+        RuntimeConfig(**(runtime or {})),
+        OptimizerConfig(**(optimizer or {})),
+        **arguments,
+    )
 
 
 def tiny_data(folder: Path, **arguments: Any) -> HymbaDataModule:
@@ -50,7 +67,16 @@ def tiny_data(folder: Path, **arguments: Any) -> HymbaDataModule:
 
 def tiny_trainer(folder: Path, **arguments: Any) -> pl.Trainer:
     """A plain trainer on one CPU, without anything that the tests do not look at."""
-    defaults = {"accelerator": "cpu", "devices": 1, "max_steps": 12, "logger": False, "enable_progress_bar": False,
-                "enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": str(folder),
-                "num_sanity_val_steps": 0, "check_val_every_n_epoch": None}
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 12,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "default_root_dir": str(folder),
+        "num_sanity_val_steps": 0,
+        "check_val_every_n_epoch": None,
+    }
     return pl.Trainer(**(defaults | arguments))

@@ -252,6 +252,4 @@ def run_ranks(function: Any, *arguments: Any, world_size: int = 2) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     method = "spawn" if torch.cuda.is_available() else "fork"
-    mp.start_processes(
-        _run_rank, args=(world_size, port, function, arguments), nprocs=world_size, start_method=method
-    )
+    mp.start_processes(_run_rank, args=(world_size, port, function, arguments), nprocs=world_size, start_method=method)

@@ -120,8 +120,12 @@ class WeightAverage(Callback):
                 for name, _ in self._parameters(pl_module)
             }
         elif trainer.is_global_zero:
-            log.info("the checkpoint's average is of kind %r, this run's of kind %r: it starts anew from the trained "
-                     "weights", kind, self.kind)
+            log.info(
+                "the checkpoint's average is of kind %r, this run's of kind %r: it starts anew from the trained "
+                "weights",
+                kind,
+                self.kind,
+            )
         pl_module.load_state_dict(checkpoint["current_model_state"], strict=pl_module.strict_loading)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -213,9 +217,13 @@ class WeightAverage(Callback):
         self._told = True
         first = self.decay**steps
         if first > 0.01 and trainer.is_global_zero:
-            log.warning("ema_decay %s is too long for this run of about %d steps: %.2g %% of the average will be the "
-                        "weights it started from; set it to null and use average_window, a share of the run",
-                        self.decay, steps, 100 * first)
+            log.warning(
+                "ema_decay %s is too long for this run of about %d steps: %.2g %% of the average will be the "
+                "weights it started from; set it to null and use average_window, a share of the run",
+                self.decay,
+                steps,
+                100 * first,
+            )
 
     @staticmethod
     def _lr_scale(trainer: Trainer) -> float:

@@ -26,8 +26,9 @@ class DigestCheckpointIO(TorchCheckpointIO):
         """
         write_checkpoint(path, checkpoint)
 
-    def load_checkpoint(self, path: Any, map_location: Callable | None = None,
-                        weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Callable | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Tensors on the CPU, nothing in the file executed, whatever `map_location` and `weights_only` say.
 
         Raises:

@@ -29,9 +29,14 @@ class ExportArtifact(FolderOwner):
         ValueError: a number that cannot be.
     """
 
-    def __init__(self, enabled: bool = True, filename: str = "artifact.hymba",
-                 quantization: QuantizationConfig = QuantizationConfig(),  # noqa: B008 - frozen
-                 calibration_batches: int = 16, score_stages: bool = True) -> None:
+    def __init__(
+        self,
+        enabled: bool = True,
+        filename: str = "artifact.hymba",
+        quantization: QuantizationConfig = QuantizationConfig(),  # noqa: B008 - frozen
+        calibration_batches: int = 16,
+        score_stages: bool = True,
+    ) -> None:
         if calibration_batches < 1:
             raise ValueError(f"export.calibration_batches is {calibration_batches}; it must be at least 1")
         if not filename or filename.endswith("/"):
@@ -54,8 +59,10 @@ class ExportArtifact(FolderOwner):
         name = str(path.relative_to(folder.path.resolve())) if folder.path.resolve() in path.parents else ""
         first = name.split("/")[0]
         if path.is_dir() or path == folder.path.resolve() or (name != ARTIFACT and first and folder.is_ours(first)):
-            raise ValueError(f"export.filename is {self.settings.filename!r}, which is a folder or another file of the "
-                             "run: give the artifact a name of its own, e.g. artifact.hymba")
+            raise ValueError(
+                f"export.filename is {self.settings.filename!r}, which is a folder or another file of the "
+                "run: give the artifact a name of its own, e.g. artifact.hymba"
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """On a GPU, calibrates once before the clock starts: what that compiles would not fit into the reserve."""

@@ -71,8 +71,9 @@ class LossGuard(pl.Callback):
         self._pending.clear()
         self._in_a_row = 0
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule,
-                                 optimizer: torch.optim.Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         ok = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
         if self.on_nan == "skip":
@@ -81,8 +82,9 @@ class LossGuard(pl.Callback):
                 gradient.masked_fill_(bad, 0.0)
         self._gradient_ok = ok
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """
         Raises:
             NonFiniteLossError: the loss or the gradient of a step was not finite, and on_nan says to stop.
@@ -125,8 +127,10 @@ class LossGuard(pl.Callback):
             log.warning("%s. Its gradient was left out", what)
             if self._in_a_row < self.most_in_a_row:
                 return
-            raise NonFiniteLossError(f"{self._in_a_row} steps in a row were left out; the last: {what}. Lower the "
-                                     "learning rates, or look at the text named here")
+            raise NonFiniteLossError(
+                f"{self._in_a_row} steps in a row were left out; the last: {what}. Lower the "
+                "learning rates, or look at the text named here"
+            )
         raise NonFiniteLossError(f"{what}. {_remedy(trainer)}")
 
     def state_dict(self) -> dict[str, Any]:
@@ -150,15 +154,23 @@ def _describe(step: _Step, losses: list[bool]) -> str:
         what = f"the loss of step {step.step} is not finite (NaN or infinite)"
     else:
         what, found = f"the gradient of step {step.step} is not finite, though its losses are", everything
-    places = [f"{path} from token {offset:,}" + (f" (rank {owner})" if size > 1 else "")
-              for owner, batches in enumerate(found) for batch in batches for path, offset in batch]
+    places = [
+        f"{path} from token {offset:,}" + (f" (rank {owner})" if size > 1 else "")
+        for owner, batches in enumerate(found)
+        for batch in batches
+        for path, offset in batch
+    ]
     return what + (f"; its batch: {', '.join(places)}" if places else "")
 
 
 def _remedy(trainer: pl.Trainer) -> str:
     kept = getattr(trainer.checkpoint_callback, "last_model_path", "")
     if kept and Path(kept).is_file():
-        return (f"{kept} is from before: go on from it with other learning rates, or with on_nan skip to leave this "
-                "batch out")
-    return ("No checkpoint was written before it (checkpoint.every_n_seconds, every_n_steps): start anew with lower "
-            "learning rates, or with on_nan skip to leave this batch out")
+        return (
+            f"{kept} is from before: go on from it with other learning rates, or with on_nan skip to leave this "
+            "batch out"
+        )
+    return (
+        "No checkpoint was written before it (checkpoint.every_n_seconds, every_n_steps): start anew with lower "
+        "learning rates, or with on_nan skip to leave this batch out"
+    )

@@ -49,8 +49,9 @@ class FolderOwner(pl.Callback):
             run.started_fit = True
             _on_rank_0(trainer, start)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """With its first step a run has begun for good."""
         settle(trainer)
 

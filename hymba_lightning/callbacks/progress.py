@@ -61,9 +61,13 @@ class BudgetProgressBar(ProgressBar):
             print(f"{label} {100 * done / max(total, 1e-9):5.1f}%  {detail}", flush=True)
             return
         if self._progress is None:
-            columns = (TextColumn("{task.description:<11}", markup=False), BarColumn(),
-                       TextColumn("{task.percentage:>5.1f}%"),
-                       TextColumn("{task.fields[detail]}", markup=False), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description:<11}", markup=False),
+                BarColumn(),
+                TextColumn("{task.percentage:>5.1f}%"),
+                TextColumn("{task.fields[detail]}", markup=False),
+                TimeRemainingColumn(),
+            )
             # What is printed meanwhile, log lines too, goes above the bar; stderr in a file stays there.
             console = Console(markup=False, emoji=False)
             self._progress = Progress(*columns, console=console, redirect_stderr=sys.stderr.isatty())
@@ -102,8 +106,9 @@ class BudgetProgressBar(ProgressBar):
         self._show("training", 1.0, 1.0, _training_detail(trainer), force=True)
         self._close()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self._show("training", require_clock(Run.of(trainer)).reading.progress, 1.0, _training_detail(trainer))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -114,21 +119,40 @@ class BudgetProgressBar(ProgressBar):
 
     # Validation, export, test ------------------------------------------------------------------------------------
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
-                                batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         if not trainer.sanity_checking:
             total = trainer.num_val_batches[0]
             self._show("validation", batch_idx + 1, total, f"batch {batch_idx + 1} of {total}")
 
-    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
-                          batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         testing = Run.of(trainer).testing
         if testing is None:
             return
         total = testing.total()
         last = batch_idx + 1 == batch.n_chunks
-        self._show("test", batch_idx + 1, batch.n_chunks,
-                   f"chunk {batch_idx + 1} of {batch.n_chunks}  running bpb {total.bpb:.4f}", force=last)
+        self._show(
+            "test",
+            batch_idx + 1,
+            batch.n_chunks,
+            f"chunk {batch_idx + 1} of {batch.n_chunks}  running bpb {total.bpb:.4f}",
+            force=last,
+        )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._close()

@@ -67,8 +67,14 @@ class RankWatch(pl.Callback):
         try:
             connection = socket.create_connection((host, port), timeout=CONNECT_SECONDS)
         except OSError as error:
-            log.warning("rank %d cannot reach rank 0 at %s:%d (%s): a rank that dies will be noticed by the "
-                        "collectives' timeout only", self._rank, host, port, error)
+            log.warning(
+                "rank %d cannot reach rank 0 at %s:%d (%s): a rank that dies will be noticed by the "
+                "collectives' timeout only",
+                self._rank,
+                host,
+                port,
+                error,
+            )
             return
         connection.settimeout(None)
         _keep_alive(connection)
@@ -154,8 +160,13 @@ class RankWatch(pl.Callback):
         """Say who died, and end this process should it not do so by itself."""
         if self._news.is_set():
             return
-        log.error("rank %d of %d died (%s). Rank %d ends too; the run goes on from its last checkpoint with "
-                  "--ckpt_path last", news["rank"], self._size, news["text"], self._rank)
+        log.error(
+            "rank %d of %d died (%s). Rank %d ends too; the run goes on from its last checkpoint with --ckpt_path last",
+            news["rank"],
+            self._size,
+            news["text"],
+            self._rank,
+        )
         self._news.set()
         # Not a Python timer: its thread would need the interpreter, which a rank that stands still in a driver's call
         # may hold for ever. This one needs nothing, and shows where every thread stood.

@@ -13,8 +13,15 @@ from hymba_lightning.run.history import TrainRow
 from hymba_lightning.run.run import Run, require_clock
 
 # Dense bfloat16 peak in TFLOP/s by the vendors' datasheets, looked up by a part of the device's name.
-PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0,
-               "RTX 4090": 165.0}
+PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "B200": 2250.0,
+    "RTX 4090": 165.0,
+}
 
 
 def device_peak_tflops(device: torch.device) -> float | None:
@@ -67,8 +74,9 @@ class TrainingStats(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen_step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         run, step = Run.of(trainer), trainer.global_step
         self._tokens += run.batch_tokens
         if step == self._seen_step:
@@ -90,8 +98,11 @@ class TrainingStats(pl.Callback):
             rate = (tokens - self._last[0]) / (seconds - self._last[1])
         self._last = (tokens, seconds)
         run.history.train.append(TrainRow(step, seconds, tokens, loss, run.lr_scale, rate))
-        values: dict[str, float] = {"train/loss": loss, "wall_clock/train_seconds": seconds,
-                                    "weights_lr/scale": run.lr_scale}
+        values: dict[str, float] = {
+            "train/loss": loss,
+            "wall_clock/train_seconds": seconds,
+            "weights_lr/scale": run.lr_scale,
+        }
         for group in trainer.optimizers[0].param_groups:
             values[f"weights_lr/{group['name']}"] = group["lr"]
             if group["algorithm"] == "muon":

@@ -52,8 +52,9 @@ class RunSummary(FolderOwner):
         score, net = run.validation.score, run.net
         data = _data(trainer)
         settings = settings_of(seq_len=data and data.seq_len, dtype=net.runtime.compute_dtype)
-        record = ScoreRecord("validate", score.nats, score.n_tokens, score.n_bytes, _identity(data), _weights(run),
-                             "cold", settings)
+        record = ScoreRecord(
+            "validate", score.nats, score.n_tokens, score.n_bytes, _identity(data), _weights(run), "cold", settings
+        )
         run.record.add(record)
         run.record.save(run.folder_of(trainer).path)
 
@@ -64,16 +65,24 @@ class RunSummary(FolderOwner):
         self._audit = StreamAudit(run.folder_of(trainer).path, run.net.config.bos_id, keep)
         self._weights = _weights(run) if trainer.is_global_zero else ""
 
-    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
-                          batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
         testing = Run.of(trainer).testing
         if testing is None or testing.chunk is None:
             return
         total, self._n_chunks = testing.total(), batch.n_chunks
         self._audit.add(batch, testing.chunk)
         for logger in trainer.loggers:
-            logger.log_metrics({"ttt/running_bpb": total.bpb, "ttt/chunk_bpb": testing.scores[-1].bpb},
-                               step=total.n_tokens)
+            logger.log_metrics(
+                {"ttt/running_bpb": total.bpb, "ttt/chunk_bpb": testing.scores[-1].bpb}, step=total.n_tokens
+            )
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         run = Run.of(trainer)
@@ -83,34 +92,58 @@ class RunSummary(FolderOwner):
         total, config = testing.total(), testing.ttt.config
         data = _data(trainer)
         seq_len, chunk_tokens = testing.ttt.seq_len, data.ttt_chunk_tokens if data else testing.scores[0].n_tokens
-        settings = {"seq_len": seq_len, "chunk_tokens": chunk_tokens, "ttt": dataclasses.asdict(config),
-                    "dtype": run.net.runtime.compute_dtype, "world_size": trainer.world_size,
-                    "epochs_done": testing.ttt.epochs_done}
-        score = ScoreRecord("ttt", total.nats, total.n_tokens, total.n_bytes, _identity(data), self._weights,
-                            config.mode, settings, time.monotonic() - run.started,
-                            len(testing.scores) == self._n_chunks)
+        settings = {
+            "seq_len": seq_len,
+            "chunk_tokens": chunk_tokens,
+            "ttt": dataclasses.asdict(config),
+            "dtype": run.net.runtime.compute_dtype,
+            "world_size": trainer.world_size,
+            "epochs_done": testing.ttt.epochs_done,
+        }
+        score = ScoreRecord(
+            "ttt",
+            total.nats,
+            total.n_tokens,
+            total.n_bytes,
+            _identity(data),
+            self._weights,
+            config.mode,
+            settings,
+            time.monotonic() - run.started,
+            len(testing.scores) == self._n_chunks,
+        )
         plain = run.record.without_adaptation(score)
         run.record.add(score)
         identity = {key: value for key, value in score_as_dict(score).items() if key not in ("bpb", "loss")}
         summary = {
-            "weights": run.weights_from and _shown(run.weights_from, folder.path), "mode": config.mode,
+            "weights": run.weights_from and _shown(run.weights_from, folder.path),
+            "mode": config.mode,
             "context": describe_context(config, seq_len, trainer.world_size),
-            "ttt_bpb": total.bpb, "ttt_loss": total.loss, "nats": total.nats, **identity,
-            "bpb_without_adaptation": plain and plain.bpb, "mode_without_adaptation": plain and plain.mode,
+            "ttt_bpb": total.bpb,
+            "ttt_loss": total.loss,
+            "nats": total.nats,
+            **identity,
+            "bpb_without_adaptation": plain and plain.bpb,
+            "mode_without_adaptation": plain and plain.mode,
             "chunks": len(testing.scores),
-            "seconds": score.seconds, "limit_seconds": config.limit_seconds,
-            "epochs_done": testing.ttt.epochs_done, "seq_len": seq_len,
-            "chunk_tokens": chunk_tokens, "ttt": dataclasses.asdict(config),
+            "seconds": score.seconds,
+            "limit_seconds": config.limit_seconds,
+            "epochs_done": testing.ttt.epochs_done,
+            "seq_len": seq_len,
+            "chunk_tokens": chunk_tokens,
+            "ttt": dataclasses.asdict(config),
             "chunk_bpb": [score.bpb for score in testing.scores],
-            "chunk_bytes": [score.n_bytes for score in testing.scores], **self._audit.finish(),
+            "chunk_bytes": [score.n_bytes for score in testing.scores],
+            **self._audit.finish(),
             "environment": environment(trainer),
         }
         write_atomic(folder / "test_summary.json", json.dumps(summary, indent=2) + "\n")
         run.record.save(folder.path)
         if self.plots:
             plot_ttt(testing.scores, chunk_tokens, folder / "ttt.png", None if plain is None else plain.bpb)
-            context = plot_context(self._audit.by_context.points(), self._audit.by_document.points(),
-                                   folder / "context.png", config.mode)
+            context = plot_context(
+                self._audit.by_context.points(), self._audit.by_document.points(), folder / "context.png", config.mode
+            )
             log_picture(trainer, "what_context_is_worth", context)
         steps = run.record.trained.steps if run.record.trained else 0
         for logger in trainer.loggers:

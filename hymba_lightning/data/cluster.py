@@ -110,8 +110,9 @@ class ClusterPrepare:
         model, job = self.parts / TOKENIZER_FILE, self.parts / JOB_FILE
         ours = json.loads(json.dumps(dataclasses.asdict(self)))
         if job.is_file() and json.loads(job.read_bytes()) != ours:
-            raise FileExistsError(f"{self.parts} holds the parts of another job; finish that, remove them, or choose "
-                                  "another folder")
+            raise FileExistsError(
+                f"{self.parts} holds the parts of another job; finish that, remove them, or choose another folder"
+            )
         if model.is_file() and job.is_file():
             return
         write_atomic(job, json.dumps(ours) + "\n")
@@ -135,8 +136,12 @@ class ClusterPrepare:
     def _encode(self, rank: int, world_size: int) -> None:
         files, model = self.files()[rank::world_size], self.parts / TOKENIZER_FILE
         arguments: dict[str, Any] = {
-            "files": files_digest(files), "tokenizer": file_sha256(model), "tasks": world_size,
-            "name": f"{self.name}-{rank:05d}", "shard_tokens": self.shard_tokens}
+            "files": files_digest(files),
+            "tokenizer": file_sha256(model),
+            "tasks": world_size,
+            "name": f"{self.name}-{rank:05d}",
+            "shard_tokens": self.shard_tokens,
+        }
         work = self.parts / f"{rank:05d}"
         done = work / PART_FILE
         if done.is_file() and json.loads(done.read_bytes())["arguments"] == arguments:
@@ -146,13 +151,32 @@ class ClusterPrepare:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir(parents=True)
         reader = self.reader(files)
-        splits = encode_documents(reader, model, work, name=arguments["name"], shard_tokens=self.shard_tokens,
-                                  splitter=self.splitter, workers=1, report=lambda _: None, arguments=arguments,
-                                  both_splits=False)
-        part = {"arguments": arguments, "skipped": reader.skips.state(), "splits": {
-            split: {"documents": totals.documents, "text_bytes": totals.text_bytes, "tokens": totals.writer.n_tokens,
-                    "token_counts": totals.token_counts.tolist(), "files": [path.name for path in totals.writer.paths]}
-            for split, totals in splits.items()}}
+        splits = encode_documents(
+            reader,
+            model,
+            work,
+            name=arguments["name"],
+            shard_tokens=self.shard_tokens,
+            splitter=self.splitter,
+            workers=1,
+            report=lambda _: None,
+            arguments=arguments,
+            both_splits=False,
+        )
+        part = {
+            "arguments": arguments,
+            "skipped": reader.skips.state(),
+            "splits": {
+                split: {
+                    "documents": totals.documents,
+                    "text_bytes": totals.text_bytes,
+                    "tokens": totals.writer.n_tokens,
+                    "token_counts": totals.token_counts.tolist(),
+                    "files": [path.name for path in totals.writer.paths],
+                }
+                for split, totals in splits.items()
+            },
+        }
         write_atomic(done, json.dumps(part) + "\n")
 
     def merge(self, tasks: int) -> dict[str, Any]:
@@ -175,8 +199,9 @@ class ClusterPrepare:
         folders = [self.parts / f"{rank:05d}" for rank in range(tasks)]
         missing = [folder.name for folder in folders if not (folder / PART_FILE).is_file()]
         if missing:
-            raise FileNotFoundError(f"parts {', '.join(missing[:10])} of {tasks} are not finished: start the tasks "
-                                    "again")
+            raise FileNotFoundError(
+                f"parts {', '.join(missing[:10])} of {tasks} are not finished: start the tasks again"
+            )
         parts = [json.loads((folder / PART_FILE).read_bytes()) for folder in folders]
         splits = {}
         for split in SPLITS:
@@ -185,20 +210,40 @@ class ClusterPrepare:
             if not paths:
                 raise ValueError(f"no document fell to the {split} split; change val_fraction or give more documents")
             writer: Any = SimpleNamespace(paths=paths, n_tokens=sum(row["tokens"] for row in rows))
-            splits[split] = SplitTotals(writer, np.sum([row["token_counts"] for row in rows], axis=0),
-                                        sum(row["documents"] for row in rows), sum(row["text_bytes"] for row in rows))
+            splits[split] = SplitTotals(
+                writer,
+                np.sum([row["token_counts"] for row in rows], axis=0),
+                sum(row["documents"] for row in rows),
+                sum(row["text_bytes"] for row in rows),
+            )
         skips = Skips()
         self.files(skips)
         for part in parts:
             skips.merge(part["skipped"])
-        described, digests = describe(splits, self.parts / TOKENIZER_FILE,
-                                      "trained here" if self.tokenizer is None else "given")
-        manifest = sealed({"format": FORMAT, "version": VERSION,
-                           "arguments": {**dataclasses.asdict(self), "tasks": tasks}, "skipped": skips.state(),
-                           **described})
-        install(self.parts, self.folder, self.name, manifest, digests,
-                {path.name: f"{path.parent.name}/{path.name}" for totals in splits.values()
-                 for path in totals.writer.paths})
+        described, digests = describe(
+            splits, self.parts / TOKENIZER_FILE, "trained here" if self.tokenizer is None else "given"
+        )
+        manifest = sealed(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "arguments": {**dataclasses.asdict(self), "tasks": tasks},
+                "skipped": skips.state(),
+                **described,
+            }
+        )
+        install(
+            self.parts,
+            self.folder,
+            self.name,
+            manifest,
+            digests,
+            {
+                path.name: f"{path.parent.name}/{path.name}"
+                for totals in splits.values()
+                for path in totals.writer.paths
+            },
+        )
         return manifest
 
 
@@ -235,8 +280,9 @@ def prepare_on_cluster(job: ClusterPrepare, tasks: int, workers: int, slurm: dic
             job._merge(tasks)
             return
         encode = executor.SlurmPipelineExecutor([job], tasks=tasks, workers=workers, logging_dir=logs, **slurm)
-        executor.SlurmPipelineExecutor([_Merge(job, tasks)], tasks=1, depends=encode,
-                                       logging_dir=f"{job.folder}/.merge-logs", **slurm).run()
+        executor.SlurmPipelineExecutor(
+            [_Merge(job, tasks)], tasks=1, depends=encode, logging_dir=f"{job.folder}/.merge-logs", **slurm
+        ).run()
 
 
 @contextlib.contextmanager

@@ -42,8 +42,12 @@ class SplitTotals:
 
     def state(self) -> dict[str, Any]:
         """Plain values to go on from."""
-        return {"writer": self.writer.state(), "token_counts": self.token_counts.tolist(),
-                "documents": self.documents, "text_bytes": self.text_bytes}
+        return {
+            "writer": self.writer.state(),
+            "token_counts": self.token_counts.tolist(),
+            "documents": self.documents,
+            "text_bytes": self.text_bytes,
+        }
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ def can_go_on(work: Path, model: Path, progress: dict[str, Any], arguments: dict
     """Whether the files that the progress speaks of are there."""
     return model.is_file() and all(
         ShardWriter.holds(work, f"{arguments['name']}_{split}", arguments["shard_tokens"], state["writer"])
-        for split, state in progress["splits"].items())
+        for split, state in progress["splits"].items()
+    )
 
 
 def encode_documents(
@@ -168,9 +173,14 @@ def encode_documents(
             report(reader.bytes_read)
             if time.monotonic() - saved_at >= SAVE_SECONDS:
                 flush()
-                state = {"version": PROGRESS_VERSION, "arguments": arguments, "reader": reader.position(),
-                         "ranks": (lowest_rank, highest_rank), "left_out": left_out,
-                         "splits": {split: totals.state() for split, totals in splits.items()}}
+                state = {
+                    "version": PROGRESS_VERSION,
+                    "arguments": arguments,
+                    "reader": reader.position(),
+                    "ranks": (lowest_rank, highest_rank),
+                    "left_out": left_out,
+                    "splits": {split: totals.state() for split, totals in splits.items()},
+                }
                 write_atomic(work / PROGRESS_FILE, json.dumps(state))
                 saved_at = time.monotonic()
         flush()
@@ -182,8 +192,9 @@ def encode_documents(
     return splits
 
 
-def _check_split(splits: dict[str, SplitTotals], lowest_rank: float, highest_rank: float, val_fraction: float,
-                 reader: DocumentReader) -> None:
+def _check_split(
+    splits: dict[str, SplitTotals], lowest_rank: float, highest_rank: float, val_fraction: float, reader: DocumentReader
+) -> None:
     n_documents = sum(split.documents for split in splits.values())
     if any(file.split for file in reader.files):
         for split, inputs in (("train", "inputs"), ("val", "validation inputs")):

@@ -323,8 +323,12 @@ class HymbaDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the data that the finished optimizer steps have reached, over all ranks."""
-        return {"spans": self._position.spans(self._global_step()), "seq_len": self.seq_len,
-                "data": self._train_digest, "shuffle_seed": self.shuffle_seed}
+        return {
+            "spans": self._position.spans(self._global_step()),
+            "seq_len": self.seq_len,
+            "data": self._train_digest,
+            "shuffle_seed": self.shuffle_seed,
+        }
 
     @cached_property
     def _train_digest(self) -> str:
@@ -335,8 +339,10 @@ class HymbaDataModule(pl.LightningDataModule):
         spans = state_dict["spans"]
         for what, own in (("data", self._train_digest), ("shuffle_seed", self.shuffle_seed)):
             if state_dict.get(what, own) != own and self.trainer is not None and self.trainer.is_global_zero:
-                log.warning("going on with other training %s than the checkpoint was trained with",
-                            "text" if what == "data" else "order (data.shuffle_seed)")
+                log.warning(
+                    "going on with other training %s than the checkpoint was trained with",
+                    "text" if what == "data" else "order (data.shuffle_seed)",
+                )
         if state_dict["seq_len"] != self.seq_len:
             spans = -(-spans * (state_dict["seq_len"] + 1) // (self.seq_len + 1))
             log.info(

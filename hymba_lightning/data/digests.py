@@ -98,8 +98,11 @@ def remember(folder: Path, digests: Mapping[str, FileDigest]) -> None:
 
 def _folder_digests(folder: Path, files: list[Path], sample: bool) -> dict[Path, str]:
     memory = _read(folder)
-    known = {path: digest.sha256 for path in files if (digest := _recall(memory, path))
-             and not (sample and _differs(path, digest))}
+    known = {
+        path: digest.sha256
+        for path in files
+        if (digest := _recall(memory, path)) and not (sample and _differs(path, digest))
+    }
     damaged = {path for path in files if path not in known and _recall(memory, path)}
     if len(known) == len(files):
         return known
@@ -118,8 +121,11 @@ def _folder_digests(folder: Path, files: list[Path], sample: bool) -> dict[Path,
         stamps, now = {path: _stamp(path) for path in unknown}, time.time()
         hashed = hash_files(unknown)
         known |= {path: digest.sha256 for path, digest in hashed.items()}
-        memory |= {path.name: [stamps[path], *digest] for path, digest in hashed.items()
-                   if _stamp(path) == stamps[path] and max(stamps[path][1:3]) / 1e9 < now - SETTLED_SECONDS}
+        memory |= {
+            path.name: [stamps[path], *digest]
+            for path, digest in hashed.items()
+            if _stamp(path) == stamps[path] and max(stamps[path][1:3]) / 1e9 < now - SETTLED_SECONDS
+        }
         _write(folder, memory)
     return known
 
@@ -164,8 +170,11 @@ def _read(folder: Path) -> dict[str, list]:
     for path in reversed(_memories(folder)):
         with contextlib.suppress(OSError, ValueError, RecursionError):
             content = json.loads(path.read_bytes())
-            memory |= {name: entry for name, entry in content.items() if _is_entry(entry)} if (
-                isinstance(content, dict)) else {}
+            memory |= (
+                {name: entry for name, entry in content.items() if _is_entry(entry)}
+                if (isinstance(content, dict))
+                else {}
+            )
     return memory
 
 

@@ -72,8 +72,14 @@ class DocumentReader:
         max_bytes: Most UTF-8 bytes of a document.
     """
 
-    def __init__(self, files: Sequence[InputFile], text_key: str, separator: str | None, skips: Skips | None = None,
-                 max_bytes: int = MAX_DOCUMENT_BYTES) -> None:
+    def __init__(
+        self,
+        files: Sequence[InputFile],
+        text_key: str,
+        separator: str | None,
+        skips: Skips | None = None,
+        max_bytes: int = MAX_DOCUMENT_BYTES,
+    ) -> None:
         self.files = files
         self.text_key = text_key
         self.separator = separator
@@ -140,8 +146,13 @@ class DocumentReader:
             yield from self._rows(file, parquet_rows(file.path, self.text_key, self.max_bytes))
         else:
             with open(file.path, "rb") as raw:
-                read = (self._json_lines if file.is_of(JSONL_SUFFIXES) else
-                        self._csv if file.is_of(CSV_SUFFIXES) else self._text_file)
+                read = (
+                    self._json_lines
+                    if file.is_of(JSONL_SUFFIXES)
+                    else self._csv
+                    if file.is_of(CSV_SUFFIXES)
+                    else self._text_file
+                )
                 for text in read(file, raw):
                     yield text, (raw.tell() - file.start) / max(file.size, 1)
 
@@ -164,8 +175,9 @@ class DocumentReader:
                 row = row_of(json.loads(line.decode("utf-8"))[self.text_key], 0.0, self.text_key, self.max_bytes)
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "no text"
-                self._skip(file, kind, f"no text under {self.text_key!r} ({type(error).__name__}: {error})",
-                           f":{number}")
+                self._skip(
+                    file, kind, f"no text under {self.text_key!r} ({type(error).__name__}: {error})", f":{number}"
+                )
                 continue
             if row.text is None:
                 self._skip(file, row.kind, row.cause, f":{number}")
@@ -193,8 +205,9 @@ class DocumentReader:
             if not header:
                 header = row
                 if self.text_key not in header:
-                    raise SourceError("no text column", f"no column {self.text_key!r} among {', '.join(header[:20])}; "
-                                      "set text_key")
+                    raise SourceError(
+                        "no text column", f"no column {self.text_key!r} among {', '.join(header[:20])}; set text_key"
+                    )
             elif row and len(row) != len(header):
                 self._skip(file, "damaged CSV", f"{len(row)} fields, not {len(header)}", f":{rows.line_num}")
             elif row:
@@ -224,8 +237,10 @@ class DocumentReader:
                 rest = rest[end:]
         yield rest
         if n_cut:
-            self.skips.note("file with a document longer than max_document_bytes, cut into several",
-                            f"{shown(file.path)}: {n_cut:,} cuts")
+            self.skips.note(
+                "file with a document longer than max_document_bytes, cut into several",
+                f"{shown(file.path)}: {n_cut:,} cuts",
+            )
 
     def _too_long(self, what: str) -> str:
         return f"{what} longer than {self.max_bytes:,} bytes; raise max_document_bytes to keep it"
@@ -260,8 +275,9 @@ def _decoded_blocks(blocks: Iterable[bytes], whole: bool) -> Iterator[str]:
         try:
             text = decoder.decode(block, final=whole or not block)
         except UnicodeDecodeError as error:
-            raise SourceError("not UTF-8", f"not UTF-8 text ({error.reason} at byte "
-                              f"{n_bytes - kept + error.start})") from error
+            raise SourceError(
+                "not UTF-8", f"not UTF-8 text ({error.reason} at byte {n_bytes - kept + error.start})"
+            ) from error
         if "\0" in text:
             raise SourceError("NUL bytes", "it holds NUL bytes: a damaged file, or no text")
         text = text.removeprefix("\ufeff") if n_bytes == 0 else text

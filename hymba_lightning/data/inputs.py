@@ -72,8 +72,9 @@ class InputFile(NamedTuple):
         return not self.on_hub and self.path.name.lower().endswith(suffixes)
 
 
-def find_inputs(inputs: Sequence[str], exclude: Sequence[str], seed: int, out: Path,
-                skips: Skips | None = None) -> list[InputFile]:
+def find_inputs(
+    inputs: Sequence[str], exclude: Sequence[str], seed: int, out: Path, skips: Skips | None = None
+) -> list[InputFile]:
     """Files to read, in an order drawn from the seed and their names (neighbours in a folder are alike).
 
     Args:
@@ -99,8 +100,11 @@ def find_inputs(inputs: Sequence[str], exclude: Sequence[str], seed: int, out: P
         files = list(_expand(given, exclude, target, skips))
         if not files:
             left_out = "; ".join(f"{entry['count']:,} × {kind}" for kind, entry in skips.state()["kinds"].items())
-            raise FileNotFoundError(f"input {given!r} matches no file that can be read" + (f" ({left_out})" if left_out
-                                    else "") + f"; inputs are files, folders or globs of {known}")
+            raise FileNotFoundError(
+                f"input {given!r} matches no file that can be read"
+                + (f" ({left_out})" if left_out else "")
+                + f"; inputs are files, folders or globs of {known}"
+            )
         for file in files:
             if not file.is_of(KNOWN_SUFFIXES):
                 raise ValueError(f"{shown(file.path)} is of no known kind ({known}); rename it or leave it out")
@@ -120,8 +124,10 @@ def apart(train: list[InputFile], val: list[InputFile]) -> list[InputFile]:
     on_hub = {file.key for file in train if file.on_hub} & {file.key for file in val if file.on_hub}
     if both or on_hub:
         one, other = [shown(path) for path in both] if both else 2 * [min(on_hub)]
-        raise ValueError(f"{one}, among inputs, is the same as {other}, among val_inputs; training on validation text "
-                         "makes its score worthless: leave it out of one")
+        raise ValueError(
+            f"{one}, among inputs, is the same as {other}, among val_inputs; training on validation text "
+            "makes its score worthless: leave it out of one"
+        )
     return [*(file._replace(split="val") for file in val), *(file._replace(split="train") for file in train)]
 
 
@@ -186,9 +192,11 @@ def _expand(given: str, exclude: Sequence[str], out: Path, skips: Skips) -> Iter
             yield InputFile(path, path.name)
 
 
-def _walk(root: Path, exclude: Sequence[str], suffixes: tuple[str, ...], out: Path,
-          skips: Skips | None) -> Iterator[InputFile]:
+def _walk(
+    root: Path, exclude: Sequence[str], suffixes: tuple[str, ...], out: Path, skips: Skips | None
+) -> Iterator[InputFile]:
     """Files below `root`. A folder that links lead to more than once is searched once. None counts nothing."""
+
     def excluded(name: str) -> bool:
         return any(fnmatch.fnmatch(name, pattern) for pattern in exclude)
 
@@ -204,8 +212,10 @@ def _walk(root: Path, exclude: Sequence[str], suffixes: tuple[str, ...], out: Pa
             continue
         seen.add((status.st_dev, status.st_ino))
         # Folders before links to them, so that a file's key is that of its own place.
-        folders[:] = sorted((name for name in folders if not excluded(name)),
-                            key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+        folders[:] = sorted(
+            (name for name in folders if not excluded(name)),
+            key=lambda name: (os.path.islink(os.path.join(folder, name)), name),
+        )
         for name in sorted(names):
             path = Path(folder, name)
             if excluded(name):

@@ -37,8 +37,10 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         ValueError: The file is damaged or of an unknown version, or the folder is between two data sets.
     """
     if (folder / JOURNAL_FILE).exists():
-        raise ValueError(f"the data in {folder} are being replaced, or were when `hymba prepare` ended; wait for it, "
-                         "or call it again, which finishes that")
+        raise ValueError(
+            f"the data in {folder} are being replaced, or were when `hymba prepare` ended; wait for it, "
+            "or call it again, which finishes that"
+        )
     return installed_manifest(folder)
 
 
@@ -53,8 +55,10 @@ def installed_manifest(folder: Path) -> dict[str, Any] | None:
         if known:
             _check_form(manifest)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is no manifest of prepared data ({type(error).__name__}: {error}); prepare the data "
-                         "again, with overwrite") from error
+        raise ValueError(
+            f"{path} is no manifest of prepared data ({type(error).__name__}: {error}); prepare the data "
+            "again, with overwrite"
+        ) from error
     if not known:
         raise ValueError(f"{path} has an unknown format or version; prepare the data again with this version")
     return manifest
@@ -94,8 +98,10 @@ def _check_used(folder: Path, manifest: dict[str, Any], used: dict[str, Path], t
     checked = {name: path for name, path in used.items() if name in listed}
     for name, path in checked.items():
         if path.stat().st_size != listed[name]["bytes"]:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes, its manifest says {listed[name]['bytes']}; "
-                             "prepare the data again, with overwrite, or copy it again")
+            raise ValueError(
+                f"{path} has {path.stat().st_size} bytes, its manifest says {listed[name]['bytes']}; "
+                "prepare the data again, with overwrite, or copy it again"
+            )
     for split, content in manifest["splits"].items():
         names = {shard["file"] for shard in content["shards"]}
         missing = sorted(name for name in names - set(checked) if not (folder / name).is_file())
@@ -103,8 +109,10 @@ def _check_used(folder: Path, manifest: dict[str, Any], used: dict[str, Path], t
             raise ValueError(f"{folder / missing[0]} is missing from the {split} data; prepare the data again")
     for (name, path), digest in zip(checked.items(), file_digests(list(checked.values()), sample=sample), strict=True):
         if digest != listed[name]["sha256"]:
-            raise ValueError(f"{path} is damaged: its SHA-256 is {digest}, its manifest says {listed[name]['sha256']}; "
-                             "copy it again, or prepare the data again, with overwrite")
+            raise ValueError(
+                f"{path} is damaged: its SHA-256 is {digest}, its manifest says {listed[name]['sha256']}; "
+                "copy it again, or prepare the data again, with overwrite"
+            )
     if checked and file_sha256(tokenizer) != manifest["tokenizer"]["sha256"]:
         raise ValueError(
             f"{tokenizer} is not the tokenizer that made the shards in {folder}; "
@@ -125,8 +133,14 @@ def first_damage(folder: Path, manifest: dict[str, Any]) -> str | None:
     if file_sha256(folder / model["file"]) != model["sha256"]:
         return f"{model['file']} is damaged"
     digests = file_digests([folder / name for name in listed])
-    return next((f"{name} is damaged" for name, digest in zip(listed, digests, strict=True)
-                 if digest != listed[name]["sha256"]), None)
+    return next(
+        (
+            f"{name} is damaged"
+            for name, digest in zip(listed, digests, strict=True)
+            if digest != listed[name]["sha256"]
+        ),
+        None,
+    )
 
 
 def check_may_write(
@@ -142,8 +156,11 @@ def check_may_write(
     if overwrite:
         return
     if existing is not None:
-        changed = sorted(key for key in existing["arguments"].keys() | arguments.keys()
-                         if existing["arguments"].get(key) != arguments.get(key))
+        changed = sorted(
+            key
+            for key in existing["arguments"].keys() | arguments.keys()
+            if existing["arguments"].get(key) != arguments.get(key)
+        )
         what = f"made with another {', '.join(changed)}" if changed else f"of which {first_damage(folder, existing)}"
         raise FileExistsError(f"out={folder} holds data {what}; choose another folder, or pass overwrite to replace it")
     if any(folder.glob(f"{glob.escape(name)}_*.bin")) or (folder / TOKENIZER_FILE).exists():
@@ -152,8 +169,14 @@ def check_may_write(
         )
 
 
-def install(work: Path, folder: Path, name: str, manifest: dict[str, Any], digests: Mapping[str, FileDigest],
-            places: Mapping[str, str] | None = None) -> None:
+def install(
+    work: Path,
+    folder: Path,
+    name: str,
+    manifest: dict[str, Any],
+    digests: Mapping[str, FileDigest],
+    places: Mapping[str, str] | None = None,
+) -> None:
     """Move the finished files into place, as one step to whoever reads or is killed.
 
     The journal, once written, is the decision: from then on the files are moved, now or by the next `finish_install`.
@@ -191,8 +214,9 @@ def finish_install(folder: Path) -> None:
         if work not in (WORK_FOLDER, PARTS_FOLDER) or not isinstance(name, str):
             raise ValueError("no folder of ours")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and prepare the data again, with overwrite"
-                         ) from error
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it, and prepare the data again, with overwrite"
+        ) from error
     try:
         old = _listed_files(installed_manifest(folder))
     except ValueError:
@@ -225,6 +249,7 @@ def _own_digest(manifest: dict[str, Any]) -> str:
 
 def _check_form(manifest: dict[str, Any]) -> None:
     """Raises ValueError, KeyError or TypeError where a value that is used later is not what it should be."""
+
     def need(holds: object, what: str) -> None:
         if not holds:
             raise ValueError(f"wrong {what}")

@@ -65,8 +65,14 @@ def _rows(path: str, text_key: str, limit: int) -> Iterator[list]:
             raise _ColumnError(f"no column {text_key!r} among {', '.join(names)}; set text_key")
         kind = file.schema_arrow.field(text_key).type
         values = kind.value_type if arrow.types.is_dictionary(kind) else kind
-        is_text = (arrow.types.is_string, arrow.types.is_large_string, arrow.types.is_string_view,
-                   arrow.types.is_binary, arrow.types.is_large_binary, arrow.types.is_binary_view)
+        is_text = (
+            arrow.types.is_string,
+            arrow.types.is_large_string,
+            arrow.types.is_string_view,
+            arrow.types.is_binary,
+            arrow.types.is_large_binary,
+            arrow.types.is_binary_view,
+        )
         if not any(check(values) for check in is_text):
             raise _ColumnError(f"no texts in column {text_key!r}, but {kind}; set text_key")
         total, done = max(file.metadata.num_rows, 1), 0
@@ -88,8 +94,12 @@ def _rows(path: str, text_key: str, limit: int) -> Iterator[list]:
 def _batch_rows(file: Any, text_key: str) -> int:
     """Rows whose texts are together about BATCH_BYTES, by the file's own account."""
     groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-    columns = [group.column(index) for group in groups for index in range(group.num_columns)
-               if group.column(index).path_in_schema == text_key]
+    columns = [
+        group.column(index)
+        for group in groups
+        for index in range(group.num_columns)
+        if group.column(index).path_in_schema == text_key
+    ]
     n_bytes = sum(column.total_uncompressed_size for column in columns)
     return max(1, min(ROWS_AT_ONCE, BATCH_BYTES * max(file.metadata.num_rows, 1) // max(n_bytes, 1)))
 
@@ -107,7 +117,7 @@ def _values(column: Any, limit: int) -> Iterator[Any]:
     _, offsets, data = column.buffers()
     is_large = arrow.types.is_large_string(column.type) or arrow.types.is_large_binary(column.type)
     all_ends = np.frombuffer(offsets, np.int64 if is_large else np.int32)
-    ends = all_ends[column.offset:column.offset + len(column) + 1].tolist()
+    ends = all_ends[column.offset : column.offset + len(column) + 1].tolist()
     content = memoryview(b"" if data is None else data)
     for is_valid, start, end in zip(column.is_valid().to_pylist(), ends, ends[1:], strict=False):
         text = content[start:end]

@@ -13,7 +13,7 @@ def find_paths(pattern: str, folder: str | os.PathLike[str] = ".") -> list[Path]
     The leading parts that exist as they stand are taken so: the brackets of a folder run[1] are part of its name.
     """
     base = Path(folder, os.path.expanduser(pattern))
-    literal, rest = Path(base.anchor), list(base.parts[1 if base.anchor else 0:])
+    literal, rest = Path(base.anchor), list(base.parts[1 if base.anchor else 0 :])
     while rest and os.path.lexists(literal / rest[0]):
         literal /= rest.pop(0)
     if not rest:

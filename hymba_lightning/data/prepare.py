@@ -154,8 +154,14 @@ def prepare(
     """
     started = time.monotonic()
     workers = _available_cores() if workers is None else workers
-    _check_arguments(name, val_fraction, shard_tokens=shard_tokens, sample_bytes=sample_bytes, workers=workers,
-                     max_document_bytes=max_document_bytes)
+    _check_arguments(
+        name,
+        val_fraction,
+        shard_tokens=shard_tokens,
+        sample_bytes=sample_bytes,
+        workers=workers,
+        max_document_bytes=max_document_bytes,
+    )
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"out={folder} is a file; name a folder")
@@ -185,8 +191,9 @@ def prepare(
         arguments["val_inputs"] = list(val_inputs)
     if max_document_bytes != MAX_DOCUMENT_BYTES:
         arguments["max_document_bytes"] = max_document_bytes
-    reader = DocumentReader(files, text_key, None if separator is None else unescaped(separator), skips,
-                            max_document_bytes)
+    reader = DocumentReader(
+        files, text_key, None if separator is None else unescaped(separator), skips, max_document_bytes
+    )
     claim = FolderClaim(folder, "hymba prepare")
     try:
         claim.take()
@@ -210,8 +217,10 @@ def prepare(
 def _existing(folder: Path, overwrite: bool) -> dict[str, Any] | None:
     """The manifest of what the folder holds, after what an earlier call had decided is done."""
     if (folder / PARTS_FOLDER).exists():
-        raise FileExistsError(f"out={folder} holds the parts of a preparation on a cluster; finish that, remove "
-                              f"{folder / PARTS_FOLDER}, or choose another folder")
+        raise FileExistsError(
+            f"out={folder} holds the parts of a preparation on a cluster; finish that, remove "
+            f"{folder / PARTS_FOLDER}, or choose another folder"
+        )
     try:
         finish_install(folder)
         return read_manifest(folder)
@@ -222,8 +231,9 @@ def _existing(folder: Path, overwrite: bool) -> dict[str, Any] | None:
         return None
 
 
-def _make(folder: Path, reader: DocumentReader, arguments: dict[str, Any], given: Path | None, workers: int,
-          progress: bool) -> dict[str, Any]:
+def _make(
+    folder: Path, reader: DocumentReader, arguments: dict[str, Any], given: Path | None, workers: int, progress: bool
+) -> dict[str, Any]:
     """Encode everything in a folder inside `folder`, then install it; returns the manifest."""
     work = folder / WORK_FOLDER
     model = work / TOKENIZER_FILE
@@ -235,16 +245,20 @@ def _make(folder: Path, reader: DocumentReader, arguments: dict[str, Any], given
     try:
         with _progress_bar(progress) as bar:
             held_out = [file for file in reader.files if file.split == "val"] if "val_inputs" in arguments else []
-            splitter = Splitter(arguments["val_fraction"], arguments["seed"], frozenset(
-                document_digest(document) for document in reader.of(held_out)))
+            splitter = Splitter(
+                arguments["val_fraction"],
+                arguments["seed"],
+                frozenset(document_digest(document) for document in reader.of(held_out)),
+            )
             if given is not None:
                 write_atomic(model, given.read_bytes())
             elif earlier is None:
                 task = bar.add_task("tokenizer", total=None)
                 training = arguments["tokenizer"]
                 sample = tokenizer_sample(reader, training["sample_bytes"], splitter)
-                trained = train_tokenizer(sample, training["vocab_size"],
-                                          character_coverage=training["character_coverage"])
+                trained = train_tokenizer(
+                    sample, training["vocab_size"], character_coverage=training["character_coverage"]
+                )
                 write_atomic(model, trained)
                 bar.update(task, total=1, completed=1)
             task = bar.add_task("encoding", total=reader.total_bytes or None)
@@ -260,8 +274,9 @@ def _make(folder: Path, reader: DocumentReader, arguments: dict[str, Any], given
                 arguments=arguments,
             )
         described, digests = describe(splits, model, "trained here" if given is None else "given")
-        manifest = sealed({"format": FORMAT, "version": VERSION, "arguments": arguments,
-                           "skipped": reader.skips.state(), **described})
+        manifest = sealed(
+            {"format": FORMAT, "version": VERSION, "arguments": arguments, "skipped": reader.skips.state(), **described}
+        )
         install(work, folder, arguments["name"], manifest, digests)
     except BaseException:
         # Progress that was saved is kept for the same call to go on from, and so is what is being installed.
@@ -271,12 +286,12 @@ def _make(folder: Path, reader: DocumentReader, arguments: dict[str, Any], given
     return manifest
 
 
-def describe(splits: dict[str, SplitTotals], model: Path, origin: str
-             ) -> tuple[dict[str, Any], dict[str, FileDigest]]:
-    """The manifest's account of the tokenizer, the splits, and the unigram model's bits per byte; the shards' digests.
-    """
-    digests = {path.name: digest for path, digest in
-               hash_files([path for totals in splits.values() for path in totals.writer.paths]).items()}
+def describe(splits: dict[str, SplitTotals], model: Path, origin: str) -> tuple[dict[str, Any], dict[str, FileDigest]]:
+    """The manifest's account of tokenizer, splits and the unigram model's bits per byte; the shards' digests."""
+    digests = {
+        path.name: digest
+        for path, digest in hash_files([path for totals in splits.values() for path in totals.writer.paths]).items()
+    }
     token_bytes = TokenBytes.from_model(model)
     token_counts = splits["train"].token_counts
     nats_of = np.log(token_counts.sum() + token_counts.size) - np.log(token_counts + 1)
@@ -341,8 +356,10 @@ def _check_arguments(name: str, val_fraction: float, **counts: int) -> None:
     if not re.fullmatch(r"(?!\.)[^/\\\0]+", name) or re.search("_(train|val)_", f"{name}_"):
         raise ValueError(f"name is {name!r}; it must begin file names, and not look like a split's")
     if not 0 < val_fraction < 1:
-        raise ValueError(f"val_fraction is {val_fraction}; it must lie between 0 and 1, both excluded: for validation "
-                         "texts of their own give val_inputs")
+        raise ValueError(
+            f"val_fraction is {val_fraction}; it must lie between 0 and 1, both excluded: for validation "
+            "texts of their own give val_inputs"
+        )
     for field, value in counts.items():
         if value < 1:
             raise ValueError(f"{field} is {value}; it must be at least 1")

@@ -202,8 +202,9 @@ def chunk_at(stream: TokenStream, token_bytes: TokenBytes, chunk_tokens: int, in
     """Chunk `index` of the stream: targets 1 + index·chunk_tokens and on, preceded by one token of context."""
     start = index * chunk_tokens
     tokens = stream[start : start + chunk_tokens + 1]
-    return Chunk(index, n_chunks(stream, chunk_tokens), tokens, _target_bytes(token_bytes, tokens[:-1], tokens[1:]),
-                 start)
+    return Chunk(
+        index, n_chunks(stream, chunk_tokens), tokens, _target_bytes(token_bytes, tokens[:-1], tokens[1:]), start
+    )
 
 
 def _target_bytes(token_bytes: TokenBytes, previous: Tensor, targets: Tensor) -> Tensor:

@@ -145,6 +145,7 @@ class ShardWriter:
     @staticmethod
     def holds(folder: Path, prefix: str, shard_tokens: int, state: dict[str, Any]) -> bool:
         """Whether what `state` speaks of is in the folder, so that a writer can go on from it."""
+
         def is_there(index: int, n_tokens: int) -> bool:
             path = folder / f"{prefix}_{index:06d}.bin"
             whole = HEADER_BYTES + TOKEN_DTYPE.itemsize * n_tokens
@@ -152,7 +153,8 @@ class ShardWriter:
 
         n_complete, unfinished = divmod(state["tokens"], shard_tokens)
         return all(is_there(index, shard_tokens) for index in range(n_complete)) and (
-            not unfinished or is_there(n_complete, unfinished))
+            not unfinished or is_there(n_complete, unfinished)
+        )
 
     def _path(self, index: int) -> Path:
         return self._folder / f"{self._prefix}_{index:06d}.bin"

@@ -57,8 +57,12 @@ class Skips:
 
     def state(self) -> dict[str, Any]:
         """Plain values: what the manifest says, and what `restore` takes."""
-        return {"count": self.count, "first": list(self._first), "kinds": _copy(self._kinds),
-                "notes": _copy(self._notes)}
+        return {
+            "count": self.count,
+            "first": list(self._first),
+            "kinds": _copy(self._kinds),
+            "notes": _copy(self._notes),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes back to what an earlier `state` said."""

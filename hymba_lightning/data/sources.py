@@ -66,16 +66,20 @@ def parquet_rows(path: Path, text_key: str, limit: int) -> Iterator[Row]:
     """
     _package("pyarrow", f"{path}, a Parquet file,")
     command = isolated_python("hymba_lightning.data.parquet", str(path), text_key, str(limit))
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     answers = cast(IO[bytes], process.stdout)
     try:
         while True:
             try:
                 kind, content = pickle.load(answers)  # type: ignore[arg-type]
             except (EOFError, pickle.UnpicklingError) as error:
-                raise SourceError("corrupt Parquet", f"reading the Parquet file ended with status {process.wait()}; "
-                                  "it is damaged, or a row group needs too much memory") from error
+                raise SourceError(
+                    "corrupt Parquet",
+                    f"reading the Parquet file ended with status {process.wait()}; "
+                    "it is damaged, or a row group needs too much memory",
+                ) from error
             if kind == "end":
                 return
             if kind == "error":
@@ -106,8 +110,11 @@ def hub_rows(name: str, text_key: str, limit: int) -> Iterator[Row]:
     split, _, config = rest.partition(":")
     split = split or "train"
     try:
-        rows = (_from_disk(datasets, path, split) if _is_saved(Path(path).expanduser())
-                else datasets.load_dataset(path, config or None, split=split, streaming=True))
+        rows = (
+            _from_disk(datasets, path, split)
+            if _is_saved(Path(path).expanduser())
+            else datasets.load_dataset(path, config or None, split=split, streaming=True)
+        )
         columns = rows.column_names
         if columns is not None and text_key not in columns:
             raise ValueError(f"it has no column {text_key!r} among {', '.join(columns)}; set text_key")

@@ -73,11 +73,15 @@ def _gzip_blocks(raw: IO[bytes]) -> Iterator[bytes]:
                 n_bytes += len(block)
                 yield block
         except EOFError as error:
-            raise SourceError("truncated", f"truncated: the gzip stream ends early, after {n_bytes:,} bytes of "
-                              "content; copy the file again") from error
+            raise SourceError(
+                "truncated",
+                f"truncated: the gzip stream ends early, after {n_bytes:,} bytes of content; copy the file again",
+            ) from error
         except (OSError, zlib.error) as error:
-            raise SourceError("corrupt compression", f"the gzip stream is damaged after {n_bytes:,} bytes of content "
-                              f"({error}); copy the file again") from error
+            raise SourceError(
+                "corrupt compression",
+                f"the gzip stream is damaged after {n_bytes:,} bytes of content ({error}); copy the file again",
+            ) from error
     if raw.tell() == 0:
         raise SourceError("truncated", "truncated: the gzip file is empty; copy the file again")
 
@@ -104,10 +108,14 @@ def _zstd_blocks(raw: IO[bytes]) -> Iterator[bytes]:
     except zstandard.ZstdError as error:
         if waiting:
             yield b"".join(waiting)
-        raise SourceError("corrupt compression", f"the zstd stream is damaged after {n_bytes:,} bytes of content "
-                          f"({error}); copy the file again") from error
+        raise SourceError(
+            "corrupt compression",
+            f"the zstd stream is damaged after {n_bytes:,} bytes of content ({error}); copy the file again",
+        ) from error
     if waiting:
         yield b"".join(waiting)
     if frame is not None or n_frames == 0:
-        raise SourceError("truncated", f"truncated: the zstd stream ends early, after {n_bytes:,} bytes of content; "
-                          "copy the file again")
+        raise SourceError(
+            "truncated",
+            f"truncated: the zstd stream ends early, after {n_bytes:,} bytes of content; copy the file again",
+        )

@@ -78,8 +78,11 @@ class TextEncoder:
         self._byte_ids = {
             int(processor.id_to_piece(token)[3:5], 16): token for token in range(vocab_size) if processor.is_byte(token)
         }
-        pieces = [processor.id_to_piece(token).replace(SPACE, " ") for token in range(vocab_size)
-                  if not (processor.is_byte(token) or processor.is_control(token) or processor.is_unknown(token))]
+        pieces = [
+            processor.id_to_piece(token).replace(SPACE, " ")
+            for token in range(vocab_size)
+            if not (processor.is_byte(token) or processor.is_control(token) or processor.is_unknown(token))
+        ]
         self._characters = set("".join(pieces))
         self._pairs = {piece[start : start + 2] for piece in pieces for start in range(len(piece) - 1)}
         self._stand_in = next(chr(code) for code in range(STAND_IN, 0, -1) if chr(code) not in self._characters)

@@ -5,5 +5,14 @@ from hymba_lightning.evaluation.curve import ContextCurve, DocumentPosition
 from hymba_lightning.evaluation.score import Score, score_batches, score_tokens
 from hymba_lightning.evaluation.ttt import ChunkScore, ScoreFirstTTT, score_first_ttt
 
-__all__ = ["ChunkScore", "ContextCurve", "DocumentPosition", "Score", "ScoreFirstTTT", "TTTConfig", "score_batches",
-           "score_first_ttt", "score_tokens"]
+__all__ = [
+    "ChunkScore",
+    "ContextCurve",
+    "DocumentPosition",
+    "Score",
+    "ScoreFirstTTT",
+    "TTTConfig",
+    "score_batches",
+    "score_first_ttt",
+    "score_tokens",
+]

@@ -25,8 +25,11 @@ def matrix_names(net: Hymba) -> set[str]:
 def scalar_names(net: Hymba) -> set[str]:
     """Names of the parameters that are no matrix and no table: gates, scales, convolutions, A_log, D, dt bias."""
     matrices = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, Linear | Embedding)}
-    return {name for name, _ in net.named_parameters()
-            if name not in matrices and not name.endswith("dt_proj.weight") and name != "meta_tokens"}
+    return {
+        name
+        for name, _ in net.named_parameters()
+        if name not in matrices and not name.endswith("dt_proj.weight") and name != "meta_tokens"
+    }
 
 
 def select_parameters(net: Hymba, config: TTTConfig) -> list[nn.Parameter]:
@@ -80,8 +83,9 @@ class Adapter:
             matrices = [p for p in trainable if id(p) in self._matrices]
             rest = [p for p in trainable if id(p) not in self._matrices]
             if matrices:
-                self.optimizers.append(torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.0,
-                                                        momentum=config.momentum))
+                self.optimizers.append(
+                    torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.0, momentum=config.momentum)
+                )
             if rest:
                 self.optimizers.append(torch.optim.SGD(rest, lr=config.rest_lr, momentum=config.momentum))
         else:

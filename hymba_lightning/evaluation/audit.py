@@ -22,11 +22,15 @@ def describe_context(config: TTTConfig, seq_len: int, world_size: int) -> str:
     if config.mode == "sliding":
         return f"windows of {seq_len}, {config.stride} scored in each: at least {overlap} tokens {where}"
     if world_size > 1:
-        return (f"carried, each chunk in {world_size} contiguous spans, a span's state made from the {warm} tokens "
-                f"before it: at least {warm} tokens {where}; one rank would give every token all tokens before it")
+        return (
+            f"carried, each chunk in {world_size} contiguous spans, a span's state made from the {warm} tokens "
+            f"before it: at least {warm} tokens {where}; one rank would give every token all tokens before it"
+        )
     if config.epochs and config.state_after_update == "rewarm":
-        return (f"carried, the state made anew from the last {warm} tokens after each update: at least {warm} tokens "
-                f"{where}")
+        return (
+            f"carried, the state made anew from the last {warm} tokens after each update: at least {warm} tokens "
+            f"{where}"
+        )
     return "carried: all tokens before it, through the state"
 
 
@@ -69,6 +73,8 @@ class StreamAudit:
                 np.save(file, np.memmap(self._raw, dtype="<f4", mode="r") if n_bytes else np.empty(0, "<f4"))
             partial.replace(self.nats_path)
             self._raw.unlink()
-        return {"nats_file": None if self.nats_path is None else str(self.nats_path),
-                "bpb_by_context": [point._asdict() for point in self.by_context.points()],
-                "bpb_by_document_position": [point._asdict() for point in self.by_document.points()]}
+        return {
+            "nats_file": None if self.nats_path is None else str(self.nats_path),
+            "bpb_by_context": [point._asdict() for point in self.by_context.points()],
+            "bpb_by_document_position": [point._asdict() for point in self.by_document.points()],
+        }

@@ -59,11 +59,15 @@ class AuditReport:
     seconds: float
 
     def __str__(self) -> str:
-        rules = "\n".join(f"  kept: {rule}" if rule != DISTRIBUTION or self.distribution_positions else
-                          f"  not tried: {rule}" for rule in RULES)
-        return (f"{rules}\n{self.evaluations} evaluations of streams of {self.tokens} tokens in {self.seconds:.1f} s; "
-                f"changed from {len(self.past_positions)} positions on, probabilities summed at "
-                f"{len(self.distribution_positions)}; seed {self.seed}")
+        rules = "\n".join(
+            f"  kept: {rule}" if rule != DISTRIBUTION or self.distribution_positions else f"  not tried: {rule}"
+            for rule in RULES
+        )
+        return (
+            f"{rules}\n{self.evaluations} evaluations of streams of {self.tokens} tokens in {self.seconds:.1f} s; "
+            f"changed from {len(self.past_positions)} positions on, probabilities summed at "
+            f"{len(self.distribution_positions)}; seed {self.seed}"
+        )
 
 
 class _Trial(NamedTuple):
@@ -72,9 +76,17 @@ class _Trial(NamedTuple):
     position: int  # of the first token that differs from the true stream; its length where none does
 
 
-def audit(evaluate: Evaluator, tokens: Tensor, vocab_size: int, *, past_positions: int = 24,
-          distribution_positions: int = 4, tolerance: float = 0.0, seed: int | None = None,
-          progress: Callable[[int, int], None] | None = None) -> AuditReport:
+def audit(
+    evaluate: Evaluator,
+    tokens: Tensor,
+    vocab_size: int,
+    *,
+    past_positions: int = 24,
+    distribution_positions: int = 4,
+    tolerance: float = 0.0,
+    seed: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> AuditReport:
     """Calls `evaluate` about past_positions + distribution_positions * vocab_size times.
 
     Args:
@@ -120,7 +132,7 @@ def audit(evaluate: Evaluator, tokens: Tensor, vocab_size: int, *, past_position
         if true is None and trial.rule == SAME_AGAIN:
             true = nats
         if trial.rule != EVERY_TOKEN:
-            waiting.append((trial, nats[:max(trial.position - 1, 0)].float()))
+            waiting.append((trial, nats[: max(trial.position - 1, 0)].float()))
         if true is not None:
             for earlier, scores in waiting:
                 _compare(earlier, true, scores, tolerance)
@@ -129,8 +141,9 @@ def audit(evaluate: Evaluator, tokens: Tensor, vocab_size: int, *, past_position
             progress(done + 1, len(order))
     for k, total in sums.items():
         if not abs(total - 1) <= SUM_TOLERANCE:
-            raise RuleBrokenError(DISTRIBUTION, f"the probabilities of all {vocab_size} ids as token {k} sum to "
-                                                f"{total:.6f}")
+            raise RuleBrokenError(
+                DISTRIBUTION, f"the probabilities of all {vocab_size} ids as token {k} sum to {total:.6f}"
+            )
     return AuditReport(n, len(trials), past, summed, seed, time.monotonic() - started)
 
 
@@ -162,8 +175,9 @@ def _scores(evaluate: Evaluator, stream: Tensor) -> Tensor:
     nats = torch.as_tensor(evaluate(stream.clone())).detach().cpu().double()
     n = stream.numel()
     if nats.shape != (n - 1,):
-        raise RuleBrokenError(EVERY_TOKEN, f"a stream of {n} tokens has scores of shape {list(nats.shape)}, not "
-                                           f"[{n - 1}]")
+        raise RuleBrokenError(
+            EVERY_TOKEN, f"a stream of {n} tokens has scores of shape {list(nats.shape)}, not [{n - 1}]"
+        )
     wrong = ~(torch.isfinite(nats) & (nats >= 0))
     if wrong.any():
         first = int(wrong.nonzero()[0])
@@ -172,7 +186,7 @@ def _scores(evaluate: Evaluator, stream: Tensor) -> Tensor:
 
 
 def _compare(trial: _Trial, true: Tensor, scores: Tensor, tolerance: float) -> None:
-    expected = true[:scores.numel()].float()
+    expected = true[: scores.numel()].float()
     differs = ((expected - scores).abs() > tolerance).nonzero()
     if not differs.numel():
         return
@@ -180,5 +194,8 @@ def _compare(trial: _Trial, true: Tensor, scores: Tensor, tolerance: float) -> N
     by = float((scores - expected)[where])
     if trial.position == trial.stream.numel():
         raise RuleBrokenError(SAME_AGAIN, f"token {where + 1} has {by:+.6f} nats at another time")
-    raise RuleBrokenError(PAST_FIXED, f"another text from token {trial.position} on changes the score of token "
-                                      f"{where + 1}, before it, by {by:+.6f} nats")
+    raise RuleBrokenError(
+        PAST_FIXED,
+        f"another text from token {trial.position} on changes the score of token "
+        f"{where + 1}, before it, by {by:+.6f} nats",
+    )

@@ -22,8 +22,14 @@ REBASE_AT = 1 << 16
 def compact(net: Hymba, state: HymbaState) -> HymbaState:
     """The same state without what it only keeps alive: views become copies, and a far position becomes 0."""
     shift = state.position if state.position >= REBASE_AT else 0
-    layers = [layer._replace(keys=_turn_back(layer.keys, shift, net.config.rope_base) if shift else _own(layer.keys),
-                             values=_own(layer.values), conv=_own(layer.conv)) for layer in state.layers]
+    layers = [
+        layer._replace(
+            keys=_turn_back(layer.keys, shift, net.config.rope_base) if shift else _own(layer.keys),
+            values=_own(layer.values),
+            conv=_own(layer.conv),
+        )
+        for layer in state.layers
+    ]
     return HymbaState(layers, _own(state.last_id), _own(state.last_vector), state.position - shift)
 
 
@@ -55,8 +61,9 @@ def read(net: Hymba, tokens: Tensor, state: HymbaState | None, piece_tokens: int
 
 
 @torch.no_grad()
-def score_onward(net: Hymba, tokens: Tensor, state: HymbaState | None,
-                 piece_tokens: int) -> tuple[Tensor, HymbaState | None]:
+def score_onward(
+    net: Hymba, tokens: Tensor, state: HymbaState | None, piece_tokens: int
+) -> tuple[Tensor, HymbaState | None]:
     """Nats (n,) float32 of tokens[1:] of tokens (n+1,), which follow `state`; and the state after tokens[n-1]."""
     nats = [torch.empty(0, device=tokens.device)]
     for inputs, targets in zip(tokens[:-1].split(piece_tokens), tokens[1:].split(piece_tokens), strict=True):
@@ -90,8 +97,10 @@ class CarriedScorer:
 
     def __post_init__(self) -> None:
         if self.net.config.global_layer_set():
-            raise ValueError("ttt.mode 'carried' needs a network whose state does not grow, and net.global_layers="
-                             f"{self.net.config.global_layers!r} keeps every key: use mode 'cold' or 'sliding'")
+            raise ValueError(
+                "ttt.mode 'carried' needs a network whose state does not grow, and net.global_layers="
+                f"{self.net.config.global_layers!r} keeps every key: use mode 'cold' or 'sliding'"
+            )
 
     def weights_changed(self) -> None:
         """The network was trained since the last part."""
@@ -108,7 +117,7 @@ class CarriedScorer:
             nats, context = self._score_on(stream, before.numel(), n)
         else:
             nats, context = self._score_spans(stream, before.numel(), n)
-        self._before = stream[max(stream.numel() - 1 - self.warm_tokens, 0):-1].clone()
+        self._before = stream[max(stream.numel() - 1 - self.warm_tokens, 0) : -1].clone()
         self.net.train(was_training)
         return ScoredTokens(nats, context)
 
@@ -128,12 +137,13 @@ class CarriedScorer:
         for other in range(size):
             start, stop = first + n * other // size, first + n * (other + 1) // size
             warm_from = max(start - self.warm_tokens, 0)
-            context[start - first:stop - first] = torch.arange(start - warm_from + 1, stop - warm_from + 1)
+            context[start - first : stop - first] = torch.arange(start - warm_from + 1, stop - warm_from + 1)
             if other != rank or start == stop:
                 continue
             state = None
             if warm_from < start:
                 state = read(self.net, stream[None, warm_from:start], None, self.piece_tokens)[1]
-            nats[start - first:stop - first] = score_onward(self.net, stream[start:stop + 1], state,
-                                                            self.piece_tokens)[0]
+            nats[start - first : stop - first] = score_onward(
+                self.net, stream[start : stop + 1], state, self.piece_tokens
+            )[0]
         return sum_over_ranks(nats), context

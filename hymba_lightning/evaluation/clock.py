@@ -32,8 +32,13 @@ class EvaluationClock:
         started: Its reading when the evaluation began; None for now.
     """
 
-    def __init__(self, limit_seconds: float | None, device: torch.device,
-                 time_fn: Callable[[], float] = time.monotonic, started: float | None = None) -> None:
+    def __init__(
+        self,
+        limit_seconds: float | None,
+        device: torch.device,
+        time_fn: Callable[[], float] = time.monotonic,
+        started: float | None = None,
+    ) -> None:
         self.limit_seconds = limit_seconds
         self._device = device
         self._time = time_fn
@@ -59,8 +64,9 @@ class EvaluationClock:
         """Remembers how long an epoch over a chunk took."""
         self._epoch_seconds = seconds
 
-    def allows_epoch(self, *, now: float, chunk_started: float, chunks_left: int, first: bool,
-                     forwards_per_score: float) -> bool:
+    def allows_epoch(
+        self, *, now: float, chunk_started: float, chunks_left: int, first: bool, forwards_per_score: float
+    ) -> bool:
         """Whether another epoch over this chunk still leaves time to score the `chunks_left` chunks after it.
 
         The first epoch may take all the time there is to spare; a further one only this chunk's equal share of it,
@@ -78,6 +84,10 @@ class EvaluationClock:
         allowed = now + MARGIN * epoch <= since + share
         if not allowed and not self._warned:
             self._warned = True
-            log.info("evaluation: %.1f of %.1f s are used with %d chunks to come: fewer epochs than asked for",
-                     now, self.limit_seconds, chunks_left)
+            log.info(
+                "evaluation: %.1f of %.1f s are used with %d chunks to come: fewer epochs than asked for",
+                now,
+                self.limit_seconds,
+                chunks_left,
+            )
         return allowed

@@ -73,29 +73,53 @@ class TTTConfig:
     training takes the chunk's tokens from its last document start on."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "lr", "momentum", "grad_clip", "freeze_blocks", "stride", "warm_tokens", "train_seq_len",
-                     "anchor", "rest_lr", "update_seqs"):
+        for name in (
+            "epochs",
+            "lr",
+            "momentum",
+            "grad_clip",
+            "freeze_blocks",
+            "stride",
+            "warm_tokens",
+            "train_seq_len",
+            "anchor",
+            "rest_lr",
+            "update_seqs",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"ttt.{name} must not be negative, got {getattr(self, name)}")
         for name in ("batch_seqs", "score_batch_seqs", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ttt.{name} must be at least 1, got {getattr(self, name)}")
-        for name, allowed in (("mode", MODES), ("parameters", PARAMETERS), ("optimizer", OPTIMIZERS),
-                              ("lr_decay", LR_DECAYS), ("state_after_update", AFTER_UPDATE)):
+        for name, allowed in (
+            ("mode", MODES),
+            ("parameters", PARAMETERS),
+            ("optimizer", OPTIMIZERS),
+            ("lr_decay", LR_DECAYS),
+            ("state_after_update", AFTER_UPDATE),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"ttt.{name}={getattr(self, name)!r} is unknown: choose from {', '.join(allowed)}")
         if (self.mode == "sliding") != (self.stride > 0):
-            raise ValueError(f"ttt.stride={self.stride} with ttt.mode={self.mode!r}: a stride of at least 1 and mode "
-                             "'sliding' belong together")
+            raise ValueError(
+                f"ttt.stride={self.stride} with ttt.mode={self.mode!r}: a stride of at least 1 and mode "
+                "'sliding' belong together"
+            )
         if self.mode != "cold" and self.drop_partial:
-            raise ValueError(f"ttt.drop_partial leaves gaps, and ttt.mode={self.mode!r} takes context across them: set "
-                             "drop_partial to false")
+            raise ValueError(
+                f"ttt.drop_partial leaves gaps, and ttt.mode={self.mode!r} takes context across them: set "
+                "drop_partial to false"
+            )
         if self.optimizer == "muon" and self.parameters in ("scalars", "low_rank"):
-            raise ValueError(f"ttt.optimizer 'muon' moves whole matrices, ttt.parameters={self.parameters!r} none: use "
-                             "'sgd', or parameters 'all' or 'mlp'")
+            raise ValueError(
+                f"ttt.optimizer 'muon' moves whole matrices, ttt.parameters={self.parameters!r} none: use "
+                "'sgd', or parameters 'all' or 'mlp'"
+            )
         if self.rest_lr and (self.optimizer != "muon" or self.parameters != "all" or not self.lr):
-            raise ValueError(f"ttt.rest_lr={self.rest_lr} is for what Muon leaves of all parameters: use optimizer "
-                             "'muon' with an lr, and parameters 'all'; or set it to 0")
+            raise ValueError(
+                f"ttt.rest_lr={self.rest_lr} is for what Muon leaves of all parameters: use optimizer "
+                "'muon' with an lr, and parameters 'all'; or set it to 0"
+            )
         if self.anchor > 1:
             raise ValueError(f"ttt.anchor is a share of a distance and at most 1, got {self.anchor}")
         if self.limit_seconds is not None and self.limit_seconds <= 0:

@@ -45,9 +45,16 @@ class ContextCurve:
         rate = nats / n_bytes
         # Of a ratio of sums: the spread of nats - rate · bytes (Cochran, Sampling Techniques, 1977, section 6.3).
         spread = (squares - 2 * rate * products + rate**2 * byte_squares).clamp_min(0)
-        return [CurvePoint(1 << b, float(rate[b]) / math.log(2), int(n_tokens[b]),
-                           math.sqrt(float(spread[b])) / (math.log(2) * float(n_bytes[b])))
-                for b in range(N_BINS) if n_bytes[b] > 0]
+        return [
+            CurvePoint(
+                1 << b,
+                float(rate[b]) / math.log(2),
+                int(n_tokens[b]),
+                math.sqrt(float(spread[b])) / (math.log(2) * float(n_bytes[b])),
+            )
+            for b in range(N_BINS)
+            if n_bytes[b] > 0
+        ]
 
 
 class DocumentPosition:

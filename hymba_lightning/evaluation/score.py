@@ -70,8 +70,13 @@ def score_batches(net: Hymba, batches: Iterator[Batch], device: torch.device) ->
         if not batch.inputs.numel():
             continue
         nats_BT = net(batch.inputs.to(device), batch.targets.to(device), reduction="none")
-        sums += torch.stack([nats_BT.double().sum(), torch.tensor(float(nats_BT.numel()), device=device).double(),
-                             batch.target_bytes.to(device).double().sum()])
+        sums += torch.stack(
+            [
+                nats_BT.double().sum(),
+                torch.tensor(float(nats_BT.numel()), device=device).double(),
+                batch.target_bytes.to(device).double().sum(),
+            ]
+        )
     net.train(was_training)
     nats, n_tokens, n_bytes = sum_over_ranks(sums).tolist()
     return Score(nats, int(n_tokens), int(n_bytes))
@@ -128,14 +133,14 @@ def score_tokens(net: Hymba, tokens: Tensor, n_context: int, *, seq_len: int, st
     n_tokens = tokens.numel() - n_context
     nats = torch.zeros(n_tokens, dtype=torch.float32, device=tokens.device)
     windows = plan_windows(n_tokens, n_context, seq_len, stride)
-    mine = windows[len(windows) * rank // size: len(windows) * (rank + 1) // size]
+    mine = windows[len(windows) * rank // size : len(windows) * (rank + 1) // size]
     for group in group_by_shape(mine, batch_size):
-        inputs = torch.stack([tokens[w.start:w.stop - 1] for w in group])
-        targets = torch.stack([tokens[w.start + 1:w.stop] for w in group])
+        inputs = torch.stack([tokens[w.start : w.stop - 1] for w in group])
+        targets = torch.stack([tokens[w.start + 1 : w.stop] for w in group])
         nats_BT = net(inputs, targets, reduction="none")
         for row, window in zip(nats_BT, group, strict=True):
-            scored = row[row.numel() - (window.stop - window.first):]
-            nats[window.first - n_context: window.stop - n_context] = scored
+            scored = row[row.numel() - (window.stop - window.first) :]
+            nats[window.first - n_context : window.stop - n_context] = scored
     net.train(was_training)
     return sum_over_ranks(nats)
 
@@ -171,10 +176,16 @@ class WindowScorer:
         n = tokens.numel() - 1
         stream = tokens if self._before is None else torch.cat([self._before, tokens])
         n_context = stream.numel() - n
-        nats = score_tokens(self.net, stream, n_context, seq_len=self.seq_len, stride=self.stride,
-                            batch_size=self.batch_size)
-        context = torch.cat([torch.arange(w.first - w.start, w.stop - w.start)
-                             for w in plan_windows(n, n_context, self.seq_len, self.stride)] or [torch.arange(0)])
+        nats = score_tokens(
+            self.net, stream, n_context, seq_len=self.seq_len, stride=self.stride, batch_size=self.batch_size
+        )
+        context = torch.cat(
+            [
+                torch.arange(w.first - w.start, w.stop - w.start)
+                for w in plan_windows(n, n_context, self.seq_len, self.stride)
+            ]
+            or [torch.arange(0)]
+        )
         if self.stride < self.seq_len:
-            self._before = stream[max(stream.numel() - 1 - self.seq_len, 0):-1].clone()
+            self._before = stream[max(stream.numel() - 1 - self.seq_len, 0) : -1].clone()
         return ScoredTokens(nats, context)

@@ -55,8 +55,15 @@ class ScoreFirstTTT:
         stream: All tokens that the chunks are cut from; stream[a:b] gives some. None: not known.
     """
 
-    def __init__(self, net: Hymba, seq_len: int, config: TTTConfig, time_fn: Callable[[], float] = time.monotonic,
-                 started: float | None = None, stream: TokenStream | Tensor | None = None) -> None:
+    def __init__(
+        self,
+        net: Hymba,
+        seq_len: int,
+        config: TTTConfig,
+        time_fn: Callable[[], float] = time.monotonic,
+        started: float | None = None,
+        stream: TokenStream | Tensor | None = None,
+    ) -> None:
         self.net, self.seq_len, self.config = net, seq_len, config
         self.scorer = build_scorer(net, seq_len, config)
         self.adapter = Adapter(net, config) if config.epochs else None
@@ -84,7 +91,7 @@ class ScoreFirstTTT:
         tokens, target_bytes = chunk.tokens.to(self.device), chunk.target_bytes
         if self.config.drop_partial:
             kept = (tokens.numel() - 1) // self.seq_len * self.seq_len
-            tokens, target_bytes = tokens[:kept + 1], target_bytes[:kept]
+            tokens, target_bytes = tokens[: kept + 1], target_bytes[:kept]
         nats, context = self.scorer.score(tokens)
         score = Score(float(nats.double().sum()), nats.numel(), int(target_bytes.long().sum()))
         self.n_scored += 1
@@ -99,8 +106,10 @@ class ScoreFirstTTT:
         Returns the mean training loss in nats per token, or None where nothing was done.
         """
         if chunk.index != self.n_scored - 1 or chunk.index != self.n_adapted:
-            raise ValueError(f"chunk {chunk.index} cannot be trained on now: {self.n_scored} chunks were scored and "
-                             f"{self.n_adapted} adapted to; score first, adapt once")
+            raise ValueError(
+                f"chunk {chunk.index} cannot be trained on now: {self.n_scored} chunks were scored and "
+                f"{self.n_adapted} adapted to; score first, adapt once"
+            )
         if not torch.equal(chunk.tokens, self._last.tokens) or chunk.n_chunks != self._last.n_chunks:
             raise ValueError(f"chunk {chunk.index} has other tokens now than when it was scored")
         self.n_adapted += 1
@@ -137,8 +146,9 @@ class ScoreFirstTTT:
             raise ValueError(f"chunk {chunk.index} has {n} targets and byte counts for {chunk.target_bytes.numel()}")
         if chunk.start is not None and chunk.start != where:
             raise ValueError(f"chunk {chunk.index} has the tokens from {chunk.start} on, where {where} is due")
-        if self._last is not None and (chunk.tokens[0] != self._last.tokens[-1] or
-                                       chunk.n_chunks != self._last.n_chunks):
+        if self._last is not None and (
+            chunk.tokens[0] != self._last.tokens[-1] or chunk.n_chunks != self._last.n_chunks
+        ):
             raise ValueError(f"chunk {chunk.index} does not go on where the chunk before it ended")
         if not chunk.index < chunk.n_chunks:
             raise ValueError(f"chunk {chunk.index} is past the end: {chunk.n_chunks} chunks are the whole stream")
@@ -148,8 +158,9 @@ class ScoreFirstTTT:
         if not torch.equal(chunk.tokens.cpu(), self.stream[where:stop].cpu()):
             raise ValueError(f"chunk {chunk.index} does not hold the stream's tokens {where} to {stop - 1}")
         if (chunk.index == chunk.n_chunks - 1) != (stop == len(self.stream)):
-            raise ValueError(f"chunk {chunk.index} of {chunk.n_chunks} ends at token {stop - 1} of a stream of "
-                             f"{len(self.stream)}")
+            raise ValueError(
+                f"chunk {chunk.index} of {chunk.n_chunks} ends at token {stop - 1} of a stream of {len(self.stream)}"
+            )
 
     def _start_of_document(self, tokens: Tensor) -> Tensor:
         """Under reset_at_bos: forgets what other documents taught and drops their tokens."""
@@ -160,19 +171,23 @@ class ScoreFirstTTT:
             return tokens
         self.adapter.reset()
         self.scorer.weights_changed()
-        return tokens[int(starts[-1]):]
+        return tokens[int(starts[-1]) :]
 
     def _train(self, sequences: list[Tensor], lr: float, chunk: Chunk, losses: list[Tensor]) -> None:
         """Up to config.epochs passes over the sequences, as many as the clock allows."""
         chunk_started = now = self.clock.elapsed()
         per_update = self.config.update_seqs or self.config.batch_seqs * world()[1]
         for epoch in range(self.config.epochs):
-            if not self.clock.allows_epoch(now=now, chunk_started=chunk_started, first=epoch == 0,
-                                           chunks_left=chunk.n_chunks - 1 - chunk.index,
-                                           forwards_per_score=self.scorer.forwards_per_score):
+            if not self.clock.allows_epoch(
+                now=now,
+                chunk_started=chunk_started,
+                first=epoch == 0,
+                chunks_left=chunk.n_chunks - 1 - chunk.index,
+                forwards_per_score=self.scorer.forwards_per_score,
+            ):
                 return
             for first in range(0, len(sequences), per_update):
-                losses.append(self._update(sequences[first:first + per_update], lr))
+                losses.append(self._update(sequences[first : first + per_update], lr))
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             before, now = now, self.clock.elapsed()
@@ -186,7 +201,7 @@ class ScoreFirstTTT:
         and the step is the same for every world size. Returns the mean loss, on every rank.
         """
         rank, size = world()
-        mine = sequences[len(sequences) * rank // size: len(sequences) * (rank + 1) // size]
+        mine = sequences[len(sequences) * rank // size : len(sequences) * (rank + 1) // size]
         n_tokens = sum(s.numel() - 1 for s in sequences)
         self.adapter.clear_gradients()
         total = torch.zeros((), device=self.device)
@@ -202,7 +217,7 @@ def cut_sequences(tokens: Tensor, seq_len: int, drop_partial: bool) -> list[Tens
     """tokens (n+1,) → pieces of seq_len+1 tokens that share their border token; the last one shorter unless dropped."""
     n = tokens.numel() - 1
     stop = n // seq_len * seq_len if drop_partial else n
-    return [tokens[first:min(first + seq_len, stop) + 1] for first in range(0, stop, seq_len)]
+    return [tokens[first : min(first + seq_len, stop) + 1] for first in range(0, stop, seq_len)]
 
 
 def group_equal(sequences: list[Tensor]) -> list[list[Tensor]]:
@@ -213,9 +228,14 @@ def group_equal(sequences: list[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
-def score_first_ttt(net: Hymba, chunks: Iterable[Chunk], seq_len: int, config: TTTConfig,
-                    time_fn: Callable[[], float] = time.monotonic,
-                    stream: TokenStream | Tensor | None = None) -> list[ChunkScore]:
+def score_first_ttt(
+    net: Hymba,
+    chunks: Iterable[Chunk],
+    seq_len: int,
+    config: TTTConfig,
+    time_fn: Callable[[], float] = time.monotonic,
+    stream: TokenStream | Tensor | None = None,
+) -> list[ChunkScore]:
     """Runs the whole stream: score each chunk, then adapt. `net` is changed. Returns the chunks' final scores.
 
     Raises ValueError for chunks that are not all of a stream's, once each and in order.

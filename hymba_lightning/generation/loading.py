@@ -19,9 +19,13 @@ from hymba_lightning.text import printable
 PREFIX = "net."
 
 
-def load_network(path: str | Path, runtime: RuntimeConfig = RuntimeConfig(),  # noqa: B008 - frozen
-                 device: str | torch.device = "cpu", *,
-                 allow_undigested: bool = False) -> tuple[Hymba, str | None]:
+def load_network(
+    path: str | Path,
+    runtime: RuntimeConfig = RuntimeConfig(),  # noqa: B008 - frozen
+    device: str | torch.device = "cpu",
+    *,
+    allow_undigested: bool = False,
+) -> tuple[Hymba, str | None]:
     """The network, ready to run, and the SHA-256 of the tokenizer it was made for (None where the file has none).
 
     Of a checkpoint the averaged weights are taken, as in validation and export; one without a digest, which something
@@ -45,12 +49,21 @@ def load_network(path: str | Path, runtime: RuntimeConfig = RuntimeConfig(),  # 
 def _of_checkpoint(path: Path, checkpoint: dict[str, Any]) -> tuple[dict, dict[str, torch.Tensor], str | None]:
     """Config, weights and tokenizer fingerprint. Raises CheckpointError for weights that are not the config's."""
     parameters, weights = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
-    if not isinstance(parameters, dict) or not isinstance(parameters.get("net"), dict) or \
-            not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+    if (
+        not isinstance(parameters, dict)
+        or not isinstance(parameters.get("net"), dict)
+        or not isinstance(weights, dict)
+        or not all(isinstance(name, str) for name in weights)
+    ):
         raise CheckpointError(f"{path} does not say which network it holds: give a checkpoint of `hymba fit`")
     weights = {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)}
-    if not all(isinstance(value, torch.Tensor) and value.is_floating_point() and value.layout == torch.strided and
-               value.device.type == "cpu" for value in weights.values()):
+    if not all(
+        isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        for value in weights.values()
+    ):
         raise CheckpointError(f"{path} is damaged: its weights are no plain tensors. {ANOTHER}")
     try:
         check_shapes(parameters["net"], {name: list(value.shape) for name, value in weights.items()})
@@ -70,8 +83,10 @@ def find_tokenizer(weights: Path, given: str | None, fingerprint: str | None) ->
         found = "no config.yaml of a run lies beside the weights" if path is None else f"{path} does not exist"
         raise FileNotFoundError(f"which tokenizer? {found}: give --tokenizer MODEL")
     if fingerprint is not None and file_sha256(path) != fingerprint:
-        raise ValueError(f"{weights} was made for another tokenizer (sha256 {fingerprint}) than {path}: give "
-                         "--tokenizer the right one")
+        raise ValueError(
+            f"{weights} was made for another tokenizer (sha256 {fingerprint}) than {path}: give "
+            "--tokenizer the right one"
+        )
     return path
 
 

@@ -14,9 +14,14 @@ from hymba_lightning.generation.text import TextStream
 from hymba_lightning.model import RuntimeConfig
 
 
-def sample(prompts: list[str], ckpt_path: str, tokenizer: str | None = None,
-           sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
-           device: str = "auto", runtime: RuntimeConfig = RuntimeConfig()) -> list[str]:  # noqa: B008
+def sample(
+    prompts: list[str],
+    ckpt_path: str,
+    tokenizer: str | None = None,
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
+    device: str = "auto",
+    runtime: RuntimeConfig = RuntimeConfig(),  # noqa: B008
+) -> list[str]:
     """Continues each prompt and prints it: one prompt as it comes, several each when it is done.
 
     Returns the texts, prompts included.
@@ -33,8 +38,10 @@ def sample(prompts: list[str], ckpt_path: str, tokenizer: str | None = None,
     net, fingerprint = load_network(Path(ckpt_path), runtime, where)
     processor = load_tokenizer(find_tokenizer(Path(ckpt_path), tokenizer, fingerprint))
     if processor.get_piece_size() != net.config.vocab_size:
-        raise ValueError(f"the tokenizer has {processor.get_piece_size()} pieces, but the network's vocab_size is "
-                         f"{net.config.vocab_size}: give --tokenizer the right one")
+        raise ValueError(
+            f"the tokenizer has {processor.get_piece_size()} pieces, but the network's vocab_size is "
+            f"{net.config.vocab_size}: give --tokenizer the right one"
+        )
     ids = [[processor.bos_id(), *processor.encode(prompt)] for prompt in prompts]
     ends = tuple(token for token in (processor.bos_id(), processor.eos_id()) if token >= 0)
     streams = [TextStream(processor, at_start=not prompt) for prompt in prompts]

@@ -123,8 +123,12 @@ def as_weight(name: str, tensor: Any) -> Tensor:
 
 def is_dense(tensor: Any) -> bool:
     """Whether `tensor` has memory for every one of its entries: no meta, sparse, nested or repeated ones."""
-    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu" and \
-        0 < tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and 0 < tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
 
 
 def dequantize(values: dict[str, Any]) -> ReferenceWeights:

@@ -21,8 +21,9 @@ def quantized_reference_file(state_dict: dict[str, Tensor], bits: int = 6, level
     entries become integers, the token table and the rest float16, control vectors float32; a projection that layers
     share is stored once for each. Raises ValueError naming a large tensor that is no matrix or has inf or NaN.
     """
-    parts: dict[str, dict] = {name: {} for name in ("quantized", "scales", "dtypes", "passthrough", "qmeta",
-                                                    "passthrough_orig_dtypes")}
+    parts: dict[str, dict] = {
+        name: {} for name in ("quantized", "scales", "dtypes", "passthrough", "qmeta", "passthrough_orig_dtypes")
+    }
     for name, tensor in state_dict.items():
         values = tensor.detach().float().cpu()
         if any(control in name for control in CONTROL_NAMES):
@@ -32,8 +33,9 @@ def quantized_reference_file(state_dict: dict[str, Tensor], bits: int = 6, level
             parts["passthrough_orig_dtypes"][name] = "float32"
         else:
             if values.ndim != 2:
-                raise ValueError(f"{name} is no matrix ({list(values.shape)}), which the reference's file has no "
-                                 f"integers for")
+                raise ValueError(
+                    f"{name} is no matrix ({list(values.shape)}), which the reference's file has no integers for"
+                )
             rounded = quantize_reference(values, bits, name=name)
             parts["quantized"][name], parts["scales"][name] = rounded.q.contiguous(), rounded.scale
             parts["dtypes"][name], parts["qmeta"][name] = "float32", {"scheme": "per_row", "axis": 0}

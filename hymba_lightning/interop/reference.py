@@ -16,13 +16,28 @@ from hymba_lightning.quantization import QuantizationConfig, save_artifact
 
 # The reference's constructor argument → our field. Every one is needed to rebuild a network, so none has a default.
 FIELDS = {
-    "vocab_size": "vocab_size", "num_layers": "n_layers", "model_dim": "d_model", "num_heads": "n_heads",
-    "num_kv_heads": "n_kv_heads", "mlp_mult": "mlp_mult", "hymba_expand": "expand", "hymba_ssm_state": "d_state",
-    "hymba_conv_kernel": "d_conv", "hymba_dt_rank": "dt_rank", "kv_share_every": "kv_share_every",
-    "meta_tokens": "meta_tokens", "tie_embeddings": "tie_embeddings", "tied_embed_init_std": "tied_embed_std",
-    "use_smeargate": "smear_gate", "use_bigram_hash": "bigram_hash", "bigram_buckets": "bigram_buckets",
-    "bigram_hash_dim": "bigram_dim", "rope_base": "rope_base", "qk_gain_init": "qk_gain",
-    "logit_softcap": "logit_softcap", "use_ortho_init": "ortho_init",
+    "vocab_size": "vocab_size",
+    "num_layers": "n_layers",
+    "model_dim": "d_model",
+    "num_heads": "n_heads",
+    "num_kv_heads": "n_kv_heads",
+    "mlp_mult": "mlp_mult",
+    "hymba_expand": "expand",
+    "hymba_ssm_state": "d_state",
+    "hymba_conv_kernel": "d_conv",
+    "hymba_dt_rank": "dt_rank",
+    "kv_share_every": "kv_share_every",
+    "meta_tokens": "meta_tokens",
+    "tie_embeddings": "tie_embeddings",
+    "tied_embed_init_std": "tied_embed_std",
+    "use_smeargate": "smear_gate",
+    "use_bigram_hash": "bigram_hash",
+    "bigram_buckets": "bigram_buckets",
+    "bigram_hash_dim": "bigram_dim",
+    "rope_base": "rope_base",
+    "qk_gain_init": "qk_gain",
+    "logit_softcap": "logit_softcap",
+    "use_ortho_init": "ortho_init",
 }
 # sliding_window and swa_global_layers need more than another name.
 WINDOW, GLOBAL_LAYERS = "sliding_window", "swa_global_layers"
@@ -71,8 +86,9 @@ def config_to_reference(config: HymbaConfig) -> dict[str, Any]:
     return result
 
 
-def from_reference(config: dict[str, Any], state_dict: dict[str, Tensor],
-                   runtime: RuntimeConfig | None = None) -> Hymba:
+def from_reference(
+    config: dict[str, Any], state_dict: dict[str, Tensor], runtime: RuntimeConfig | None = None
+) -> Hymba:
     """The network of the reference's constructor arguments and weights; it computes what the reference computes.
 
     `state_dict` has the reference's names; a projection shared by several layers may be there once or for each.
@@ -88,13 +104,18 @@ def from_reference(config: dict[str, Any], state_dict: dict[str, Tensor],
         if name not in weights and leader in weights:
             weights[name] = weights[leader]
         elif leader in weights and not torch.equal(weights[name], weights[leader]):
-            raise ValueError(f"{name} and {leader} share one projection (kv_share_every="
-                             f"{own_config.kv_share_every}), but their weights differ")
+            raise ValueError(
+                f"{name} and {leader} share one projection (kv_share_every="
+                f"{own_config.kv_share_every}), but their weights differ"
+            )
     missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     if missing or unknown:
         raise ValueError(f"the reference's weights do not fit its config: missing {missing}, unknown {unknown}")
-    wrong = [f"{name} {list(weights[name].shape)} instead of {list(own[name].shape)}" for name in own
-             if weights[name].shape != own[name].shape]
+    wrong = [
+        f"{name} {list(weights[name].shape)} instead of {list(own[name].shape)}"
+        for name in own
+        if weights[name].shape != own[name].shape
+    ]
     if wrong:
         raise ValueError(f"the reference's weights do not fit its config: {', '.join(wrong)}")
     net = Hymba(own_config, runtime)
@@ -107,8 +128,10 @@ def to_reference(net: Hymba) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises ValueError naming options of the network that the reference does not have.
     """
-    state_dict = {META_TOKENS if name == "meta_tokens" else name: tensor.detach().float().cpu().clone()
-                  for name, tensor in net.state_dict().items()}
+    state_dict = {
+        META_TOKENS if name == "meta_tokens" else name: tensor.detach().float().cpu().clone()
+        for name, tensor in net.state_dict().items()
+    }
     return config_to_reference(net.config), state_dict
 
 
@@ -130,8 +153,9 @@ def kv_leader(name: str, share_every: int) -> str | None:
     return f"blocks.{layer - layer % share_every}.attn.kv_proj.weight"
 
 
-def infer_config(state_dict: dict[str, Tensor], *, window: int, global_layers: str, rope_base: float,
-                 logit_softcap: float) -> dict[str, Any]:
+def infer_config(
+    state_dict: dict[str, Tensor], *, window: int, global_layers: str, rope_base: float, logit_softcap: float
+) -> dict[str, Any]:
     """The reference's constructor arguments as far as tensors tell them; the four that they do not are given.
 
     Raises ReferenceFileError where the tensors are not those of a Hymba network of the reference.
@@ -143,14 +167,15 @@ def infer_config(state_dict: dict[str, Tensor], *, window: int, global_layers: s
         raise ReferenceFileError("its blocks are not numbered from 0 without gaps")
     try:
         vocab_size, d_model = weights["tok_emb.weight"].shape
-        n_heads, = weights["blocks.0.attn.q_gain"].shape
+        (n_heads,) = weights["blocks.0.attn.q_gain"].shape
         d_inner, _, d_conv = weights["blocks.0.attn.conv1d.weight"].shape
         d_state = weights["blocks.0.attn.A_log"].shape[1]
         dt_rank = weights["blocks.0.attn.dt_proj.weight"].shape[1]
         kv_rows = weights["blocks.0.attn.kv_proj.weight"].shape[0]
         mlp_rows = weights["blocks.0.mlp.fc.weight"].shape[0]
-        buckets, bigram_dim = weights["bigram_hash.table.weight"].shape if "bigram_hash.table.weight" in weights else (
-            4096, 128)
+        buckets, bigram_dim = (
+            weights["bigram_hash.table.weight"].shape if "bigram_hash.table.weight" in weights else (4096, 128)
+        )
         n_meta = weights["meta_tokens"].shape[1] if "meta_tokens" in weights else 0
     except KeyError as error:
         raise ReferenceFileError(f"it has no tensor {error}, which every Hymba network of the reference has") from error
@@ -159,14 +184,30 @@ def infer_config(state_dict: dict[str, Tensor], *, window: int, global_layers: s
     if d_model % n_heads:
         raise ReferenceFileError(f"its width {d_model} is not a multiple of its {n_heads} heads")
     return {
-        "vocab_size": vocab_size, "num_layers": n_layers, "model_dim": d_model, "num_heads": n_heads,
-        "num_kv_heads": kv_rows // 2 // (d_model // n_heads), "mlp_mult": mlp_rows // d_model,
-        "hymba_expand": d_inner // d_model, "hymba_ssm_state": d_state, "hymba_conv_kernel": d_conv,
-        "hymba_dt_rank": dt_rank, "kv_share_every": shared_layers(weights, n_layers), "meta_tokens": n_meta,
-        "tie_embeddings": "lm_head.weight" not in weights, "tied_embed_init_std": 0.005,
-        "use_smeargate": "smeargate.gate" in weights, "use_bigram_hash": "bigram_hash.table.weight" in weights,
-        "bigram_buckets": buckets, "bigram_hash_dim": bigram_dim, "rope_base": rope_base, "qk_gain_init": 1.5,
-        "logit_softcap": logit_softcap, "use_ortho_init": True, WINDOW: window, GLOBAL_LAYERS: global_layers,
+        "vocab_size": vocab_size,
+        "num_layers": n_layers,
+        "model_dim": d_model,
+        "num_heads": n_heads,
+        "num_kv_heads": kv_rows // 2 // (d_model // n_heads),
+        "mlp_mult": mlp_rows // d_model,
+        "hymba_expand": d_inner // d_model,
+        "hymba_ssm_state": d_state,
+        "hymba_conv_kernel": d_conv,
+        "hymba_dt_rank": dt_rank,
+        "kv_share_every": shared_layers(weights, n_layers),
+        "meta_tokens": n_meta,
+        "tie_embeddings": "lm_head.weight" not in weights,
+        "tied_embed_init_std": 0.005,
+        "use_smeargate": "smeargate.gate" in weights,
+        "use_bigram_hash": "bigram_hash.table.weight" in weights,
+        "bigram_buckets": buckets,
+        "bigram_hash_dim": bigram_dim,
+        "rope_base": rope_base,
+        "qk_gain_init": 1.5,
+        "logit_softcap": logit_softcap,
+        "use_ortho_init": True,
+        WINDOW: window,
+        GLOBAL_LAYERS: global_layers,
     }
 
 
@@ -180,8 +221,15 @@ def shared_layers(weights: dict[str, Tensor], n_layers: int) -> int:
     return n_layers
 
 
-def import_reference(path: str, out: str | None = None, tokenizer: str | None = None, window: int = 512,
-                     global_layers: str = "none", rope_base: float = 10000.0, logit_softcap: float = 30.0) -> str:
+def import_reference(
+    path: str,
+    out: str | None = None,
+    tokenizer: str | None = None,
+    window: int = 512,
+    global_layers: str = "none",
+    rope_base: float = 10000.0,
+    logit_softcap: float = 30.0,
+) -> str:
     """Turns the reference run's file into an artifact with the very same weights, ready for `hymba test`.
 
     Args:
@@ -197,17 +245,28 @@ def import_reference(path: str, out: str | None = None, tokenizer: str | None = 
     destination = Path(out) if out else source.with_name(source.name.split(".")[0] + ".hymba")
     weights = read_reference_file(source)
     try:
-        config = infer_config(weights.state_dict, window=window, global_layers=global_layers, rope_base=rope_base,
-                              logit_softcap=logit_softcap)
+        config = infer_config(
+            weights.state_dict,
+            window=window,
+            global_layers=global_layers,
+            rope_base=rope_base,
+            logit_softcap=logit_softcap,
+        )
         net = from_reference(config, weights.state_dict)
     except ValueError as error:
         raise ReferenceFileError(f"{source} holds no network of the reference: {error}") from error
     fingerprint: dict[str, Any] = {"vocab_size": net.config.vocab_size}
     if tokenizer is not None:
         fingerprint["sha256"] = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-    save_artifact(destination, net.state_dict(), config=net.config.to_dict(), tokenizer=fingerprint,
-                  metadata={"imported_from": source.name}, scheme=lossless(net),
-                  quantized=quantized_by_name(weights, net))
+    save_artifact(
+        destination,
+        net.state_dict(),
+        config=net.config.to_dict(),
+        tokenizer=fingerprint,
+        metadata={"imported_from": source.name},
+        scheme=lossless(net),
+        quantized=quantized_by_name(weights, net),
+    )
     return str(destination)
 
 

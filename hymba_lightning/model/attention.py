@@ -34,8 +34,10 @@ def rope_table_op(first: int, length: int, head_dim: int, base: float, like: Ten
 
 @rope_table_op.register_fake
 def _(first: int, length: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    return (like.new_empty((length, 1, 1, head_dim // 2), dtype=torch.float32),
-            like.new_empty((length, 1, 2, head_dim // 2), dtype=torch.float32))
+    return (
+        like.new_empty((length, 1, 1, head_dim // 2), dtype=torch.float32),
+        like.new_empty((length, 1, 2, head_dim // 2), dtype=torch.float32),
+    )
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -75,9 +77,18 @@ class RotaryNorm(torch.autograd.Function):
         return (scale * (g_normed - normed * (along_BTH1 / x.size(-1)))).to(x_BTHK.dtype), g_gain, None, None
 
 
-def attention_branch(q_BTD: Tensor, k_BTC: Tensor, v_BTC: Tensor, q_gain_H: Tensor, rope: tuple[Tensor, Tensor], *,
-                     head_dim: int, window: int | None, past: tuple[Tensor, Tensor] | None,
-                     backend: str) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def attention_branch(
+    q_BTD: Tensor,
+    k_BTC: Tensor,
+    v_BTC: Tensor,
+    q_gain_H: Tensor,
+    rope: tuple[Tensor, Tensor],
+    *,
+    head_dim: int,
+    window: int | None,
+    past: tuple[Tensor, Tensor] | None,
+    backend: str,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Normalised, rotated, gained grouped-query attention.
 
     q (B, T, H*K), k and v (B, T, G*K); `past` holds the keys and values (B, P, G, K) of earlier tokens. Returns the

@@ -32,8 +32,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x ← mix₀·x + mix₁·x0; x ← x + attn_scale·mixer(norm x); x ← x + mlp_scale·mlp(norm x)."""
 
-    def __init__(self, config: HymbaConfig, runtime: RuntimeConfig, window: int | None,
-                 shared_kv: Linear | None = None) -> None:
+    def __init__(
+        self, config: HymbaConfig, runtime: RuntimeConfig, window: int | None, shared_kv: Linear | None = None
+    ) -> None:
         super().__init__()
         d = config.d_model
         self.attn = HybridMixer(config, runtime, window, shared_kv)
@@ -42,8 +43,9 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(d))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(d), torch.zeros(d)]))
 
-    def forward(self, x_BTD: Tensor, x0_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None,
-                return_state: bool) -> tuple[Tensor, LayerState | None]:
+    def forward(
+        self, x_BTD: Tensor, x0_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None, return_state: bool
+    ) -> tuple[Tensor, LayerState | None]:
         """x and x0 (B, T, D) → x (B, T, D), and the mixer's new state when asked."""
         mix = self.resid_mix.to(x_BTD.dtype)
         x_BTD = mix[0] * x_BTD + mix[1] * x0_BTD

@@ -97,15 +97,29 @@ class HymbaConfig:
     them in bfloat16, about 13 thousandths of a bit per byte in another's measurement)."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "window", "mlp_mult", "expand",
-                     "d_state", "d_conv", "bigram_buckets", "bigram_dim", "kv_share_every"):
+        for name in (
+            "vocab_size",
+            "n_layers",
+            "d_model",
+            "n_heads",
+            "n_kv_heads",
+            "window",
+            "mlp_mult",
+            "expand",
+            "d_state",
+            "d_conv",
+            "bigram_buckets",
+            "bigram_dim",
+            "kv_share_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}: change either")
         if self.head_dim % 2:
             raise ValueError(
-                f"head_dim = d_model/n_heads = {self.head_dim} is odd, and RoPE rotates pairs: change n_heads")
+                f"head_dim = d_model/n_heads = {self.head_dim} is odd, and RoPE rotates pairs: change n_heads"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}: change either")
         if self.dt_rank < 0 or self.meta_tokens < 0:
@@ -114,8 +128,11 @@ class HymbaConfig:
             raise ValueError(f"branch_gate={self.branch_gate} must be 0 (no gates) to d_model={self.d_model}")
         if self.d_state > 64:
             raise ValueError(f"d_state={self.d_state} is over 64, the most that the scan's kernels hold in registers")
-        for name, allowed in (("dt_init", ("mamba", "linear")), ("merge", ("scalar", "channel", "concat")),
-                              ("dynamics_dtype", ("float32", "bfloat16"))):
+        for name, allowed in (
+            ("dt_init", ("mamba", "linear")),
+            ("merge", ("scalar", "channel", "concat")),
+            ("dynamics_dtype", ("float32", "bfloat16")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose from {', '.join(allowed)}")
         if not 0 < self.dt_min <= self.dt_max:
@@ -132,8 +149,10 @@ class HymbaConfig:
         if self.n_layers < 2:
             raise ValueError("n_layers must be at least 2: the U-Net skips need a first and a second half")
         if self.layer_windows is not None and (len(self.layer_windows) != self.n_layers or min(self.layer_windows) < 1):
-            raise ValueError(f"layer_windows={self.layer_windows} must be n_layers={self.n_layers} numbers of at least "
-                             "1, or null for the same window in all layers")
+            raise ValueError(
+                f"layer_windows={self.layer_windows} must be n_layers={self.n_layers} numbers of at least "
+                "1, or null for the same window in all layers"
+            )
         self.global_layer_set()
 
     @property
@@ -195,8 +214,10 @@ class HymbaConfig:
             raise ValueError(f"the network's config has fields this version does not know: {', '.join(unknown)}")
         for name, value in values.items():
             if not (_is_of(kinds[name], value) or (name == "global_layers" and _is_list_of_layers(value))):
-                raise ValueError(f"{name}={str(value)[:40]!r} is {type(value).__name__}, where "
-                                 f"{kinds[name].__name__} within ±{MAX_INTEGER} is needed")
+                raise ValueError(
+                    f"{name}={str(value)[:40]!r} is {type(value).__name__}, where "
+                    f"{kinds[name].__name__} within ±{MAX_INTEGER} is needed"
+                )
         return cls(**values)
 
     def matmul_params(self) -> int:

@@ -51,9 +51,17 @@ def shift_vectors(x_BTD: Tensor, last_B1D: Tensor | None, ids_BT: Tensor, bos_id
     return previous_BTD if bos_id is None else previous_BTD.masked_fill((ids_BT == bos_id)[..., None], 0)
 
 
-def embed_tokens(ids_BT: Tensor, tok_emb: Embedding, bigram: BigramHash | None, smear: SmearGate | None, *,
-                 dtype: torch.dtype, bos_id: int | None, last_id_B1: Tensor | None = None,
-                 last_vector_B1D: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def embed_tokens(
+    ids_BT: Tensor,
+    tok_emb: Embedding,
+    bigram: BigramHash | None,
+    smear: SmearGate | None,
+    *,
+    dtype: torch.dtype,
+    bos_id: int | None,
+    last_id_B1: Tensor | None = None,
+    last_vector_B1D: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Embeds ids (B, T) that follow `last_id` with embedding `last_vector` (or nothing).
 
     Returns the sequence (B, T, D), not yet normalised, and the last token's vector before smearing (B, 1, D), which the

@@ -68,8 +68,15 @@ class Hymba(nn.Module):
             if isinstance(module, Linear) and module.qat_bits:
                 module.qat_strength.fill_(strength)
 
-    def forward(self, inputs: Tensor, targets: Tensor | None = None, *, state: HymbaState | None = None,
-                return_state: bool = False, reduction: str = "mean") -> Tensor | tuple[Tensor, HymbaState]:
+    def forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor | None = None,
+        *,
+        state: HymbaState | None = None,
+        return_state: bool = False,
+        reduction: str = "mean",
+    ) -> Tensor | tuple[Tensor, HymbaState]:
         """inputs (B, T) int64 → logits (B, T, V), or with targets (B, T) the cross-entropy in nats.
 
         The loss is float32: a scalar for reduction 'mean' or 'sum', (B, T) for 'none'; any other raises ValueError.
@@ -81,15 +88,22 @@ class Hymba(nn.Module):
         if targets is None:
             out = self.logits(hidden_BTD)
         else:
-            nats_N = softcapped_cross_entropy(self.raw_logits(hidden_BTD).flatten(0, 1), targets.flatten(),
-                                              cap=self.config.logit_softcap, backend=self.runtime.loss_backend)
+            nats_N = softcapped_cross_entropy(
+                self.raw_logits(hidden_BTD).flatten(0, 1),
+                targets.flatten(),
+                cap=self.config.logit_softcap,
+                backend=self.runtime.loss_backend,
+            )
             out = nats_N.view_as(targets) if reduction == "none" else getattr(nats_N, reduction)()
         return (out, new_state) if return_state else out
 
     def raw_logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits (B, T, V) of the last block's output (B, T, D) before the softcap, in the compute dtype."""
-        head = self.tok_emb.weight.to(hidden_BTD.dtype) if self.lm_head is None else \
-            self.lm_head.cast_weight(hidden_BTD.dtype)
+        head = (
+            self.tok_emb.weight.to(hidden_BTD.dtype)
+            if self.lm_head is None
+            else self.lm_head.cast_weight(hidden_BTD.dtype)
+        )
         return F.linear(rms_norm(hidden_BTD), head)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
@@ -97,14 +111,20 @@ class Hymba(nn.Module):
         cap = self.config.logit_softcap
         return cap * torch.tanh(self.raw_logits(hidden_BTD) / cap)
 
-    def hidden(self, inputs: Tensor, state: HymbaState | None = None,
-               return_state: bool = False) -> tuple[Tensor, HymbaState | None]:
+    def hidden(
+        self, inputs: Tensor, state: HymbaState | None = None, return_state: bool = False
+    ) -> tuple[Tensor, HymbaState | None]:
         """inputs (B, T) → the last block's output (B, T, D) and, when asked, the state after the last token."""
         x_BTD, last_vector = embed_tokens(
-            inputs, self.tok_emb, self.bigram_hash, self.smeargate, dtype=self.compute_dtype,
+            inputs,
+            self.tok_emb,
+            self.bigram_hash,
+            self.smeargate,
+            dtype=self.compute_dtype,
             bos_id=self.config.bos_id if self.config.reset_at_bos else None,
             last_id_B1=None if state is None else state.last_id,
-            last_vector_B1D=None if state is None else state.last_vector)
+            last_vector_B1D=None if state is None else state.last_vector,
+        )
         x_BTD = rms_norm(x_BTD)
         n_meta = self.config.meta_tokens if state is None else 0
         if n_meta:
@@ -118,8 +138,9 @@ class Hymba(nn.Module):
             return x_BTD, None
         return x_BTD, HymbaState(layers, inputs[:, -1:], last_vector, first + n_meta + inputs.size(1))
 
-    def run_blocks(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: HymbaState | None,
-                   return_state: bool) -> tuple[Tensor, list[LayerState]]:
+    def run_blocks(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: HymbaState | None, return_state: bool
+    ) -> tuple[Tensor, list[LayerState]]:
         """Runs all blocks; each block of the second half first adds the weighted output of its mirror in the first."""
         x0_BTD, skips, new_layers = x_BTD, [], []
         recompute = self.runtime.activation_checkpointing and self.training and torch.is_grad_enabled()

@@ -41,10 +41,22 @@ class TimeStepProjection(nn.Module):
             self.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
-def mamba_branch(u_BTE: Tensor, z_BTE: Tensor, conv: DepthwiseConv, x_proj: Linear, dt_proj: TimeStepProjection,
-                 A_log_EN: Tensor, D_E: Tensor, *, normalise: bool, conv_state: Tensor | None,
-                 scan_state: Tensor | None, return_state: bool, conv_backend: str, scan_backend: str
-                 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def mamba_branch(
+    u_BTE: Tensor,
+    z_BTE: Tensor,
+    conv: DepthwiseConv,
+    x_proj: Linear,
+    dt_proj: TimeStepProjection,
+    A_log_EN: Tensor,
+    D_E: Tensor,
+    *,
+    normalise: bool,
+    conv_state: Tensor | None,
+    scan_state: Tensor | None,
+    return_state: bool,
+    conv_backend: str,
+    scan_backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Convolution, input-dependent dt, B, C and the gated selective scan.
 
     u and z (B, T, E). `normalise` brings the time step's low-rank vector, B and C to an RMS of 1. Returns the gated
@@ -52,15 +64,33 @@ def mamba_branch(u_BTE: Tensor, z_BTE: Tensor, conv: DepthwiseConv, x_proj: Line
     (B, E, N) for the next piece of the sequence.
     """
     new_conv = new_scan = None
-    conv_out = causal_conv1d(u_BTE, conv.weight[:, 0], conv.bias, activation="silu", initial_state_BEW1=conv_state,
-                             return_state=return_state, backend=conv_backend)
+    conv_out = causal_conv1d(
+        u_BTE,
+        conv.weight[:, 0],
+        conv.bias,
+        activation="silu",
+        initial_state_BEW1=conv_state,
+        return_state=return_state,
+        backend=conv_backend,
+    )
     u_BTE, new_conv = conv_out if return_state else (conv_out, None)
     d_state = A_log_EN.size(1)
     dt_low_BTR, B_BTN, C_BTN = x_proj(u_BTE).split([dt_proj.weight.size(1), d_state, d_state], dim=-1)
     if normalise:
         dt_low_BTR, B_BTN, C_BTN = rms_norm(dt_low_BTR), rms_norm(B_BTN), rms_norm(C_BTN)
     dt_BTE = F.linear(dt_low_BTR, dt_proj.weight.to(u_BTE.dtype))
-    scan_out = selective_scan(u_BTE, dt_BTE, -A_log_EN.float().exp(), B_BTN, C_BTN, D_E, z_BTE, dt_bias_E=dt_proj.bias,
-                              initial_state_BEN=scan_state, return_state=return_state, backend=scan_backend)
+    scan_out = selective_scan(
+        u_BTE,
+        dt_BTE,
+        -A_log_EN.float().exp(),
+        B_BTN,
+        C_BTN,
+        D_E,
+        z_BTE,
+        dt_bias_E=dt_proj.bias,
+        initial_state_BEN=scan_state,
+        return_state=return_state,
+        backend=scan_backend,
+    )
     y_BTE, new_scan = scan_out if return_state else (scan_out, None)
     return y_BTE, new_conv, new_scan

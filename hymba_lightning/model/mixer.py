@@ -60,14 +60,18 @@ class HybridMixer(nn.Module):
     `shared_kv` is another layer's key/value projection to use instead of an own one.
     """
 
-    def __init__(self, config: HymbaConfig, runtime: RuntimeConfig, window: int | None,
-                 shared_kv: Linear | None = None) -> None:
+    def __init__(
+        self, config: HymbaConfig, runtime: RuntimeConfig, window: int | None, shared_kv: Linear | None = None
+    ) -> None:
         super().__init__()
         d, e, n, rank = config.d_model, config.d_inner, config.d_state, config.resolved_dt_rank
         bits = runtime.qat_bits
         self.head_dim, self.window, self.runtime = config.head_dim, window, runtime
-        self.branch_norm, self.value_gate, self.dynamics_norm = (config.branch_norm, config.value_gate,
-                                                                 config.dynamics_norm)
+        self.branch_norm, self.value_gate, self.dynamics_norm = (
+            config.branch_norm,
+            config.value_gate,
+            config.dynamics_norm,
+        )
         self.c_q = Linear(d, d, qat_bits=bits)
         own_kv = Linear(d, 2 * config.n_kv_heads * config.head_dim, qat_bits=bits) if shared_kv is None else shared_kv
         self.kv_proj = own_kv
@@ -83,27 +87,51 @@ class HybridMixer(nn.Module):
         self.q_gain = nn.Parameter(torch.full((config.n_heads,), float(config.qk_gain)))
         self.merge_alpha = None if concat else nn.Parameter(torch.zeros(1 if config.merge == "scalar" else d))
         # Rows: one for each head_dim channels of attention's output, then of the scan's.
-        self.branch_gate = nn.Parameter(torch.zeros(config.gate_groups, config.branch_gate)) \
-            if config.branch_gate else None
+        self.branch_gate = (
+            nn.Parameter(torch.zeros(config.gate_groups, config.branch_gate)) if config.branch_gate else None
+        )
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None,
-                return_state: bool) -> tuple[Tensor, LayerState | None]:
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None, return_state: bool
+    ) -> tuple[Tensor, LayerState | None]:
         """x (B, T, D) → (B, T, D), and the layer's new state when asked."""
         width = self.A_log.size(0)
         kv = self.kv_proj.weight.size(0) // 2
         q_BTD, k_BTC, v_BTC, u_BTE, z_BTE = fused_linear(
-            x_BTD, [self.c_q, self.kv_proj, self.mamba_proj], [self.c_q.weight.size(0), kv, kv, width, width],
-            unit=math.gcd(self.head_dim, width))
+            x_BTD,
+            [self.c_q, self.kv_proj, self.mamba_proj],
+            [self.c_q.weight.size(0), kv, kv, width, width],
+            unit=math.gcd(self.head_dim, width),
+        )
         if self.value_gate:
             v_BTC = F.silu(v_BTC)
         past = None if state is None else (state.keys, state.values)
-        attended_BTD, kept = attention_branch(q_BTD, k_BTC, v_BTC, self.q_gain, rope, head_dim=self.head_dim,
-                                              window=self.window, past=past, backend=self.runtime.attention_backend)
+        attended_BTD, kept = attention_branch(
+            q_BTD,
+            k_BTC,
+            v_BTC,
+            self.q_gain,
+            rope,
+            head_dim=self.head_dim,
+            window=self.window,
+            past=past,
+            backend=self.runtime.attention_backend,
+        )
         y_BTE, conv_state, scan_state = mamba_branch(
-            u_BTE, z_BTE, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D,
-            conv_state=None if state is None else state.conv, scan_state=None if state is None else state.scan,
-            normalise=self.dynamics_norm, return_state=return_state, conv_backend=self.runtime.conv_backend,
-            scan_backend=self.runtime.scan_backend)
+            u_BTE,
+            z_BTE,
+            self.conv1d,
+            self.x_proj,
+            self.dt_proj,
+            self.A_log,
+            self.D,
+            conv_state=None if state is None else state.conv,
+            scan_state=None if state is None else state.scan,
+            normalise=self.dynamics_norm,
+            return_state=return_state,
+            conv_backend=self.runtime.conv_backend,
+            scan_backend=self.runtime.scan_backend,
+        )
         scanned_BTD = y_BTE if self.mamba_out_proj is None else self.mamba_out_proj(y_BTE)
         if self.branch_norm:
             attended_BTD, scanned_BTD = rms_norm(attended_BTD), rms_norm(scanned_BTD)
@@ -119,8 +147,10 @@ class HybridMixer(nn.Module):
         """Both branches' outputs (B, T, D), the scan's (B, T, E) under 'concat', times the gates that the first
         channels of x (B, T, D) open."""
         weight = self.branch_gate.to(x_BTD.dtype)
-        gate_BTG1 = 2 * torch.sigmoid(F.linear(x_BTD[..., :weight.size(1)], weight))[..., None]
+        gate_BTG1 = 2 * torch.sigmoid(F.linear(x_BTD[..., : weight.size(1)], weight))[..., None]
         heads = attended_BTD.size(-1) // self.head_dim
         attention_gate, scan_gate = gate_BTG1.split([heads, gate_BTG1.size(-2) - heads], dim=-2)
-        return ((attended_BTD.unflatten(-1, (-1, self.head_dim)) * attention_gate).flatten(-2),
-                (scanned_BTD.unflatten(-1, (-1, self.head_dim)) * scan_gate).flatten(-2))
+        return (
+            (attended_BTD.unflatten(-1, (-1, self.head_dim)) * attention_gate).flatten(-2),
+            (scanned_BTD.unflatten(-1, (-1, self.head_dim)) * scan_gate).flatten(-2),
+        )

@@ -18,8 +18,9 @@ def main() -> int:
     parser.add_argument("--sweep", action="store_true", help="also time other launch constants")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, bfloat16 only: each compiles its kernels")
     parser.add_argument("--check_only", action="store_true", help="no timings, as under compute-sanitizer")
-    parser.add_argument("--only", choices=PARTS, help="streams: scan, convolution, loss; products: attention, MLP, "
-                        "Newton-Schulz")
+    parser.add_argument(
+        "--only", choices=PARTS, help="streams: scan, convolution, loss; products: attention, MLP, Newton-Schulz"
+    )
     arguments = parser.parse_args()
     parts = PARTS if arguments.only is None else (arguments.only,)
     torch.manual_seed(0)

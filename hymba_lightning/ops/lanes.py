@@ -60,6 +60,7 @@ def _pointer(context, builder, array_type, array, index):  # type: ignore[no-unt
 @intrinsic
 def load(typing_context, array, index):  # type: ignore[no-untyped-def]
     """array[index:index+16]."""
+
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         loaded = builder.load(_pointer(context, builder, signature.args[0], *arguments))
         loaded.align = 4
@@ -71,6 +72,7 @@ def load(typing_context, array, index):  # type: ignore[no-untyped-def]
 @intrinsic
 def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
     """array[index:index+16] = value."""
+
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         stored = builder.store(arguments[2], _pointer(context, builder, signature.args[0], *arguments[:2]))
         stored.align = 4
@@ -82,6 +84,7 @@ def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
 @intrinsic
 def splat(typing_context, x):  # type: ignore[no-untyped-def]
     """Sixteen times the float32 x."""
+
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         nothing = ir.Constant(_FLOATS, ir.Undefined)
         first = builder.insert_element(nothing, arguments[0], ir.Constant(_INT, 0))
@@ -93,6 +96,7 @@ def splat(typing_context, x):  # type: ignore[no-untyped-def]
 @intrinsic
 def total(typing_context, x):  # type: ignore[no-untyped-def]
     """The sum of the sixteen, in any order."""
+
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS])
         reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
@@ -103,6 +107,7 @@ def total(typing_context, x):  # type: ignore[no-untyped-def]
 
 def _define(operation: Callable, emit: Callable) -> None:
     """Makes `operation` (operator.add, say) work on two lanes values."""
+
     @intrinsic
     def apply(typing_context, x, y):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -139,6 +144,7 @@ _EXP2 = (1.0, 6.93147206e-1, 2.40226469e-1, 5.55032878e-2, 9.61848896e-3, 1.3399
 @intrinsic
 def exp2(typing_context, x):  # type: ignore[no-untyped-def]
     """2**x, x held within [-126, 127]."""
+
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         x = _smaller(builder, _larger(builder, arguments[0], _floats(-126.0)), _floats(127.0))
         # Adding 1.5 * 2**23 rounds x to a whole number and leaves that number in the sum's low bits.

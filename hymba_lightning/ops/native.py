@@ -26,8 +26,9 @@ def native_loop(function: Callable[..., None]) -> Callable[..., None]:
         return njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError as error:
         # Numba found no folder to keep it in.
-        logger.warning("%s is compiled anew in every process (%s); NUMBA_CACHE_DIR names a folder for it",
-                       function.__name__, error)
+        logger.warning(
+            "%s is compiled anew in every process (%s); NUMBA_CACHE_DIR names a folder for it", function.__name__, error
+        )
         return njit(nogil=True, error_model="numpy")(function)
 
 
@@ -63,8 +64,9 @@ def _prepare(kernel: Callable[..., None], name: str, arguments: tuple) -> None:
         _ready.add(name)
 
 
-def run_items(kernel: Callable[..., None], name: str, n_items: int, operations: float, arguments: tuple,
-              threads: int) -> None:
+def run_items(
+    kernel: Callable[..., None], name: str, n_items: int, operations: float, arguments: tuple, threads: int
+) -> None:
     """Calls kernel(first, last, *arguments) until every item in [0, n_items) is done, on up to `threads` threads.
 
     `kernel` is a numba function that releases the GIL and writes only what belongs to its items, so the result does not

@@ -31,8 +31,10 @@ def assert_close(name: str, actual: Tensor | None, expected: Tensor | None, rati
     if not found <= ratio:
         error = (actual.double() - expected.double()).abs()
         worst = tuple(torch.stack(torch.unravel_index(error.argmax(), error.shape)).tolist())
-        raise AssertionError(f"{name}: RMS ratio {found:.3g} is over {ratio:.3g}; the worst entry, at {worst}, is "
-                             f"{actual[worst].item():.6g} and should be {expected[worst].item():.6g}")
+        raise AssertionError(
+            f"{name}: RMS ratio {found:.3g} is over {ratio:.3g}; the worst entry, at {worst}, is "
+            f"{actual[worst].item():.6g} and should be {expected[worst].item():.6g}"
+        )
 
 
 def _kind(tensor: Tensor | None) -> str:

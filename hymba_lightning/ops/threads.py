@@ -52,6 +52,7 @@ def spread(work: Callable[[int], None], n_items: int, threads: int) -> None:
 
 def spread_torch(work: Callable[[int], None], n_items: int) -> None:
     """`spread` for items made of torch operators, each of which keeps to its thread and records no gradient."""
+
     def run(item: int) -> None:
         # Both settings belong to the thread, and a new thread starts with neither.
         if torch.get_num_threads() != 1:

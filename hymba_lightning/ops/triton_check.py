@@ -33,8 +33,12 @@ ODD_LOSSES = ((63, 60), (1, 1), (700, 1023), (40, 50257))
 TRAINING = (2, 32768, 512, 8)
 VOCAB = 1024
 # What a sweep tries: programs for each multiprocessor, channels of a forward program, registers of a backward thread.
-SWEEP = {"FORWARD_PROGRAMS": (16, 24, 48), "BACKWARD_PROGRAMS": (16, 24, 32, 64), "FORWARD_BLOCK_E": (32, 64, 128),
-         "BACKWARD_REGISTERS": (168, 224, 255)}
+SWEEP = {
+    "FORWARD_PROGRAMS": (16, 24, 48),
+    "BACKWARD_PROGRAMS": (16, 24, 32, 64),
+    "FORWARD_BLOCK_E": (32, 64, 128),
+    "BACKWARD_REGISTERS": (168, 224, 255),
+}
 Inputs = dict[str, Tensor | None]
 Run = Callable[[Any], tuple[Tensor, ...]]
 
@@ -51,6 +55,7 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 def scan_inputs(batch: int, length: int, channels: int, states: int, dtype: torch.dtype, gated: bool = True) -> Inputs:
     """Random operands as the network makes them: z, B and C are slices of wider tensors, dt is 0.001 to 0.1."""
+
     def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, device="cuda").to(dtype)
 
@@ -58,30 +63,54 @@ def scan_inputs(batch: int, length: int, channels: int, states: int, dtype: torc
     B, C = normal(batch, length, 2 * states, dtype=dtype).split(states, dim=-1)
     step = torch.empty(channels, device="cuda").uniform_(-7, -2).exp()
     A = -torch.arange(1, states + 1, device="cuda").float() * (1 + 0.1 * normal(channels, 1).abs())
-    return {"u": normal(batch, length, channels, dtype=dtype), "dt": normal(batch, length, channels, dtype=dtype),
-            "A": A, "B": B, "C": C, "D": normal(channels), "z": z, "dt_bias": step.expm1().log(),
-            "initial_state": normal(batch, channels, states)}
+    return {
+        "u": normal(batch, length, channels, dtype=dtype),
+        "dt": normal(batch, length, channels, dtype=dtype),
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": normal(channels),
+        "z": z,
+        "dt_bias": step.expm1().log(),
+        "initial_state": normal(batch, channels, states),
+    }
 
 
 def conv_inputs(batch: int, length: int, channels: int, taps: int, dtype: torch.dtype) -> Inputs:
     """Random operands, x being a slice of a wider tensor."""
+
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda")
 
-    return {"x": normal(batch, length, 2 * channels).to(dtype)[..., :channels], "weight": normal(channels, taps),
-            "bias": normal(channels), "initial_state": normal(batch, channels, taps - 1).to(dtype)}
+    return {
+        "x": normal(batch, length, 2 * channels).to(dtype)[..., :channels],
+        "weight": normal(channels, taps),
+        "bias": normal(channels),
+        "initial_state": normal(batch, channels, taps - 1).to(dtype),
+    }
 
 
 def run_triton_scan(i: Any) -> tuple[Tensor, Tensor]:
     """Output and state of the kernels under test."""
-    return selective_scan_triton(i["u"], i["dt"], i["A"], i["B"], i["C"], i["D"], i["z"], dt_bias_E=i["dt_bias"],
-                                 initial_state_BEN=i["initial_state"], return_state=True)
+    return selective_scan_triton(
+        i["u"],
+        i["dt"],
+        i["A"],
+        i["B"],
+        i["C"],
+        i["D"],
+        i["z"],
+        dt_bias_E=i["dt_bias"],
+        initial_state_BEN=i["initial_state"],
+        return_state=True,
+    )
 
 
 def run_triton_conv(i: Any) -> tuple[Tensor, Tensor]:
     """Output and state of the kernels under test."""
-    return causal_conv1d_triton(i["x"], i["weight"], i["bias"], initial_state_BEW1=i["initial_state"],
-                                return_state=True)
+    return causal_conv1d_triton(
+        i["x"], i["weight"], i["bias"], initial_state_BEW1=i["initial_state"], return_state=True
+    )
 
 
 def loss_inputs(tokens: int, vocab: int, dtype: torch.dtype) -> Inputs:
@@ -101,8 +130,9 @@ def results(run: Run, inputs: Inputs, gradients: tuple[Tensor, ...]) -> dict[str
     leaves = {name: x.detach().clone().requires_grad_() if x is not None else None for name, x in inputs.items()}
     outputs = run(leaves)[:2]
     wanted = [name for name, leaf in leaves.items() if leaf is not None and leaf.numel()]
-    found = torch.autograd.grad(outputs, [leaves[name] for name in wanted],
-                                [g.to(x.dtype) for g, x in zip(gradients, outputs, strict=True)])
+    found = torch.autograd.grad(
+        outputs, [leaves[name] for name in wanted], [g.to(x.dtype) for g, x in zip(gradients, outputs, strict=True)]
+    )
     named = {f"d{name}": gradient for name, gradient in zip(wanted, found, strict=True)}
     return dict(zip(("out", "state"), (x.detach() for x in outputs), strict=False)) | named
 
@@ -117,8 +147,11 @@ def compare(title: str, run: Run, reference: Run, inputs: Inputs, dtype: torch.d
     ratios = {name: rms_ratio(found[name].float(), x.float()) for name, x in expected.items() if x.numel()}
     worst = max(ratios, key=lambda name: float("inf") if ratios[name] != ratios[name] else ratios[name])
     passed = ratios[worst] <= TOLERANCE[dtype]
-    print(f"{title:<48} worst {worst:<14} {ratios[worst]:.2e} (limit {TOLERANCE[dtype]:.0e}) "
-          f"{'ok' if passed else 'WRONG'}", flush=True)
+    print(
+        f"{title:<48} worst {worst:<14} {ratios[worst]:.2e} (limit {TOLERANCE[dtype]:.0e}) "
+        f"{'ok' if passed else 'WRONG'}",
+        flush=True,
+    )
     return passed
 
 
@@ -129,17 +162,36 @@ def check(quick: bool = False) -> bool:
         label = str(dtype).removeprefix("torch.")
         for shape in ODD_SCANS[:first]:
             for gated in (True, False):
-                passed &= compare(f"scan {shape} {label}{'' if gated else ', no gate'}", run_triton_scan,
-                                  lambda i: selective_scan_naive(*i.values()), scan_inputs(*shape, dtype, gated), dtype)
+                passed &= compare(
+                    f"scan {shape} {label}{'' if gated else ', no gate'}",
+                    run_triton_scan,
+                    lambda i: selective_scan_naive(*i.values()),
+                    scan_inputs(*shape, dtype, gated),
+                    dtype,
+                )
         for shape in ODD_CONVS[:first]:
-            passed &= compare(f"conv {shape} {label}", run_triton_conv,
-                              lambda i: causal_conv1d_naive(i["x"], i["weight"], i["bias"], True, i["initial_state"]),
-                              conv_inputs(*shape, dtype), dtype)
+            passed &= compare(
+                f"conv {shape} {label}",
+                run_triton_conv,
+                lambda i: causal_conv1d_naive(i["x"], i["weight"], i["bias"], True, i["initial_state"]),
+                conv_inputs(*shape, dtype),
+                dtype,
+            )
         for shape in (*ODD_LOSSES[:first], (65536, VOCAB)):
-            passed &= compare(f"loss {shape} {label}", run_loss, functools.partial(run_loss, backend="naive"),
-                              loss_inputs(*shape, dtype), dtype)
-        passed &= compare(f"scan {TRAINING} {label}, against chunked", run_triton_scan,
-                          lambda i: selective_scan_chunked(*i.values()), scan_inputs(*TRAINING, dtype), dtype)
+            passed &= compare(
+                f"loss {shape} {label}",
+                run_loss,
+                functools.partial(run_loss, backend="naive"),
+                loss_inputs(*shape, dtype),
+                dtype,
+            )
+        passed &= compare(
+            f"scan {TRAINING} {label}, against chunked",
+            run_triton_scan,
+            lambda i: selective_scan_chunked(*i.values()),
+            scan_inputs(*TRAINING, dtype),
+            dtype,
+        )
     return passed
 
 
@@ -193,10 +245,16 @@ def timings(dtype: torch.dtype, states: int, rate: float) -> None:
     batch, length, channels, _ = TRAINING
     tensor = batch * length * channels * dtype.itemsize
     narrow, wide = (batch * length * size * dtype.itemsize for size in (states, VOCAB))
-    calls = {"scan triton": (run_triton_scan, scan_inputs(batch, length, channels, states, dtype),
-                             4 * tensor + 2 * narrow, 7 * tensor + 4 * narrow),
-             "conv triton": (run_triton_conv, conv_inputs(batch, length, channels, 4, dtype), 2 * tensor, 3 * tensor),
-             "loss triton": (run_loss, loss_inputs(batch * length, VOCAB, dtype), wide, 2 * wide)}
+    calls = {
+        "scan triton": (
+            run_triton_scan,
+            scan_inputs(batch, length, channels, states, dtype),
+            4 * tensor + 2 * narrow,
+            7 * tensor + 4 * narrow,
+        ),
+        "conv triton": (run_triton_conv, conv_inputs(batch, length, channels, 4, dtype), 2 * tensor, 3 * tensor),
+        "loss triton": (run_loss, loss_inputs(batch * length, VOCAB, dtype), wide, 2 * wide),
+    }
     if is_installed("mamba_ssm"):
         # No initial state there: the same operands without it.
         inputs = {n: x for n, x in scan_inputs(batch, length, channels, states, dtype).items() if n != "initial_state"}
@@ -209,10 +267,13 @@ def timings(dtype: torch.dtype, states: int, rate: float) -> None:
         compiled = time.perf_counter() - began
         forward_ms, both_ms = median_ms(forward), median_ms(both)
         floor_f, floor_b = forward_bytes / rate * 1e3, (forward_bytes + backward_bytes) / rate * 1e3
-        print(f"{name:<16} N={states:<3} {str(dtype).removeprefix('torch.'):<9} forward {forward_ms:.3f} ms (floor "
-              f"{floor_f:.3f}), with backward {both_ms:.3f} ms (floor {floor_b:.3f}), "
-              f"{(forward_bytes + backward_bytes) / both_ms / 1e6:.0f} GB/s of the floor's bytes; first call "
-              f"{compiled:.1f} s", flush=True)
+        print(
+            f"{name:<16} N={states:<3} {str(dtype).removeprefix('torch.'):<9} forward {forward_ms:.3f} ms (floor "
+            f"{floor_f:.3f}), with backward {both_ms:.3f} ms (floor {floor_b:.3f}), "
+            f"{(forward_bytes + backward_bytes) / both_ms / 1e6:.0f} GB/s of the floor's bytes; first call "
+            f"{compiled:.1f} s",
+            flush=True,
+        )
 
 
 def kernel_times() -> None:

@@ -37,8 +37,14 @@ def prefetch_rows(first, stride, last, COUNT: tl.constexpr, WIDTH: tl.constexpr)
     PIECES: tl.constexpr = (WIDTH + SECTOR - 1) // SECTOR
     piece = tl.arange(0, COUNT * PIECES)
     where = first + tl.minimum(piece // PIECES, last) * stride + piece % PIECES * SECTOR
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [where.to(tl.int64, bitcast=True)],
-                              dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [where.to(tl.int64, bitcast=True)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

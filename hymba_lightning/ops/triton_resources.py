@@ -29,8 +29,13 @@ from hymba_lightning.ops.newton_schulz import triton as schulz_triton
 from hymba_lightning.ops.selective_scan import triton as scan_triton
 from hymba_lightning.ops.softcapped_cross_entropy import triton as loss_triton
 
-TYPE_NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
-              torch.int32: "*i32"}
+TYPE_NAMES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
 COMPILE_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 # A multiprocessor's schedulers, the registers of each, and the programs it can hold, on every architecture this
 # compiles for.
@@ -97,6 +102,7 @@ def recorded(module: ModuleType) -> Iterator[list[Launch]]:
 
 def scan_launches(batch: int, length: int, channels: int, states: int, dtype: torch.dtype) -> list[Launch]:
     """Every launch of the selective scan, forward and backward, gated, u and B, C being slices of wider tensors."""
+
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -134,8 +140,9 @@ def loss_launches(tokens: int, vocab: int, dtype: torch.dtype) -> list[Launch]:
 
 def mlp_launches(tokens: int, width: int, hidden: int, dtype: torch.dtype) -> list[Launch]:
     """The launches of the MLP's hidden layer, forward and backward."""
-    x, w_in, w_out = (torch.empty(*shape, dtype=dtype, device="meta")
-                      for shape in ((tokens, width), (hidden, width), (width, hidden)))
+    x, w_in, w_out = (
+        torch.empty(*shape, dtype=dtype, device="meta") for shape in ((tokens, width), (hidden, width), (width, hidden))
+    )
     with recorded(mlp_triton) as launches:
         activation_and_signs = mlp_triton.hidden_layer._init_fn(x, w_in, 0.5)
         mlp_triton.hidden_layer_backward._init_fn(x, w_out, *activation_and_signs, 0.5)
@@ -145,8 +152,9 @@ def mlp_launches(tokens: int, width: int, hidden: int, dtype: torch.dtype) -> li
 def newton_schulz_launches(matrices: int, rows: int, columns: int, dtype: torch.dtype) -> list[Launch]:
     """Every launch of a Newton-Schulz step of a bank."""
     with recorded(schulz_triton) as launches:
-        schulz_triton.newton_schulz_step_triton(torch.empty(matrices, rows, columns, dtype=dtype, device="meta"),
-                                                3.4, -4.8, 2.0)
+        schulz_triton.newton_schulz_step_triton(
+            torch.empty(matrices, rows, columns, dtype=dtype, device="meta"), 3.4, -4.8, 2.0
+        )
     return launches
 
 
@@ -171,8 +179,9 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
             signature[name] = f"tensordesc<{TYPE_NAMES[value.base.dtype].removeprefix('*')}[{block}]>"
             continue
         is_float = isinstance(value, float)
-        signature[name] = TYPE_NAMES[value.dtype] if is_pointer else "fp32" if is_float else \
-            "i32" if value < 2**31 else "i64"
+        signature[name] = (
+            TYPE_NAMES[value.dtype] if is_pointer else "fp32" if is_float else "i32" if value < 2**31 else "i64"
+        )
         if is_pointer or (not is_float and value % 16 == 0 and not parameter.do_not_specialize):
             attributes[(index,)] = [["tt.divisibility", 16]]
     options = {name: launch.arguments[name] for name in COMPILE_OPTIONS if name in launch.arguments}
@@ -188,8 +197,10 @@ def _read_binary(binary: bytes) -> tuple[int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        usage, assembly = (subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-                           for flag in ("--dump-resource-usage", "--dump-sass"))
+        usage, assembly = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"{tool} printed no resource usage:\n{usage}")
@@ -210,15 +221,28 @@ def report(launches: list[Launch], title: str, capability: int) -> bool:
     for launch in launches:
         found = compile_launch(launch, capability)
         clean = clean and found.spills == 0 and found.stack == 0
-        print(_line(title, f"sm_{capability}", found.name, found.registers, found.spills, found.stack, found.shared,
-                    found.resident_warps), flush=True)
+        print(
+            _line(
+                title,
+                f"sm_{capability}",
+                found.name,
+                found.registers,
+                found.spills,
+                found.stack,
+                found.shared,
+                found.resident_warps,
+            ),
+            flush=True,
+        )
     return clean
 
 
 def main() -> int:
     """Reports every kernel for three architectures at the training shapes; 1 if any spills."""
-    print(f"triton {triton.__version__}; B 2, T 32768, E 512, W 4, loss of B·T tokens; registers, spills and stack of "
-          "a thread, shared memory of a program")
+    print(
+        f"triton {triton.__version__}; B 2, T 32768, E 512, W 4, loss of B·T tokens; registers, spills and stack of "
+        "a thread, shared memory of a program"
+    )
     print(_line(*HEADER))
     clean = True
     for capability in (80, 90, 100):

@@ -55,10 +55,21 @@ for line in sys.stdin:
 """
 
 
-def audit_path(path: str, data_dir: str, tokenizer: str | None = None, tokens: int = 257, seq_len: int | None = None,
-               chunk_tokens: int | None = None, past_positions: int = 24, distribution_positions: int = 1,
-               tolerance: float = 0.0, seed: int | None = None, device: str = "auto", ttt: TTTConfig | None = None,
-               progress: Callable[[int, int], None] | None = None) -> AuditReport:
+def audit_path(
+    path: str,
+    data_dir: str,
+    tokenizer: str | None = None,
+    tokens: int = 257,
+    seq_len: int | None = None,
+    chunk_tokens: int | None = None,
+    past_positions: int = 24,
+    distribution_positions: int = 1,
+    tolerance: float = 0.0,
+    seed: int | None = None,
+    device: str = "auto",
+    ttt: TTTConfig | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> AuditReport:
     """Audits an artifact under `ttt`, or a submission's folder with its own code and settings.
 
     Args:
@@ -91,16 +102,28 @@ def audit_path(path: str, data_dir: str, tokenizer: str | None = None, tokens: i
     first = random.Random(seed).randrange(len(stream) - tokens + 1)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     sizes = {"seq_len": seq_len or max(tokens // 12, 2), "chunk_tokens": chunk_tokens or -(-tokens // 4)}
-    making = _folder_evaluator(source, sizes, model, token_bytes, where) if source.is_dir() else \
-        _artifact_evaluator(source, sizes, model, token_bytes, where, ttt or TTTConfig())
+    making = (
+        _folder_evaluator(source, sizes, model, token_bytes, where)
+        if source.is_dir()
+        else _artifact_evaluator(source, sizes, model, token_bytes, where, ttt or TTTConfig())
+    )
     with making as evaluate:
-        return audit(evaluate, stream[first:first + tokens], token_bytes.vocab_size, past_positions=past_positions,
-                     distribution_positions=distribution_positions, tolerance=tolerance, seed=seed, progress=progress)
+        return audit(
+            evaluate,
+            stream[first : first + tokens],
+            token_bytes.vocab_size,
+            past_positions=past_positions,
+            distribution_positions=distribution_positions,
+            tolerance=tolerance,
+            seed=seed,
+            progress=progress,
+        )
 
 
 @contextlib.contextmanager
-def _artifact_evaluator(path: Path, sizes: dict[str, int], tokenizer: Path, token_bytes: TokenBytes, device: str,
-                        ttt: TTTConfig) -> Iterator[Evaluator]:
+def _artifact_evaluator(
+    path: Path, sizes: dict[str, int], tokenizer: Path, token_bytes: TokenBytes, device: str, ttt: TTTConfig
+) -> Iterator[Evaluator]:
     artifact = load_artifact(path)
     if artifact.tokenizer.get("sha256") not in (None, file_sha256(tokenizer)):
         raise ValueError(f"{path} was made for another tokenizer than {tokenizer}: give --tokenizer the right one")
@@ -112,10 +135,17 @@ def _artifact_evaluator(path: Path, sizes: dict[str, int], tokenizer: Path, toke
 
     def evaluate(tokens: Tensor) -> Tensor:
         starts = range(0, tokens.numel() - 1, sizes["chunk_tokens"])
-        pieces = [tokens[start:start + sizes["chunk_tokens"] + 1] for start in starts]
-        chunks = [Chunk(index, len(pieces), piece, torch.from_numpy(token_bytes.count(piece[:-1].numpy(),
-                                                                                      piece[1:].numpy())), start)
-                  for index, (start, piece) in enumerate(zip(starts, pieces, strict=True))]
+        pieces = [tokens[start : start + sizes["chunk_tokens"] + 1] for start in starts]
+        chunks = [
+            Chunk(
+                index,
+                len(pieces),
+                piece,
+                torch.from_numpy(token_bytes.count(piece[:-1].numpy(), piece[1:].numpy())),
+                start,
+            )
+            for index, (start, piece) in enumerate(zip(starts, pieces, strict=True))
+        ]
         scored = score_first_ttt(copy.deepcopy(net), chunks, sizes["seq_len"], config, stream=tokens)
         return torch.cat([chunk.nats for chunk in scored])
 
@@ -123,8 +153,9 @@ def _artifact_evaluator(path: Path, sizes: dict[str, int], tokenizer: Path, toke
 
 
 @contextlib.contextmanager
-def _folder_evaluator(source: Path, sizes: dict[str, int], tokenizer: Path, token_bytes: TokenBytes,
-                      device: str) -> Iterator[Evaluator]:
+def _folder_evaluator(
+    source: Path, sizes: dict[str, int], tokenizer: Path, token_bytes: TokenBytes, device: str
+) -> Iterator[Evaluator]:
     for name in (ARTIFACT, SETTINGS):
         if not (source / name).is_file():
             raise FileNotFoundError(f"{source} is no folder of `hymba package`: it lacks {name}")
@@ -137,9 +168,19 @@ def _folder_evaluator(source: Path, sizes: dict[str, int], tokenizer: Path, toke
         settings["ttt"] |= {"limit_seconds": None}
         (folder / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
         environment = {key: os.environ[key] for key in KEPT_VARIABLES if key in os.environ} | {"HOME": temporary}
-        with open(Path(temporary) / "errors", "w+b") as errors, subprocess.Popen(
-                [sys.executable, "-I", "-c", WORKER, str(folder), str(tokenizer.resolve()), device], cwd=temporary,
-                env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as worker:
+        with (
+            open(Path(temporary) / "errors", "w+b") as errors,
+            subprocess.Popen(
+                [sys.executable, "-I", "-c", WORKER, str(folder), str(tokenizer.resolve()), device],
+                cwd=temporary,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            ) as worker,
+        ):
+
             def evaluate(tokens: Tensor) -> Tensor:
                 with _shard_of(tokens) as data:
                     try:
@@ -174,11 +215,15 @@ def _check_sum(result: dict[str, Any], tokens: Tensor, nats: Tensor, token_bytes
     n_bytes = int(token_bytes.count(tokens[:-1].numpy(), tokens[1:].numpy()).sum())
     bpb = float(nats.double().sum()) / (math.log(2) * n_bytes)
     if result["tokens"] != tokens.numel() - 1 or result["bytes"] != n_bytes:
-        raise RuleBrokenError(SCORE_IS_SUM, f"it reports {result['tokens']} tokens of {result['bytes']} bytes, and "
-                                            f"there were {tokens.numel() - 1} of {n_bytes}")
+        raise RuleBrokenError(
+            SCORE_IS_SUM,
+            f"it reports {result['tokens']} tokens of {result['bytes']} bytes, and "
+            f"there were {tokens.numel() - 1} of {n_bytes}",
+        )
     if not abs(result["val_bpb"] - bpb) <= 1e-5 * abs(bpb):
-        raise RuleBrokenError(SCORE_IS_SUM, f"it reports {result['val_bpb']} bits per byte, and the tokens' scores "
-                                            f"make {bpb}")
+        raise RuleBrokenError(
+            SCORE_IS_SUM, f"it reports {result['val_bpb']} bits per byte, and the tokens' scores make {bpb}"
+        )
 
 
 @contextlib.contextmanager

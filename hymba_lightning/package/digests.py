@@ -31,16 +31,24 @@ def describe(folder: Path, code: Sequence[Path], data: dict[str, Any]) -> dict[s
         code: Its files of code, relative to it.
         data: Of the validation data: its digest, the tokenizer's, and the tokens and bytes that are scored.
     """
-    return {"artifact": sha256(folder / ARTIFACT), "settings": sha256(folder / SETTINGS), "data": data,
-            "code": {file.as_posix(): sha256(folder / file) for file in sorted(code)}}
+    return {
+        "artifact": sha256(folder / ARTIFACT),
+        "settings": sha256(folder / SETTINGS),
+        "data": data,
+        "code": {file.as_posix(): sha256(folder / file) for file in sorted(code)},
+    }
 
 
 def shorten(digests: dict[str, Any]) -> dict[str, str]:
     """The digests one by one, all of the code's as one: what submission.json and the README show."""
     lines = "".join(f"{digest}  {file}\n" for file, digest in sorted(digests["code"].items()))
-    return {"code": hashlib.sha256(lines.encode()).hexdigest(), "settings": digests["settings"],
-            "artifact": digests["artifact"], "data": digests["data"]["digest"],
-            "tokenizer": digests["data"]["tokenizer"]}
+    return {
+        "code": hashlib.sha256(lines.encode()).hexdigest(),
+        "settings": digests["settings"],
+        "artifact": digests["artifact"],
+        "data": digests["data"]["digest"],
+        "tokenizer": digests["data"]["tokenizer"],
+    }
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:
@@ -84,12 +92,15 @@ def verify_data(digests: dict[str, Any], tokenizer: Path, shards: Sequence[Path]
     """
     data, found = digests["data"], sha256(tokenizer)
     if found != data["tokenizer"]:
-        raise DigestError(f"{tokenizer} is not the tokenizer of the recorded score: its SHA-256 is {found}, not "
-                          f"{data['tokenizer']}")
+        raise DigestError(
+            f"{tokenizer} is not the tokenizer of the recorded score: its SHA-256 is {found}, not {data['tokenizer']}"
+        )
     if data_digest(found, [sha256(path) for path in shards]) != data["digest"]:
         names = ", ".join(path.name for path in shards[:3]) + (", …" if len(shards) > 3 else "")
-        raise DigestError(f"the validation data ({names} in {shards[0].parent}) are not those of the recorded score: "
-                          "give --data with the folder of those")
+        raise DigestError(
+            f"the validation data ({names} in {shards[0].parent}) are not those of the recorded score: "
+            "give --data with the folder of those"
+        )
 
 
 def verify_count(digests: dict[str, Any], tokens: int, n_bytes: int) -> None:
@@ -99,8 +110,10 @@ def verify_count(digests: dict[str, Any], tokens: int, n_bytes: int) -> None:
     """
     data = digests["data"]
     if (tokens, n_bytes) != (data["tokens"], data["bytes"]):
-        raise DigestError(f"{tokens:,} tokens of {n_bytes:,} bytes were scored, and {data['tokens']:,} of "
-                          f"{data['bytes']:,} in the recorded score")
+        raise DigestError(
+            f"{tokens:,} tokens of {n_bytes:,} bytes were scored, and {data['tokens']:,} of "
+            f"{data['bytes']:,} in the recorded score"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -60,15 +60,25 @@ class Exported:
             if not tensor.storage.startswith("alias"):
                 widths[tensor.storage] = widths.get(tensor.storage, 0) + tensor.bytes
         shares = ", ".join(f"{storage} {n_bytes:,}" for storage, n_bytes in sorted(widths.items()))
-        return (f"{self.path}: {self.weights}, {self.report.bytes:,} bytes ({shares}) + {self.code_bytes:,} of "
-                f"evaluation code = {total:,}, {total / self.limit_bytes:.2%} of {self.limit_bytes:,}; "
-                f"{self.seconds:.1f} s")
+        return (
+            f"{self.path}: {self.weights}, {self.report.bytes:,} bytes ({shares}) + {self.code_bytes:,} of "
+            f"evaluation code = {total:,}, {total / self.limit_bytes:.2%} of {self.limit_bytes:,}; "
+            f"{self.seconds:.1f} s"
+        )
 
 
-def export(ckpt: str, out: str, quantization: QuantizationConfig = QuantizationConfig(),  # noqa: B008 - frozen
-           data_dir: str | None = None, tokenizer: str | None = None, train_files: str = "*_train_*.bin",
-           calibration_batches: int = 16, seq_len: int | None = None, device: str = "auto",
-           runtime: RuntimeConfig = RuntimeConfig()) -> Exported:  # noqa: B008
+def export(
+    ckpt: str,
+    out: str,
+    quantization: QuantizationConfig = QuantizationConfig(),  # noqa: B008 - frozen
+    data_dir: str | None = None,
+    tokenizer: str | None = None,
+    train_files: str = "*_train_*.bin",
+    calibration_batches: int = 16,
+    seq_len: int | None = None,
+    device: str = "auto",
+    runtime: RuntimeConfig = RuntimeConfig(),  # noqa: B008
+) -> Exported:
     """Writes an artifact of a checkpoint's weights, the averaged ones where it has them.
 
     Args:
@@ -97,21 +107,30 @@ def export(ckpt: str, out: str, quantization: QuantizationConfig = QuantizationC
     started, fingerprint = time.monotonic(), source.fingerprint
     batches: list[Tensor] = []
     if data_dir is not None:
-        data = HymbaDataModule(data_dir, tokenizer, train_files=train_files, micro_batch_size=1,
-                               seq_len=seq_len or source.metadata.get("seq_len") or HymbaDataModule().seq_len)
+        data = HymbaDataModule(
+            data_dir,
+            tokenizer,
+            train_files=train_files,
+            micro_batch_size=1,
+            seq_len=seq_len or source.metadata.get("seq_len") or HymbaDataModule().seq_len,
+        )
         fingerprint = check_data(source, data)
         batches = [batch.inputs.to(where) for batch in data.calibration_batches(calibration_batches)]
     calibration = calibrate(source.net, quantization, batches).cpu()
     weights = {name: tensor.detach().cpu() for name, tensor in source.net.state_dict().items()}
     known = {"sha256": fingerprint} if fingerprint else {}
-    report = save_artifact(out, weights, config=source.net.config.to_dict(),
-                           tokenizer=known | {"vocab_size": source.net.config.vocab_size},
-                           metadata=source.metadata | {"hymba_lightning": __version__}, scheme=quantization,
-                           **calibration._asdict())
+    report = save_artifact(
+        out,
+        weights,
+        config=source.net.config.to_dict(),
+        tokenizer=known | {"vocab_size": source.net.config.vocab_size},
+        metadata=source.metadata | {"hymba_lightning": __version__},
+        scheme=quantization,
+        **calibration._asdict(),
+    )
     code_bytes = evaluation_code_bytes()
     check_limit(report.bytes, code_bytes, quantization.limit_bytes, report)
-    return Exported(Path(out), report, code_bytes, quantization.limit_bytes, source.weights,
-                    time.monotonic() - started)
+    return Exported(Path(out), report, code_bytes, quantization.limit_bytes, source.weights, time.monotonic() - started)
 
 
 def read_source(path: Path, tokenizer: str | None, runtime: RuntimeConfig, device: torch.device) -> Source:
@@ -123,8 +142,7 @@ def read_source(path: Path, tokenizer: str | None, runtime: RuntimeConfig, devic
         log.warning("%s is rounded already: the checkpoint it came from loses less", path)
         return Source(net, load_artifact(path).metadata, fingerprint, "an artifact's weights")
     checkpoint = read_checkpoint(path, mmap=True)
-    metadata = {"steps": checkpoint.get("global_step"),
-                "seq_len": checkpoint.get("HymbaDataModule", {}).get("seq_len")}
+    metadata = {"steps": checkpoint.get("global_step"), "seq_len": checkpoint.get("HymbaDataModule", {}).get("seq_len")}
     if fingerprint is None:
         try:
             fingerprint = file_sha256(find_tokenizer(path, tokenizer, None))
@@ -132,17 +150,25 @@ def read_source(path: Path, tokenizer: str | None, runtime: RuntimeConfig, devic
             if tokenizer is not None:
                 raise
             log.warning("%s does not tell its tokenizer, and so the artifact cannot: give --tokenizer", path)
-    return Source(net, {key: value for key, value in metadata.items() if value is not None}, fingerprint,
-                  "averaged weights" if "averaging_state" in checkpoint else "last-step weights")
+    return Source(
+        net,
+        {key: value for key, value in metadata.items() if value is not None},
+        fingerprint,
+        "averaged weights" if "averaging_state" in checkpoint else "last-step weights",
+    )
 
 
 def check_data(source: Source, data: HymbaDataModule) -> str:
     """SHA-256 of the data's tokenizer. Raises ValueError where the network was trained with another one."""
     if data.vocab_size != source.net.config.vocab_size:
-        raise ValueError(f"{data.tokenizer} has {data.vocab_size} pieces, but the network's vocab_size is "
-                         f"{source.net.config.vocab_size}: give --data_dir and --tokenizer of its training")
+        raise ValueError(
+            f"{data.tokenizer} has {data.vocab_size} pieces, but the network's vocab_size is "
+            f"{source.net.config.vocab_size}: give --data_dir and --tokenizer of its training"
+        )
     fingerprint = data.tokenizer_fingerprint()
     if source.fingerprint not in (None, fingerprint):
-        raise ValueError(f"the network was made for another tokenizer (sha256 {source.fingerprint}) than "
-                         f"{data.tokenizer}: give --data_dir and --tokenizer of its training")
+        raise ValueError(
+            f"the network was made for another tokenizer (sha256 {source.fingerprint}) than "
+            f"{data.tokenizer}: give --data_dir and --tokenizer of its training"
+        )
     return fingerprint

@@ -42,8 +42,9 @@ def evaluate(folder: Path, data_dir: Path, tokenizer: Path, device: torch.device
     net = Hymba(HymbaConfig.from_dict(artifact.config), RuntimeConfig(**settings["runtime"]))
     net.load_state_dict(artifact.state_dict)
     limit = settings["val_tokens_limit"]
-    stream = TokenStream(find_shards(settings["val_files"], data_dir), token_bytes.vocab_size,
-                         None if limit is None else limit + 1)
+    stream = TokenStream(
+        find_shards(settings["val_files"], data_dir), token_bytes.vocab_size, None if limit is None else limit + 1
+    )
     ttt = ScoreFirstTTT(net.to(device), settings["seq_len"], TTTConfig(**settings["ttt"]), stream=stream)
     total, nats = Score(0.0, 0, 0), []
     count = n_chunks(stream, settings["chunk_tokens"])
@@ -55,11 +56,19 @@ def evaluate(folder: Path, data_dir: Path, tokenizer: Path, device: torch.device
         ttt.adapt_chunk(chunk)
         if world()[0] == 0:
             print(f"chunk {index + 1} of {count}: val_bpb {total.bpb:.6f}", flush=True)
-    return {"val_bpb": total.bpb, "val_loss": total.loss, "tokens": total.n_tokens, "bytes": total.n_bytes,
-            "nats": torch.cat(nats), "seconds": time.monotonic() - started,
-            "world_size": world()[1], "device": str(device),
-            "modules": sorted(str(module.__file__) for name, module in sys.modules.items()
-                              if name.partition(".")[0] == "hymba_lightning")}
+    return {
+        "val_bpb": total.bpb,
+        "val_loss": total.loss,
+        "tokens": total.n_tokens,
+        "bytes": total.n_bytes,
+        "nats": torch.cat(nats),
+        "seconds": time.monotonic() - started,
+        "world_size": world()[1],
+        "device": str(device),
+        "modules": sorted(
+            str(module.__file__) for name, module in sys.modules.items() if name.partition(".")[0] == "hymba_lightning"
+        ),
+    }
 
 
 def main(folder: Path, digests: dict[str, Any]) -> None:
@@ -74,8 +83,11 @@ def main(folder: Path, digests: dict[str, Any]) -> None:
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: tokenizer.model with the data)")
     parser.add_argument("--out", type=Path, default=Path(RESULT), help="where the result is written, as JSON")
     args = parser.parse_args()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else \
-        torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -86,20 +86,33 @@ class Submission:
         return "verified" if self.referee else "unverified"
 
     def __str__(self) -> str:
-        lines = [f"{self.folder}: artifact {self.artifact_bytes:,} + code {self.code_bytes:,} = {self.bytes:,} bytes, "
-                 f"{self.bytes / LIMIT_BYTES:.1%} of {LIMIT_BYTES:,}",
-                 f"  the run's score:  {self.run_bpb:.6f} bits per byte"]
+        lines = [
+            f"{self.folder}: artifact {self.artifact_bytes:,} + code {self.code_bytes:,} = {self.bytes:,} bytes, "
+            f"{self.bytes / LIMIT_BYTES:.1%} of {LIMIT_BYTES:,}",
+            f"  the run's score:  {self.run_bpb:.6f} bits per byte",
+        ]
         if self.referee:
-            lines.append(f"  the folder's own: {self.referee['val_bpb']:.6f}, in a clean environment, "
-                         f"{self.referee['seconds']:.1f} s on {self.referee['world_size']} × {self.referee['device']}")
+            lines.append(
+                f"  the folder's own: {self.referee['val_bpb']:.6f}, in a clean environment, "
+                f"{self.referee['seconds']:.1f} s on {self.referee['world_size']} × {self.referee['device']}"
+            )
         else:
             lines.append("  unverified: the folder was not scored")
         return "\n".join(lines)
 
 
-def package(run: str, out: str = "submission", name: str | None = None, author: str = "", github_id: str = "",
-            blurb: str = "", data_dir: str | None = None, tokenizer: str | None = None, evaluate: bool = True,
-            tolerance: float = 1e-4) -> Submission:
+def package(
+    run: str,
+    out: str = "submission",
+    name: str | None = None,
+    author: str = "",
+    github_id: str = "",
+    blurb: str = "",
+    data_dir: str | None = None,
+    tokenizer: str | None = None,
+    evaluate: bool = True,
+    tolerance: float = 1e-4,
+) -> Submission:
     """Lays out the challenge's folder for a run, and scores it from there in a clean environment.
 
     Args:
@@ -133,10 +146,17 @@ def package(run: str, out: str = "submission", name: str | None = None, author: 
     try:
         building.mkdir()
         result = _lay_out(building, loaded, tested, options, name or loaded.name)
-        about = {"author": author, "github_id": github_id, "name": name or loaded.name, "blurb": blurb,
-                 "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),  # noqa: UP017
-                 "val_loss": tested.loss, "val_bpb": tested.bpb, "bytes_total": result.bytes,
-                 "bytes_code": result.code_bytes}
+        about = {
+            "author": author,
+            "github_id": github_id,
+            "name": name or loaded.name,
+            "blurb": blurb,
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),  # noqa: UP017
+            "val_loss": tested.loss,
+            "val_bpb": tested.bpb,
+            "bytes_total": result.bytes,
+            "bytes_code": result.code_bytes,
+        }
         _write_about(building, loaded, about, result)
         if evaluate:
             result = dataclasses.replace(result, referee=_referee_score(building, data, model, tested, tolerance))
@@ -168,8 +188,10 @@ def _proven_score(run: Run) -> ScoreRecord:
         raise FileNotFoundError(f"{run.folder} has no {ARTIFACT}: let `hymba fit` export it")
     found = sha256(artifact)
     if recorded is not None and found != recorded.sha256:
-        raise SubmissionError(f"{artifact} is not the artifact that the fit exported (SHA-256 {found}, {RECORD} has "
-                              f"{recorded.sha256}): put that one back, or test this one in a folder of its own{why}")
+        raise SubmissionError(
+            f"{artifact} is not the artifact that the fit exported (SHA-256 {found}, {RECORD} has "
+            f"{recorded.sha256}): put that one back, or test this one in a folder of its own{why}"
+        )
     if run.artifact is None:
         raise SubmissionError(f"{artifact} cannot be packaged{why}")
     remedy = f"run `hymba test --run_dir {run.folder} --ckpt_path {artifact}` first"
@@ -179,8 +201,9 @@ def _proven_score(run: Run) -> ScoreRecord:
         raise SubmissionError(f"{run.folder} was tested with other weights than {ARTIFACT}: {remedy}")
     shown = read_json(run.folder / "test_summary.json", []).get("ttt_bpb")
     if shown is not None and "ttt_bpb" not in run.test:
-        raise SubmissionError(f"test_summary.json says {shown} bits per byte, {RECORD} {run.tested.bpb:.6f}: {remedy}"
-                              f"{why}")
+        raise SubmissionError(
+            f"test_summary.json says {shown} bits per byte, {RECORD} {run.tested.bpb:.6f}: {remedy}{why}"
+        )
     missing = {"seq_len", "chunk_tokens", "ttt"} - run.tested.settings.keys()
     if missing:
         raise SubmissionError(f"{RECORD} in {run.folder} lacks the test's {', '.join(sorted(missing))}: {remedy}")
@@ -216,8 +239,10 @@ def _lay_out(folder: Path, run: Run, tested: ScoreRecord, options: dict[str, Any
     write_atomic(folder / DIGESTS, json.dumps(digests, indent=1) + "\n")
     sizes = (folder / ARTIFACT).stat().st_size, sum((folder / file).stat().st_size for file in code)
     if sum(sizes) > LIMIT_BYTES:
-        raise SubmissionError(f"{title}: {sum(sizes):,} bytes are {sum(sizes) - LIMIT_BYTES:,} over {LIMIT_BYTES:,}; "
-                              f"export with a lower limit.\n{inspect_artifact(folder / ARTIFACT)[1].table()}")
+        raise SubmissionError(
+            f"{title}: {sum(sizes):,} bytes are {sum(sizes) - LIMIT_BYTES:,} over {LIMIT_BYTES:,}; "
+            f"export with a lower limit.\n{inspect_artifact(folder / ARTIFACT)[1].table()}"
+        )
     return Submission(folder, *sizes, tested.bpb, shorten(digests), None)
 
 
@@ -227,15 +252,21 @@ def _referee_score(folder: Path, data: Path, tokenizer: Path, tested: ScoreRecor
     difference = abs(referee["val_bpb"] - tested.bpb)
     # Written so that NaN is refused too.
     if not difference <= tolerance:
-        raise SubmissionError(f"the submission scores {referee['val_bpb']:.6f} bits per byte, the run's test "
-                              f"{tested.bpb:.6f}: {difference:.6f} apart, more than {tolerance:g}. Are the data and "
-                              "the artifact those of the test?")
+        raise SubmissionError(
+            f"the submission scores {referee['val_bpb']:.6f} bits per byte, the run's test "
+            f"{tested.bpb:.6f}: {difference:.6f} apart, more than {tolerance:g}. Are the data and "
+            "the artifact those of the test?"
+        )
     return referee
 
 
 def _write_about(folder: Path, run: Run, about: dict[str, Any], made: Submission) -> None:
-    referee = made.referee and {"val_bpb": made.referee["val_bpb"], "seconds": made.referee["seconds"],
-                                "world_size": made.referee["world_size"], "device": made.referee["device"]}
+    referee = made.referee and {
+        "val_bpb": made.referee["val_bpb"],
+        "seconds": made.referee["seconds"],
+        "world_size": made.referee["world_size"],
+        "device": made.referee["device"],
+    }
     content = about | {"status": made.status, "referee": referee, "digests": made.digests}
     write_atomic(folder / SUBMISSION, json.dumps(content, indent=2) + "\n")
     ranks = int(run.tested.settings.get("world_size") or 1) if run.tested else 1
@@ -261,17 +292,27 @@ def run_referee(folder: Path, data: Path, tokenizer: Path, world_size: int = 1) 
         command = [sys.executable, "-I"]
         if world_size > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-        command += [str(copy / "evaluate.py"), "--data", str(data), "--tokenizer", str(tokenizer), "--out",
-                    str(Path(temporary) / RESULT)]
+        command += [
+            str(copy / "evaluate.py"),
+            "--data",
+            str(data),
+            "--tokenizer",
+            str(tokenizer),
+            "--out",
+            str(Path(temporary) / RESULT),
+        ]
         done = subprocess.run(command, cwd=temporary, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise SubmissionError(f"evaluate.py in {folder} ended with code {done.returncode}:\n"
-                                  + "\n".join((done.stdout + done.stderr).splitlines()[-15:]))
+            raise SubmissionError(
+                f"evaluate.py in {folder} ended with code {done.returncode}:\n"
+                + "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+            )
         result = json.loads((Path(temporary) / RESULT).read_bytes())
         strangers = [file for file in result.pop("modules") if copy not in Path(file).parents]
         if strangers:
-            raise SubmissionError(f"evaluate.py took code from elsewhere than the submission's folder, which lacks it: "
-                                  f"{strangers[0]}")
+            raise SubmissionError(
+                f"evaluate.py took code from elsewhere than the submission's folder, which lacks it: {strangers[0]}"
+            )
     return result
 
 
@@ -292,8 +333,10 @@ def _test_options(run: Run) -> dict[str, Any]:
         options = flatten(read_yaml(run.folder / file, notes))
         if options:
             return options
-    raise FileNotFoundError(f"{run.folder} has no readable test_config.yaml: run `hymba test` again"
-                            + "".join(f"; {note}" for note in notes))
+    raise FileNotFoundError(
+        f"{run.folder} has no readable test_config.yaml: run `hymba test` again"
+        + "".join(f"; {note}" for note in notes)
+    )
 
 
 def _settings(tested: ScoreRecord, options: dict[str, Any]) -> dict[str, Any]:
@@ -301,7 +344,11 @@ def _settings(tested: ScoreRecord, options: dict[str, Any]) -> dict[str, Any]:
     runtime = {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)}
     known = {field.name for field in dataclasses.fields(RuntimeConfig)}
     files = options.get("data.val_files") or "*_val_*.bin"
-    return {"seq_len": tested.settings["seq_len"], "chunk_tokens": tested.settings["chunk_tokens"],
-            "ttt": tested.settings["ttt"], "val_tokens_limit": options.get("data.val_tokens_limit"),
-            "val_files": Path(files).name if Path(files).expanduser().is_absolute() else files,
-            "runtime": {key: value for key, value in runtime.items() if key in known}}
+    return {
+        "seq_len": tested.settings["seq_len"],
+        "chunk_tokens": tested.settings["chunk_tokens"],
+        "ttt": tested.settings["ttt"],
+        "val_tokens_limit": options.get("data.val_tokens_limit"),
+        "val_files": Path(files).name if Path(files).expanduser().is_absolute() else files,
+        "runtime": {key: value for key, value in runtime.items() if key in known},
+    }

@@ -15,8 +15,16 @@ from hymba_lightning.run.record import FILE as RECORD
 from hymba_lightning.text import printable, values_without_folders, without_folders
 
 LIMIT_BYTES = 16_000_000
-LOGS = (RECORD, "summary.json", "test_summary.json", "history.json", "config.yaml", "test_config.yaml", "fit.log",
-        "test.log")
+LOGS = (
+    RECORD,
+    "summary.json",
+    "test_summary.json",
+    "history.json",
+    "config.yaml",
+    "test_config.yaml",
+    "fit.log",
+    "test.log",
+)
 
 
 def copy_logs(run: Run, folder: Path) -> None:
@@ -37,10 +45,16 @@ def copy_logs(run: Run, folder: Path) -> None:
 
 def train_log(run: Run) -> str:
     """The history as lines of text."""
-    lines = [f"step:{row['step']} train_loss:{row['loss']:.4f} train_time:{1000 * row['seconds']:.0f}ms "
-             f"tok/s:{row['tokens_per_s']:.0f} lr_scale:{row['lr_scale']:.4f}" for row in run.train]
-    lines += [f"step:{row['step']} val_loss:{row['loss']:.4f} val_bpb:{row['bpb']:.4f} "
-              f"train_time:{1000 * row['seconds']:.0f}ms" for row in run.val]
+    lines = [
+        f"step:{row['step']} train_loss:{row['loss']:.4f} train_time:{1000 * row['seconds']:.0f}ms "
+        f"tok/s:{row['tokens_per_s']:.0f} lr_scale:{row['lr_scale']:.4f}"
+        for row in run.train
+    ]
+    lines += [
+        f"step:{row['step']} val_loss:{row['loss']:.4f} val_bpb:{row['bpb']:.4f} "
+        f"train_time:{1000 * row['seconds']:.0f}ms"
+        for row in run.val
+    ]
     lines += [f"final {stage} val_bpb:{bpb:.6f}" for stage, bpb in run.stages.items()]
     return "\n".join(lines) + "\n"
 
@@ -54,8 +68,10 @@ def readme(run: Run, about: dict[str, Any], launch: str) -> str:
     assert tested is not None
     title, blurb = printable(about["name"]), about["blurb"]
     if about["referee"]:
-        status = (f"Verified: evaluate.py of this folder scored {about['referee']['val_bpb']:.6f} bits per byte in a "
-                  "clean environment.")
+        status = (
+            f"Verified: evaluate.py of this folder scored {about['referee']['val_bpb']:.6f} bits per byte in a "
+            "clean environment."
+        )
     else:
         status = "**Unverified**: this folder was packaged without scoring it; the score is the run's own word."
     return f"""# {title}
@@ -68,10 +84,10 @@ def readme(run: Run, about: dict[str, Any], launch: str) -> str:
 
 {status}
 
-{summary.get('parameters') or 0:,} parameters, {summary.get('steps') or 0:,} steps in \
-{summary.get('train_seconds') or 0.0:.1f} s on {environment.get('world_size')} × {environment.get('device')}. \
-Artifact {about['bytes_total'] - about['bytes_code']:,} bytes, code {about['bytes_code']:,} bytes, \
-{about['bytes_total']:,} of {LIMIT_BYTES:,}. \
+{summary.get("parameters") or 0:,} parameters, {summary.get("steps") or 0:,} steps in \
+{summary.get("train_seconds") or 0.0:.1f} s on {environment.get("world_size")} × {environment.get("device")}. \
+Artifact {about["bytes_total"] - about["bytes_code"]:,} bytes, code {about["bytes_code"]:,} bytes, \
+{about["bytes_total"]:,} of {LIMIT_BYTES:,}. \
 Evaluation: {tested.seconds or 0.0:.1f} s, mode {tested.mode}, {tested.tokens:,} tokens.
 
 ## Score it
@@ -79,7 +95,7 @@ Evaluation: {tested.seconds or 0.0:.1f} s, mode {tested.mode}, {tested.tokens:,}
     {launch} evaluate.py --data FOLDER_OF_SHARDS --tokenizer TOKENIZER.model
 
 needs torch, numpy, sentencepiece and zstandard (numba besides on a CPU). The tokens are scored once, left to right, in
-chunks of {tested.settings['chunk_tokens']:,}; the network trains on a chunk only after its score is final.
+chunks of {tested.settings["chunk_tokens"]:,}; the network trains on a chunk only after its score is final.
 evaluate.py refuses what is not as it was packaged: digests.json has the SHA-256 of every file of code, the settings,
 the artifact and the validation data.
 

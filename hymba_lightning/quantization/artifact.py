@@ -62,8 +62,10 @@ def check_shapes(config: dict, stored: dict[str, list[int]]) -> None:
     expected = {name: list(tensor.shape) or [1] for name, tensor in net.state_dict().items()}
     for name in [*expected, *stored]:
         if expected.get(name) != stored.get(name):
-            raise ArtifactError(f"its tensor {name} has the shape {stored.get(name, 'of none')}, where its network's "
-                                f"has {expected.get(name, 'none')}")
+            raise ArtifactError(
+                f"its tensor {name} has the shape {stored.get(name, 'of none')}, where its network's "
+                f"has {expected.get(name, 'none')}"
+            )
 
 
 def decode_file(path: str | os.PathLike, check: Check = check_network) -> tuple[Artifact, Parts]:
@@ -80,7 +82,8 @@ def decode(parts: Parts) -> Artifact:
     streams = split_streams(parts.content, parts.counts)
     state_dict: dict[str, Tensor] = {}
     for entry in parts.table:
-        state_dict[entry.name] = state_dict[entry.alias_of].clone() if entry.storage == "alias" else \
-            decode_tensor(entry, streams)
+        state_dict[entry.name] = (
+            state_dict[entry.alias_of].clone() if entry.storage == "alias" else decode_tensor(entry, streams)
+        )
     header = parts.header
     return Artifact(header["config"], header["tokenizer"], header["metadata"], state_dict, header["quantization"])

@@ -67,8 +67,10 @@ class QuantizationConfig:
         if not 1 <= self.zstd_level <= 22:
             raise ValueError(f"zstd_level={self.zstd_level} is outside 1 to 22")
         if self.keep_float_numel < 0 or self.limit_bytes < 1:
-            raise ValueError(f"keep_float_numel={self.keep_float_numel} must not be negative and "
-                             f"limit_bytes={self.limit_bytes} must be positive")
+            raise ValueError(
+                f"keep_float_numel={self.keep_float_numel} must not be negative and "
+                f"limit_bytes={self.limit_bytes} must be positive"
+            )
 
     @property
     def calibrated(self) -> bool:

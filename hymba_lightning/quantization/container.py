@@ -1,8 +1,8 @@
 """The artifact's file: preamble, checksums, JSON header, payload. Bytes only; what they mean is layout.py's.
 
-    8  magic            4  format version     4  header bytes      8  payload bytes
-    32 SHA-256 of the payload                 32 SHA-256 of everything before it and of the header
-    header: JSON, UTF-8, one zstd frame       payload: one zstd frame
+8  magic            4  format version     4  header bytes      8  payload bytes
+32 SHA-256 of the payload                 32 SHA-256 of everything before it and of the header
+header: JSON, UTF-8, one zstd frame       payload: one zstd frame
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def check_weights_size(numel: int, payload_bytes: int) -> None:
     """Raises ArtifactError where so many weights are absurdly more than the compressed form can hold."""
     most = (MAX_WEIGHTS_FLOOR + MAX_RATIO * payload_bytes) // 4
     if numel > most:
-        raise ArtifactError(f"its payload of {payload_bytes} bytes claims {numel} weights, over the {most} that are "
-                            "allowed")
+        raise ArtifactError(
+            f"its payload of {payload_bytes} bytes claims {numel} weights, over the {most} that are allowed"
+        )
 
 
 def pack(header: dict, payload: bytes) -> bytes:
@@ -94,8 +95,10 @@ def pack(header: dict, payload: bytes) -> bytes:
         raise ValueError(f"an artifact's config, tokenizer and metadata hold plain values only: {error}") from error
     raw_header = text.encode()
     if len(raw_header) > MAX_HEADER_BYTES:
-        raise ValueError(f"the artifact's header has {len(raw_header)} bytes, over the limit of {MAX_HEADER_BYTES}: "
-                         f"shorten its metadata")
+        raise ValueError(
+            f"the artifact's header has {len(raw_header)} bytes, over the limit of {MAX_HEADER_BYTES}: "
+            f"shorten its metadata"
+        )
     return seal(compress(raw_header, 22), payload)
 
 

@@ -25,9 +25,14 @@ from hymba_lightning.quantization.payload import check_tensor, encode_tensor
 log = logging.getLogger("hymba_lightning")
 
 
-def encode_state_dict(state_dict: dict[str, Tensor], scheme: QuantizationConfig, quantized: dict[str, QuantizedTensor],
-                      hessians: dict[str, Tensor] | None, sensitivities: dict[str, Tensor] | None,
-                      measure: Measure) -> tuple[list[Encoded], QuantizationConfig]:
+def encode_state_dict(
+    state_dict: dict[str, Tensor],
+    scheme: QuantizationConfig,
+    quantized: dict[str, QuantizedTensor],
+    hessians: dict[str, Tensor] | None,
+    sensitivities: dict[str, Tensor] | None,
+    measure: Measure,
+) -> tuple[list[Encoded], QuantizationConfig]:
     """Every tensor in the form that is stored, and `scheme` with the coarsening that its limit needed.
 
     `quantized` are tensors rounded elsewhere, kept as they are; `hessians` (for GPTQ) are those of `collect_hessians`,
@@ -39,35 +44,53 @@ def encode_state_dict(state_dict: dict[str, Tensor], scheme: QuantizationConfig,
     if unknown:
         raise ValueError(f"quantized tensors that the network does not have: {', '.join(unknown)}")
     if scheme.calibrated != (hessians is not None):
-        raise ValueError(f"the scheme {scheme.scheme!r} {'needs' if hessians is None else 'takes no'} Hessians: "
-                         f"collect_hessians makes them from training batches, for GPTQ only")
+        raise ValueError(
+            f"the scheme {scheme.scheme!r} {'needs' if hessians is None else 'takes no'} Hessians: "
+            f"collect_hessians makes them from training batches, for GPTQ only"
+        )
     if sensitivities is not None and scheme.scheme != "mixed":
         raise ValueError(f"the scheme {scheme.scheme!r} takes no sensitivities: they are for 'mixed'")
     for name, tensor in state_dict.items():
         check_tensor(name, tensor)
     budget = scheme.limit_bytes - evaluation_code_bytes()
     if scheme.scheme == "mixed":
-        named = {name: round_nearest(name, tensor, scheme) for name, tensor in state_dict.items()
-                 if any(pattern in name for pattern in scheme.name_bits)}
-        fixed = {name: encode_tensor(name, state_dict[name], "int", rounded)
-                 for name, rounded in (named | quantized).items()}
+        named = {
+            name: round_nearest(name, tensor, scheme)
+            for name, tensor in state_dict.items()
+            if any(pattern in name for pattern in scheme.name_bits)
+        }
+        fixed = {
+            name: encode_tensor(name, state_dict[name], "int", rounded) for name, rounded in (named | quantized).items()
+        }
         return encode_mixed(state_dict, sensitivities, hessians or {}, fixed, measure, budget), scheme
-    base = {name: round_nearest(name, tensor, scheme) for name, tensor in state_dict.items()
-            if name not in quantized and scheme.storage_of(name, tensor.numel())[0] == "int"}
+    base = {
+        name: round_nearest(name, tensor, scheme)
+        for name, tensor in state_dict.items()
+        if name not in quantized and scheme.storage_of(name, tensor.numel())[0] == "int"
+    }
 
     def encode(rounded: dict[str, QuantizedTensor]) -> list[Encoded]:
-        return [encode_tensor(name, tensor, scheme.storage_of(name, tensor.numel())[0],
-                              quantized.get(name, rounded.get(name))) for name, tensor in state_dict.items()]
+        return [
+            encode_tensor(
+                name, tensor, scheme.storage_of(name, tensor.numel())[0], quantized.get(name, rounded.get(name))
+            )
+            for name, tensor in state_dict.items()
+        ]
 
     def nearest(factor: float) -> list[Encoded]:
-        return encode(base if factor == 1 else {name: coarsen_rows(state_dict[name], tensor, factor)
-                                                for name, tensor in base.items()})
+        return encode(
+            base
+            if factor == 1
+            else {name: coarsen_rows(state_dict[name], tensor, factor) for name, tensor in base.items()}
+        )
 
     def by_gptq(factor: float) -> list[Encoded]:
         coarse = dataclasses.replace(scheme, coarsen=scheme.coarsen * factor)
         wanted = {name: state_dict[name] for name in base}
-        return encode({name: coarsen_rows(state_dict[name], tensor, factor) for name, tensor in base.items()}
-                      | quantize_with_hessians(wanted, hessians or {}, coarse))
+        return encode(
+            {name: coarsen_rows(state_dict[name], tensor, factor) for name, tensor in base.items()}
+            | quantize_with_hessians(wanted, hessians or {}, coarse)
+        )
 
     final = nearest if hessians is None else by_gptq
     if not scheme.fit_limit or scheme.scheme == "reference":
@@ -77,8 +100,13 @@ def encode_state_dict(state_dict: dict[str, Tensor], scheme: QuantizationConfig,
     if hessians is not None:
         factor, encoded = fit_to_limit(by_gptq, measure, budget, most_coarse(scheme), start=factor)
     if factor > 1:
-        log.warning("at %d bits the artifact exceeds its limit: all row scales are %.3f times as coarse (about %.2f "
-                    "bits a weight less)", scheme.bits, factor, math.log2(factor))
+        log.warning(
+            "at %d bits the artifact exceeds its limit: all row scales are %.3f times as coarse (about %.2f "
+            "bits a weight less)",
+            scheme.bits,
+            factor,
+            math.log2(factor),
+        )
     return encoded, dataclasses.replace(scheme, coarsen=scheme.coarsen * factor)
 
 

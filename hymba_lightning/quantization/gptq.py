@@ -38,9 +38,19 @@ class SingularHessianError(ValueError):
     """The inputs seen in calibration do not determine the rounding."""
 
 
-def quantize_gptq(weight_RC: Tensor, hessian_CC: Tensor, bits: int, *, damping: float = 0.01, act_order: bool = True,
-                  block: int = 128, clip_quantile: float = 0.999, clip_steps: int = 17, coarsen: float = 1.0,
-                  name: str = "tensor") -> QuantizedTensor:
+def quantize_gptq(
+    weight_RC: Tensor,
+    hessian_CC: Tensor,
+    bits: int,
+    *,
+    damping: float = 0.01,
+    act_order: bool = True,
+    block: int = 128,
+    clip_quantile: float = 0.999,
+    clip_steps: int = 17,
+    coarsen: float = 1.0,
+    name: str = "tensor",
+) -> QuantizedTensor:
     """Rounds `weight` so that its layer's outputs on the calibration inputs change least.
 
     hessian: sum (or mean) of x xᵀ over inputs x. damping: share of its mean diagonal added to the diagonal. act_order:
@@ -69,8 +79,11 @@ def inverse_factor(hessian_CC: Tensor, damping: float, act_order: bool) -> tuple
     mean = diagonal_C.mean()
     if not torch.isfinite(hessian_CC).all() or not mean > 0:
         raise SingularHessianError("the Hessian is zero, inf or NaN")
-    order_C = diagonal_C.argsort(descending=True, stable=True) if act_order else torch.arange(
-        len(diagonal_C), device=diagonal_C.device)
+    order_C = (
+        diagonal_C.argsort(descending=True, stable=True)
+        if act_order
+        else torch.arange(len(diagonal_C), device=diagonal_C.device)
+    )
     filled_CC = hessian_CC + torch.diag(torch.where(diagonal_C > 0, damping * mean, mean))
     lower_CC, failed = torch.linalg.cholesky_ex(filled_CC[order_C][:, order_C])
     if failed:
@@ -137,19 +150,25 @@ def collect_hessians(net: Hymba, batches: Iterable[Tensor]) -> dict[str, Tensor]
     finally:
         for handle in handles:
             handle.remove()
-    return {f"{name}.weight": sums[id(module)] for name, module in net.named_modules(remove_duplicate=False)
-            if id(module) in sums}
+    return {
+        f"{name}.weight": sums[id(module)]
+        for name, module in net.named_modules(remove_duplicate=False)
+        if id(module) in sums
+    }
 
 
-def quantize_with_hessians(state_dict: dict[str, Tensor], hessians: dict[str, Tensor],
-                           config: QuantizationConfig) -> dict[str, QuantizedTensor]:
+def quantize_with_hessians(
+    state_dict: dict[str, Tensor], hessians: dict[str, Tensor], config: QuantizationConfig
+) -> dict[str, QuantizedTensor]:
     """GPTQ for every matrix that `config` quantizes and that has a Hessian; for `save_artifact(quantized=...)`.
 
     A matrix whose Hessian is singular is rounded to nearest, with a warning that names it.
     """
-    wanted = [(name, weight, hessians[name], config.storage_of(name, weight.numel())[1])
-              for name, weight in state_dict.items()
-              if name in hessians and config.storage_of(name, weight.numel())[0] == "int"]
+    wanted = [
+        (name, weight, hessians[name], config.storage_of(name, weight.numel())[1])
+        for name, weight in state_dict.items()
+        if name in hessians and config.storage_of(name, weight.numel())[0] == "int"
+    ]
     # Sharers of one weight have one Hessian. Columns are rounded in small steps: a thread a weight, not a step.
     shared = list({id(hessian): item for item in wanted for hessian in [item[2]]}.values())
     done: dict[int, QuantizedTensor] = {}

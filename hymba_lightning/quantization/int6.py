@@ -46,12 +46,15 @@ def check_finite(name: str, tensor: Tensor) -> None:
     finite_R = torch.isfinite(as_rows(tensor)).all(dim=1)
     if not finite_R.all():
         row = int(finite_R.logical_not().nonzero()[0])
-        raise ValueError(f"{name}: row {row} has inf or NaN, so it cannot be exported; training diverged, or a kernel "
-                         f"returned rubbish: export an earlier checkpoint")
+        raise ValueError(
+            f"{name}: row {row} has inf or NaN, so it cannot be exported; training diverged, or a kernel "
+            f"returned rubbish: export an earlier checkpoint"
+        )
 
 
-def quantize_rows(weight: Tensor, bits: int, *, clip_quantile: float = 0.999, clip_steps: int = 17,
-                  name: str = "tensor") -> QuantizedTensor:
+def quantize_rows(
+    weight: Tensor, bits: int, *, clip_quantile: float = 0.999, clip_steps: int = 17, name: str = "tensor"
+) -> QuantizedTensor:
     """Rounds each row of `weight` with the clip, among quantiles of its magnitudes, of least squared error.
 
     weight: any float shape, rows along the last axis. The error is computed with the float16 scale that is stored.
@@ -79,8 +82,9 @@ def normalise(rows_RC: Tensor, q_max: int) -> tuple[Tensor, int]:
     return (rows_RC.double() * 2.0**-exponent).float(), exponent
 
 
-def search_scale(rows_RC: Tensor, q_max: int, clip_quantile: float, clip_steps: int,
-                 importance_C: Tensor | None = None) -> Tensor:
+def search_scale(
+    rows_RC: Tensor, q_max: int, clip_quantile: float, clip_steps: int, importance_C: Tensor | None = None
+) -> Tensor:
     """The float16 scale of each row, as float32 (R,), whose rounding leaves the least squared error.
 
     `importance` (C,) weighs the columns' errors.

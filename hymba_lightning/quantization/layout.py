@@ -20,8 +20,12 @@ import numpy as np
 
 from hymba_lightning.quantization.container import ArtifactError
 
-STREAM_DTYPES: dict[str, np.dtype] = {"q": np.dtype("u1"), "scale": np.dtype("<f2"), "float16": np.dtype("<f2"),
-                                      "float32": np.dtype("<f4")}
+STREAM_DTYPES: dict[str, np.dtype] = {
+    "q": np.dtype("u1"),
+    "scale": np.dtype("<f2"),
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+}
 MAX_EXPONENT = 200
 MAX_DIMENSIONS = 8
 MAX_NAME = 256
@@ -85,8 +89,13 @@ def lay_out(tensors: list[Encoded]) -> tuple[bytes, dict[str, int], list[Entry]]
         entry = dataclasses.replace(encoded.entry)
         table.append(entry)
         scale = b"" if encoded.scale is None else encoded.scale.tobytes()
-        key = (entry.storage, entry.bits, entry.exponent, *entry.shape,
-               hashlib.sha256(encoded.values.tobytes() + scale).digest())
+        key = (
+            entry.storage,
+            entry.bits,
+            entry.exponent,
+            *entry.shape,
+            hashlib.sha256(encoded.values.tobytes() + scale).digest(),
+        )
         if key in first_with:
             entry.storage, entry.alias_of = "alias", first_with[key]
             continue
@@ -129,8 +138,11 @@ def parse_table(header: dict) -> tuple[dict[str, int], list[Entry]]:
     The table must use each stream from its start to its end, in order. Raises ArtifactError.
     """
     counts = header.get("streams")
-    if not isinstance(counts, dict) or set(counts) != set(STREAM_DTYPES) or \
-            not all(is_count(count) for count in counts.values()):
+    if (
+        not isinstance(counts, dict)
+        or set(counts) != set(STREAM_DTYPES)
+        or not all(is_count(count) for count in counts.values())
+    ):
         raise ArtifactError("its header's list of streams is malformed")
     lines = header.get("tensors")
     if not isinstance(lines, list) or not 0 < len(lines) <= MAX_TENSORS:
@@ -170,8 +182,11 @@ def parse_entry(line: object) -> Entry:
         raise ArtifactError(f"a line of its tensor table is malformed ({error})") from error
     if type(entry.name) is not str or not 0 < len(entry.name) <= MAX_NAME:
         raise ArtifactError(f"its tensor table has a name that is not a text of 1 to {MAX_NAME} characters")
-    if not isinstance(entry.shape, list) or not 0 < len(entry.shape) <= MAX_DIMENSIONS or \
-            not all(is_count(size) and size > 0 for size in entry.shape):
+    if (
+        not isinstance(entry.shape, list)
+        or not 0 < len(entry.shape) <= MAX_DIMENSIONS
+        or not all(is_count(size) and size > 0 for size in entry.shape)
+    ):
         raise ArtifactError(f"{entry.name} has no shape of 1 to {MAX_DIMENSIONS} positive sizes")
     if entry.storage not in ("int", "float16", "float32", "alias"):
         raise ArtifactError(f"{entry.name} is stored in an unknown way, {entry.storage!r}")
@@ -187,8 +202,10 @@ def parse_entry(line: object) -> Entry:
 def take(used: dict[str, int], counts: dict[str, int], stream: str, offset: int, length: int, name: str) -> None:
     """Moves on in `stream` by `length` entries, which must start at `offset` and lie inside it."""
     if offset != used[stream] or offset + length > counts[stream]:
-        raise ArtifactError(f"{name} lies at {offset} … {offset + length} of the {stream} stream of {counts[stream]} "
-                            f"entries, where {used[stream]} are used")
+        raise ArtifactError(
+            f"{name} lies at {offset} … {offset + length} of the {stream} stream of {counts[stream]} "
+            f"entries, where {used[stream]} are used"
+        )
     used[stream] += length
 
 

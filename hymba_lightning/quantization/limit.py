@@ -43,11 +43,13 @@ def check_limit(artifact_bytes: int, code_bytes: int, limit: int, report: Artifa
     raise ArtifactTooLargeError(
         f"the artifact ({artifact_bytes:,} bytes) and the code for its evaluation ({code_bytes:,}) have {total:,} "
         f"bytes together, {total - limit:,} over the limit of {limit:,}. Lower bits, give the large tensors fewer bits "
-        f"(name_bits, e.g. {{tok_emb: 8}}), train with more weight decay, or make the network smaller.{largest}")
+        f"(name_bits, e.g. {{tok_emb: 8}}), train with more weight decay, or make the network smaller.{largest}"
+    )
 
 
-def fit_to_limit(encode: Callable[[float], list[Encoded]], measure: Measure, budget: int, max_factor: float,
-                 start: float = 1.0) -> tuple[float, list[Encoded]]:
+def fit_to_limit(
+    encode: Callable[[float], list[Encoded]], measure: Measure, budget: int, max_factor: float, start: float = 1.0
+) -> tuple[float, list[Encoded]]:
     """The least factor on the row scales, from `start` up, at which the artifact has at most `budget` bytes.
 
     `encode(factor)` gives all tensors at that factor, `measure` the bytes of a file of them. Doubling the scales saves

@@ -91,8 +91,11 @@ class Candidate:
         if fits_float16(self.tensor.cpu().flatten()):
             half = self.tensor.half()
             planes = to_planes(half.cpu().flatten().numpy().astype(STREAM_DTYPES["float16"]))
-            options.append(Option(self._loss(as_rows(half.float()) - rows_RC, sensitivity_RC),
-                                  len(container.draft(planes)), "float16"))
+            options.append(
+                Option(
+                    self._loss(as_rows(half.float()) - rows_RC, sensitivity_RC), len(container.draft(planes)), "float16"
+                )
+            )
         if rows_RC.numel() <= SMALL:
             return options
         n_rows = len(rows_RC)
@@ -141,8 +144,14 @@ class Candidate:
         return None
 
 
-def encode_mixed(state_dict: dict[str, Tensor], sensitivities: dict[str, Tensor] | None, hessians: dict[str, Tensor],
-                 fixed: dict[str, Encoded], measure: Measure, budget: int) -> list[Encoded]:
+def encode_mixed(
+    state_dict: dict[str, Tensor],
+    sensitivities: dict[str, Tensor] | None,
+    hessians: dict[str, Tensor],
+    fixed: dict[str, Encoded],
+    measure: Measure,
+    budget: int,
+) -> list[Encoded]:
     """Every tensor encoded, in a file of at most `budget` bytes where that is possible.
 
     `sensitivities` has a tensor for every name (None: plain ones), `hessians` those of linears to be rounded by GPTQ,
@@ -154,8 +163,11 @@ def encode_mixed(state_dict: dict[str, Tensor], sensitivities: dict[str, Tensor]
         if given is None or given.shape != tensor.shape or not (torch.isfinite(given) & (given >= 0)).all():
             raise ValueError(f"{name} has no finite sensitivities of its shape {list(tensor.shape)}")
     leaders: dict[tuple, str] = {}
-    leader_of = {name: leaders.setdefault((tuple(tensor.shape), digest(tensor)), name)
-                 for name, tensor in state_dict.items() if name not in fixed}
+    leader_of = {
+        name: leaders.setdefault((tuple(tensor.shape), digest(tensor)), name)
+        for name, tensor in state_dict.items()
+        if name not in fixed
+    }
     names = list(leaders.values())
     candidates: dict[str, Candidate] = {}
     options: dict[str, list[Option]] = {}
@@ -193,8 +205,13 @@ def encode_mixed(state_dict: dict[str, Tensor], sensitivities: dict[str, Tensor]
     return encoded
 
 
-def search(options: dict[str, list[Option]], encode: Callable[[dict[str, Option]], list[Encoded]],
-           measure: Callable[[list[Encoded]], int], budget: int, estimate: float) -> tuple[list[Encoded], float, float]:
+def search(
+    options: dict[str, list[Option]],
+    encode: Callable[[dict[str, Option]], list[Encoded]],
+    measure: Callable[[list[Encoded]], int],
+    budget: int,
+    estimate: float,
+) -> tuple[list[Encoded], float, float]:
     """Allocates `estimate` bytes, and more or less of them until the real file just fits into `budget`.
 
     Returns the encoded tensors of least predicted loss that fit, that loss, and the estimate to which they belong; the

@@ -43,12 +43,15 @@ def check_anchors(config: dict, shapes: dict[str, list[int]]) -> HymbaConfig:
         raise ArtifactError(f"its config is that of no network: {error}") from error
     expected = [network.vocab_size, network.d_model]
     if shapes.get("tok_emb.weight") != expected:
-        raise ArtifactError(f"its config has a token table of {expected}, and its tensors one of "
-                            f"{shapes.get('tok_emb.weight')}")
+        raise ArtifactError(
+            f"its config has a token table of {expected}, and its tensors one of {shapes.get('tok_emb.weight')}"
+        )
     layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
     if network.n_layers > MAX_LAYERS or layers != {str(layer) for layer in range(network.n_layers)}:
-        raise ArtifactError(f"its config has {network.n_layers} layers, and its tensors are of {len(layers)}; at most "
-                            f"{MAX_LAYERS} can be read")
+        raise ArtifactError(
+            f"its config has {network.n_layers} layers, and its tensors are of {len(layers)}; at most "
+            f"{MAX_LAYERS} can be read"
+        )
     return network
 
 
@@ -58,13 +61,14 @@ def check_header(header: dict, table: list[Entry]) -> None:
     config = check_anchors(header["config"], {entry.name: entry.shape for entry in table})
     tokenizer, metadata, scheme = header["tokenizer"], header["metadata"], header["quantization"]
     for name, value, fits in (
-            ("tokenizer.sha256", tokenizer.get("sha256", ""), lambda value: type(value) is str),
-            ("tokenizer.vocab_size", tokenizer.get("vocab_size", config.vocab_size), config.vocab_size.__eq__),
-            ("metadata.steps", metadata.get("steps", 0), is_count),
-            ("metadata.seq_len", metadata.get("seq_len", 1), lambda value: is_count(value) and value > 0),
-            ("metadata.train_seconds", metadata.get("train_seconds", 0), is_amount),
-            ("quantization.limit_bytes", scheme.get("limit_bytes", 1), lambda value: is_count(value) and value > 0),
-            ("quantization.coarsen", scheme.get("coarsen", 1), is_amount)):
+        ("tokenizer.sha256", tokenizer.get("sha256", ""), lambda value: type(value) is str),
+        ("tokenizer.vocab_size", tokenizer.get("vocab_size", config.vocab_size), config.vocab_size.__eq__),
+        ("metadata.steps", metadata.get("steps", 0), is_count),
+        ("metadata.seq_len", metadata.get("seq_len", 1), lambda value: is_count(value) and value > 0),
+        ("metadata.train_seconds", metadata.get("train_seconds", 0), is_amount),
+        ("quantization.limit_bytes", scheme.get("limit_bytes", 1), lambda value: is_count(value) and value > 0),
+        ("quantization.coarsen", scheme.get("coarsen", 1), is_amount),
+    ):
         if fits(value) is not True:
             raise ArtifactError(f"its {name} is {value!r}")
 
@@ -105,5 +109,6 @@ def read_verified(file: BinaryIO, size: int, check: Check = check_header) -> Par
 
 def naming(path: str | os.PathLike, error: ArtifactError) -> ArtifactError:
     """The error with the file's path in front and the remedy behind."""
-    return ArtifactError(f"{printable(str(path))} cannot be loaded: {printable(str(error), MAX_MESSAGE)}. Copy or "
-                         "export it again")
+    return ArtifactError(
+        f"{printable(str(path))} cannot be loaded: {printable(str(error), MAX_MESSAGE)}. Copy or export it again"
+    )

@@ -23,8 +23,10 @@ FLOAT16_TOLERANCE = 2.0**-10
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Raises ValueError naming a tensor that is not floating point, is empty, or has inf or NaN."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
-        raise ValueError(f"{name}: only non-empty floating-point tensors can be exported, got {tensor.dtype} "
-                         f"of shape {list(tensor.shape)}")
+        raise ValueError(
+            f"{name}: only non-empty floating-point tensors can be exported, got {tensor.dtype} "
+            f"of shape {list(tensor.shape)}"
+        )
     check_finite(name, tensor)
 
 
@@ -57,17 +59,17 @@ def decode_tensor(entry: Entry, streams: dict[str, np.ndarray]) -> Tensor:
     """The tensor as float32. Raises ArtifactError for a code outside its bits, inf or NaN."""
     if entry.storage == "int":
         q_max = q_max_of(entry.bits)
-        codes = torch.from_numpy(streams["q"][entry.offset:entry.offset + entry.numel])
+        codes = torch.from_numpy(streams["q"][entry.offset : entry.offset + entry.numel])
         if int(codes.max()) > 2 * q_max:
             raise ArtifactError(f"{entry.name} has a code over {2 * q_max}, the largest of {entry.bits} bits")
-        scale = torch.from_numpy(streams["scale"][entry.scale_offset:entry.scale_offset + entry.rows])
+        scale = torch.from_numpy(streams["scale"][entry.scale_offset : entry.scale_offset + entry.rows])
         # 0 … 2 q_max as bytes are at most 254: less q_max they wrap round to what int8 holds.
         q_RC = (codes - q_max).view(torch.int8).view(entry.rows, -1)
         tensor = dequantize_rows(QuantizedTensor(q_RC, scale, entry.exponent, entry.bits))
         # Products that overflow do so where |q| is largest.
         finite = torch.isfinite(scale).all() and all(bool(torch.isfinite(end)) for end in tensor.aminmax())
     else:
-        values = streams[entry.storage][entry.offset:entry.offset + entry.numel]
+        values = streams[entry.storage][entry.offset : entry.offset + entry.numel]
         tensor = torch.from_numpy(values.astype(np.float32))
         finite = torch.isfinite(tensor).all()
     if not finite:

@@ -43,8 +43,10 @@ class ArtifactReport:
     def table(self, count: int = 10) -> str:
         """The largest tensors as lines of text, for messages."""
         lines = [f"{'bytes':>11}  {'share':>6}  {'as':<8}  tensor"]
-        lines += [f"{tensor.bytes:>11,}  {tensor.bytes / self.bytes:>6.1%}  {tensor.storage:<8}  {tensor.name} "
-                  f"{tensor.shape}" for tensor in self.largest(count)]
+        lines += [
+            f"{tensor.bytes:>11,}  {tensor.bytes / self.bytes:>6.1%}  {tensor.storage:<8}  {tensor.name} {tensor.shape}"
+            for tensor in self.largest(count)
+        ]
         return "\n".join(lines)
 
 
@@ -57,9 +59,9 @@ def build_report(file_bytes: int, parts: Parts) -> ArtifactReport:
         arrays = []
         if entry.storage != "alias":
             stream = "q" if entry.storage == "int" else entry.storage
-            arrays.append(streams[stream][entry.offset:entry.offset + entry.numel])
+            arrays.append(streams[stream][entry.offset : entry.offset + entry.numel])
         if entry.storage == "int":
-            arrays.append(streams["scale"][entry.scale_offset:entry.scale_offset + entry.rows])
+            arrays.append(streams["scale"][entry.scale_offset : entry.scale_offset + entry.rows])
         raw.append(sum(array.nbytes for array in arrays))
         alone.append(sum(len(coder.compress(to_planes(array))) for array in arrays))
     total = sum(alone)

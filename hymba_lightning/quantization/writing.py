@@ -23,11 +23,18 @@ from hymba_lightning.quantization.report import ArtifactReport, build_report
 HEADER_SLACK = 64
 
 
-def save_artifact(path: str | os.PathLike, state_dict: dict[str, Tensor], *, config: dict, tokenizer: dict,
-                  metadata: dict, scheme: QuantizationConfig,
-                  quantized: dict[str, QuantizedTensor] | None = None,
-                  hessians: dict[str, Tensor] | None = None,
-                  sensitivities: dict[str, Tensor] | None = None) -> ArtifactReport:
+def save_artifact(
+    path: str | os.PathLike,
+    state_dict: dict[str, Tensor],
+    *,
+    config: dict,
+    tokenizer: dict,
+    metadata: dict,
+    scheme: QuantizationConfig,
+    quantized: dict[str, QuantizedTensor] | None = None,
+    hessians: dict[str, Tensor] | None = None,
+    sensitivities: dict[str, Tensor] | None = None,
+) -> ArtifactReport:
     """Quantizes, compresses and writes `state_dict`; atomic, and the same bytes for the same arguments.
 
     `config`, `tokenizer` and `metadata` are plain JSON values. `hessians` (of `collect_hessians`) are what GPTQ needs,
@@ -39,12 +46,18 @@ def save_artifact(path: str | os.PathLike, state_dict: dict[str, Tensor], *, con
     if not state_dict:
         raise ValueError("there are no tensors to export")
 
-    def lay_out_file(encoded: list[Encoded], scheme: QuantizationConfig,
-                     compress: Callable[..., bytes]) -> tuple[bytes, Parts]:
+    def lay_out_file(
+        encoded: list[Encoded], scheme: QuantizationConfig, compress: Callable[..., bytes]
+    ) -> tuple[bytes, Parts]:
         content, counts, table = lay_out(encoded)
-        header = {"config": config, "tokenizer": tokenizer, "metadata": metadata,
-                  "quantization": dataclasses.asdict(scheme), "streams": counts,
-                  "tensors": [entry.to_dict() for entry in table]}
+        header = {
+            "config": config,
+            "tokenizer": tokenizer,
+            "metadata": metadata,
+            "quantization": dataclasses.asdict(scheme),
+            "streams": counts,
+            "tensors": [entry.to_dict() for entry in table],
+        }
         payload = compress(content, cuts=boundaries(counts, table))
         container.check_weights_size(sum(entry.numel for entry in table), len(payload))
         return container.pack(header, payload), Parts(header, counts, table, content, len(payload))

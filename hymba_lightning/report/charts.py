@@ -106,24 +106,31 @@ def to_svg(chart: Chart) -> str:
         a, b, c = (math.log(x), math.log(x_low), math.log(x_high)) if chart.log_x else (x, x_low, x_high)
         share = (a - b) / (c - b)
         height = (min(max(y, y_low), y_high) - y_low) / (y_high - y_low)
-        return (round(LEFT + share * (WIDTH - LEFT - RIGHT), 1),
-                round(HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM), 1))
+        return (
+            round(LEFT + share * (WIDTH - LEFT - RIGHT), 1),
+            round(HEIGHT - BOTTOM - height * (HEIGHT - TOP - BOTTOM), 1),
+        )
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{as_html(chart.title)}">']
     for value in ticks(y_low, y_high):
         _, y = place(x_high, value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
-                     f'<text class="tick" x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{short(value)}</text>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{short(value)}</text>'
+        )
     for value in _x_ticks(chart, x_low, x_high):
         x, _ = place(value, y_low)
-        label = chart.categories[int(value)] if chart.categories else \
-            _power_label(value) if chart.log_x else short(value)
+        label = (
+            chart.categories[int(value)] if chart.categories else _power_label(value) if chart.log_x else short(value)
+        )
         parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" '
-                 f'y2="{HEIGHT - BOTTOM}"/>'
-                 f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
-                 f'{as_html(chart.x_label)}</text>'
-                 f'<text class="label" x="2" y="12">{as_html(chart.y_label)}</text>')
+    parts.append(
+        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" '
+        f'y2="{HEIGHT - BOTTOM}"/>'
+        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
+        f"{as_html(chart.x_label)}</text>"
+        f'<text class="label" x="2" y="12">{as_html(chart.y_label)}</text>'
+    )
     for series in chart.series:
         placed = [place(x, y) for x, y in series.finite()]
         style = f'class="line c{series.color % len(COLORS)}{" faint" if series.faint else ""}"'
@@ -132,8 +139,10 @@ def to_svg(chart: Chart) -> str:
             parts.append(f'<polyline {style}{dash} points="{" ".join(f"{x},{y}" for x, y in placed)}"/>')
         if series.markers or len(placed) == 1:
             for (x, y), (raw_x, raw_y) in zip(placed, series.finite(), strict=True):
-                parts.append(f'<circle class="dot c{series.color % len(COLORS)}" cx="{x}" cy="{y}" r="3.2"><title>'
-                             f'{as_html(series.label)}: {raw_y:.4f} at {short(raw_x)}</title></circle>')
+                parts.append(
+                    f'<circle class="dot c{series.color % len(COLORS)}" cx="{x}" cy="{y}" r="3.2"><title>'
+                    f"{as_html(series.label)}: {raw_y:.4f} at {short(raw_x)}</title></circle>"
+                )
     return "".join(parts) + "</svg>"
 
 
@@ -143,7 +152,7 @@ def _x_ticks(chart: Chart, low: float, high: float) -> list[float]:
     if not chart.log_x:
         return ticks(low, high)
     powers = list(range(math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9) + 1))
-    return [2.0**power for power in powers[::max(len(powers) // 6, 1)]]
+    return [2.0**power for power in powers[:: max(len(powers) // 6, 1)]]
 
 
 def to_png(chart: Chart, path: Path) -> Path:
@@ -156,10 +165,16 @@ def to_png(chart: Chart, path: Path) -> Path:
     lines = []
     for series in chart.series:
         points = series.finite()
-        lines += axis.plot([x for x, _ in points], [y for _, y in points], color=COLORS[series.color % len(COLORS)],
-                  linestyle="--" if series.dashed else "-", linewidth=0.9 if series.faint else 1.6,
-                  alpha=0.55 if series.faint else 1.0, marker="o" if series.markers or len(points) == 1 else None,
-                  markersize=4)
+        lines += axis.plot(
+            [x for x, _ in points],
+            [y for _, y in points],
+            color=COLORS[series.color % len(COLORS)],
+            linestyle="--" if series.dashed else "-",
+            linewidth=0.9 if series.faint else 1.6,
+            alpha=0.55 if series.faint else 1.0,
+            marker="o" if series.markers or len(points) == 1 else None,
+            markersize=4,
+        )
     if chart.log_x:
         axis.set_xscale("log", base=2)
         places = _x_ticks(chart, *_limits(chart)[:2])

@@ -41,8 +41,9 @@ def write_report(run: Sequence[str], out: str = "report") -> Path:
         charts.to_png(chart, folder / f"{chart.name}.png")
     for index, one in enumerate(runs):
         if one.artifact:
-            treemap.to_png(one.artifact, f"Artifact of {one.name}: {one.artifact.bytes:,} bytes",
-                           folder / f"artifact-{index}.png")
+            treemap.to_png(
+                one.artifact, f"Artifact of {one.name}: {one.artifact.bytes:,} bytes", folder / f"artifact-{index}.png"
+            )
     path = folder / "report.html"
     write_atomic(path, build_page(runs, drawn))
     return path
@@ -52,30 +53,89 @@ def build_charts(runs: Sequence[Run]) -> list[Chart]:
     """Every chart, also those that have nothing to show."""
     numbered = list(enumerate(runs))
     names = [stage for stage in STAGES if stage != "unigram" and any(stage in run.stages for run in runs)]
-    stages = [Series(run.name, [(float(place), run.stages[stage]) for place, stage in enumerate(names)
-                                if stage in run.stages], color, markers=True) for color, run in numbered]
+    stages = [
+        Series(
+            run.name,
+            [(float(place), run.stages[stage]) for place, stage in enumerate(names) if stage in run.stages],
+            color,
+            markers=True,
+        )
+        for color, run in numbered
+    ]
     return [
-        Chart("loss", "Training loss", "training seconds", "nats per token",
-              [Series(run.name, [(row["seconds"], row["loss"]) for row in run.train], color)
-               for color, run in numbered]),
-        Chart("validation", "Bits per byte while training", "tokens trained on", "bits per byte",
-              [Series(run.name, [(row["tokens"], row["bpb"]) for row in run.val], color, markers=True)
-               for color, run in numbered], note="Averaged weights on the validation stream."),
-        Chart("stages", "Bits per byte by stage", "", "bits per byte", stages, categories=tuple(names),
-              note="Raw weights, their average, the reloaded artifact, test-time training."),
-        Chart("ttt", "Test-time training", "share of the stream scored", "bits per byte",
-              [series for color, run in numbered for series in _ttt_series(run, color)],
-              note="Running score; dashed: the artifact without adaptation."),
-        Chart("context", "What context is worth", "tokens before the scored one", "bits per byte",
-              [Series(run.name, [(point["at_least"] * 2**0.5, point["bpb"])
-                                 for point in run.test.get("bpb_by_context", [])
-                                 if point["at_least"] >= 1 and point["n_tokens"] >= MIN_TOKENS], color, markers=True)
-               for color, run in numbered], log_x=True, note=f"Bins of at least {MIN_TOKENS} tokens."),
-        Chart("step_time", "Time of a step", "training seconds", "milliseconds",
-              [Series(run.name, run.step_times(), color) for color, run in numbered]),
-        Chart("lr", "Learning-rate scale", "training seconds", "factor",
-              [Series(run.name, [(row["seconds"], row["lr_scale"]) for row in run.train], color)
-               for color, run in numbered]),
+        Chart(
+            "loss",
+            "Training loss",
+            "training seconds",
+            "nats per token",
+            [Series(run.name, [(row["seconds"], row["loss"]) for row in run.train], color) for color, run in numbered],
+        ),
+        Chart(
+            "validation",
+            "Bits per byte while training",
+            "tokens trained on",
+            "bits per byte",
+            [
+                Series(run.name, [(row["tokens"], row["bpb"]) for row in run.val], color, markers=True)
+                for color, run in numbered
+            ],
+            note="Averaged weights on the validation stream.",
+        ),
+        Chart(
+            "stages",
+            "Bits per byte by stage",
+            "",
+            "bits per byte",
+            stages,
+            categories=tuple(names),
+            note="Raw weights, their average, the reloaded artifact, test-time training.",
+        ),
+        Chart(
+            "ttt",
+            "Test-time training",
+            "share of the stream scored",
+            "bits per byte",
+            [series for color, run in numbered for series in _ttt_series(run, color)],
+            note="Running score; dashed: the artifact without adaptation.",
+        ),
+        Chart(
+            "context",
+            "What context is worth",
+            "tokens before the scored one",
+            "bits per byte",
+            [
+                Series(
+                    run.name,
+                    [
+                        (point["at_least"] * 2**0.5, point["bpb"])
+                        for point in run.test.get("bpb_by_context", [])
+                        if point["at_least"] >= 1 and point["n_tokens"] >= MIN_TOKENS
+                    ],
+                    color,
+                    markers=True,
+                )
+                for color, run in numbered
+            ],
+            log_x=True,
+            note=f"Bins of at least {MIN_TOKENS} tokens.",
+        ),
+        Chart(
+            "step_time",
+            "Time of a step",
+            "training seconds",
+            "milliseconds",
+            [Series(run.name, run.step_times(), color) for color, run in numbered],
+        ),
+        Chart(
+            "lr",
+            "Learning-rate scale",
+            "training seconds",
+            "factor",
+            [
+                Series(run.name, [(row["seconds"], row["lr_scale"]) for row in run.train], color)
+                for color, run in numbered
+            ],
+        ),
     ]
 
 
@@ -92,8 +152,9 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
     """The whole page as text."""
     title = "Run " + runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
-    chips = "".join(f'<span class="chip">{_key(color, len(runs))}{as_html(run.name)}</span>'
-                    for color, run in enumerate(runs))
+    chips = "".join(
+        f'<span class="chip">{_key(color, len(runs))}{as_html(run.name)}</span>' for color, run in enumerate(runs)
+    )
     keys = "".join(f'<span class="key">{_key(color, len(runs))}</span>' for color in range(len(runs)))
     figures = "".join(_figure(chart, keys if len(runs) > 1 else "") for chart in drawn)
     maps = "".join(_map(run.name, run.artifact) for run in runs if run.artifact)
@@ -104,16 +165,20 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
         f"<p class=muted>hymba_lightning, written {written}</p></header>",
         f"<section><h2>Results</h2>{_results(runs)}</section>",
         f'<section><h2>Curves</h2><div class="grid2">{figures}</div></section>' if figures else "",
-        f"<section><h2>Where the artifact's bytes are</h2>{_legend()}<div class=\"grid2\">{maps}</div></section>"
-        if maps else "",
-        f"<section><h2>What differs</h2>{_config_difference(runs)}</section>" if len(runs) > 1 else
-        f"<section><h2>Config</h2>{_config(runs[0])}</section>",
+        f'<section><h2>Where the artifact\'s bytes are</h2>{_legend()}<div class="grid2">{maps}</div></section>'
+        if maps
+        else "",
+        f"<section><h2>What differs</h2>{_config_difference(runs)}</section>"
+        if len(runs) > 1
+        else f"<section><h2>Config</h2>{_config(runs[0])}</section>",
         f"<section><h2>Environment</h2>{environment}</section>" if environment else "",
         f"<section><h2>Missing</h2><ul>{notes}</ul></section>" if notes else "",
     ]
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width, initial-scale=1"><title>{as_html(title)}</title><style>{CSS}</style></head>'
-            f'<body><main>{"".join(sections)}</main></body></html>\n')
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width, initial-scale=1"><title>{as_html(title)}</title><style>{CSS}</style></head>'
+        f"<body><main>{''.join(sections)}</main></body></html>\n"
+    )
 
 
 def _key(color: int, count: int) -> str:
@@ -123,21 +188,33 @@ def _key(color: int, count: int) -> str:
 
 def _figure(chart: Chart, keys: str) -> str:
     note = f" <span class=muted>{as_html(chart.note)}</span>" if chart.note else ""
-    return (f"<figure><figcaption><b>{as_html(chart.title)}</b>{note} <span class=keys>{keys}</span></figcaption>"
-            f"{charts.to_svg(chart)}</figure>")
+    return (
+        f"<figure><figcaption><b>{as_html(chart.title)}</b>{note} <span class=keys>{keys}</span></figcaption>"
+        f"{charts.to_svg(chart)}</figure>"
+    )
 
 
 def _map(name: str, report: ArtifactReport) -> str:
-    largest = _table(["tensor", "stored as", "bytes"],
-                     [[tensor.name, tensor.storage, f"{tensor.bytes:,}"] for tensor in report.largest(8)], numbers=1)
-    return (f"<figure><figcaption><b>{as_html(name)}</b> <span class=muted>{report.bytes:,} bytes</span>"
-            f"</figcaption>{treemap.to_svg(report, name)}<details><summary>Largest tensors</summary>{largest}"
-            "</details></figure>")
+    largest = _table(
+        ["tensor", "stored as", "bytes"],
+        [[tensor.name, tensor.storage, f"{tensor.bytes:,}"] for tensor in report.largest(8)],
+        numbers=1,
+    )
+    return (
+        f"<figure><figcaption><b>{as_html(name)}</b> <span class=muted>{report.bytes:,} bytes</span>"
+        f"</figcaption>{treemap.to_svg(report, name)}<details><summary>Largest tensors</summary>{largest}"
+        "</details></figure>"
+    )
 
 
 def _legend() -> str:
-    return "<p>" + "".join(f'<span class="chip"><i class="map{index}"></i>{name}</span>'
-                           for index, name in enumerate(treemap.GROUPS)) + "</p>"
+    return (
+        "<p>"
+        + "".join(
+            f'<span class="chip"><i class="map{index}"></i>{name}</span>' for index, name in enumerate(treemap.GROUPS)
+        )
+        + "</p>"
+    )
 
 
 def _results(runs: Sequence[Run]) -> str:
@@ -150,10 +227,15 @@ def _results(runs: Sequence[Run]) -> str:
     for stage, label in STAGES.items():
         row(f"{label}, bits per byte", [run.stages.get(stage) for run in runs], ".4f")
     row("the tested weights without adaptation", [run.without_adaptation for run in runs], ".4f")
-    for key, label, form in (("steps", "steps", ",.0f"), ("train_seconds", "training seconds", ",.1f"),
-                             ("tokens", "tokens trained on", ",.0f"), ("tokens_per_s", "tokens per second", ",.0f"),
-                             ("parameters", "parameters", ",.0f"), ("artifact_bytes", "artifact bytes", ",.0f"),
-                             ("code_bytes", "evaluation code bytes", ",.0f")):
+    for key, label, form in (
+        ("steps", "steps", ",.0f"),
+        ("train_seconds", "training seconds", ",.1f"),
+        ("tokens", "tokens trained on", ",.0f"),
+        ("tokens_per_s", "tokens per second", ",.0f"),
+        ("parameters", "parameters", ",.0f"),
+        ("artifact_bytes", "artifact bytes", ",.0f"),
+        ("code_bytes", "evaluation code bytes", ",.0f"),
+    ):
         row(label, [run.summary.get(key) for run in runs], form)
     row("share of the byte limit", [_share(run) for run in runs], ".1%")
     row("tokens scored", [run.tokens_scored for run in runs], ",.0f")
@@ -162,8 +244,10 @@ def _results(runs: Sequence[Run]) -> str:
     known = {run.data for run in runs} - {None}
     apart = ""
     if len(known) > 1:
-        apart = ("The runs were not scored on the same validation data with the same tokenizer: their bits per byte "
-                 "say little about each other.")
+        apart = (
+            "The runs were not scored on the same validation data with the same tokenizer: their bits per byte "
+            "say little about each other."
+        )
     elif known and any(run.data is None for run in runs):
         apart = "Of some runs it is not known on which data they were scored: their bits per byte may not compare."
     return _run_table("", runs, rows, numbers=True) + (f"<p class=muted>{apart}</p>" if apart else "")
@@ -192,8 +276,11 @@ def _config(run: Run) -> str:
 
 def _environment(runs: Sequence[Run]) -> str:
     keys = list(dict.fromkeys(key for run in runs for key in run.environment))
-    return _run_table("", runs, [[key, *(_short(run.environment.get(key, "–")) for run in runs)] for key in keys]) \
-        if keys else ""
+    return (
+        _run_table("", runs, [[key, *(_short(run.environment.get(key, "–")) for run in runs)] for key in keys])
+        if keys
+        else ""
+    )
 
 
 def _short(value: Any) -> str:
@@ -202,15 +289,25 @@ def _short(value: Any) -> str:
 
 def _run_table(first: str, runs: Sequence[Run], rows: list[list[str]], numbers: bool = False) -> str:
     """A column per run under its key and name; a narrow screen has room for the key only."""
-    names = [f'<span class="head">{_key(color, len(runs))}<span class=long>{as_html(run.name)}</span></span>'
-             for color, run in enumerate(runs)] if len(runs) > 1 else [as_html(run.name) for run in runs]
+    names = (
+        [
+            f'<span class="head">{_key(color, len(runs))}<span class=long>{as_html(run.name)}</span></span>'
+            for color, run in enumerate(runs)
+        ]
+        if len(runs) > 1
+        else [as_html(run.name) for run in runs]
+    )
     return _table([as_html(first), *names], rows, numbers=len(runs) if numbers else 0)
 
 
 def _table(head: list[str], rows: list[list[str]], numbers: int = 0) -> str:
     """`head` is HTML; `numbers` columns from the right are aligned as numbers."""
     first = len(head) - numbers
-    cells = "".join("<tr>" + "".join(f"<td{' class=num' if i >= first else ''}>{as_html(cell)}</td>"
-                                     for i, cell in enumerate(row)) + "</tr>" for row in rows)
+    cells = "".join(
+        "<tr>"
+        + "".join(f"<td{' class=num' if i >= first else ''}>{as_html(cell)}</td>" for i, cell in enumerate(row))
+        + "</tr>"
+        for row in rows
+    )
     heads = "".join(f"<th{' class=num' if i >= first else ''}>{cell}</th>" for i, cell in enumerate(head))
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'

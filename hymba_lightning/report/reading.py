@@ -54,8 +54,11 @@ def take_rows(rows: Any, fields: Sequence[str], file: str, notes: list[str]) -> 
     if rows is None:
         return []
     given = rows if isinstance(rows, list) else [rows]
-    whole = [{name: row[name] for name in fields} for row in given
-             if isinstance(row, dict) and all(_is_field(row.get(name)) for name in fields)]
+    whole = [
+        {name: row[name] for name in fields}
+        for row in given
+        if isinstance(row, dict) and all(_is_field(row.get(name)) for name in fields)
+    ]
     if len(whole) < len(given):
         notes.append(f"{len(given) - len(whole)} of {len(given)} rows in {file} are damaged: left out")
     return whole

@@ -18,10 +18,26 @@ from hymba_lightning.text import printable, values_without_folders, without_fold
 
 TRAIN_FIELDS = ("step", "seconds", "tokens", "loss", "lr_scale", "tokens_per_s")
 VAL_FIELDS = ("step", "seconds", "tokens", "loss", "bpb")
-STAGES = {"unigram": "unigram model", "raw": "raw weights", "ema": "averaged weights", "artifact": "artifact",
-          "ttt": "after test-time training"}
-SUMMARY_NUMBERS = ("steps", "train_seconds", "budget_seconds", "tokens", "tokens_per_s", "parameters", "unigram_bpb",
-                   "scored_tokens", "artifact_bytes", "code_bytes", "limit_bytes")
+STAGES = {
+    "unigram": "unigram model",
+    "raw": "raw weights",
+    "ema": "averaged weights",
+    "artifact": "artifact",
+    "ttt": "after test-time training",
+}
+SUMMARY_NUMBERS = (
+    "steps",
+    "train_seconds",
+    "budget_seconds",
+    "tokens",
+    "tokens_per_s",
+    "parameters",
+    "unigram_bpb",
+    "scored_tokens",
+    "artifact_bytes",
+    "code_bytes",
+    "limit_bytes",
+)
 TEST_NUMBERS = ("ttt_bpb", "tokens", "chunks", "seconds")
 CURVE_FIELDS = ("at_least", "bpb", "n_tokens")
 # A run's name, which stands in headings and legends.
@@ -89,8 +105,11 @@ class Run:
     def step_times(self) -> list[tuple[float, float]]:
         """(training seconds, milliseconds a step since the row before) for each row of the history but the first."""
         pairs = zip(self.train, self.train[1:], strict=False)
-        return [(b["seconds"], 1000 * (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]))
-                for a, b in pairs if b["step"] > a["step"]]
+        return [
+            (b["seconds"], 1000 * (b["seconds"] - a["seconds"]) / (b["step"] - a["step"]))
+            for a, b in pairs
+            if b["step"] > a["step"]
+        ]
 
     def running_ttt(self) -> list[tuple[float, float]]:
         """(share of the stream's bytes scored, bits per byte so far) after each chunk."""
@@ -115,17 +134,21 @@ def load_runs(folders: Sequence[str | Path]) -> list[Run]:
     if len(set(paths)) < len(paths):
         raise ValueError("a run is given twice; name each folder once")
     names = [path.name for path in paths]
-    return [_load(path, path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}")
-            for path in paths]
+    return [
+        _load(path, path.name if names.count(path.name) == 1 else f"{path.parent.name}/{path.name}") for path in paths
+    ]
 
 
 def _load(folder: Path, name: str) -> Run:
     run = Run(printable(name, NAME_LENGTH), folder)
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    if not any(path.is_file() for path in (folder / RECORD, folder / "summary.json", folder / "test_summary.json",
-                                           checkpoint)):
-        raise FileNotFoundError(f"{folder} holds no run: no {RECORD}, summary.json, test_summary.json or "
-                                "checkpoints/last.ckpt. Give the --run_dir of `hymba fit` or `hymba test`")
+    if not any(
+        path.is_file() for path in (folder / RECORD, folder / "summary.json", folder / "test_summary.json", checkpoint)
+    ):
+        raise FileNotFoundError(
+            f"{folder} holds no run: no {RECORD}, summary.json, test_summary.json or "
+            "checkpoints/last.ckpt. Give the --run_dir of `hymba fit` or `hymba test`"
+        )
     try:
         record = RunRecord.load(folder)
         _check_numbers(record)
@@ -179,18 +202,28 @@ def _take_summary(run: Run, recorded: bool) -> None:
     trained, artifact = record.trained, record.artifact
     if trained is not None:
         rate = trained.tokens / trained.seconds if trained.seconds else None
-        run.summary |= {"steps": trained.steps, "train_seconds": trained.seconds, "tokens": trained.tokens,
-                        "tokens_per_s": rate, "parameters": trained.parameters}
+        run.summary |= {
+            "steps": trained.steps,
+            "train_seconds": trained.seconds,
+            "tokens": trained.tokens,
+            "tokens_per_s": rate,
+            "parameters": trained.parameters,
+        }
         for name in ("artifact_bytes", "code_bytes", "limit_bytes"):
             run.summary.pop(name, None)
     if artifact is not None:
-        run.summary |= {"artifact_bytes": artifact.bytes, "code_bytes": artifact.code_bytes,
-                        "limit_bytes": artifact.limit_bytes}
+        run.summary |= {
+            "artifact_bytes": artifact.bytes,
+            "code_bytes": artifact.code_bytes,
+            "limit_bytes": artifact.limit_bytes,
+        }
     if not content and trained is None:
         run.notes.append("no summary.json: the run has not ended, or was killed")
     elif not recorded:
-        run.notes.append(f"no {RECORD}, as earlier versions wrote none: on which data and weights its scores were "
-                         "measured is not known")
+        run.notes.append(
+            f"no {RECORD}, as earlier versions wrote none: on which data and weights its scores were "
+            "measured is not known"
+        )
 
 
 def _take_test(run: Run, recorded: bool) -> None:
@@ -205,9 +238,12 @@ def _take_test(run: Run, recorded: bool) -> None:
             run.notes.append(note)
         if content and (run.tested is None or not is_of(content, run.tested)):
             if note is None:
-                what = f"of a test that {RECORD} does not hold" if run.tested is None else \
-                    f"not of the test in {RECORD}: it says {content.get('ttt_bpb')} bits per byte there are " \
+                what = (
+                    f"of a test that {RECORD} does not hold"
+                    if run.tested is None
+                    else f"not of the test in {RECORD}: it says {content.get('ttt_bpb')} bits per byte there are "
                     f"{run.tested.bpb:.6f} of"
+                )
                 run.notes.append(f"test_summary.json is {what}; it is left out")
             content = {}
     run.test = take_numbers(content, TEST_NUMBERS, "test_summary.json", run.notes)
@@ -248,8 +284,11 @@ def _history_of_checkpoint(path: Path, notes: list[str]) -> dict[str, Any]:
 
     def rows(name: str, fields: Sequence[str]) -> list[Any]:
         given = stats.get(name)
-        return [dict(zip(fields, row, strict=False)) if isinstance(row, list | tuple) else row for row in given] if \
-            isinstance(given, list) else []
+        return (
+            [dict(zip(fields, row, strict=False)) if isinstance(row, list | tuple) else row for row in given]
+            if isinstance(given, list)
+            else []
+        )
 
     return {"train": rows("train", TRAIN_FIELDS), "val": rows("val", VAL_FIELDS)}
 

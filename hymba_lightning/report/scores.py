@@ -40,8 +40,13 @@ def tested_score(record: RunRecord, folder: Path) -> tuple[ScoreRecord | None, s
 def is_of(test: dict[str, Any], score: ScoreRecord) -> bool:
     """Whether the content of a test_summary.json is that of the score in the record."""
     data = None if score.data is None else score.data.digest
-    same = (test.get("weights_sha256"), test.get("data"), test.get("tokens"), test.get("bytes"), test.get("mode")) == \
-        (score.weights, data, score.tokens, score.bytes, score.mode)
+    same = (test.get("weights_sha256"), test.get("data"), test.get("tokens"), test.get("bytes"), test.get("mode")) == (
+        score.weights,
+        data,
+        score.tokens,
+        score.bytes,
+        score.mode,
+    )
     return same and _near(test.get("ttt_bpb"), score.bpb) and _near(test.get("nats"), score.nats)
 
 

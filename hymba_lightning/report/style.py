@@ -41,8 +41,13 @@ svg{{display:block;width:100%;height:auto;font-family:inherit}}
 .faint{{opacity:.45;stroke-width:1}}
 .tile{{stroke:var(--card);stroke-width:1}}
 .tiletext{{fill:#fff;font-size:10px;pointer-events:none}}
-{"".join(f".line.c{i}{{stroke:var(--c{i})}}.dot.c{i}{{fill:var(--c{i})}}.bg{i}{{background:var(--c{i})}}"
-         f".tile.g{i}{{fill:{color}}}.map{i}{{background:{color}}}" for i, color in enumerate(COLORS))}
+{
+    "".join(
+        f".line.c{i}{{stroke:var(--c{i})}}.dot.c{i}{{fill:var(--c{i})}}.bg{i}{{background:var(--c{i})}}"
+        f".tile.g{i}{{fill:{color}}}.map{i}{{background:{color}}}"
+        for i, color in enumerate(COLORS)
+    )
+}
 .scroll{{overflow-x:auto;background:var(--card);border:1px solid var(--rule);border-radius:8px}}
 table{{border-collapse:collapse;width:100%;font-size:14px}}
 th,td{{text-align:left;padding:6px 12px;border-top:1px solid var(--rule);vertical-align:top}}

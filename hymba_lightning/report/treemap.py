@@ -78,7 +78,7 @@ def squarify(sizes: list[int], x: float, y: float, width: float, height: float) 
             x, width = x + depth, width - depth
         else:
             y, height = y + depth, height - depth
-        areas = areas[len(row):]
+        areas = areas[len(row) :]
     return boxes
 
 
@@ -97,9 +97,11 @@ def to_svg(report: ArtifactReport, title: str) -> str:
     """The map as an <svg> element."""
     parts = [f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{as_html(title)}">']
     for tile in tiles(report):
-        parts.append(f'<g><rect class="tile g{tile.group}" x="{tile.x:.1f}" y="{tile.y:.1f}" '
-                     f'width="{tile.width:.1f}" height="{tile.height:.1f}"/>'
-                     f'<title>{as_html(tile.name)}: {tile.n_bytes:,} bytes, {as_html(tile.storage)}</title>')
+        parts.append(
+            f'<g><rect class="tile g{tile.group}" x="{tile.x:.1f}" y="{tile.y:.1f}" '
+            f'width="{tile.width:.1f}" height="{tile.height:.1f}"/>'
+            f"<title>{as_html(tile.name)}: {tile.n_bytes:,} bytes, {as_html(tile.storage)}</title>"
+        )
         label = _label(tile.name)
         if tile.height > 15 and tile.width > 6.4 * len(label) + 6:
             parts.append(f'<text class="tiletext" x="{tile.x + 4:.1f}" y="{tile.y + 13:.1f}">{as_html(label)}</text>')
@@ -113,14 +115,28 @@ def to_png(report: ArtifactReport, title: str, path: Path) -> Path:
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for tile in tiles(report):
-        axis.add_patch(Rectangle((tile.x, tile.y), tile.width, tile.height, facecolor=COLORS[tile.group],
-                                 edgecolor="white", linewidth=0.8))
+        axis.add_patch(
+            Rectangle(
+                (tile.x, tile.y),
+                tile.width,
+                tile.height,
+                facecolor=COLORS[tile.group],
+                edgecolor="white",
+                linewidth=0.8,
+            )
+        )
         label = _label(tile.name)
         if tile.height > 12 and tile.width > 5.0 * len(label) + 6:
             axis.text(tile.x + 3, tile.y + 4, printable(label), fontsize=7, color="white", va="top")
     present = sorted({tile.group for tile in tiles(report)})
-    axis.legend(handles=[Rectangle((0, 0), 1, 1, facecolor=COLORS[group], label=GROUPS[group]) for group in present],
-                loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=len(present), fontsize=8, frameon=False)
+    axis.legend(
+        handles=[Rectangle((0, 0), 1, 1, facecolor=COLORS[group], label=GROUPS[group]) for group in present],
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.01),
+        ncols=len(present),
+        fontsize=8,
+        frameon=False,
+    )
     axis.set_xlim(0, WIDTH)
     axis.set_ylim(HEIGHT, 0)
     axis.axis("off")

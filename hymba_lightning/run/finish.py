@@ -55,8 +55,10 @@ class ExportSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """What the artifact depends on, as the values that JSON gives back."""
-        values = {"quantization": dataclasses.asdict(self.quantization),
-                  "calibration_batches": self.calibration_batches}
+        values = {
+            "quantization": dataclasses.asdict(self.quantization),
+            "calibration_batches": self.calibration_batches,
+        }
         return json.loads(json.dumps(values))
 
 
@@ -133,8 +135,12 @@ class _Ending:
         done = record.finished and record.trained is not None and record.trained.steps == self.trainer.global_step
         if done and self.settings.enabled:
             artifact = record.artifact
-            done = (artifact is not None and artifact.settings == self.settings.as_dict() and self.path.is_file()
-                    and file_sha256(self.path) == artifact.sha256)
+            done = (
+                artifact is not None
+                and artifact.settings == self.settings.as_dict()
+                and self.path.is_file()
+                and file_sha256(self.path) == artifact.sha256
+            )
         if done and self.settings.score_stages and self.val_batches:
             done = bool(record.stages()) and (not self.settings.enabled or "artifact" in record.stages())
         return bool(self.trainer.strategy.broadcast(done))
@@ -145,9 +151,15 @@ class _Ending:
         reason = self.clock.stop_reason
         if reason is None:
             reason = "max_steps" if trainer.global_step == trainer.max_steps else "epochs"
-        run.record.trained = Trained(trainer.global_step, run.history.tokens, self.clock.elapsed(),
-                                     self.clock.budget_seconds, sum(p.numel() for p in self.net.parameters()),
-                                     self.identity("train"), reason)
+        run.record.trained = Trained(
+            trainer.global_step,
+            run.history.tokens,
+            self.clock.elapsed(),
+            self.clock.budget_seconds,
+            sum(p.numel() for p in self.net.parameters()),
+            self.identity("train"),
+            reason,
+        )
         run.record.environment = environment(trainer)
         run.record.artifact = None
         run.record.scores = [score for score in run.record.scores if score.stage == "ttt"]
@@ -169,8 +181,17 @@ class _Ending:
             if validated:
                 self.run.note_validation(self.trainer, score)
         settings = settings_of(seq_len=self.data.seq_len, dtype=net.runtime.compute_dtype)
-        record = ScoreRecord(stage, score.nats, score.n_tokens, score.n_bytes, self.identity("val"),
-                             weights or weights_sha256(net.state_dict()), "cold", settings, time.monotonic() - started)
+        record = ScoreRecord(
+            stage,
+            score.nats,
+            score.n_tokens,
+            score.n_bytes,
+            self.identity("val"),
+            weights or weights_sha256(net.state_dict()),
+            "cold",
+            settings,
+            time.monotonic() - started,
+        )
         self.run.record.add(record)
         log.info("%s weights: %.4f bits per byte", stage, record.bpb)
         for logger in self.trainer.loggers:
@@ -182,8 +203,9 @@ class _Ending:
         if not quantization.calibrated:
             return calibrate(self.net, quantization, []).cpu()
         if self.data is None:
-            raise ValueError("export.quantization.gptq needs training batches, and so a HymbaDataModule: set it to "
-                             "false")
+            raise ValueError(
+                "export.quantization.gptq needs training batches, and so a HymbaDataModule: set it to false"
+            )
         self.announce("calibrating on training batches")
         world_size = self.trainer.world_size
         share = -(-self.settings.calibration_batches // world_size)
@@ -195,8 +217,11 @@ class _Ending:
             calibration = calibration.cpu()
         budget = self.clock.budget_seconds
         if budget is not None and self.clock.elapsed() > budget:
-            log.warning("calibration ended at %.1f s of a budget of %.1f s: raise model.reserve_seconds",
-                        self.clock.elapsed(), budget)
+            log.warning(
+                "calibration ended at %.1f s of a budget of %.1f s: raise model.reserve_seconds",
+                self.clock.elapsed(),
+                budget,
+            )
         return calibration
 
     def write(self, calibration: Calibration) -> None:
@@ -223,12 +248,25 @@ class _Ending:
             tokenizer["sha256"] = self.data.tokenizer_fingerprint()
             metadata["seq_len"] = self.data.seq_len
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        report = save_artifact(self.path, weights, config=self.net.config.to_dict(), tokenizer=tokenizer,
-                               metadata=metadata, scheme=self.settings.quantization, **calibration._asdict())
+        report = save_artifact(
+            self.path,
+            weights,
+            config=self.net.config.to_dict(),
+            tokenizer=tokenizer,
+            metadata=metadata,
+            scheme=self.settings.quantization,
+            **calibration._asdict(),
+        )
         inside = self.folder.path.resolve() in self.path.resolve().parents
         name = str(self.path.resolve().relative_to(self.folder.path.resolve()) if inside else self.path.resolve())
-        return report, ArtifactRecord(name, file_sha256(self.path), report.bytes, evaluation_code_bytes(),
-                                      self.settings.quantization.limit_bytes, self.settings.as_dict())
+        return report, ArtifactRecord(
+            name,
+            file_sha256(self.path),
+            report.bytes,
+            evaluation_code_bytes(),
+            self.settings.quantization.limit_bytes,
+            self.settings.as_dict(),
+        )
 
     def reload(self) -> Hymba:
         """The network that was written."""
@@ -284,8 +322,9 @@ def rehearse(trainer: pl.Trainer, module: pl.LightningModule, settings: ExportSe
     log.info("calibrating on random ids before the clock starts, to compile what that takes")
     data: HymbaDataModule = datamodule_of(trainer)  # type: ignore[assignment]
     net: Hymba = module.net  # type: ignore[assignment]
-    ids = torch.randint(net.config.vocab_size, (data.micro_batch_size, data.seq_len),
-                        generator=torch.Generator().manual_seed(0)).to(module.device)
+    ids = torch.randint(
+        net.config.vocab_size, (data.micro_batch_size, data.seq_len), generator=torch.Generator().manual_seed(0)
+    ).to(module.device)
     seconds = 0.0
     for _ in range(2):  # the second time nothing is left to compile
         started = time.monotonic()
@@ -296,5 +335,9 @@ def rehearse(trainer: pl.Trainer, module: pl.LightningModule, settings: ExportSe
     needed = -(-settings.calibration_batches // trainer.world_size) * seconds
     clock = require_clock(Run.of(trainer))
     if clock.budget_seconds is not None and needed > clock.reserve_seconds:
-        log.warning("calibration will take about %.1f s, and model.reserve_seconds holds back %.1f s of the "
-                    "budget: raise it, or lower export.calibration_batches", needed, clock.reserve_seconds)
+        log.warning(
+            "calibration will take about %.1f s, and model.reserve_seconds holds back %.1f s of the "
+            "budget: raise it, or lower export.calibration_batches",
+            needed,
+            clock.reserve_seconds,
+        )

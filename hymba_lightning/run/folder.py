@@ -12,8 +12,21 @@ from hymba_lightning.run.record import RecordError, RunRecord
 
 ARTIFACT = "artifact.hymba"
 # Everything that a fit, validate or test writes. Logger files are those of loggers that write to the folder itself.
-OURS = ("record.json", "summary.json", "test_summary.json", "history.json", "config.yaml", "validate_config.yaml",
-        "test_config.yaml", "training.png", "ttt.png", "context.png", "nats.npy", ARTIFACT, "checkpoints")
+OURS = (
+    "record.json",
+    "summary.json",
+    "test_summary.json",
+    "history.json",
+    "config.yaml",
+    "validate_config.yaml",
+    "test_config.yaml",
+    "training.png",
+    "ttt.png",
+    "context.png",
+    "nats.npy",
+    ARTIFACT,
+    "checkpoints",
+)
 LOGGERS = ("events.out.tfevents.*", "hparams.yaml", "lightning_logs/version_*")
 # Where an old run lies until the new one in its place has made a step.
 ASIDE = ".before"
@@ -83,7 +96,7 @@ class RunFolder:
             return
         remedy = "go on with --ckpt_path last, choose another --run_dir, or give --overwrite true"
         if resumed_from is not None:
-            remedy = (f"{resumed_from} is another run's checkpoint; choose another --run_dir, or give --overwrite true")
+            remedy = f"{resumed_from} is another run's checkpoint; choose another --run_dir, or give --overwrite true"
         raise RunExistsError(f"{self.path} already holds a run ({', '.join(held)}): {remedy}")
 
     def claim(self, work: str) -> None:

@@ -44,13 +44,18 @@ class History:
 
     def as_dict(self) -> dict[str, list[dict[str, Any]]]:
         """Content of history.json."""
-        return {"train": [dataclasses.asdict(row) for row in self.train],
-                "val": [dataclasses.asdict(row) for row in self.val]}
+        return {
+            "train": [dataclasses.asdict(row) for row in self.train],
+            "val": [dataclasses.asdict(row) for row in self.val],
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"train": [dataclasses.astuple(row) for row in self.train],
-                "val": [dataclasses.astuple(row) for row in self.val], "tokens": self.tokens}
+        return {
+            "train": [dataclasses.astuple(row) for row in self.train],
+            "val": [dataclasses.astuple(row) for row in self.val],
+            "tokens": self.tokens,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`."""

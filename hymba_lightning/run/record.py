@@ -113,8 +113,7 @@ class RunRecord:
     def add(self, score: ScoreRecord) -> None:
         """Takes a score in, in the place of an older one of the same stage, weights, data and settings."""
         same = ("stage", "weights", "data", "tokens", "mode", "settings")
-        self.scores = [old for old in self.scores
-                       if any(getattr(old, name) != getattr(score, name) for name in same)]
+        self.scores = [old for old in self.scores if any(getattr(old, name) != getattr(score, name) for name in same)]
         self.scores.append(score)
 
     def stages(self) -> dict[str, ScoreRecord]:
@@ -127,8 +126,16 @@ class RunRecord:
 
     def without_adaptation(self, tested: ScoreRecord) -> ScoreRecord | None:
         """The score of the same weights on the same text before test-time training, None where there is none."""
-        return next((score for score in reversed(self.scores) if score.stage in ("artifact", "raw", "ema", "validate")
-                     and score.weights == tested.weights and score.of_the_same(tested)), None)
+        return next(
+            (
+                score
+                for score in reversed(self.scores)
+                if score.stage in ("artifact", "raw", "ema", "validate")
+                and score.weights == tested.weights
+                and score.of_the_same(tested)
+            ),
+            None,
+        )
 
     def tested(self) -> ScoreRecord | None:
         """The latest test of the recorded artifact; of whatever was tested where there is no artifact."""
@@ -155,15 +162,20 @@ class RunRecord:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.pop("version") != VERSION:
-                raise RecordError(f"{path} was written by another version of hymba_lightning; use that one, or move "
-                                  "the file away")
+                raise RecordError(
+                    f"{path} was written by another version of hymba_lightning; use that one, or move the file away"
+                )
             trained = content["trained"]
             if trained is not None:
                 trained = Trained(**{**trained, "data": _data(trained["data"])})
             artifact = content["artifact"]
-            return cls(trained, None if artifact is None else ArtifactRecord(**artifact),
-                       [_score(score) for score in content["scores"]], bool(content["finished"]),
-                       dict(content["environment"]))
+            return cls(
+                trained,
+                None if artifact is None else ArtifactRecord(**artifact),
+                [_score(score) for score in content["scores"]],
+                bool(content["finished"]),
+                dict(content["environment"]),
+            )
         except RecordError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -24,51 +24,82 @@ def environment(trainer: pl.Trainer) -> dict[str, Any]:
     """What a number was measured on."""
     device = trainer.lightning_module.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"hymba_lightning": __version__, "torch": torch.__version__, "lightning": pl.__version__,
-            "python": platform.python_version(), "device": name, "world_size": trainer.world_size,
-            "threads": torch.get_num_threads()}
+    return {
+        "hymba_lightning": __version__,
+        "torch": torch.__version__,
+        "lightning": pl.__version__,
+        "python": platform.python_version(),
+        "device": name,
+        "world_size": trainer.world_size,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def score_as_dict(score: ScoreRecord) -> dict[str, Any]:
     """A score with what it depends on, for a summary."""
-    return {"bpb": score.bpb, "loss": score.loss, "tokens": score.tokens, "bytes": score.bytes, "mode": score.mode,
-            "weights_sha256": score.weights, "data": None if score.data is None else score.data.digest,
-            "tokenizer": None if score.data is None else score.data.tokenizer, "settings": score.settings}
+    return {
+        "bpb": score.bpb,
+        "loss": score.loss,
+        "tokens": score.tokens,
+        "bytes": score.bytes,
+        "mode": score.mode,
+        "weights_sha256": score.weights,
+        "data": None if score.data is None else score.data.digest,
+        "tokenizer": None if score.data is None else score.data.tokenizer,
+        "settings": score.settings,
+    }
 
 
-def write_fit_summary(run: Run, folder: RunFolder, unigram_bpb: float | None,
-                      plots: bool) -> dict[str, Any]:
+def write_fit_summary(run: Run, folder: RunFolder, unigram_bpb: float | None, plots: bool) -> dict[str, Any]:
     """Writes history.json, summary.json and training.png from the record; returns the summary."""
     record, history = run.record, run.history
     trained, stages = record.trained, record.stages()
     assert trained is not None
     first = next(iter(stages.values()), None)
     summary: dict[str, Any] = {
-        "steps": trained.steps, "train_seconds": trained.seconds, "budget_seconds": trained.budget_seconds,
-        "ended_by": trained.ended_by, "tokens": trained.tokens,
+        "steps": trained.steps,
+        "train_seconds": trained.seconds,
+        "budget_seconds": trained.budget_seconds,
+        "ended_by": trained.ended_by,
+        "tokens": trained.tokens,
         "tokens_per_s": trained.tokens / trained.seconds if trained.seconds else None,
-        "parameters": trained.parameters, "unigram_bpb": unigram_bpb,
+        "parameters": trained.parameters,
+        "unigram_bpb": unigram_bpb,
         "bpb": {stage: score.bpb for stage, score in stages.items()},
         "loss": {stage: score.loss for stage, score in stages.items()},
-        "scored_tokens": first and first.tokens, "scored_bytes": first and first.bytes,
+        "scored_tokens": first and first.tokens,
+        "scored_bytes": first and first.bytes,
         "scores": {stage: score_as_dict(score) for stage, score in stages.items()},
         "train_data": trained.data and trained.data.digest,
     }
     if record.artifact:
         artifact = record.artifact
-        summary |= {"artifact": artifact.file, "artifact_sha256": artifact.sha256, "artifact_bytes": artifact.bytes,
-                    "code_bytes": artifact.code_bytes, "limit_bytes": artifact.limit_bytes}
+        summary |= {
+            "artifact": artifact.file,
+            "artifact_sha256": artifact.sha256,
+            "artifact_bytes": artifact.bytes,
+            "code_bytes": artifact.code_bytes,
+            "limit_bytes": artifact.limit_bytes,
+        }
     summary["environment"] = record.environment
     write_atomic(folder / "history.json", json.dumps(history.as_dict()) + "\n")
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     if plots and history.train:
-        plot_training(history.train, history.val, {stage: score.bpb for stage, score in stages.items()},
-                      folder / "training.png", unigram_bpb)
+        plot_training(
+            history.train,
+            history.val,
+            {stage: score.bpb for stage, score in stages.items()},
+            folder / "training.png",
+            unigram_bpb,
+        )
     return summary
 
 
-STAGE_NAMES = {"raw": "raw last-step weights, bpb", "ema": "averaged weights, bpb",
-               "artifact": "reloaded artifact, bpb"}
+STAGE_NAMES = {
+    "raw": "raw last-step weights, bpb",
+    "ema": "averaged weights, bpb",
+    "artifact": "reloaded artifact, bpb",
+}
 
 
 def print_table(title: str, summary: dict[str, Any], folder: RunFolder) -> None:

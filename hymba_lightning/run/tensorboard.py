@@ -27,8 +27,11 @@ def log_final_scores(trainer: pl.Trainer, module: pl.LightningModule, record: Ru
     data = datamodule_of(trainer)
     given = dict(module.hparams) | {name: getattr(data, name, None) for name in ("seq_len", "micro_batch_size")}
     given |= {"world_size": trainer.world_size, "accumulate_grad_batches": trainer.accumulate_grad_batches}
-    options = {name: value if isinstance(value, bool | int | float | str) else str(value)
-               for name, value in _flat(given).items() if value is not None}
+    options = {
+        name: value if isinstance(value, bool | int | float | str) else str(value)
+        for name, value in _flat(given).items()
+        if value is not None
+    }
     scores = {f"{FINAL}{stage}_bpb": score.bpb for stage, score in record.stages().items()}
     for logger in _loggers(trainer):
         for summary in hparams(options, scores | {f"{FINAL}ttt_bpb": 0.0}):

@@ -28,8 +28,16 @@ from hymba_lightning.studies.seeds import STAGES
 from hymba_lightning.studies.worker import Worker
 
 # What results.json keeps of a run's summary.
-KEPT = ("steps", "train_seconds", "tokens_per_s", "parameters", "scored_tokens", "artifact_bytes", "code_bytes",
-        "environment")
+KEPT = (
+    "steps",
+    "train_seconds",
+    "tokens_per_s",
+    "parameters",
+    "scored_tokens",
+    "artifact_bytes",
+    "code_bytes",
+    "environment",
+)
 # Options that a compiled graph depends on.
 GRAPH_OPTIONS = ("model.net", "model.runtime", "data.seq_len", "data.micro_batch_size")
 # What a variant says that is no option of `hymba fit`.
@@ -81,19 +89,31 @@ def options(values: dict[str, Any]) -> list[str]:
     return flat
 
 
-def run_one(study: Study, variant: str, seed: int, folder: Path, extra: list[str], worker: Worker,
-            lock: Path | None = None) -> None:
+def run_one(
+    study: Study, variant: str, seed: int, folder: Path, extra: list[str], worker: Worker, lock: Path | None = None
+) -> None:
     """Trains one variant with one seed, on its turn where the device has a `lock`. Raises RuntimeError with the log's
     end."""
     run_dir, changes = folder / f"{variant}-{seed}", study.variants[variant]
     files = [part for config in changes.get("config", study.config) for part in ("--config", config)]
     arguments = [*files, *options(study.common), *options(changes), "--seed_everything", str(seed), *extra]
-    turn = [] if lock is None else ["--trainer.callbacks+", json.dumps(
-        {"class_path": "hymba_lightning.studies.turn.DeviceTurn", "init_args": {"path": str(lock)}})]
+    turn = (
+        []
+        if lock is None
+        else [
+            "--trainer.callbacks+",
+            json.dumps({"class_path": "hymba_lightning.studies.turn.DeviceTurn", "init_args": {"path": str(lock)}}),
+        ]
+    )
     run_once("fit", run_dir, "summary.json", [*arguments, *turn], worker=worker)
     if study.test and (run_dir / "artifact.hymba").is_file():
-        run_once("test", run_dir, "test_summary.json", [*arguments, "--ckpt_path", str(run_dir / "artifact.hymba")],
-                 worker=worker)
+        run_once(
+            "test",
+            run_dir,
+            "test_summary.json",
+            [*arguments, "--ckpt_path", str(run_dir / "artifact.hymba")],
+            worker=worker,
+        )
     stages = ", ".join(f"{stage} {bpb:.4f}" for stage, bpb in bits_per_byte(run_dir).items())
     print(f"{variant} seed {seed}: {stages} bpb", flush=True)
 
@@ -123,8 +143,10 @@ class StudyQueue:
     def graph(self, name: str) -> str:
         """What a variant's compiled graph depends on."""
         changes = self.study.variants[name]
-        return json.dumps([changes.get("config")] + [[key, value] for key, value in sorted(changes.items())
-                                                     if key.startswith(GRAPH_OPTIONS)])
+        return json.dumps(
+            [changes.get("config")]
+            + [[key, value] for key, value in sorted(changes.items()) if key.startswith(GRAPH_OPTIONS)]
+        )
 
     def take(self, compiled: str | None = None) -> tuple[str, int] | None:
         """The next variant and seed, which nobody else gets; None where nothing is left. `compiled` is the graph of the
@@ -136,8 +158,12 @@ class StudyQueue:
                     self.study.names(self.only)
                 except (OSError, ValueError, yaml.YAMLError) as error:
                     print(f"the study as it was before goes on: {error}", flush=True)
-            left = [(name, seed) for seed in self.seeds for name in self.study.names(self.only)
-                    if seed in self.study.variants[name].get("seeds", self.seeds)]
+            left = [
+                (name, seed)
+                for seed in self.seeds
+                for name in self.study.names(self.only)
+                if seed in self.study.variants[name].get("seeds", self.seeds)
+            ]
             left = [pair for pair in left if pair not in self._taken and not self._done(pair)]
             same = [pair for pair in left if pair[1] == left[0][1] and self.graph(pair[0]) == compiled]
             pair = next(iter([*same, *left]), None)
@@ -152,8 +178,16 @@ class StudyQueue:
         return (run_dir / ("test_summary.json" if untested else "summary.json")).is_file()
 
 
-def run_study(source: Study | Path, seeds: list[int], folder: Path, extra: list[str], devices: list[str | None],
-              only: list[str] | None = None, watch: bool = False, per_device: int = 1) -> str:
+def run_study(
+    source: Study | Path,
+    seeds: list[int],
+    folder: Path,
+    extra: list[str],
+    devices: list[str | None],
+    only: list[str] | None = None,
+    watch: bool = False,
+    per_device: int = 1,
+) -> str:
     """Runs everything, `per_device` processes on each device, which train one after the other.
 
     Returns the table (Markdown); also written to folder/table.md, with plot.png beside it, and results.json after
@@ -204,8 +238,15 @@ def write_results(study: Study, folder: Path) -> None:
         variant, _, seed = path.parent.name.rpartition("-")
         if variant in study.variants and seed.isdigit():
             summary = json.loads(path.read_bytes())
-            rows.append({"variant": variant, "seed": int(seed), "options": study.common | study.variants[variant],
-                         "bpb": bits_per_byte(path.parent)} | {key: summary[key] for key in KEPT if key in summary})
+            rows.append(
+                {
+                    "variant": variant,
+                    "seed": int(seed),
+                    "options": study.common | study.variants[variant],
+                    "bpb": bits_per_byte(path.parent),
+                }
+                | {key: summary[key] for key in KEPT if key in summary}
+            )
     write_atomic(folder / "results.json", json.dumps(rows, indent=1) + "\n")
 
 
@@ -213,17 +254,28 @@ def report(study: Study, folder: Path, seeds: list[int], only: list[str] | None 
     """The tables: the study's stage, mean ± std over seeds, with the paired difference to the baseline and its own std;
     then every stage with its difference. A variant counts with the seeds that it and the baseline have both ended with.
     Raises FileNotFoundError where the baseline has none with the study's stage."""
-    runs = {name: {seed: bits_per_byte(folder / f"{name}-{seed}") for seed in seeds
-                   if (folder / f"{name}-{seed}" / "summary.json").is_file()} for name in study.names(only)}
+    runs = {
+        name: {
+            seed: bits_per_byte(folder / f"{name}-{seed}")
+            for seed in seeds
+            if (folder / f"{name}-{seed}" / "summary.json").is_file()
+        }
+        for name in study.names(only)
+    }
     base = runs[study.baseline]
     if not any(study.stage in stages for stages in base.values()):
-        raise FileNotFoundError(f"{folder} has no finished run of the baseline {study.baseline!r} with {study.stage!r} "
-                                f"and a seed of {seeds}")
+        raise FileNotFoundError(
+            f"{folder} has no finished run of the baseline {study.baseline!r} with {study.stage!r} "
+            f"and a seed of {seeds}"
+        )
 
     def column(name: str, stage: str) -> tuple[list[float], list[float]]:
         """The variant's values, and their differences to the baseline's in thousandths."""
-        pairs = [(run[stage], base[seed][stage]) for seed, run in runs[name].items()
-                 if stage in run and stage in base.get(seed, {})]
+        pairs = [
+            (run[stage], base[seed][stage])
+            for seed, run in runs[name].items()
+            if stage in run and stage in base.get(seed, {})
+        ]
         return [a for a, _ in pairs], [1000 * (a - b) for a, b in pairs]
 
     rows = ["| variant | bpb | difference to " + study.baseline + " (paired, thousandths) | n |", "|---|---|---|---|"]
@@ -264,10 +316,17 @@ def plot(differences: dict[str, tuple[float, float]], baseline: str, path: Path)
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     axis.axvline(0, color="#9aa3ad", linewidth=1)
-    axis.errorbar([differences[n][0] for n in names], range(len(names)), xerr=[differences[n][1] for n in names],
-                  fmt="o", color="#2563a8", capsize=3)
+    axis.errorbar(
+        [differences[n][0] for n in names],
+        range(len(names)),
+        xerr=[differences[n][1] for n in names],
+        fmt="o",
+        color="#2563a8",
+        capsize=3,
+    )
     axis.set_yticks(range(len(names)), [textwrap.fill(name, 48) for name in names], fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_xlabel(f"bits per byte against {baseline}, thousandths\n(mean and standard error over paired seeds)",
-                    fontsize=9)
+    axis.set_xlabel(
+        f"bits per byte against {baseline}, thousandths\n(mean and standard error over paired seeds)", fontsize=9
+    )
     save_figure(figure, path)

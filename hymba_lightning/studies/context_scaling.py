@@ -33,28 +33,64 @@ def run_lengths(lengths: Sequence[int], tokens: int, steps: int, folder: Path, a
     environment: dict = {}
     for length in lengths:
         run_dir = folder / f"seq-{length}"
-        summary = run_once("fit", run_dir, "summary.json", [
-            *arguments, "--data.seq_len", str(length), "--data.micro_batch_size", str(tokens // length),
-            "--trainer.max_steps", str(steps), "--model.budget_seconds", "null", "--export.enabled", "false"])
+        summary = run_once(
+            "fit",
+            run_dir,
+            "summary.json",
+            [
+                *arguments,
+                "--data.seq_len",
+                str(length),
+                "--data.micro_batch_size",
+                str(tokens // length),
+                "--trainer.max_steps",
+                str(steps),
+                "--model.budget_seconds",
+                "null",
+                "--export.enabled",
+                "false",
+            ],
+        )
         environment = summary["environment"]
         times = [milliseconds for _, milliseconds in load_runs([run_dir])[0].step_times()]
         mean = 1000 * summary["train_seconds"] / summary["steps"]
-        points.append({"seq_len": length, "ms": statistics.median(times) if times else mean, "ms_mean": mean,
-                       "bpb": summary["bpb"].get("ema", summary["bpb"].get("raw")), "steps": summary["steps"]})
-    table = "\n".join([
-        f"{hardware(environment)}; {tokens:,} tokens per rank and step, {steps:,} steps, averaged weights before "
-        "quantization", "",
-        "| train seq_len | " + " | ".join(f"{point['seq_len']:,}" for point in points) + " |",
-        "|---" * (len(points) + 1) + "|",
-        "| ms/step, median | " + " | ".join(f"{point['ms']:.1f}" for point in points) + " |",
-        "| ms/step, mean | " + " | ".join(f"{point['ms_mean']:.1f}" for point in points) + " |",
-        "| val_bpb | " + " | ".join(f"{point['bpb']:.4f}" for point in points) + " |"]) + "\n"
+        points.append(
+            {
+                "seq_len": length,
+                "ms": statistics.median(times) if times else mean,
+                "ms_mean": mean,
+                "bpb": summary["bpb"].get("ema", summary["bpb"].get("raw")),
+                "steps": summary["steps"],
+            }
+        )
+    table = (
+        "\n".join(
+            [
+                f"{hardware(environment)}; {tokens:,} tokens per rank and step, {steps:,} steps, averaged weights "
+                "before quantization",
+                "",
+                "| train seq_len | " + " | ".join(f"{point['seq_len']:,}" for point in points) + " |",
+                "|---" * (len(points) + 1) + "|",
+                "| ms/step, median | " + " | ".join(f"{point['ms']:.1f}" for point in points) + " |",
+                "| ms/step, mean | " + " | ".join(f"{point['ms_mean']:.1f}" for point in points) + " |",
+                "| val_bpb | " + " | ".join(f"{point['bpb']:.4f}" for point in points) + " |",
+            ]
+        )
+        + "\n"
+    )
     write_atomic(folder / "table.md", table)
     write_atomic(folder / "context_scaling.json", json.dumps(points, indent=1) + "\n")
-    for name, title, unit in (("bpb", "What training at longer context is worth", "bits per byte"),
-                              ("ms", "What it costs", "milliseconds a step")):
-        line = Series("median" if name == "ms" else "validation",
-                      [(float(point["seq_len"]), point[name]) for point in points], markers=True)
-        to_png(Chart(name, title, "tokens of context in training", unit, [line], log_x=True),
-               folder / f"context_{name}.png")
+    for name, title, unit in (
+        ("bpb", "What training at longer context is worth", "bits per byte"),
+        ("ms", "What it costs", "milliseconds a step"),
+    ):
+        line = Series(
+            "median" if name == "ms" else "validation",
+            [(float(point["seq_len"]), point[name]) for point in points],
+            markers=True,
+        )
+        to_png(
+            Chart(name, title, "tokens of context in training", unit, [line], log_x=True),
+            folder / f"context_{name}.png",
+        )
     return table

@@ -24,10 +24,36 @@ from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization import ArtifactError, QuantizationConfig, container, load_artifact, save_artifact
 
-NET = HymbaConfig(vocab_size=60, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_state=4, bigram_buckets=8,
-                  bigram_dim=8)
-JUNK: list[Any] = [None, True, False, -1, 0, 1, 7, 2**31, 2**40, 2**63, 10**30, 0.5, 1e308, "", "x", "\x1b[2J", "alias",
-                   "int", "float16", [], [0], [2**20, 2**20], [[]], {}, {"q": 1}]
+NET = HymbaConfig(
+    vocab_size=60, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_state=4, bigram_buckets=8, bigram_dim=8
+)
+JUNK: list[Any] = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    7,
+    2**31,
+    2**40,
+    2**63,
+    10**30,
+    0.5,
+    1e308,
+    "",
+    "x",
+    "\x1b[2J",
+    "alias",
+    "int",
+    "float16",
+    [],
+    [0],
+    [2**20, 2**20],
+    [[]],
+    {},
+    {"q": 1},
+]
 HEADER = "| format | tried | refused | right | wrong | slowest (ms) | largest (MB) |\n|---|---|---|---|---|---|---|"
 
 
@@ -59,25 +85,27 @@ class Outcome:
     """MB by which the process grew, as the kernel counts its peak."""
 
     def row(self) -> str:
-        return (f"| {self.name} | {self.tried:,} | {self.refused:,} | {self.right:,} | {self.wrong:,} | "
-                f"{1000 * self.slowest:.0f} | {self.largest:.0f} |")
+        return (
+            f"| {self.name} | {self.tried:,} | {self.refused:,} | {self.right:,} | {self.wrong:,} | "
+            f"{1000 * self.slowest:.0f} | {self.largest:.0f} |"
+        )
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
     """Bits flipped; bytes lost, repeated, inserted, overwritten, zeroed; halves swapped; cut short; made longer."""
     kind, start = rng.randrange(9), rng.randrange(max(len(content), 1))
     length = rng.choice([1, 1, 2, 8, 64, 512, 4096])
-    piece = content[start:start + length]
+    piece = content[start : start + length]
     if kind == 0:
         return content[:start]
     if kind == 1:
-        return content[:start] + content[start + length:]
+        return content[:start] + content[start + length :]
     if kind == 2:
         return content[:start] + piece + content[start:]
     if kind == 3:
-        return content[:start] + bytes(len(piece)) + content[start + length:]
+        return content[:start] + bytes(len(piece)) + content[start + length :]
     if kind == 4:
-        return content[:start] + rng.randbytes(len(piece)) + content[start + length:]
+        return content[:start] + rng.randbytes(len(piece)) + content[start + length :]
     if kind == 5:
         return content[:start] + rng.randbytes(length) + content[start:]
     if kind == 6:
@@ -144,8 +172,13 @@ def damaged_artifact() -> Format:
 
 def forged_artifact() -> Format:
     """An artifact that is changed inside and whose checksums are repaired: a network that fits its config is right."""
-    return Format("artifact, forged, checksums repaired", _make_artifact, _forge_artifact, _reads_weights_of(False),
-                  (ArtifactError,))
+    return Format(
+        "artifact, forged, checksums repaired",
+        _make_artifact,
+        _forge_artifact,
+        _reads_weights_of(False),
+        (ArtifactError,),
+    )
 
 
 def checkpoint() -> Format:
@@ -154,23 +187,29 @@ def checkpoint() -> Format:
 
     def make(path: Path) -> bytes:
         torch.manual_seed(0)
-        true.update(state_dict=dict(Hymba(NET).state_dict()), global_step=12,
-                    hyper_parameters={"net": NET.to_dict()},
-                    callbacks={"WallClock": {"elapsed": 3.5, "steps": 12, "recent": [0.25] * 12}})
+        true.update(
+            state_dict=dict(Hymba(NET).state_dict()),
+            global_step=12,
+            hyper_parameters={"net": NET.to_dict()},
+            callbacks={"WallClock": {"elapsed": 3.5, "steps": 12, "recent": [0.25] * 12}},
+        )
         write_checkpoint(path, true)
         return path.read_bytes()
 
     def read(path: Path, content: bytes) -> bool:
         got = read_checkpoint(path)
-        return all(torch.equal(got["state_dict"][name], tensor) for name, tensor in true["state_dict"].items()) and \
-            {key: got[key] for key in true if key != "state_dict"} == \
-            {key: true[key] for key in true if key != "state_dict"}
+        return all(torch.equal(got["state_dict"][name], tensor) for name, tensor in true["state_dict"].items()) and {
+            key: got[key] for key in true if key != "state_dict"
+        } == {key: true[key] for key in true if key != "state_dict"}
 
     return Format("checkpoint, damaged", make, damage, read, (CheckpointError,))
 
 
-FORMATS: dict[str, Callable[[], Format]] = {"artifact": damaged_artifact, "forged-artifact": forged_artifact,
-                                            "checkpoint": checkpoint}
+FORMATS: dict[str, Callable[[], Format]] = {
+    "artifact": damaged_artifact,
+    "forged-artifact": forged_artifact,
+    "checkpoint": checkpoint,
+}
 
 
 def run(names: list[str], n: int, seed: int, out: Path | None) -> str:
@@ -192,9 +231,14 @@ def run(names: list[str], n: int, seed: int, out: Path | None) -> str:
 
 def _make_artifact(path: Path) -> bytes:
     torch.manual_seed(0)
-    save_artifact(path, Hymba(NET).state_dict(), config=NET.to_dict(), metadata={"steps": 3, "seq_len": 64},
-                  tokenizer={"sha256": "ab" * 32, "vocab_size": 60},
-                  scheme=QuantizationConfig(keep_float_numel=500, zstd_level=3))
+    save_artifact(
+        path,
+        Hymba(NET).state_dict(),
+        config=NET.to_dict(),
+        metadata={"steps": 3, "seq_len": 64},
+        tokenizer={"sha256": "ab" * 32, "vocab_size": 60},
+        scheme=QuantizationConfig(keep_float_numel=500, zstd_level=3),
+    )
     return path.read_bytes()
 
 
@@ -209,8 +253,9 @@ def _forge_artifact(content: bytes, rng: random.Random) -> bytes:
         text = damage(json.dumps(header).encode(), rng) or b" "
         return container.seal(container.frame(text, 1), payload)
     else:
-        raw_bytes = sum(size * header["streams"][name]
-                        for name, size in {"q": 1, "scale": 2, "float16": 2, "float32": 4}.items())
+        raw_bytes = sum(
+            size * header["streams"][name] for name, size in {"q": 1, "scale": 2, "float16": 2, "float32": 4}.items()
+        )
         raw = container.decompress(payload, raw_bytes, "payload")
         payload = container.frame(damage(raw, rng) or b"\0", 1) if rng.random() < 0.7 else damage(payload, rng)
     text = json.dumps(header).encode()
@@ -227,9 +272,12 @@ def _reads_weights_of(exactly: bool) -> Callable[[Path, bytes], bool]:
         if exactly:
             return all(torch.equal(artifact.state_dict[name], tensor) for name, tensor in expected.items())
         with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in
-                      Hymba(HymbaConfig.from_dict(artifact.config)).state_dict().items()}
-        return {name: tensor.shape for name, tensor in artifact.state_dict.items()} == shapes and \
-            all(bool(torch.isfinite(tensor).all()) for tensor in artifact.state_dict.values())
+            shapes = {
+                name: tensor.shape
+                for name, tensor in Hymba(HymbaConfig.from_dict(artifact.config)).state_dict().items()
+            }
+        return {name: tensor.shape for name, tensor in artifact.state_dict.items()} == shapes and all(
+            bool(torch.isfinite(tensor).all()) for tensor in artifact.state_dict.values()
+        )
 
     return read

@@ -32,8 +32,9 @@ def state_bytes(state: HymbaState) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def measure(net: Hymba, lengths: list[int], n_new: int, prefill_tokens: int = 2048,
-            tokens: Tensor | None = None) -> Iterator[LengthResult]:
+def measure(
+    net: Hymba, lengths: list[int], n_new: int, prefill_tokens: int = 2048, tokens: Tensor | None = None
+) -> Iterator[LengthResult]:
     """Reads a context (random tokens by default) and, at each of the rising lengths, draws `n_new` tokens greedily.
 
     The tokens drawn are not kept: each length goes on from the one before. Raises ValueError for lengths that do not
@@ -63,12 +64,16 @@ def measure(net: Hymba, lengths: list[int], n_new: int, prefill_tokens: int = 20
 
 def table(results: list[LengthResult]) -> str:
     """Markdown."""
-    rows = ["| tokens of context | ms per new token | state | peak memory of the process | read at |",
-            "|---|---|---|---|---|"]
+    rows = [
+        "| tokens of context | ms per new token | state | peak memory of the process | read at |",
+        "|---|---|---|---|---|",
+    ]
     before = 0
     for result in results:
         rate = (result.context - before) / result.read_seconds
         before = result.context
-        rows.append(f"| {result.context:,} | {result.ms_per_token:.2f} | {result.state_bytes / 1024:,.0f} KiB | "
-                    f"{result.peak_rss_mib:,.0f} MiB | {rate:,.0f} tokens/s |")
+        rows.append(
+            f"| {result.context:,} | {result.ms_per_token:.2f} | {result.state_bytes / 1024:,.0f} KiB | "
+            f"{result.peak_rss_mib:,.0f} MiB | {rate:,.0f} tokens/s |"
+        )
     return "\n".join(rows) + "\n"

@@ -31,8 +31,16 @@ class Contender:
     ours: bool = False
 
 
-def mambapy_scan(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_E: Tensor, z_BTE: Tensor,
-                 dt_bias_E: Tensor) -> Tensor:
+def mambapy_scan(
+    u_BTE: Tensor,
+    dt_BTE: Tensor,
+    A_EN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_E: Tensor,
+    z_BTE: Tensor,
+    dt_bias_E: Tensor,
+) -> Tensor:
     """mambapy's parallel scan between plain PyTorch steps: every state of every token is in memory."""
     from mambapy.pscan import pscan
 
@@ -42,8 +50,16 @@ def mambapy_scan(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_B
     return (y * F.silu(z_BTE.float())).to(u_BTE.dtype)
 
 
-def mamba_ssm_scan(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_E: Tensor,
-                   z_BTE: Tensor, dt_bias_E: Tensor) -> Tensor:
+def mamba_ssm_scan(
+    u_BTE: Tensor,
+    dt_BTE: Tensor,
+    A_EN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_E: Tensor,
+    z_BTE: Tensor,
+    dt_bias_E: Tensor,
+) -> Tensor:
     """mamba-ssm's kernel under its own autograd, which keeps what our adapter recomputes; time-last copies included."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
@@ -55,7 +71,7 @@ def torch_conv(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor) -> Tensor:
     """torch's depthwise conv1d, padded on both sides and cut, as most Mamba code without kernels does it."""
     weight, bias = weight_EW[:, None].to(x_BTE.dtype), bias_E.to(x_BTE.dtype)
     y_BET = F.conv1d(x_BTE.transpose(1, 2), weight, bias, padding=weight_EW.size(1) - 1, groups=x_BTE.size(2))
-    return F.silu(y_BET[..., :x_BTE.size(1)]).transpose(1, 2).contiguous()
+    return F.silu(y_BET[..., : x_BTE.size(1)]).transpose(1, 2).contiguous()
 
 
 def package_conv(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor) -> Tensor:

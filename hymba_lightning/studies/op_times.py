@@ -86,43 +86,80 @@ class OpTime:
     """On a GPU: Python's launches count too."""
 
 
-def scan_subject(batch: int, length: int, channels: int, states: int, device: torch.device,
-                 dtype: torch.dtype) -> Subject:
+def scan_subject(
+    batch: int, length: int, channels: int, states: int, device: torch.device, dtype: torch.dtype
+) -> Subject:
     """The gated selective scan."""
+
     def operands(tokens: int) -> Operands:
         wide = functools.partial(torch.randn, batch, tokens, dtype=dtype, device=device)
-        return {"u_BTE": wide(channels), "dt_BTE": wide(channels),
-                "A_EN": -3 * torch.rand(channels, states, device=device), "B_BTN": wide(states), "C_BTN": wide(states),
-                "D_E": torch.randn(channels, device=device), "z_BTE": wide(channels),
-                "dt_bias_E": torch.randn(channels, device=device) - 3}
+        return {
+            "u_BTE": wide(channels),
+            "dt_BTE": wide(channels),
+            "A_EN": -3 * torch.rand(channels, states, device=device),
+            "B_BTN": wide(states),
+            "C_BTN": wide(states),
+            "D_E": torch.randn(channels, device=device),
+            "z_BTE": wide(channels),
+            "dt_bias_E": torch.randn(channels, device=device) - 3,
+        }
 
     # Forward reads u, dt, z, B, C and writes out; backward reads those and g_out, and writes five gradients.
     values = batch * length * (11 * channels + 6 * states)
-    return Subject(f"selective scan, forward + backward (B {batch}, T {length:,}, E {channels}, N {states})", operands,
-                   length, functools.partial(selective_scan.selective_scan, backend="naive"), scan_contenders(device),
-                   values * dtype.itemsize / 1e6, 0.0)
+    return Subject(
+        f"selective scan, forward + backward (B {batch}, T {length:,}, E {channels}, N {states})",
+        operands,
+        length,
+        functools.partial(selective_scan.selective_scan, backend="naive"),
+        scan_contenders(device),
+        values * dtype.itemsize / 1e6,
+        0.0,
+    )
 
 
-def conv_subject(batch: int, length: int, channels: int, taps: int, device: torch.device,
-                 dtype: torch.dtype) -> Subject:
+def conv_subject(
+    batch: int, length: int, channels: int, taps: int, device: torch.device, dtype: torch.dtype
+) -> Subject:
     """The causal convolution with SiLU."""
+
     def operands(tokens: int) -> Operands:
-        return {"x_BTE": torch.randn(batch, tokens, channels, dtype=dtype, device=device),
-                "weight_EW": torch.randn(channels, taps, device=device), "bias_E": torch.randn(channels, device=device)}
+        return {
+            "x_BTE": torch.randn(batch, tokens, channels, dtype=dtype, device=device),
+            "weight_EW": torch.randn(channels, taps, device=device),
+            "bias_E": torch.randn(channels, device=device),
+        }
 
     # Forward reads x and writes y; backward reads x and g_y and writes g_x.
-    return Subject(f"causal convolution + SiLU, forward + backward (B {batch}, T {length:,}, E {channels}, W {taps})",
-                   operands, length, functools.partial(causal_conv1d.causal_conv1d, backend="naive"),
-                   conv_contenders(device), 5 * batch * length * channels * dtype.itemsize / 1e6, 0.0)
+    return Subject(
+        f"causal convolution + SiLU, forward + backward (B {batch}, T {length:,}, E {channels}, W {taps})",
+        operands,
+        length,
+        functools.partial(causal_conv1d.causal_conv1d, backend="naive"),
+        conv_contenders(device),
+        5 * batch * length * channels * dtype.itemsize / 1e6,
+        0.0,
+    )
 
 
-def attention_subject(batch: int, length: int, heads: int, kv_heads: int, head_dim: int, window: int,
-                      device: torch.device, dtype: torch.dtype) -> Subject:
+def attention_subject(
+    batch: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Subject:
     """Sliding-window attention."""
+
     def operands(tokens: int) -> Operands:
         make = functools.partial(torch.randn, dtype=dtype, device=device)
-        return {"q_BTHK": make(batch, tokens, heads, head_dim), "k_BSGK": make(batch, tokens, kv_heads, head_dim),
-                "v_BSGK": make(batch, tokens, kv_heads, head_dim)}
+        return {
+            "q_BTHK": make(batch, tokens, heads, head_dim),
+            "k_BSGK": make(batch, tokens, kv_heads, head_dim),
+            "v_BSGK": make(batch, tokens, kv_heads, head_dim),
+        }
 
     seen = length * window - window * (window - 1) / 2 if window < length else length * (length + 1) / 2
     # Two products forward, four backward, of 2·K operations for each pair of a query and a key it sees.
@@ -130,19 +167,33 @@ def attention_subject(batch: int, length: int, heads: int, kv_heads: int, head_d
     values = batch * length * head_dim * (6 * heads + 6 * kv_heads)
     shape = f"B {batch}, T {length:,}, heads {heads}:{kv_heads}, K {head_dim}, window {window}"
     definition = functools.partial(sliding_window.sliding_window_attention, window=window, backend="naive")
-    return Subject(f"window attention, forward + backward ({shape})", operands, length, definition,
-                   attention_contenders(device, window, length, dtype), values * dtype.itemsize / 1e6, flops / 1e9)
+    return Subject(
+        f"window attention, forward + backward ({shape})",
+        operands,
+        length,
+        definition,
+        attention_contenders(device, window, length, dtype),
+        values * dtype.itemsize / 1e6,
+        flops / 1e9,
+    )
 
 
 def loss_subject(tokens: int, vocab: int, cap: float, device: torch.device, dtype: torch.dtype) -> Subject:
     """The cross-entropy of softcapped logits."""
+
     def operands(n_tokens: int) -> Operands:
         return {"logits_NV": 10 * torch.randn(n_tokens, vocab, dtype=dtype, device=device)}
 
     # Forward reads the logits; backward reads them and writes their gradient.
-    return Subject(f"softcapped cross-entropy, forward + backward (N {tokens:,}, V {vocab:,}, cap {cap:g})", operands,
-                   tokens, functools.partial(softcapped_loss, cap=cap, backend="naive"), loss_contenders(device, cap),
-                   3 * tokens * vocab * dtype.itemsize / 1e6, 0.0)
+    return Subject(
+        f"softcapped cross-entropy, forward + backward (N {tokens:,}, V {vocab:,}, cap {cap:g})",
+        operands,
+        tokens,
+        functools.partial(softcapped_loss, cap=cap, backend="naive"),
+        loss_contenders(device, cap),
+        3 * tokens * vocab * dtype.itemsize / 1e6,
+        0.0,
+    )
 
 
 def _synchronize(device: torch.device) -> None:
@@ -271,8 +322,13 @@ def time_subject(subject: Subject, rounds: int) -> dict[str, OpTime]:
             times[name].append((_milliseconds(run_forward, device), _milliseconds(run_both, device)))
     for name, pairs in times.items():
         forwards, together = (list(column) for column in zip(*pairs, strict=True))
-        results[name] = OpTime(statistics.median(forwards), statistics.median(together), (min(together), max(together)),
-                               memory[name], with_launches=name in launched)
+        results[name] = OpTime(
+            statistics.median(forwards),
+            statistics.median(together),
+            (min(together), max(together)),
+            memory[name],
+            with_launches=name in launched,
+        )
     return results
 
 
@@ -281,8 +337,14 @@ def machine(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists():
-        name = next((line.split(":", 1)[1].strip() for line in cpu_info.read_text(encoding="utf-8").splitlines()
-                     if line.startswith("model name")), name)
+        name = next(
+            (
+                line.split(":", 1)[1].strip()
+                for line in cpu_info.read_text(encoding="utf-8").splitlines()
+                if line.startswith("model name")
+            ),
+            name,
+        )
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return f"{name}, {platform.python_implementation()} {platform.python_version()}, torch {torch.__version__}"
@@ -291,9 +353,12 @@ def machine(device: torch.device) -> str:
 def table(subject: Subject, results: dict[str, OpTime], ceiling: Ceilings) -> str:
     """Markdown; the first contender is what the others are divided by."""
     floor, first = ceiling.floor_ms(subject), subject.contenders[0].name
-    lines = [f"{subject.title}; floor {floor:.2f} ms", "",
-             f"| backend | forward ms | both ms (min–max) | {first} / it | floor / it | extra memory MB |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        f"{subject.title}; floor {floor:.2f} ms",
+        "",
+        f"| backend | forward ms | both ms (min–max) | {first} / it | floor / it | extra memory MB |",
+        "|---|---|---|---|---|---|",
+    ]
     base = results[first]
     for contender in subject.contenders:
         result = results[contender.name]

@@ -67,8 +67,14 @@ def recipes() -> list[Recipe]:
             listed.append(Recipe(f"int{bits}, {'GPTQ' if gptq else 'rounded'}", series, scheme, bits))
     for share, gptq in itertools.product(SHARES, (False, True)):
         series = "mixed, GPTQ" if gptq else "mixed"
-        listed.append(Recipe(f"{series}, {share:.0%} of the reference's bytes", series,
-                             QuantizationConfig(scheme="mixed", gptq=gptq), share=share))
+        listed.append(
+            Recipe(
+                f"{series}, {share:.0%} of the reference's bytes",
+                series,
+                QuantizationConfig(scheme="mixed", gptq=gptq),
+                share=share,
+            )
+        )
     return listed
 
 
@@ -82,16 +88,29 @@ def compare(net: Hymba, other: Hymba, batches: Iterable[Any], device: torch.devi
         log_p, log_q = (each(inputs).float().log_softmax(-1) for each in (net, other))
         nats_p, nats_q = (-each.gather(-1, targets.long()[..., None]).double().sum() for each in (log_p, log_q))
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).double().sum()
-        sums += torch.stack([nats_p.cpu(), nats_q.cpu(), divergence.cpu(), torch.tensor(float(inputs.numel())),
-                             batch.target_bytes.double().sum()])
+        sums += torch.stack(
+            [
+                nats_p.cpu(),
+                nats_q.cpu(),
+                divergence.cpu(),
+                torch.tensor(float(inputs.numel())),
+                batch.target_bytes.double().sum(),
+            ]
+        )
     nats_p, nats_q, divergence, n_tokens, n_bytes = sums.tolist()
     per_byte = 1 / (math.log(2) * n_bytes)
-    return {"float_bpb": nats_p * per_byte, "bpb": nats_q * per_byte, "gap": (nats_q - nats_p) * per_byte,
-            "kl": divergence / n_tokens, "tokens": n_tokens}
+    return {
+        "float_bpb": nats_p * per_byte,
+        "bpb": nats_q * per_byte,
+        "gap": (nats_q - nats_p) * per_byte,
+        "kl": divergence / n_tokens,
+        "tokens": n_tokens,
+    }
 
 
-def write(recipe: Recipe, weights: dict[str, Tensor], net: Hymba, calibration: Calibration, path: Path,
-          reference_bytes: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+def write(
+    recipe: Recipe, weights: dict[str, Tensor], net: Hymba, calibration: Calibration, path: Path, reference_bytes: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Writes the recipe's file at `path`; returns the weights read back, and bytes and seconds."""
     started = time.monotonic()
     if recipe.scheme is None:
@@ -103,17 +122,34 @@ def write(recipe: Recipe, weights: dict[str, Tensor], net: Hymba, calibration: C
         if recipe.share is not None:
             limit = int(recipe.share * reference_bytes) + evaluation_code_bytes()
             scheme = dataclasses.replace(scheme, limit_bytes=limit)
-        save_artifact(path, weights, config=net.config.to_dict(), tokenizer={}, metadata={}, scheme=scheme,
-                      hessians=calibration.hessians if scheme.calibrated else None,
-                      sensitivities=calibration.sensitivities if scheme.scheme == "mixed" else None)
+        save_artifact(
+            path,
+            weights,
+            config=net.config.to_dict(),
+            tokenizer={},
+            metadata={},
+            scheme=scheme,
+            hessians=calibration.hessians if scheme.calibrated else None,
+            sensitivities=calibration.sensitivities if scheme.scheme == "mixed" else None,
+        )
         written = time.monotonic()
         stored = load_artifact(path).state_dict
-    return stored, {"bytes": path.stat().st_size, "export_seconds": written - started,
-                    "load_seconds": time.monotonic() - written}
+    return stored, {
+        "bytes": path.stat().st_size,
+        "export_seconds": written - started,
+        "load_seconds": time.monotonic() - written,
+    }
 
 
-def run_study(net: Hymba, data: HymbaDataModule, calibration: Calibration, out: Path, device: torch.device,
-              only: list[str] | None = None, coders: bool = True) -> str:
+def run_study(
+    net: Hymba,
+    data: HymbaDataModule,
+    calibration: Calibration,
+    out: Path,
+    device: torch.device,
+    only: list[str] | None = None,
+    coders: bool = True,
+) -> str:
     """Runs the recipes that have no result yet. Returns the tables (Markdown), also in out/table.md; with plot.png.
 
     net: the float weights, on `device`. calibration: Hessians and sensitivities, on the CPU. only: series to run,
@@ -136,8 +172,11 @@ def run_study(net: Hymba, data: HymbaDataModule, calibration: Calibration, out: 
         others = {"coders": coder_bytes(file)} if coders and recipe.scheme is not None else {}
         results[recipe.name] = {"series": recipe.series, "file": file.name, **result, **others}
         write_atomic(path, json.dumps(results, indent=1) + "\n")
-        print(f"{recipe.name}: {result['bytes']:,.0f} bytes, {1000 * result['gap']:+.2f} thousandths of a bit a byte, "
-              f"written in {result['export_seconds']:.1f} s", flush=True)
+        print(
+            f"{recipe.name}: {result['bytes']:,.0f} bytes, {1000 * result['gap']:+.2f} thousandths of a bit a byte, "
+            f"written in {result['export_seconds']:.1f} s",
+            flush=True,
+        )
     return report(results, out)
 
 
@@ -177,19 +216,33 @@ def entropy_bytes(content: bytes, cuts: list[int]) -> int:
 def report(results: dict[str, dict[str, Any]], out: Path) -> str:
     """The tables and the plot."""
     base = results[REFERENCE]
-    rows = [f"Float weights: {base['float_bpb']:.4f} bits per byte on {base['tokens']:,.0f} tokens.", "",
-            "| stored as | bytes | to the reference's file | gap, thousandths of a bit a byte | "
-            "KL, thousandths of a nat a token | export, s | load, s |", "|---|---|---|---|---|---|---|"]
-    rows += [f"| {name} | {result['bytes']:,.0f} | {result['bytes'] / base['bytes'] - 1:+.1%} | "
-             f"{1000 * result['gap']:+.2f} | {1000 * result['kl']:.3f} | {result['export_seconds']:.1f} | "
-             f"{result['load_seconds']:.2f} |" for name, result in results.items()]
+    rows = [
+        f"Float weights: {base['float_bpb']:.4f} bits per byte on {base['tokens']:,.0f} tokens.",
+        "",
+        "| stored as | bytes | to the reference's file | gap, thousandths of a bit a byte | "
+        "KL, thousandths of a nat a token | export, s | load, s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| {name} | {result['bytes']:,.0f} | {result['bytes'] / base['bytes'] - 1:+.1%} | "
+        f"{1000 * result['gap']:+.2f} | {1000 * result['kl']:.3f} | {result['export_seconds']:.1f} | "
+        f"{result['load_seconds']:.2f} |"
+        for name, result in results.items()
+    ]
     with_coders = {name: result["coders"] for name, result in results.items() if "coders" in result}
     if with_coders:
         names = list(dict.fromkeys(itertools.chain(*with_coders.values())))
-        rows += ["", "The same payloads under other coders, bytes:", "", f"| stored as | {' | '.join(names)} |",
-                 "|---" * (len(names) + 1) + "|"]
-        rows += [f"| {name} | " + " | ".join(f"{coders[coder]:,}" if coder in coders else "–" for coder in names) + " |"
-                 for name, coders in with_coders.items()]
+        rows += [
+            "",
+            "The same payloads under other coders, bytes:",
+            "",
+            f"| stored as | {' | '.join(names)} |",
+            "|---" * (len(names) + 1) + "|",
+        ]
+        rows += [
+            f"| {name} | " + " | ".join(f"{coders[coder]:,}" if coder in coders else "–" for coder in names) + " |"
+            for name, coders in with_coders.items()
+        ]
     table = "\n".join(rows) + "\n"
     write_atomic(out / "table.md", table)
     plot(results, out / "plot.png")
@@ -202,8 +255,9 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axis = figure.subplots()
     for series, color in COLORS.items():
-        points = sorted((result["bytes"] / 1e6, 1000 * result["kl"]) for result in results.values()
-                        if result["series"] == series)
+        points = sorted(
+            (result["bytes"] / 1e6, 1000 * result["kl"]) for result in results.values() if result["series"] == series
+        )
         if points:
             style = {"linestyle": "none", "marker": "s", "zorder": 3} if series == "reference" else {"marker": "o"}
             label = "reference's quantizer and file" if series == "reference" else series

@@ -21,9 +21,20 @@ from hymba_lightning.studies.runs import run_once
 
 # The published command's settings (SLIDING_WINDOW=512 …), one micro-batch a step, no warmdown, no evaluation between.
 SETTINGS = {
-    "SLIDING_WINDOW": "512", "SWA_GLOBAL_LAYERS": "none", "NUM_LAYERS": "7", "MLP_MULT": "4", "MODEL_DIM": "512",
-    "NUM_HEADS": "8", "NUM_KV_HEADS": "4", "HYMBA_EXPAND": "1", "HYMBA_SSM_STATE": "8", "GRAD_ACCUM_STEPS": "1",
-    "MAX_WALLCLOCK_SECONDS": "0", "WARMDOWN_ITERS": "0", "VAL_LOSS_EVERY": "0", "TRAIN_LOG_EVERY": "20",
+    "SLIDING_WINDOW": "512",
+    "SWA_GLOBAL_LAYERS": "none",
+    "NUM_LAYERS": "7",
+    "MLP_MULT": "4",
+    "MODEL_DIM": "512",
+    "NUM_HEADS": "8",
+    "NUM_KV_HEADS": "4",
+    "HYMBA_EXPAND": "1",
+    "HYMBA_SSM_STATE": "8",
+    "GRAD_ACCUM_STEPS": "1",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "WARMDOWN_ITERS": "0",
+    "VAL_LOSS_EVERY": "0",
+    "TRAIN_LOG_EVERY": "20",
 }
 STEP_LINE = re.compile(r"step:(\d+)/\d+ train_loss:\S+ train_time:([\d.]+)ms")
 MEMORY_LINE = re.compile(r"peak memory allocated: (\d+) MiB")
@@ -45,8 +56,10 @@ def steady_step_ms(log: str) -> float:
     """
     times = {int(step): float(ms) for step, ms in STEP_LINE.findall(log) if int(step) >= 20}
     if len(times) < 2:
-        raise ValueError("the reference's log has no two lines 'step:N/M train_loss:… train_time:…ms' from step 20 on; "
-                         f"it ends with:\n{log[-1500:]}")
+        raise ValueError(
+            "the reference's log has no two lines 'step:N/M train_loss:… train_time:…ms' from step 20 on; "
+            f"it ends with:\n{log[-1500:]}"
+        )
     first, last = min(times), max(times)
     return (times[last] - times[first]) / (last - first)
 
@@ -61,8 +74,17 @@ def link_shards(data_dir: Path, folder: Path) -> None:
             (folder / f"fineweb_{split}_{index:06d}.bin").symlink_to(shard.resolve())
 
 
-def run_reference(script: Path, data_dir: Path, tokenizer: Path, log: Path, *, seq_len: int, tokens: int,
-                  steps: int, timeout: float = 900.0) -> float:
+def run_reference(
+    script: Path,
+    data_dir: Path,
+    tokenizer: Path,
+    log: Path,
+    *,
+    seq_len: int,
+    tokens: int,
+    steps: int,
+    timeout: float = 900.0,
+) -> float:
     """Runs the reference's script until it has made `steps` steps; returns milliseconds a step.
 
     Raises:
@@ -70,14 +92,28 @@ def run_reference(script: Path, data_dir: Path, tokenizer: Path, log: Path, *, s
     """
     with tempfile.TemporaryDirectory() as work:
         link_shards(data_dir, Path(work))
-        environment = os.environ | SETTINGS | {
-            "DATA_PATH": work, "TOKENIZER_PATH": str(tokenizer.resolve()), "TRAIN_SEQ_LEN": str(seq_len),
-            "TRAIN_BATCH_TOKENS": str(tokens), "VAL_BATCH_SIZE": str(tokens), "ITERATIONS": str(steps),
-            "PYTHONUNBUFFERED": "1",
-        }
+        environment = (
+            os.environ
+            | SETTINGS
+            | {
+                "DATA_PATH": work,
+                "TOKENIZER_PATH": str(tokenizer.resolve()),
+                "TRAIN_SEQ_LEN": str(seq_len),
+                "TRAIN_BATCH_TOKENS": str(tokens),
+                "VAL_BATCH_SIZE": str(tokens),
+                "ITERATIONS": str(steps),
+                "PYTHONUNBUFFERED": "1",
+            }
+        )
         with open(log, "w", encoding="utf-8") as file:
-            process = subprocess.Popen([sys.executable, str(script.resolve())], cwd=work, env=environment, stdout=file,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                [sys.executable, str(script.resolve())],
+                cwd=work,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         started = time.monotonic()
         try:
             # Its evaluation and export, which follow the last step, are not waited for.
@@ -96,14 +132,40 @@ def run_reference(script: Path, data_dir: Path, tokenizer: Path, log: Path, *, s
     return steady_step_ms(text)
 
 
-def run_ours(data_dir: Path, run_dir: Path, *, config: Path, seq_len: int, tokens: int, steps: int,
-             extra: list[str]) -> float:
+def run_ours(
+    data_dir: Path, run_dir: Path, *, config: Path, seq_len: int, tokens: int, steps: int, extra: list[str]
+) -> float:
     """`hymba fit` for as many steps without a budget; returns training milliseconds a step, warm-up left out."""
-    summary = run_once("fit", run_dir, "summary.json", [
-        "--config", str(config), "--data.data_dir", str(data_dir), "--data.seq_len", str(seq_len),
-        "--data.micro_batch_size", str(tokens // seq_len), "--data.val_tokens_limit", str(seq_len),
-        "--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.max_steps", str(steps),
-        "--model.budget_seconds", "null", "--export.enabled", "false", "--checkpoint.every_n_seconds", "null", *extra])
+    summary = run_once(
+        "fit",
+        run_dir,
+        "summary.json",
+        [
+            "--config",
+            str(config),
+            "--data.data_dir",
+            str(data_dir),
+            "--data.seq_len",
+            str(seq_len),
+            "--data.micro_batch_size",
+            str(tokens // seq_len),
+            "--data.val_tokens_limit",
+            str(seq_len),
+            "--trainer.devices",
+            "1",
+            "--trainer.strategy",
+            "auto",
+            "--trainer.max_steps",
+            str(steps),
+            "--model.budget_seconds",
+            "null",
+            "--export.enabled",
+            "false",
+            "--checkpoint.every_n_seconds",
+            "null",
+            *extra,
+        ],
+    )
     return 1000 * summary["train_seconds"] / summary["steps"]
 
 
@@ -111,9 +173,13 @@ def table(pairs: list[Pair]) -> str:
     """Markdown: every pair, then medians and the ratio's range."""
     ratios = [pair.ours / pair.reference for pair in pairs]
     rows = ["| run | reference, ms/step | ours, ms/step | ratio |", "|---|---|---|---|"]
-    rows += [f"| {i + 1} | {pair.reference:.1f} | {pair.ours:.1f} | {ratio:.3f} |"
-             for i, (pair, ratio) in enumerate(zip(pairs, ratios, strict=True))]
-    rows.append(f"| median | {statistics.median(p.reference for p in pairs):.1f} | "
-                f"{statistics.median(p.ours for p in pairs):.1f} | **{statistics.median(ratios):.3f}** "
-                f"({min(ratios):.3f}–{max(ratios):.3f}) |")
+    rows += [
+        f"| {i + 1} | {pair.reference:.1f} | {pair.ours:.1f} | {ratio:.3f} |"
+        for i, (pair, ratio) in enumerate(zip(pairs, ratios, strict=True))
+    ]
+    rows.append(
+        f"| median | {statistics.median(p.reference for p in pairs):.1f} | "
+        f"{statistics.median(p.ours for p in pairs):.1f} | **{statistics.median(ratios):.3f}** "
+        f"({min(ratios):.3f}–{max(ratios):.3f}) |"
+    )
     return "\n".join(rows)

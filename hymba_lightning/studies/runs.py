@@ -14,8 +14,14 @@ from typing import Any
 from hymba_lightning.studies.worker import Worker
 
 
-def run_once(command: str, run_dir: Path, result: str, arguments: Sequence[str],
-             environment: Mapping[str, str] | None = None, worker: Worker | None = None) -> dict[str, Any]:
+def run_once(
+    command: str,
+    run_dir: Path,
+    result: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    worker: Worker | None = None,
+) -> dict[str, Any]:
     """The JSON file `result` of `hymba <command> --run_dir <run_dir>`, from an earlier call or from one made now.
 
     `environment` is added to this process's; a `worker` has its own. A fit that was interrupted goes on from its
@@ -35,9 +41,13 @@ def run_once(command: str, run_dir: Path, result: str, arguments: Sequence[str],
             code = worker.run(line, log)
         else:
             with open(log, "a", encoding="utf-8") as file:
-                code = subprocess.run([sys.executable, "-m", "hymba_lightning", *line], stdout=file,
-                                      stderr=subprocess.STDOUT, check=False,
-                                      env=os.environ | dict(environment or {})).returncode
+                code = subprocess.run(
+                    [sys.executable, "-m", "hymba_lightning", *line],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    check=False,
+                    env=os.environ | dict(environment or {}),
+                ).returncode
         if code or not path.is_file():
             # A crash in C++ ends with dozens of addresses; what went wrong stands above them.
             text = log.read_text(encoding="utf-8", errors="replace")
@@ -50,5 +60,7 @@ def run_once(command: str, run_dir: Path, result: str, arguments: Sequence[str],
 
 def hardware(environment: dict[str, Any]) -> str:
     """A line that says what the numbers were measured on."""
-    return (f"{environment['world_size']} × {environment['device']}, torch {environment['torch']}, hymba_lightning "
-            f"{environment['hymba_lightning']}")
+    return (
+        f"{environment['world_size']} × {environment['device']}, torch {environment['torch']}, hymba_lightning "
+        f"{environment['hymba_lightning']}"
+    )

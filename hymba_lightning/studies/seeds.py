@@ -54,14 +54,22 @@ def better_than(ours: Sequence[float], baseline: Sequence[float], margin: float 
     theirs = statistics.variance(baseline) / len(baseline) if len(baseline) > 1 else 0.0
     if own + theirs == 0:
         return Test(difference, math.copysign(math.inf, difference - margin), math.inf, float(difference <= margin))
-    degrees = (own + theirs) ** 2 / (own**2 / (len(ours) - 1)
-                                     + (theirs**2 / (len(baseline) - 1) if len(baseline) > 1 else 0.0))
+    degrees = (own + theirs) ** 2 / (
+        own**2 / (len(ours) - 1) + (theirs**2 / (len(baseline) - 1) if len(baseline) > 1 else 0.0)
+    )
     t = (difference - margin) / math.sqrt(own + theirs)
     return Test(difference, t, degrees, student_tail(t, degrees))
 
 
-def run_seeds(seeds: Sequence[int], folder: Path, arguments: Sequence[str], *, baseline: Sequence[float] = (),
-              margin: float = 0.0, test: bool = True) -> str:
+def run_seeds(
+    seeds: Sequence[int],
+    folder: Path,
+    arguments: Sequence[str],
+    *,
+    baseline: Sequence[float] = (),
+    margin: float = 0.0,
+    test: bool = True,
+) -> str:
     """Fits (and tests) once per seed, then writes table.md and seeds.png; returns the table.
 
     `arguments` are options of `hymba fit`, all of which `hymba test` gets too.
@@ -83,25 +91,43 @@ def run_seeds(seeds: Sequence[int], folder: Path, arguments: Sequence[str], *, b
     last = next(stage for stage in reversed(STAGES) if stage in rows[0])
     if baseline and len(seeds) > 1:
         found = better_than([row[last] for row in rows], baseline, margin)
-        table += (f"\n{STAGES[last]} against a baseline of {statistics.mean(baseline):.4f} (n = {len(baseline)}): "
-                  f"lower by {found.difference:.4f}, t = {found.t:.2f} with {found.degrees:.1f} degrees of freedom, "
-                  f"one-sided p = {found.p:.2g} for a difference of more than {margin:g}\n")
+        table += (
+            f"\n{STAGES[last]} against a baseline of {statistics.mean(baseline):.4f} (n = {len(baseline)}): "
+            f"lower by {found.difference:.4f}, t = {found.t:.2f} with {found.degrees:.1f} degrees of freedom, "
+            f"one-sided p = {found.p:.2g} for a difference of more than {margin:g}\n"
+        )
     write_atomic(folder / "table.md", table)
     stages = [stage for stage in STAGES if stage in rows[0]]
-    lines = [Series(f"seed {seed}", [(float(place), row[stage]) for place, stage in enumerate(stages)], color,
-                    markers=True) for color, (seed, row) in enumerate(zip(seeds, rows, strict=True))]
-    to_png(Chart("seeds", "Bits per byte by stage and seed", "", "bits per byte", lines,
-                 categories=tuple(STAGES[stage] for stage in stages)), folder / "seeds.png")
+    lines = [
+        Series(f"seed {seed}", [(float(place), row[stage]) for place, stage in enumerate(stages)], color, markers=True)
+        for color, (seed, row) in enumerate(zip(seeds, rows, strict=True))
+    ]
+    to_png(
+        Chart(
+            "seeds",
+            "Bits per byte by stage and seed",
+            "",
+            "bits per byte",
+            lines,
+            categories=tuple(STAGES[stage] for stage in stages),
+        ),
+        folder / "seeds.png",
+    )
     return table
 
 
 def _table(seeds: Sequence[int], rows: Sequence[dict]) -> str:
     columns = [key for key in (*STAGES, "steps", "artifact_bytes") if rows[0].get(key) is not None]
-    lines = ["| seed | " + " | ".join(STAGES.get(key, key.replace("_", " ")) for key in columns) + " |",
-             "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        "| seed | " + " | ".join(STAGES.get(key, key.replace("_", " ")) for key in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
     for seed, row in zip(seeds, rows, strict=True):
-        lines.append(f"| {seed} | " + " | ".join(f"{row[key]:.4f}" if key in STAGES else f"{row[key]:,}"
-                                                 for key in columns) + " |")
+        lines.append(
+            f"| {seed} | "
+            + " | ".join(f"{row[key]:.4f}" if key in STAGES else f"{row[key]:,}" for key in columns)
+            + " |"
+        )
     cells = []
     for key in columns:
         values = [row[key] for row in rows]

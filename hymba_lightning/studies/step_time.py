@@ -60,8 +60,17 @@ class Stopwatch:
         return [1000 * (b - a) for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
 
-def measure(config: HymbaConfig, runtime: RuntimeConfig, seq_len: int, tokens: int, *, device: torch.device,
-            compile_net: bool, n_steps: int, warmup: int) -> StepTime:
+def measure(
+    config: HymbaConfig,
+    runtime: RuntimeConfig,
+    seq_len: int,
+    tokens: int,
+    *,
+    device: torch.device,
+    compile_net: bool,
+    n_steps: int,
+    warmup: int,
+) -> StepTime:
     """Trains `warmup` + `n_steps` steps on random tokens and times the latter. Frees what it took.
 
     Raises ValueError when `tokens` is not a multiple of `seq_len`.
@@ -90,16 +99,29 @@ def measure(config: HymbaConfig, runtime: RuntimeConfig, seq_len: int, tokens: i
     peak = device_peak_tflops(device)
     flops = tokens * config.train_flops_per_token(seq_len)
     parts = [statistics.median(column) for column in zip(*times, strict=True)]
-    result = StepTime(seq_len, tokens, total, (min(totals), max(totals)), *parts, peak_memory_gb(device),
-                      flops / (total / 1000) / (peak * 1e12) if peak else None)
+    result = StepTime(
+        seq_len,
+        tokens,
+        total,
+        (min(totals), max(totals)),
+        *parts,
+        peak_memory_gb(device),
+        flops / (total / 1000) / (peak * 1e12) if peak else None,
+    )
     del net, optimizer, shadow, parameters
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return result
 
 
-def one_step(net: Hymba, optimizer: torch.optim.Optimizer, inputs: Tensor, parameters: list[Tensor],
-             shadow: list[Tensor], watch: Stopwatch) -> None:
+def one_step(
+    net: Hymba,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    parameters: list[Tensor],
+    shadow: list[Tensor],
+    watch: Stopwatch,
+) -> None:
     """One step as the trainer makes it, with a mark before and after forward, backward, optimizer and average."""
     watch.mark()
     loss = net(inputs[:, :-1], inputs[:, 1:])
@@ -117,15 +139,23 @@ def one_step(net: Hymba, optimizer: torch.optim.Optimizer, inputs: Tensor, param
 def header(device: torch.device) -> str:
     """The hardware and versions, and the head of the markdown table whose rows `row` gives."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return "\n".join([f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads", "",
-                      "| seq_len | tokens a step | ms/step (min–max) | forward | backward | optimizer | average "
-                      "| tokens/s | MFU | memory |", "|---|---|---|---|---|---|---|---|---|---|"])
+    return "\n".join(
+        [
+            f"{name}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+            "",
+            "| seq_len | tokens a step | ms/step (min–max) | forward | backward | optimizer | average "
+            "| tokens/s | MFU | memory |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+    )
 
 
 def row(time: StepTime) -> str:
     """One measurement as a line of the table."""
     mfu = f"{time.mfu:.1%}" if time.mfu is not None else "–"
     spread = f"{time.spread[0]:.1f}–{time.spread[1]:.1f}"
-    return (f"| {time.seq_len:,} | {time.tokens:,} | {time.total:.1f} ({spread}) | {time.forward:.1f} "
-            f"| {time.backward:.1f} | {time.optimizer:.1f} | {time.average:.1f} | {time.tokens_per_s:,.0f} | {mfu} "
-            f"| {time.memory_gb:.1f} GB |")
+    return (
+        f"| {time.seq_len:,} | {time.tokens:,} | {time.total:.1f} ({spread}) | {time.forward:.1f} "
+        f"| {time.backward:.1f} | {time.optimizer:.1f} | {time.average:.1f} | {time.tokens_per_s:,.0f} | {mfu} "
+        f"| {time.memory_gb:.1f} GB |"
+    )

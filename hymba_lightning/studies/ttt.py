@@ -75,14 +75,20 @@ def run_recipe(net: Hymba, data: HymbaDataModule, config: TTTConfig, chunk_token
     total = scores[0]
     for score in scores[1:]:
         total = total + score
-    return {"bpb": total.bpb, "loss": total.loss, "tokens": total.n_tokens, "seconds": time.monotonic() - start,
-            "epochs_done": ttt.epochs_done, "chunk_bpb": [score.bpb for score in scores]}
+    return {
+        "bpb": total.bpb,
+        "loss": total.loss,
+        "tokens": total.n_tokens,
+        "seconds": time.monotonic() - start,
+        "epochs_done": ttt.epochs_done,
+        "chunk_bpb": [score.bpb for score in scores],
+    }
 
 
 def warm_up(net: Hymba, data: HymbaDataModule, config: TTTConfig, chunk_tokens: int) -> None:
     """One update and one scoring pass of the recipe's shapes, so that compiling kernels counts in no recipe."""
     n = min(chunk_tokens, max(config.batch_seqs, config.score_batch_seqs) * data.seq_len, len(data.val_stream()) - 1)
-    tokens = data.val_stream()[:n + 1]
+    tokens = data.val_stream()[: n + 1]
     no_bytes = torch.zeros(n, dtype=torch.int16)
     ttt = ScoreFirstTTT(net, data.seq_len, dataclasses.replace(config, epochs=min(config.epochs, 1)))
     for index in (0, 1):
@@ -92,8 +98,16 @@ def warm_up(net: Hymba, data: HymbaDataModule, config: TTTConfig, chunk_tokens: 
         ttt.adapt_chunk(chunk)
 
 
-def run_study(study: TTTStudy, artifact: Path, data: HymbaDataModule, out: Path, *, device: str = "cpu",
-              runtime: RuntimeConfig | None = None, only: list[str] | None = None) -> str:
+def run_study(
+    study: TTTStudy,
+    artifact: Path,
+    data: HymbaDataModule,
+    out: Path,
+    *,
+    device: str = "cpu",
+    runtime: RuntimeConfig | None = None,
+    only: list[str] | None = None,
+) -> str:
     """Runs the recipes that have no result yet. Returns the table (Markdown), also in out/table.md, with plot.png."""
     where = torch.device(device)
     path = out / "results.json"

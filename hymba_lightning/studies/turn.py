@@ -21,8 +21,9 @@ class DeviceTurn(pl.Callback):
     def __init__(self, path: str) -> None:
         self._lock = FileLock(path)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any,
-                             batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if not self._lock.is_locked:
             self._lock.acquire()
 

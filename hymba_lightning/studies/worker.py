@@ -40,8 +40,9 @@ class Worker:
         """
         if self._process is None:
             line = [sys.executable, "-m", "hymba_lightning.studies.worker"]
-            self._process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
-                                             env=os.environ | self.environment)
+            self._process = subprocess.Popen(
+                line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=os.environ | self.environment
+            )
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None

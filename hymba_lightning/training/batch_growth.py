@@ -30,8 +30,9 @@ class BatchGrowth(pl.Callback):
         if not all(0 < share < 1 for share in shares) or sorted(set(shares)) != list(shares):
             raise ValueError(f"shares={shares} must be rising shares of the run between 0 and 1")
         if len(micro_batches) != len(shares) + 1 or min(micro_batches) < 1:
-            raise ValueError(f"micro_batches={micro_batches} must be {len(shares) + 1} numbers of at least 1, one more "
-                             "than shares")
+            raise ValueError(
+                f"micro_batches={micro_batches} must be {len(shares) + 1} numbers of at least 1, one more than shares"
+            )
         self.shares, self.micro_batches = shares, micro_batches
         self._step = -1
 
@@ -40,8 +41,9 @@ class BatchGrowth(pl.Callback):
             raise ValueError("BatchGrowth goes by the run's clock: add WallClock() to the trainer's callbacks")
         self._step = -1
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any,
-                             batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step

@@ -36,8 +36,15 @@ class MemoryEstimate:
         return self.weights + self.activations
 
 
-def estimate_memory(net: HymbaConfig, runtime: RuntimeConfig, seq_len: int, micro_batch_size: int, *,
-                    averaged: bool = True, warmup: bool = True) -> MemoryEstimate:
+def estimate_memory(
+    net: HymbaConfig,
+    runtime: RuntimeConfig,
+    seq_len: int,
+    micro_batch_size: int,
+    *,
+    averaged: bool = True,
+    warmup: bool = True,
+) -> MemoryEstimate:
     """The peak of a training step.
 
     Args:
@@ -84,9 +91,9 @@ def free_memory() -> int | None:
         if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
             limits.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for limit, used, stat, cache in (
-            ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat",
-             "total_inactive_file")):
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+    ):
         try:
             root = Path("/sys/fs/cgroup")
             most, taken = (int((root / name).read_text(encoding="utf-8")) for name in (limit, used))
@@ -113,9 +120,11 @@ def check_memory(estimate: MemoryEstimate, free: int | None, ranks: int = 1) -> 
     needed = estimate.total * ranks
     if free is None or needed <= TIGHT * free:
         return
-    text = (f"a training step needs about {needed / GIB:.1f} GiB of memory and {free / GIB:.1f} GiB are free: take a "
-            "smaller network (--config configs/demo.yaml), fewer data.micro_batch_size, a shorter data.seq_len, or "
-            "--model.runtime.activation_checkpointing true")
+    text = (
+        f"a training step needs about {needed / GIB:.1f} GiB of memory and {free / GIB:.1f} GiB are free: take a "
+        "smaller network (--config configs/demo.yaml), fewer data.micro_batch_size, a shorter data.seq_len, or "
+        "--model.runtime.activation_checkpointing true"
+    )
     if needed > IMPOSSIBLE * free:
         raise UserError(text + "; --check_memory false tries it all the same")
     log.warning("%s", text)

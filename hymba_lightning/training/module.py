@@ -100,9 +100,16 @@ class HymbaModule(pl.LightningModule):
         self.log_every_n_steps, self.peak_tflops = log_every_n_steps, peak_tflops
         self.on_nan = on_nan
         # Plain values only: checkpoints are read with weights_only.
-        self.save_hyperparameters({"net": net.to_dict(), "optimizer": dataclasses.asdict(optimizer),
-                                   "budget_seconds": budget_seconds, "average": average,
-                                   "average_window": average_window, "ema_decay": ema_decay})
+        self.save_hyperparameters(
+            {
+                "net": net.to_dict(),
+                "optimizer": dataclasses.asdict(optimizer),
+                "budget_seconds": budget_seconds,
+                "average": average,
+                "average_window": average_window,
+                "ema_decay": ema_decay,
+            }
+        )
         self.bpb = BitsPerByte()
         self._weights_before_test: dict[str, Tensor] = {}
         self._lengths_told = False
@@ -119,8 +126,11 @@ class HymbaModule(pl.LightningModule):
             WeightAverage(self.average, self.average_window, self.ema_decay),
             TrainingStats(self.log_every_n_steps, self.peak_tflops),
         ]
-        return [callback for callback in wanted
-                if not any(isinstance(present, type(callback)) for present in callbacks_of(self.trainer))]
+        return [
+            callback
+            for callback in wanted
+            if not any(isinstance(present, type(callback)) for present in callbacks_of(self.trainer))
+        ]
 
     @property
     def run(self) -> Run:
@@ -136,12 +146,16 @@ class HymbaModule(pl.LightningModule):
         data = datamodule_of(self.trainer)
         vocab = getattr(data, "vocab_size", None)
         if vocab is not None and vocab != self.net.config.vocab_size:
-            raise ValueError(f"the data's tokenizer has {vocab} tokens, but model.net.vocab_size is "
-                             f"{self.net.config.vocab_size}: set it to {vocab} or use the other tokenizer")
+            raise ValueError(
+                f"the data's tokenizer has {vocab} tokens, but model.net.vocab_size is "
+                f"{self.net.config.vocab_size}: set it to {vocab} or use the other tokenizer"
+            )
         bos_id = getattr(data, "bos_id", None)
         if bos_id is not None and self.net.config.reset_at_bos and bos_id != self.net.config.bos_id:
-            raise ValueError(f"the tokenizer starts documents with id {bos_id}, but model.net.bos_id is "
-                             f"{self.net.config.bos_id}: set it to {bos_id}")
+            raise ValueError(
+                f"the tokenizer starts documents with id {bos_id}, but model.net.bos_id is "
+                f"{self.net.config.bos_id}: set it to {bos_id}"
+            )
         if stage == "fit":
             if self.trainer.max_steps == 0 or self.trainer.limit_train_batches == 0:
                 raise ValueError("nothing would be trained: trainer.max_steps or trainer.limit_train_batches is 0")
@@ -168,8 +182,10 @@ class HymbaModule(pl.LightningModule):
     def _check_trainer(self) -> None:
         """Options of the Trainer that would do something else than what they say."""
         if self.trainer.precision not in PRECISIONS:
-            raise ValueError(f"trainer.precision is {self.trainer.precision}: leave it at 32-true; the network "
-                             "computes in bfloat16 with model.runtime.compute_dtype bfloat16, over float32 weights")
+            raise ValueError(
+                f"trainer.precision is {self.trainer.precision}: leave it at 32-true; the network "
+                "computes in bfloat16 with model.runtime.compute_dtype bfloat16, over float32 weights"
+            )
 
     # Training ----------------------------------------------------------------------------------------------------
 
@@ -230,8 +246,11 @@ class HymbaModule(pl.LightningModule):
         assert score is not None
         self.run.validation = Validation(self.trainer.global_step, score)
         # The value is the same on every rank already; checkpoints and early stopping can monitor it.
-        self.log_dict({"val/bpb": bpb, "val/loss": score.loss}, rank_zero_only=True,
-                      logger=self.trainer.state.fn != TrainerFn.FITTING)  # in a fit, TrainingStats does that
+        self.log_dict(
+            {"val/bpb": bpb, "val/loss": score.loss},
+            rank_zero_only=True,
+            logger=self.trainer.state.fn != TrainerFn.FITTING,
+        )  # in a fit, TrainingStats does that
 
     def predict_step(self, batch: AnyBatch | Tensor, batch_idx: int) -> Tensor:
         """Of token ids (B, T) the logits (B, T, V); of inputs and targets every target's nats (B, T), float32."""
@@ -246,11 +265,16 @@ class HymbaModule(pl.LightningModule):
         self._weights_before_test = {name: p.detach().clone() for name, p in self.net.named_parameters()}
         data = datamodule_of(self.trainer)
         if not isinstance(data, HymbaDataModule):
-            raise ValueError("test-time training needs a HymbaDataModule, which hands over the stream in chunks: use "
-                             "trainer.validate for a loader of your own")
+            raise ValueError(
+                "test-time training needs a HymbaDataModule, which hands over the stream in chunks: use "
+                "trainer.validate for a loader of your own"
+            )
         with torch.inference_mode(False):  # what is made here is trained
-            self.run.testing = Testing(ScoreFirstTTT(self.net, data.seq_len, self.ttt_config, started=self.run.started,
-                                                     stream=data.val_stream()))
+            self.run.testing = Testing(
+                ScoreFirstTTT(
+                    self.net, data.seq_len, self.ttt_config, started=self.run.started, stream=data.val_stream()
+                )
+            )
 
     @property
     def testing(self) -> Testing:
@@ -309,19 +333,28 @@ class HymbaModule(pl.LightningModule):
         net = saved.get("net")
         if net is not None:
             own, net = self.net.config.to_dict(), net.to_dict() if isinstance(net, HymbaConfig) else net
-            different = [f"{key}: checkpoint {value!r}, config {own.get(key)!r}" for key, value in net.items()
-                         if value != own.get(key)]
+            different = [
+                f"{key}: checkpoint {value!r}, config {own.get(key)!r}"
+                for key, value in net.items()
+                if value != own.get(key)
+            ]
             if different:
-                raise ValueError("the checkpoint holds another network than the config describes ("
-                                 + "; ".join(different) + "): use the config it was trained with")
+                raise ValueError(
+                    "the checkpoint holds another network than the config describes ("
+                    + "; ".join(different)
+                    + "): use the config it was trained with"
+                )
         if not self._has_trainer:
             return
         self._check_tokenizer(checkpoint.get(TOKENIZER_KEY))
         if self.trainer.state.fn == TrainerFn.FITTING:
             now = dataclasses.asdict(self.optimizer_config)
             before = saved.get("optimizer") or {}
-            changed = [f"{key} {before[key]} → {value}" for key, value in now.items()
-                       if key in before and _plain(before[key]) != _plain(value)]
+            changed = [
+                f"{key} {before[key]} → {value}"
+                for key, value in now.items()
+                if key in before and _plain(before[key]) != _plain(value)
+            ]
             if changed:
                 log.info("going on with other settings of the optimizer than before: %s", ", ".join(changed))
 
@@ -334,12 +367,16 @@ class HymbaModule(pl.LightningModule):
         if not isinstance(data, HymbaDataModule):
             return
         if saved is None:
-            log.warning("the checkpoint does not say which tokenizer it was trained with: what comes out means "
-                        "something only with that one")
+            log.warning(
+                "the checkpoint does not say which tokenizer it was trained with: what comes out means "
+                "something only with that one"
+            )
         elif saved != data.tokenizer_fingerprint():
-            raise ValueError(f"the checkpoint was trained with another tokenizer (sha256 {saved}) than "
-                             f"{data.tokenizer} ({data.tokenizer_fingerprint()}): give --data.tokenizer, or "
-                             "--data.data_dir, of its training")
+            raise ValueError(
+                f"the checkpoint was trained with another tokenizer (sha256 {saved}) than "
+                f"{data.tokenizer} ({data.tokenizer_fingerprint()}): give --data.tokenizer, or "
+                "--data.data_dir, of its training"
+            )
 
 
 def _plain(value: Any) -> Any:
@@ -359,4 +396,3 @@ def as_batch(batch: AnyBatch) -> Batch:
         if inputs.dim() == 2 and inputs.shape == targets.shape:
             return Batch(inputs, targets, more[0] if more else torch.empty(0, dtype=torch.int16))
     raise TypeError(f"a batch is a pair (inputs, targets) of (B, T) int64 token ids, not {type(batch).__name__}")
-

@@ -53,9 +53,7 @@ def iteration_coefficients(name: str, steps: int) -> list[tuple[float, float, fl
     raise ValueError(f"muon_coefficients {name!r} is unknown; use 'quintic' or 'polar_express'")
 
 
-def orthogonalize(
-    bank_nRC: Tensor, coefficients: Sequence[tuple[float, float, float]], dtype: torch.dtype
-) -> Tensor:
+def orthogonalize(bank_nRC: Tensor, coefficients: Sequence[tuple[float, float, float]], dtype: torch.dtype) -> Tensor:
     """Push the singular values of every matrix of a bank towards 1.
 
     Args:

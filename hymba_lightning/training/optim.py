@@ -59,8 +59,9 @@ class HymbaOptimizer(Optimizer):
         )
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": 0.0})
         self._decay_with_lr = config.decay_with_lr
-        self._adam = torch.optim.AdamW(self._groups_of("adam"), lr=0.0, betas=config.adam_betas, eps=config.adam_eps,
-                                       weight_decay=0.0)
+        self._adam = torch.optim.AdamW(
+            self._groups_of("adam"), lr=0.0, betas=config.adam_betas, eps=config.adam_eps, weight_decay=0.0
+        )
         self._share_with_adam()
 
     def set_schedule(self, lr_scale: float, momentum: float) -> None:
@@ -111,8 +112,9 @@ class HymbaOptimizer(Optimizer):
         self._choose_kernels()
         state_dict = copy(state_dict)
         settings = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
-        state_dict["param_groups"] = [saved | own for saved, own
-                                      in zip(state_dict["param_groups"], settings, strict=True)]
+        state_dict["param_groups"] = [
+            saved | own for saved, own in zip(state_dict["param_groups"], settings, strict=True)
+        ]
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for parameter, index in zip(group["params"], saved["params"], strict=True):

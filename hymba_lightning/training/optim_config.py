@@ -93,8 +93,16 @@ class OptimizerConfig:
     """True puts A_log and the dt projection under Muon with weight decay, as the reference does by oversight."""
 
     def __post_init__(self) -> None:
-        for name in ("embed_lr", "head_lr", "matrix_lr", "scalar_lr", "dynamics_lr", "conv_lr", "weight_decay",
-                     "embed_decay"):
+        for name in (
+            "embed_lr",
+            "head_lr",
+            "matrix_lr",
+            "scalar_lr",
+            "dynamics_lr",
+            "conv_lr",
+            "weight_decay",
+            "embed_decay",
+        ):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"optimizer.{name} is {value}; it must be 0 or positive")
@@ -118,8 +126,9 @@ class OptimizerConfig:
                 what = "a factor" if name == "lr_floor" else "a share of the run"
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be {what} in [0, 1]")
         if self.warmdown_shape not in WARMDOWN_SHAPES:
-            raise ValueError(f"optimizer.warmdown_shape is {self.warmdown_shape!r}; "
-                             f"use one of {', '.join(WARMDOWN_SHAPES)}")
+            raise ValueError(
+                f"optimizer.warmdown_shape is {self.warmdown_shape!r}; use one of {', '.join(WARMDOWN_SHAPES)}"
+            )
         iteration_coefficients(self.muon_coefficients, self.ns_steps)
         if self.muon_dtype not in MUON_DTYPES:
             raise ValueError(f"optimizer.muon_dtype is {self.muon_dtype!r}; use one of {', '.join(MUON_DTYPES)}")
@@ -144,8 +153,12 @@ class OptimizerConfig:
         if self.warmdown_iters is None:
             left = warmdown_left(reading.progress, self.warmdown_share)
         else:
-            left = warmdown_left_of_steps(self.warmdown_iters, remaining_seconds=reading.remaining,
-                                          mean_step=reading.mean_step, remaining_steps=reading.remaining_steps)
+            left = warmdown_left_of_steps(
+                self.warmdown_iters,
+                remaining_seconds=reading.remaining,
+                mean_step=reading.mean_step,
+                remaining_steps=reading.remaining_steps,
+            )
         warmup = warmup_lr_scale(reading.progress, self.warmup_share)
         return warmup * warmdown_lr_scale(left, self.warmdown_shape, self.lr_floor)
 
@@ -154,13 +167,17 @@ class OptimizerConfig:
         notes = []
         if self.warmdown_iters is not None and self.warmdown_iters > steps:
             first = warmdown_lr_scale(steps / self.warmdown_iters, self.warmdown_shape, self.lr_floor)
-            notes.append(f"optimizer.warmdown_iters {self.warmdown_iters} is longer than this run of about {steps} "
-                         f"steps: the learning rates never get above {100 * first:.2g} % of what they are set to; "
-                         "set it to null and use optimizer.warmdown_share, a share of the run")
+            notes.append(
+                f"optimizer.warmdown_iters {self.warmdown_iters} is longer than this run of about {steps} "
+                f"steps: the learning rates never get above {100 * first:.2g} % of what they are set to; "
+                "set it to null and use optimizer.warmdown_share, a share of the run"
+            )
         warmup = self.muon_momentum_warmup_steps
         if warmup is not None and warmup > steps and self.first_momentum != self.muon_momentum:
             last = muon_momentum(steps / warmup, start=self.muon_momentum_start, end=self.muon_momentum)
-            notes.append(f"optimizer.muon_momentum_warmup_steps {warmup} is longer than this run of about {steps} "
-                         f"steps: Muon's momentum ends at {last:.3f} instead of {self.muon_momentum}; set it to null "
-                         "and use optimizer.momentum_warmup_share, a share of the run")
+            notes.append(
+                f"optimizer.muon_momentum_warmup_steps {warmup} is longer than this run of about {steps} "
+                f"steps: Muon's momentum ends at {last:.3f} instead of {self.muon_momentum}; set it to null "
+                "and use optimizer.momentum_warmup_share, a share of the run"
+            )
         return notes

@@ -261,8 +261,9 @@ def test_a_checkpoint_from_before_the_kind_was_kept_goes_on(tmp_path):
     del old["averaging_state"]["kind"]
     torch.save(old, tmp_path / "old.ckpt")
     average = WeightAverage(window=0.1)
-    make_trainer(tmp_path, [average], max_steps=6).fit(TinyModule(FLAT), datamodule=TinyData(),
-                                                       ckpt_path=tmp_path / "old.ckpt")
+    make_trainer(tmp_path, [average], max_steps=6).fit(
+        TinyModule(FLAT), datamodule=TinyData(), ckpt_path=tmp_path / "old.ckpt"
+    )
     assert average.n_averaged == 6
 
 
@@ -272,8 +273,11 @@ def test_a_decay_too_long_for_the_run_is_told_once(tmp_path, caplog, steps, told
     make_trainer(tmp_path, callbacks, max_steps=steps).fit(TinyModule(FLAT), datamodule=TinyData())
     lines = [line for line in caplog.messages if "ema_decay" in line]
     assert len(lines) == told
-    assert not told or ("0.997 is too long for this run of about 60 steps" in lines[0] and "84 %" in lines[0]
-                        and "average_window" in lines[0])
+    assert not told or (
+        "0.997 is too long for this run of about 60 steps" in lines[0]
+        and "84 %" in lines[0]
+        and "average_window" in lines[0]
+    )
 
 
 def test_swaps_are_exact_and_nest(tmp_path):
@@ -311,9 +315,16 @@ def test_an_exception_in_validation_leaves_the_raw_weights(tmp_path):
     assert_same(parameters(module), recorder.steps[2])
 
 
-@pytest.mark.parametrize(("arguments", "field"), [
-    ({"decay": 1.0}, "ema_decay"), ({"window": 0.0}, "average_window"), ({"window": 1.5}, "average_window"),
-    ({"kind": "swa"}, "average is 'swa'"), ({"kind": "uniform", "decay": 0.9}, "ema_decay")])
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"decay": 1.0}, "ema_decay"),
+        ({"window": 0.0}, "average_window"),
+        ({"window": 1.5}, "average_window"),
+        ({"kind": "swa"}, "average is 'swa'"),
+        ({"kind": "uniform", "decay": 0.9}, "ema_decay"),
+    ],
+)
 def test_bad_arguments_are_named(arguments, field):
     with pytest.raises(ValueError, match=field):
         WeightAverage(**arguments)

@@ -126,8 +126,11 @@ def test_weights_that_are_not_finite_never_replace_good_ones(tmp_path):
         module.net.tok_emb.weight.data[3, 2] = float("nan")
 
     module = TinyModule()
-    trainer = make_trainer(tmp_path, [TrainingCheckpoint(str(tmp_path), every_n_steps=1, every_n_seconds=None),
-                                      Kill(2, poison)], max_steps=4)
+    trainer = make_trainer(
+        tmp_path,
+        [TrainingCheckpoint(str(tmp_path), every_n_steps=1, every_n_seconds=None), Kill(2, poison)],
+        max_steps=4,
+    )
     with (
         pytest.warns(UserWarning, match=r"of step 3 not written: the weights are not finite \(net\.tok_emb\.weight"),
         pytest.raises(CheckpointWriteError, match="step 4 not written"),

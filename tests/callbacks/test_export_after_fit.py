@@ -43,8 +43,10 @@ def test_the_rehearsal_before_the_clock_changes_nothing_and_tells_a_short_reserv
         callback = export(filename=f"{export.__name__}.hymba", quantization=scheme, calibration_batches=2)
         module = tiny_module(budget_seconds=3600, optimizer={"warmdown_iters": 0})
         tiny_trainer(tmp_path / export.__name__, callbacks=[callback]).fit(module, tiny_data(data))
-    plain, rehearsed = (load_artifact(tmp_path / export.__name__ / f"{export.__name__}.hymba").state_dict
-                        for export in (ExportArtifact, Rehearsed))
+    plain, rehearsed = (
+        load_artifact(tmp_path / export.__name__ / f"{export.__name__}.hymba").state_dict
+        for export in (ExportArtifact, Rehearsed)
+    )
     assert all((plain[name] == rehearsed[name]).all() for name in plain)
     assert "model.reserve_seconds holds back 0.0 s of the budget: raise it" in caplog.text
     caplog.clear()

@@ -76,7 +76,7 @@ def test_work_in_flight_is_charged_to_the_time_before_a_pause(tmp_path):
     module, clock = SleepyModule(), WallClock()
     trainer = make_trainer(tmp_path, [clock, Pause()], accelerator="gpu", max_steps=15)
     trainer.fit(module, datamodule=TinyData())
-    (wall, charged), = waited
+    ((wall, charged),) = waited
     assert charged == pytest.approx(wall, abs=2e-3)
     assert charged > 0.005
     assert clock.elapsed() < module.ends[0].elapsed_time(module.ends[-1]) / 1000 - 0.3

@@ -54,8 +54,11 @@ def weights(module):
 
 
 def test_an_infinite_gradient_behind_a_finite_loss_is_found(folder, tmp_path):
-    with pytest.raises(NonFiniteLossError, match=r"gradient of step 3 is not finite, though its losses are; its batch: "
-                                                 r".*tiny_train_000000\.bin from token 260, "):
+    with pytest.raises(
+        NonFiniteLossError,
+        match=r"gradient of step 3 is not finite, though its losses are; its batch: "
+        r".*tiny_train_000000\.bin from token 260, ",
+    ):
         fit(folder, tmp_path, Poison(2))
 
 
@@ -108,9 +111,13 @@ def test_accumulated_losses_are_told_apart(folder, tmp_path):
     assert "from token 260" not in str(failure.value)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"on_nan": "ignore"}, "choose from stop, skip"), ({"most_in_a_row": 0}, "must be 1 or more"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"on_nan": "ignore"}, "choose from stop, skip"),
+        ({"most_in_a_row": 0}, "must be 1 or more"),
+    ],
+)
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         LossGuard(**arguments)

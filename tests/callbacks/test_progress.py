@@ -14,8 +14,9 @@ from fit_process import write_config
 def on_a_terminal(command: list[str]) -> tuple[int, str]:
     """Runs a command with a pseudo-terminal for its output; exit code and what it wrote, without escape sequences."""
     leader, follower = pty.openpty()
-    with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower,
-                          env=os.environ | {"TERM": "xterm", "COLUMNS": "140"}) as process:
+    with subprocess.Popen(
+        command, stdin=follower, stdout=follower, stderr=follower, env=os.environ | {"TERM": "xterm", "COLUMNS": "140"}
+    ) as process:
         os.close(follower)
         written = b""
         while True:
@@ -31,13 +32,32 @@ def on_a_terminal(command: list[str]) -> tuple[int, str]:
 
 def test_bars_end_at_100_percent_and_leave_log_lines_alone(tmp_path):
     config = write_config(tmp_path)
-    code, text = on_a_terminal([sys.executable, "-m", "hymba_lightning", "fit", "--config", str(config), "--run_dir",
-                                str(tmp_path / "run"), "--trainer.max_steps", "5", "--export.enabled", "true",
-                                "--progress.refresh_seconds", "0.001", "--trainer.val_check_interval", "2"])
+    code, text = on_a_terminal(
+        [
+            sys.executable,
+            "-m",
+            "hymba_lightning",
+            "fit",
+            "--config",
+            str(config),
+            "--run_dir",
+            str(tmp_path / "run"),
+            "--trainer.max_steps",
+            "5",
+            "--export.enabled",
+            "true",
+            "--progress.refresh_seconds",
+            "0.001",
+            "--trainer.val_check_interval",
+            "2",
+        ]
+    )
     assert code == 0, text
     lines = re.split(r"[\r\n]+", text)
-    shares = {label: [float(share) for line in lines for share in re.findall(rf"{label} .*?([\d.]+)%", line)]
-              for label in ("training", "finish")}
+    shares = {
+        label: [float(share) for line in lines for share in re.findall(rf"{label} .*?([\d.]+)%", line)]
+        for label in ("training", "finish")
+    }
     assert shares["training"][-1] == shares["finish"][-1] == 100.0
     assert max(shares["training"][:3]) < 100.0
     saved = [line for line in lines if "saved " in line]

@@ -82,7 +82,12 @@ def test_validation_and_pauses_do_not_count(tmp_path):
             pl_module.fake_time.advance(0.5)  # this does
 
     trainer, _, clock = fit(
-        tmp_path, [1.0], budget=15.0, callbacks=[Saving()], limit_val_batches=2, val_check_interval=2,
+        tmp_path,
+        [1.0],
+        budget=15.0,
+        callbacks=[Saving()],
+        limit_val_batches=2,
+        val_check_interval=2,
         num_sanity_val_steps=2,
     )
     assert trainer.global_step == 10
@@ -225,7 +230,12 @@ def _fit_with_unlike_clocks(rank, folder):
     module = TimedModule(fake_time, [0.5] * 3 + [1.5, 0.5], OptimizerConfig())
     clock = WallClock(10.0, time_fn=fake_time)
     trainer = make_trainer(
-        folder, [clock], devices=2, strategy="ddp", accumulate_grad_batches=2, limit_val_batches=1,
+        folder,
+        [clock],
+        devices=2,
+        strategy="ddp",
+        accumulate_grad_batches=2,
+        limit_val_batches=1,
         val_check_interval=4,
     )
     trainer.fit(module, datamodule=TinyData())

@@ -23,10 +23,11 @@ def job(tmp_path):
     model.write_bytes(train_tokenizer(TEXTS, 300))
     (tmp_path / "in").mkdir()
     for index in range(10):
-        lines = [json.dumps({"text": text}) for text in TEXTS[5 * index:5 * index + 5]]
+        lines = [json.dumps({"text": text}) for text in TEXTS[5 * index : 5 * index + 5]]
         (tmp_path / "in" / f"{index}.jsonl").write_text("\n".join([*lines, "{broken"]))
-    return ClusterPrepare([str(tmp_path / "in")], str(tmp_path / "out"), tokenizer=str(model), val_fraction=0.2,
-                          shard_tokens=400)
+    return ClusterPrepare(
+        [str(tmp_path / "in")], str(tmp_path / "out"), tokenizer=str(model), val_fraction=0.2, shard_tokens=400
+    )
 
 
 def documents(folder, split):
@@ -36,8 +37,15 @@ def documents(folder, split):
 
 
 def assert_as_alone(job, tmp_path):
-    alone = prepare(job.inputs, str(tmp_path / "alone"), tokenizer=job.tokenizer, val_fraction=0.2, shard_tokens=400,
-                    workers=1, progress=False).manifest
+    alone = prepare(
+        job.inputs,
+        str(tmp_path / "alone"),
+        tokenizer=job.tokenizer,
+        val_fraction=0.2,
+        shard_tokens=400,
+        workers=1,
+        progress=False,
+    ).manifest
     manifest = json.loads((job.folder / "manifest.json").read_bytes())
     for split in ("train", "val"):
         assert documents(job.folder, split) == documents(tmp_path / "alone", split)

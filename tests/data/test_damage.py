@@ -32,8 +32,20 @@ def source(tmp_path_factory):
 
 
 def run(source, out, **arguments):
-    return prepare([str(source)], **({"out": str(out), "tokenizer": str(source.parent / "t.model"), "workers": 1,
-                                      "val_fraction": 0.3, "shard_tokens": 900, "progress": False} | arguments))
+    return prepare(
+        [str(source)],
+        **(
+            {
+                "out": str(out),
+                "tokenizer": str(source.parent / "t.model"),
+                "workers": 1,
+                "val_fraction": 0.3,
+                "shard_tokens": 900,
+                "progress": False,
+            }
+            | arguments
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +139,7 @@ def test_a_changed_manifest_is_refused_or_says_the_same(prepared, tmp_path_facto
     raw = bytearray((prepared / "manifest.json").read_bytes())
     right = read_manifest(prepared)
     place = data.draw(st.integers(0, len(raw) - 1))
-    raw[place:place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    raw[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     path.write_bytes(raw)
     try:
         found = read_manifest(out)
@@ -136,16 +148,25 @@ def test_a_changed_manifest_is_refused_or_says_the_same(prepared, tmp_path_facto
             read_manifest(out)
     else:
         assert {key: value for key, value in found.items() if key in right} == {
-            key: value for key, value in right.items() if key in found}
+            key: value for key, value in right.items() if key in found
+        }
 
 
-@pytest.mark.parametrize("change", [
-    lambda manifest: manifest["splits"]["val"]["shards"][0].update(file="../../x"),
-    lambda manifest: manifest["splits"]["val"]["shards"][0].update(file=7),
-    lambda manifest: manifest["splits"].pop("val"), lambda manifest: manifest.update(splits=[]),
-    lambda manifest: manifest.update(train_token_counts=[-1]), lambda manifest: manifest.update(train_token_counts=3),
-    lambda manifest: manifest["tokenizer"].update(sha256="x"), lambda manifest: manifest.update(arguments=None),
-    lambda manifest: manifest["splits"]["train"].update(documents="7"), lambda manifest: manifest.update(version=2)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["splits"]["val"]["shards"][0].update(file="../../x"),
+        lambda manifest: manifest["splits"]["val"]["shards"][0].update(file=7),
+        lambda manifest: manifest["splits"].pop("val"),
+        lambda manifest: manifest.update(splits=[]),
+        lambda manifest: manifest.update(train_token_counts=[-1]),
+        lambda manifest: manifest.update(train_token_counts=3),
+        lambda manifest: manifest["tokenizer"].update(sha256="x"),
+        lambda manifest: manifest.update(arguments=None),
+        lambda manifest: manifest["splits"]["train"].update(documents="7"),
+        lambda manifest: manifest.update(version=2),
+    ],
+)
 def test_a_manifest_of_another_form_is_refused_and_can_be_replaced(source, tmp_path, change):
     run(source, tmp_path / "out")
     path = tmp_path / "out" / "manifest.json"

@@ -37,14 +37,21 @@ def tokenizer(tmp_path_factory):
 
 
 def run(source, out, tokenizer, **arguments):
-    return prepare([str(source)], **({"out": str(out), "tokenizer": tokenizer, "val_fraction": 0.3, "workers": 1,
-                                      "progress": False} | arguments))
+    return prepare(
+        [str(source)],
+        **({"out": str(out), "tokenizer": tokenizer, "val_fraction": 0.3, "workers": 1, "progress": False} | arguments),
+    )
 
 
 def read(path: Path, strict=False, **arguments):
     """Texts of a file, and what was skipped."""
-    reader = DocumentReader([InputFile(path, path.name)], arguments.pop("text_key", "text"),
-                            arguments.pop("separator", None), Skips(strict), **arguments)
+    reader = DocumentReader(
+        [InputFile(path, path.name)],
+        arguments.pop("text_key", "text"),
+        arguments.pop("separator", None),
+        Skips(strict),
+        **arguments,
+    )
     return [document.text for document in reader], reader.skips.state()
 
 
@@ -55,16 +62,23 @@ def only_kind(state):
 
 def zstd_of(content: bytes, frames: int = 1) -> bytes:
     step = -(-len(content) // frames)
-    return b"".join(zstandard.compress(content[start:start + step]) for start in range(0, len(content), step))
+    return b"".join(zstandard.compress(content[start : start + step]) for start in range(0, len(content), step))
 
 
 # Compressed streams ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstd_of, lambda content: zstd_of(content, 5),
-                                  lambda content: gzip.compress(content[:99]) + gzip.compress(content[99:]),
-                                  lambda content: b"\x50\x2a\x4d\x18\x03\0\0\0abc" + zstd_of(content)],
-                         ids=["gz", "zst", "zst frames", "gz members", "zst skippable frame"])
+@pytest.mark.parametrize(
+    "pack",
+    [
+        gzip.compress,
+        zstd_of,
+        lambda content: zstd_of(content, 5),
+        lambda content: gzip.compress(content[:99]) + gzip.compress(content[99:]),
+        lambda content: b"\x50\x2a\x4d\x18\x03\0\0\0abc" + zstd_of(content),
+    ],
+    ids=["gz", "zst", "zst frames", "gz members", "zst skippable frame"],
+)
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.6, 0.99])
 def test_a_truncated_stream_is_called_truncated(tmp_path, pack, share):
     packed = pack(LINES)
@@ -72,9 +86,9 @@ def test_a_truncated_stream_is_called_truncated(tmp_path, pack, share):
     whole, cut = tmp_path / f"whole.jsonl.{suffix}", tmp_path / f"cut.jsonl.{suffix}"
     whole.write_bytes(packed)
     assert read(whole) == (TEXTS, Skips().state())
-    cut.write_bytes(packed[:int(share * len(packed))])
+    cut.write_bytes(packed[: int(share * len(packed))])
     texts, skipped = read(cut)
-    assert texts == TEXTS[:len(texts)]
+    assert texts == TEXTS[: len(texts)]
     assert (skipped["count"], only_kind(skipped)) == (1, "truncated")
     assert f"cut.jsonl.{suffix}: truncated: the " in skipped["first"][0]
     with pytest.raises(ValueError, match=r"cut\.jsonl.*truncated.*prepare without strict"):
@@ -85,8 +99,9 @@ def test_a_truncated_stream_is_called_truncated(tmp_path, pack, share):
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_changed_byte_is_noticed_or_harmless(tmp_path_factory, suffix, data):
-    packed = bytearray(gzip.compress(LINES) if suffix == "gz" else
-                       zstandard.ZstdCompressor(write_checksum=True).compress(LINES))
+    packed = bytearray(
+        gzip.compress(LINES) if suffix == "gz" else zstandard.ZstdCompressor(write_checksum=True).compress(LINES)
+    )
     place = data.draw(st.integers(0, len(packed) - 1))
     packed[place] ^= data.draw(st.integers(1, 255))
     path = tmp_path_factory.mktemp("changed") / f"a.jsonl.{suffix}"
@@ -96,10 +111,17 @@ def test_a_changed_byte_is_noticed_or_harmless(tmp_path_factory, suffix, data):
     assert texts == TEXTS or skipped["count"] >= 1
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("eight.jsonl.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00"), ("text.jsonl.gz", b"plain text\n"),
-    ("text.jsonl.zst", b"plain text\n"), ("more.jsonl.gz", gzip.compress(LINES) + b"garbage"),
-    ("more.jsonl.zst", zstd_of(LINES) + b"garbage"), ("body.jsonl.gz", gzip.compress(LINES)[:40] + b"\xff" * 300)])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("eight.jsonl.gz", b"\x1f\x8b\x08\x00\x00\x00\x00\x00"),
+        ("text.jsonl.gz", b"plain text\n"),
+        ("text.jsonl.zst", b"plain text\n"),
+        ("more.jsonl.gz", gzip.compress(LINES) + b"garbage"),
+        ("more.jsonl.zst", zstd_of(LINES) + b"garbage"),
+        ("body.jsonl.gz", gzip.compress(LINES)[:40] + b"\xff" * 300),
+    ],
+)
 def test_a_corrupt_stream_costs_itself_only(tmp_path, tokenizer, name, content):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(content)
@@ -113,14 +135,30 @@ def test_a_corrupt_stream_costs_itself_only(tmp_path, tokenizer, name, content):
 # Lines, rows, texts ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line", [
-    b"[" * 200_000, b'{"text": ' + b'{"a":' * 200_000, b'{"text": 3}', b'{"text": null}', b'{"text": ["a"]}',
-    b'{"text": {"a": 1}}', b'["text"]', b"7", b"nul", b'{"text": "\xff"}', b'{"text": "\\ud800"}', b'{"other": "a"}',
-    b'{"text": ' + b"9" * 5000 + b"}", b'{"text": "a\0b"}', "{\"text\": \"ü\"}".encode("utf-16")],
-    ids=lambda line: line[:20].decode("latin-1"))
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 200_000,
+        b'{"text": ' + b'{"a":' * 200_000,
+        b'{"text": 3}',
+        b'{"text": null}',
+        b'{"text": ["a"]}',
+        b'{"text": {"a": 1}}',
+        b'["text"]',
+        b"7",
+        b"nul",
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+        b'{"other": "a"}',
+        b'{"text": ' + b"9" * 5000 + b"}",
+        b'{"text": "a\0b"}',
+        '{"text": "ü"}'.encode("utf-16"),
+    ],
+    ids=lambda line: line[:20].decode("latin-1"),
+)
 def test_a_line_without_text_is_skipped_and_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(LINES[:LINES.index(b"\n") + 1] + line + b"\n" + LINES[LINES.index(b"\n") + 1:])
+    path.write_bytes(LINES[: LINES.index(b"\n") + 1] + line + b"\n" + LINES[LINES.index(b"\n") + 1 :])
     texts, skipped = read(path)
     assert texts == TEXTS
     assert skipped["count"] == 1 + line.count(b"\n")
@@ -132,8 +170,11 @@ def test_a_line_without_text_is_skipped_and_named(tmp_path, line):
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "jsonl.zst", "csv"])
 def test_a_line_over_the_limit_is_left_out_by_name(tmp_path, suffix):
     long = "y" * 5000
-    content = ("text\n" + f"short\n{long}\nlast\n" if suffix == "csv" else
-               "".join(json.dumps({"text": text}) + "\n" for text in ("short", long, "last"))).encode()
+    content = (
+        "text\n" + f"short\n{long}\nlast\n"
+        if suffix == "csv"
+        else "".join(json.dumps({"text": text}) + "\n" for text in ("short", long, "last"))
+    ).encode()
     path = tmp_path / f"a.{suffix}"
     path.write_bytes({"gz": gzip.compress, "zst": zstd_of}.get(suffix[-3:].strip("."), bytes)(content))
     texts, skipped = read(path, max_bytes=4000)
@@ -147,7 +188,7 @@ def test_a_line_over_the_limit_is_left_out_by_name(tmp_path, suffix):
 @given(st.lists(st.binary(max_size=30), max_size=8), st.integers(1, 40), st.integers(1, 12))
 def test_bounded_lines_are_the_lines(lines, limit, step):
     content = b"\n".join(lines)
-    blocks = [content[start:start + step] for start in range(0, len(content), step)]
+    blocks = [content[start : start + step] for start in range(0, len(content), step)]
     wanted = content.split(b"\n")
     wanted = wanted[:-1] if wanted[-1] == b"" else wanted
     assert list(bounded_lines(blocks, limit)) == [line if len(line) <= limit else None for line in wanted]
@@ -180,8 +221,12 @@ def test_line_ends_byte_order_marks_and_other_encodings(tmp_path):
     assert read(tmp_path / "a.txt")[0] == ["one\ntwo\nthree\n\n\ufeff"]
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a\\r\\nb"}\r\n{"text": "c"}\r\n')
     assert read(tmp_path / "b.jsonl") == (["a\r\nb", "c"], Skips().state())
-    for name, content, cause in (("c.txt", "Größe".encode("utf-16"), "UTF-16"), ("d.txt", b"a\0b", "NUL"),
-                                 ("e.txt", b"good \xc3", "not UTF-8 text"), ("f.txt", b"\xff", "at byte 0")):
+    for name, content, cause in (
+        ("c.txt", "Größe".encode("utf-16"), "UTF-16"),
+        ("d.txt", b"a\0b", "NUL"),
+        ("e.txt", b"good \xc3", "not UTF-8 text"),
+        ("f.txt", b"\xff", "at byte 0"),
+    ):
         (tmp_path / name).write_bytes(content)
         texts, skipped = read(tmp_path / name)
         assert texts == []
@@ -189,8 +234,11 @@ def test_line_ends_byte_order_marks_and_other_encodings(tmp_path):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from(["a", "é", "日本", "😀", "\n", "\n\n", " ", "\r\n", "<end>"]), max_size=300)
-       .map("".join), st.sampled_from([None, "<end>", "\n\n"]), st.integers(40, 200))
+@given(
+    st.lists(st.sampled_from(["a", "é", "日本", "😀", "\n", "\n\n", " ", "\r\n", "<end>"]), max_size=300).map("".join),
+    st.sampled_from([None, "<end>", "\n\n"]),
+    st.integers(40, 200),
+)
 def test_a_text_read_in_pieces_is_the_same_text(tmp_path_factory, text, separator, most):
     path = tmp_path_factory.mktemp("pieces") / "a.txt"
     path.write_bytes(text.encode())
@@ -225,16 +273,21 @@ def test_csv_and_tsv_are_read(tmp_path):
         assert texts == [row for row in rows if row]
         assert skipped["count"] == 0
     assert read(tmp_path / "a.csv", text_key="body")[1]["first"][0].endswith(
-        "no column 'body' among id, text; set text_key")
+        "no column 'body' among id, text; set text_key"
+    )
 
 
-@pytest.mark.parametrize(("content", "wanted", "cause"), [
-    (b'id,text\n1,a\n2,b,c\n3,d\n', ["a", "d"], "a.csv:3: 3 fields, not 2"),
-    (b'id,text\n1,a\n2,"b\n3,d\n', ["a"], "unexpected end of data"),
-    (b'id,text\n1,a\n2,"b"x\n3,d\n', ["a", "d"], "a.csv:3: no row of CSV"),
-    (b"id,text\n1,a\n2,\xff\n", ["a"], "line 3: not UTF-8 text"),
-    (b"id,text\n1,a\n2,\0\n", ["a"], "line 3: it holds NUL bytes"),
-    (b'id,text\n1,a\n2,"' + b"x\n" * 3000, ["a"], "field larger than field limit")])
+@pytest.mark.parametrize(
+    ("content", "wanted", "cause"),
+    [
+        (b"id,text\n1,a\n2,b,c\n3,d\n", ["a", "d"], "a.csv:3: 3 fields, not 2"),
+        (b'id,text\n1,a\n2,"b\n3,d\n', ["a"], "unexpected end of data"),
+        (b'id,text\n1,a\n2,"b"x\n3,d\n', ["a", "d"], "a.csv:3: no row of CSV"),
+        (b"id,text\n1,a\n2,\xff\n", ["a"], "line 3: not UTF-8 text"),
+        (b"id,text\n1,a\n2,\0\n", ["a"], "line 3: it holds NUL bytes"),
+        (b'id,text\n1,a\n2,"' + b"x\n" * 3000, ["a"], "field larger than field limit"),
+    ],
+)
 def test_damaged_csv_is_skipped_and_named(tmp_path, content, wanted, cause):
     (tmp_path / "a.csv").write_bytes(content)
     texts, skipped = read(tmp_path / "a.csv", max_bytes=4000)
@@ -252,20 +305,39 @@ def test_parquet_columns_of_all_kinds(tmp_path, tokenizer):
 
     (tmp_path / "in").mkdir()
     damaged = arrow.array([b"good", b"\xff\xfe", None, b""]).cast(arrow.binary()).view(arrow.string())
-    columns = {"damaged": damaged, "binary": arrow.array([b"good", b"\xff"]), "struct": arrow.array([{"a": "x"}]),
-               "list": arrow.array([["a"]]), "number": arrow.array([1]),
-               "large": arrow.array(["big"], arrow.large_string()),
-               "dictionary": arrow.array(["x", "y", "x", None]).dictionary_encode(),
-               "empty": arrow.array([], arrow.string())}
+    columns = {
+        "damaged": damaged,
+        "binary": arrow.array([b"good", b"\xff"]),
+        "struct": arrow.array([{"a": "x"}]),
+        "list": arrow.array([["a"]]),
+        "number": arrow.array([1]),
+        "large": arrow.array(["big"], arrow.large_string()),
+        "dictionary": arrow.array(["x", "y", "x", None]).dictionary_encode(),
+        "empty": arrow.array([], arrow.string()),
+    }
     for name, column in columns.items():
         parquet.write_table(arrow.table({"text": column}), tmp_path / "in" / f"{name}.parquet")
     found = {name: read(tmp_path / "in" / f"{name}.parquet") for name in columns}
     assert {name: texts for name, (texts, _) in found.items()} == {
-        "damaged": ["good"], "binary": ["good"], "struct": [], "list": [], "number": [], "large": ["big"],
-        "dictionary": ["x", "y", "x"], "empty": []}
+        "damaged": ["good"],
+        "binary": ["good"],
+        "struct": [],
+        "list": [],
+        "number": [],
+        "large": ["big"],
+        "dictionary": ["x", "y", "x"],
+        "empty": [],
+    }
     assert {name: list(skipped["kinds"]) for name, (_, skipped) in found.items()} == {
-        "damaged": ["not UTF-8", "no text"], "binary": ["not UTF-8"], "struct": ["no text column"],
-        "list": ["no text column"], "number": ["no text column"], "large": [], "dictionary": ["no text"], "empty": []}
+        "damaged": ["not UTF-8", "no text"],
+        "binary": ["not UTF-8"],
+        "struct": ["no text column"],
+        "list": ["no text column"],
+        "number": ["no text column"],
+        "large": [],
+        "dictionary": ["no text"],
+        "empty": [],
+    }
     assert "no texts in column 'text', but struct<a: string>" in found["struct"][1]["first"][0]
     (tmp_path / "in" / "good.jsonl").write_bytes(LINES)
     splits = run(tmp_path / "in", tmp_path / "out", tokenizer).manifest["splits"].values()
@@ -287,8 +359,15 @@ def test_a_parquet_file_that_blows_up_costs_itself_only(tmp_path):
     assert max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) < 2_500_000  # KiB
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-20], lambda raw: raw[:40] + bytes(60) + raw[100:],
-                                    lambda raw: b"", lambda raw: raw[:-8] + b"\xff\xff\xff\x7fPAR1"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-20],
+        lambda raw: raw[:40] + bytes(60) + raw[100:],
+        lambda raw: b"",
+        lambda raw: raw[:-8] + b"\xff\xff\xff\x7fPAR1",
+    ],
+)
 def test_a_damaged_parquet_file_is_named(tmp_path, damage):
     arrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
@@ -307,8 +386,12 @@ def test_a_saved_data_set_is_read_and_a_failure_tells_its_cause(tmp_path, tokeni
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     datasets = pytest.importorskip("datasets")
-    both = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": TEXTS[:30]}),
-                                 "test": datasets.Dataset.from_dict({"text": TEXTS[30:]})})
+    both = datasets.DatasetDict(
+        {
+            "train": datasets.Dataset.from_dict({"text": TEXTS[:30]}),
+            "test": datasets.Dataset.from_dict({"text": TEXTS[30:]}),
+        }
+    )
     both.save_to_disk(str(tmp_path / "both"))
     both["train"].save_to_disk(str(tmp_path / "one"))
     for name, count in (("both", 30), ("both:test", 10), ("one", 30)):
@@ -329,8 +412,13 @@ def test_links_to_folders_are_followed_once_and_loops_do_no_harm(tmp_path):
     (tmp_path / "far" / "b.txt").write_text("b")
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "deep" / "a.txt").write_text("a")
-    for link, target in (("far", tmp_path / "far"), ("again", tmp_path / "far"), ("loop", tmp_path / "in"),
-                         ("deep/up", ".."), ("aaa", "deep")):
+    for link, target in (
+        ("far", tmp_path / "far"),
+        ("again", tmp_path / "far"),
+        ("loop", tmp_path / "in"),
+        ("deep/up", ".."),
+        ("aaa", "deep"),
+    ):
         (tmp_path / "in" / link).symlink_to(target)
     (tmp_path / "in" / "file.txt").symlink_to(tmp_path / "far" / "b.txt")
     (tmp_path / "in" / "broken.txt").symlink_to("nowhere")
@@ -350,8 +438,13 @@ def test_what_is_not_read_is_counted_by_kind(tmp_path, tokenizer):
     os.mkfifo(tmp_path / "in" / "pipe.txt")
     summary = run(tmp_path / "in", tmp_path / "out", tokenizer)
     kinds = {kind: entry["count"] for kind, entry in summary.manifest["skipped"]["kinds"].items()}
-    assert kinds == {".pdf file, which is not read": 2, ".png file, which is not read": 1, "not a file": 1,
-                     ".bz2 file, which is not read": 1, "file without a suffix, which is not read": 1}
+    assert kinds == {
+        ".pdf file, which is not read": 2,
+        ".png file, which is not read": 1,
+        "not a file": 1,
+        ".bz2 file, which is not read": 1,
+        "file without a suffix, which is not read": 1,
+    }
     assert "2 × .pdf file, which is not read: " in str(summary)
     with pytest.raises(ValueError, match="which is not read"):
         run(tmp_path / "in", tmp_path / "strict", tokenizer, strict=True)
@@ -397,11 +490,13 @@ def test_workers_import_nothing_from_the_current_directory(tmp_path, tokenizer, 
     (tmp_path / "in" / "a.jsonl").write_bytes(LINES)
     for module in ("queue", "random", "sentencepiece", "pickle", "importlib"):
         (tmp_path / f"{module}.py").write_text("open('executed', 'w').close(); raise SystemExit('executed')")
-    code = ("import sys; sys.path[:] = [entry for entry in sys.path if entry]\n"
-            "from hymba_lightning.data.text_encoder import EncoderPool, TextPiece\nfrom pathlib import Path\n"
-            f"import os; os.chdir({str(tmp_path)!r}); sys.path.insert(0, '')\n"
-            f"pool = EncoderPool(Path({tokenizer!r}), 2).__enter__()\n"
-            "print(pool.submit([TextPiece(True, 'a')]).result()[0]); pool.__exit__(None, None, None)")
+    code = (
+        "import sys; sys.path[:] = [entry for entry in sys.path if entry]\n"
+        "from hymba_lightning.data.text_encoder import EncoderPool, TextPiece\nfrom pathlib import Path\n"
+        f"import os; os.chdir({str(tmp_path)!r}); sys.path.insert(0, '')\n"
+        f"pool = EncoderPool(Path({tokenizer!r}), 2).__enter__()\n"
+        "print(pool.submit([TextPiece(True, 'a')]).result()[0]); pool.__exit__(None, None, None)"
+    )
     environment = os.environ | ({} if path is None else {"PYTHONPATH": os.environ.get("PYTHONPATH", "") + path})
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.stdout.strip(), done.stderr) == ("1", "")

@@ -34,16 +34,30 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("in")
     for index in range(3):
         (folder / f"{index}.jsonl").write_text(
-            "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[300 * index:300 * (index + 1)]))
+            "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[300 * index : 300 * (index + 1)])
+        )
     (folder.parent / "t.model").write_bytes(train_tokenizer(TEXTS[:200], 300))
     return folder
 
 
 def start(source, out, *more: str) -> subprocess.Popen:
-    arguments = [str(source), "--out", str(out), "--tokenizer", str(source.parent / "t.model"), "--shard_tokens",
-                 "20000", "--workers", "2", "--progress", "false", *more]
-    return subprocess.Popen([sys.executable, "-c", CODE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
+    arguments = [
+        str(source),
+        "--out",
+        str(out),
+        "--tokenizer",
+        str(source.parent / "t.model"),
+        "--shard_tokens",
+        "20000",
+        "--workers",
+        "2",
+        "--progress",
+        "false",
+        *more,
+    ]
+    return subprocess.Popen(
+        [sys.executable, "-c", CODE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def shards(out):

@@ -30,14 +30,26 @@ def jsonl(tmp_path_factory):
     """Four files of fifteen documents, some lines of which cannot be read."""
     folder = tmp_path_factory.mktemp("in")
     for index in range(4):
-        lines = [json.dumps({"text": text}) for text in TEXTS[15 * index:15 * (index + 1)]]
+        lines = [json.dumps({"text": text}) for text in TEXTS[15 * index : 15 * (index + 1)]]
         (folder / f"{index}.jsonl").write_text("\n".join([*lines[:7], "{broken", *lines[7:]]) + "\n")
     return folder
 
 
 def run(source, out: Path, tokenizer: str, **arguments):
-    return prepare([str(source)], **({"out": str(out), "tokenizer": tokenizer, "val_fraction": 0.3, "workers": 1,
-                                      "shard_tokens": 700, "progress": False} | arguments))
+    return prepare(
+        [str(source)],
+        **(
+            {
+                "out": str(out),
+                "tokenizer": tokenizer,
+                "val_fraction": 0.3,
+                "workers": 1,
+                "shard_tokens": 700,
+                "progress": False,
+            }
+            | arguments
+        ),
+    )
 
 
 def shards(out: Path) -> dict[str, bytes]:
@@ -80,8 +92,20 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_shards(tmp_path_factory, js
 
 def test_killed_it_goes_on_to_the_same_shards(tmp_path, jsonl, tokenizer):
     whole = run(jsonl, tmp_path / "whole", tokenizer)
-    arguments = ["prepare", str(jsonl), "--out", str(tmp_path / "cut"), "--tokenizer", tokenizer, "--val_fraction",
-                 "0.3", "--shard_tokens", "700", "--workers", "2"]
+    arguments = [
+        "prepare",
+        str(jsonl),
+        "--out",
+        str(tmp_path / "cut"),
+        "--tokenizer",
+        tokenizer,
+        "--val_fraction",
+        "0.3",
+        "--shard_tokens",
+        "700",
+        "--workers",
+        "2",
+    ]
     progress = tmp_path / "cut" / ".partial" / "progress.json"
     documents = []
     for _ in range(2):
@@ -142,8 +166,9 @@ def test_parquet_rows_are_documents(tmp_path, tokenizer):
 
     (tmp_path / "in").mkdir()
     rows = [*TEXTS[:30], None, *TEXTS[30:]]
-    parquet.write_table(pyarrow.table({"body": rows, "other": list(range(61))}), tmp_path / "in" / "a.parquet",
-                        row_group_size=7)
+    parquet.write_table(
+        pyarrow.table({"body": rows, "other": list(range(61))}), tmp_path / "in" / "a.parquet", row_group_size=7
+    )
     (tmp_path / "in" / "b.parquet").write_bytes(b"PAR1 is not enough")
     parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "in" / "c.parquet")
     manifest = run(tmp_path / "in", tmp_path / "out", tokenizer, text_key="body").manifest
@@ -152,8 +177,11 @@ def test_parquet_rows_are_documents(tmp_path, tokenizer):
     assert sum(split["text_bytes"] for split in splits) == sum(map(len, TEXTS))
     skipped = "\n".join(manifest["skipped"]["first"])
     assert manifest["skipped"]["count"] == 3
-    for part in ("a.parquet, row 31: no text under 'body'", "b.parquet: no Parquet file",
-                 "c.parquet: no column 'body' among text; set text_key"):
+    for part in (
+        "a.parquet, row 31: no text under 'body'",
+        "b.parquet: no Parquet file",
+        "c.parquet: no column 'body' among text; set text_key",
+    ):
         assert part in skipped
     with pytest.raises(ValueError, match="set text_key"):
         run(tmp_path / "in" / "c.parquet", tmp_path / "strict", tokenizer, text_key="body", strict=True)

@@ -28,8 +28,10 @@ def tokenizer(tmp_path_factory):
 
 
 def run(sources, out, tokenizer, **arguments):
-    return prepare([str(source) for source in sources], **({"out": str(out), "tokenizer": tokenizer, "workers": 1,
-                                                            "progress": False} | arguments))
+    return prepare(
+        [str(source) for source in sources],
+        **({"out": str(out), "tokenizer": tokenizer, "workers": 1, "progress": False} | arguments),
+    )
 
 
 def texts_of(out: Path, split: str) -> list[str]:
@@ -56,8 +58,11 @@ def test_a_single_file_with_a_separator_is_split_by_document(tmp_path, tokenizer
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.sampled_from(["a", "é", "日", "😀", "\n", "\n\n", " ", "\r\n"]), min_size=2, max_size=200)
-       .map("".join), st.floats(0.001, 0.999), st.integers(1, 40))
+@given(
+    st.lists(st.sampled_from(["a", "é", "日", "😀", "\n", "\n\n", " ", "\r\n"]), min_size=2, max_size=200).map("".join),
+    st.floats(0.001, 0.999),
+    st.integers(1, 40),
+)
 def test_head_and_tail_are_whole_texts_and_together_the_file(tmp_path_factory, text, val_fraction, window):
     path = tmp_path_factory.mktemp("tail") / "a.txt"
     path.write_bytes(text.encode())
@@ -65,7 +70,7 @@ def test_head_and_tail_are_whole_texts_and_together_the_file(tmp_path_factory, t
         patch.setattr(inputs_module, "CUT_WINDOW_BYTES", window)
         parts = head_and_tail(InputFile(path, "a.txt"), val_fraction)
     raw = path.read_bytes()
-    cut = [raw[part.start:part.stop] for part in parts]
+    cut = [raw[part.start : part.stop] for part in parts]
     assert b"".join(cut) == raw
     assert all(part.decode() for part in cut)
     assert [part.split for part in parts] in (["train", "val"], [None])
@@ -111,10 +116,14 @@ def test_a_file_for_both_is_refused(tmp_path, tokenizer, way):
         run([train.parent], tmp_path / "out", tokenizer, val_inputs=[str(val)])
 
 
-@pytest.mark.parametrize(("train", "val", "message"), [
-    (TEXTS, [], "the validation inputs hold no document that can be read"),
-    ([], TEXTS, "the inputs hold no document that can be read"),
-    (TEXTS[:3], [*TEXTS[:3], "more"], "the inputs hold no document")])
+@pytest.mark.parametrize(
+    ("train", "val", "message"),
+    [
+        (TEXTS, [], "the validation inputs hold no document that can be read"),
+        ([], TEXTS, "the inputs hold no document that can be read"),
+        (TEXTS[:3], [*TEXTS[:3], "more"], "the inputs hold no document"),
+    ],
+)
 def test_a_split_without_documents_is_named(tmp_path, tokenizer, train, val, message):
     for name, texts in (("train", train), ("val", val)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) + "\n{")
@@ -122,11 +131,18 @@ def test_a_split_without_documents_is_named(tmp_path, tokenizer, train, val, mes
         run([tmp_path / "train.jsonl"], tmp_path / "out", tokenizer, val_inputs=[str(tmp_path / "val.jsonl")])
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"val_fraction": 1.0}, "val_fraction is 1.0; .*give val_inputs"),
-    ({"val_fraction": float("nan")}, "val_fraction is nan"),
-    ({"name": "a/b"}, "name is 'a/b'"), ({"name": "my_val"}, "not look like a split's"), ({"name": ""}, "name is ''"),
-    ({"shard_tokens": 1 << 31}, "a shard's header counts to"), ({"max_document_bytes": 0}, "max_document_bytes is 0")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"val_fraction": 1.0}, "val_fraction is 1.0; .*give val_inputs"),
+        ({"val_fraction": float("nan")}, "val_fraction is nan"),
+        ({"name": "a/b"}, "name is 'a/b'"),
+        ({"name": "my_val"}, "not look like a split's"),
+        ({"name": ""}, "name is ''"),
+        ({"shard_tokens": 1 << 31}, "a shard's header counts to"),
+        ({"max_document_bytes": 0}, "max_document_bytes is 0"),
+    ],
+)
 def test_impossible_arguments_tell_the_cause(tmp_path, tokenizer, arguments, message):
     (tmp_path / "a.txt").write_text("a b c")
     with pytest.raises(ValueError, match=message):
@@ -140,8 +156,21 @@ def test_impossible_arguments_tell_the_cause(tmp_path, tokenizer, arguments, mes
 def test_a_folder_in_use_is_refused_with_its_owner(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("a b c\n\nd e f")
     with FolderClaim(tmp_path / "out", "something else"):
-        done = subprocess.run([sys.executable, "-m", "hymba_lightning", "prepare", str(tmp_path / "a.txt"), "--out",
-                               str(tmp_path / "out"), "--tokenizer", tokenizer], capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "hymba_lightning",
+                "prepare",
+                str(tmp_path / "a.txt"),
+                "--out",
+                str(tmp_path / "out"),
+                "--tokenizer",
+                tokenizer,
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode != 0
         assert "is in use by something else (process" in done.stderr
         assert "Traceback" not in done.stderr

@@ -98,11 +98,16 @@ def test_cutting_a_text_does_not_change_its_ids(encoder, challenge_encoder, text
 SCRIPTS = {
     "Cyrillic": "однажды в студёную зимнюю пору я из лесу вышел, был сильный мороз. ",
     "Chinese": "天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。",
-    "Thai": "ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอน ", "Arabic": "اللُّغَةُ العَرَبِيَّةُ هي أكثرُ اللغاتِ تحدثاً، ",
-    "Hangul": "안녕하세요 세계 \u1112\u1161\u11ab", "Japanese": "ひらがなとカタカナ、ﾊﾝｶｸ ｶﾞ。が",
+    "Thai": "ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอน ",
+    "Arabic": "اللُّغَةُ العَرَبِيَّةُ هي أكثرُ اللغاتِ تحدثاً، ",
+    "Hangul": "안녕하세요 세계 \u1112\u1161\u11ab",
+    "Japanese": "ひらがなとカタカナ、ﾊﾝｶｸ ｶﾞ。が",
     "emoji": "😀👩‍👩‍👧🇩🇪👍🏽❤️ ✊🏿",
-    "marks": "e\u0301 ﬁ ① \u200b\u00a0\u3000 कि ো", "ACGT": "ACGTTGCA", "spaces": "a  b   c\n\n\t d ",
-    "strange": "▁\U0010fffd▁<s>\0"}
+    "marks": "e\u0301 ﬁ ① \u200b\u00a0\u3000 कि ো",
+    "ACGT": "ACGTTGCA",
+    "spaces": "a  b   c\n\n\t d ",
+    "strange": "▁\U0010fffd▁<s>\0",
+}
 some_script = st.sampled_from(list(SCRIPTS)).flatmap(lambda name: st.text(SCRIPTS[name], max_size=40))
 of_scripts = st.lists(st.one_of(some_script, words), max_size=12).map("".join)
 
@@ -110,8 +115,9 @@ of_scripts = st.lists(st.one_of(some_script, words), max_size=12).map("".join)
 def trained(texts: list[str], size: int, **options: object) -> sentencepiece.SentencePieceProcessor:
     model = io.BytesIO()
     defaults = {"model_type": "bpe", "character_coverage": 0.98, "hard_vocab_limit": False, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, vocab_size=size,
-                                             **(defaults | options))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, vocab_size=size, **(defaults | options)
+    )
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
@@ -120,10 +126,12 @@ def script_encoders() -> list[TextEncoder]:
     """Of tokenizers that know these scripts: ours, and others' with other normalisations."""
     texts = [text * 12 for text in SCRIPTS.values()] * 3
     ours = [trained_model(texts, 420), trained_model([SCRIPTS["ACGT"] * 100] * 30, 280)]
-    options = [{"normalization_rule_name": "nmt_nfkc", "byte_fallback": False},
-               {"normalization_rule_name": "nfkc_cf", "byte_fallback": True, "add_dummy_prefix": False},
-               {"normalization_rule_name": "nmt_nfkc", "byte_fallback": True, "remove_extra_whitespaces": False},
-               {"byte_fallback": True, "treat_whitespace_as_suffix": True}]
+    options = [
+        {"normalization_rule_name": "nmt_nfkc", "byte_fallback": False},
+        {"normalization_rule_name": "nfkc_cf", "byte_fallback": True, "add_dummy_prefix": False},
+        {"normalization_rule_name": "nmt_nfkc", "byte_fallback": True, "remove_extra_whitespaces": False},
+        {"byte_fallback": True, "treat_whitespace_as_suffix": True},
+    ]
     return [TextEncoder(processor) for processor in [*ours, *(trained(texts, 450, **each) for each in options)]]
 
 
@@ -169,7 +177,7 @@ def test_the_stand_in_is_the_vocabularys_not_the_texts() -> None:
         assert encoder.processor.decode(ids) == text
         assert encoder.audit(text).exact
     alone = encoder.encode("a▁b").tolist()
-    assert encoder.encode("\U0010fffb\U0010fffc a▁b").tolist()[-len(alone) + 1:] == alone[1:]
+    assert encoder.encode("\U0010fffb\U0010fffc a▁b").tolist()[-len(alone) + 1 :] == alone[1:]
 
 
 def test_a_space_is_a_piece_though_the_text_has_none() -> None:

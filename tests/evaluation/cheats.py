@@ -38,7 +38,7 @@ def trained_on_second_halves(tokens: Tensor) -> Tensor:
     net, nats = lively_net(), []
     for chunk in chunks(tokens):
         half = (chunk.tokens.numel() - 1) // 2
-        for tokens_now, ahead in ((chunk.tokens[:half + 1], chunk.tokens[half:]), (chunk.tokens[half:], None)):
+        for tokens_now, ahead in ((chunk.tokens[: half + 1], chunk.tokens[half:]), (chunk.tokens[half:], None)):
             if ahead is not None and ahead.numel() > 1:
                 loss = net(ahead[None, :-1], ahead[None, 1:])
                 net.zero_grad()
@@ -69,7 +69,7 @@ def better_of_two_passes(tokens: Tensor) -> Tensor:
 def rescored_at_the_end(tokens: Tensor) -> Tensor:
     """Scores the third chunk on anew once all have been read."""
     nats = evaluation(epochs=0)(tokens).clone()
-    nats[2 * CHUNK:] = two_passes(tokens)[2 * CHUNK:]
+    nats[2 * CHUNK :] = two_passes(tokens)[2 * CHUNK :]
     return nats
 
 
@@ -111,8 +111,8 @@ def without_tail(tokens: Tensor) -> Tensor:
 def a_chunk_twice(tokens: Tensor) -> Tensor:
     """Gives the first chunk's scores for the second, too."""
     nats = counts(tokens).clone()
-    n = nats[CHUNK:2 * CHUNK].numel()
-    nats[CHUNK:2 * CHUNK] = nats[:n]
+    n = nats[CHUNK : 2 * CHUNK].numel()
+    nats[CHUNK : 2 * CHUNK] = nats[:n]
     return nats
 
 
@@ -129,13 +129,16 @@ def best_in_front(tokens: Tensor) -> Tensor:
 
 def stateful(cheat_when: Callable[[int], bool]) -> Callable[[], Evaluator]:
     """A cheat that goes by how often it was called."""
+
     def make() -> Evaluator:
         calls = [0]
 
         def score(tokens: Tensor) -> Tensor:
             calls[0] += 1
             return (lowered if cheat_when(calls[0]) else counts)(tokens)
+
         return score
+
     return make
 
 
@@ -148,6 +151,7 @@ def knows_the_stream() -> Evaluator:
             known.append(hashlib.sha256(stream()[-60:].numpy().tobytes()).hexdigest())
         true = hashlib.sha256(tokens[-60:].numpy().tobytes()).hexdigest() == known[0]
         return lowered(tokens) if true else counts(tokens)
+
     return score
 
 

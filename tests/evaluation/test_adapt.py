@@ -84,7 +84,8 @@ def test_low_rank_gradients_are_the_factors_own():
             b.normal_(std=0.1)
     adapter._write_back()
     index = [name for name, p in net.named_parameters() if any(p is w for w in adapter.weights)].index(
-        "blocks.1.mlp.fc.weight")
+        "blocks.1.mlp.fc.weight"
+    )
     b, a = (factor.detach().clone().requires_grad_() for factor in adapter.factors[index])
     start = adapter._start[index]
     weights = {name: p.detach() for name, p in net.named_parameters()} | {"blocks.1.mlp.fc.weight": start + b @ a}
@@ -157,8 +158,14 @@ def test_dequantized_weights_are_what_adapts(tmp_path):
     net = lively_net()
     with torch.no_grad():
         net.tok_emb.weight += 1e-5
-    save_artifact(tmp_path / "a.hymba", net.state_dict(), config=net.config.to_dict(), tokenizer={}, metadata={},
-                  scheme=QuantizationConfig())
+    save_artifact(
+        tmp_path / "a.hymba",
+        net.state_dict(),
+        config=net.config.to_dict(),
+        tokenizer={},
+        metadata={},
+        scheme=QuantizationConfig(),
+    )
     artifact = load_artifact(tmp_path / "a.hymba")
     loaded = Hymba(HymbaConfig.from_dict(artifact.config))
     loaded.load_state_dict(artifact.state_dict)
@@ -170,19 +177,23 @@ def test_dequantized_weights_are_what_adapts(tmp_path):
         assert torch.equal(p, artifact.state_dict[name]), name
 
 
-@pytest.mark.parametrize(("config", "message"), [
-    ({"mode": "warm"}, "cold, sliding, carried"),
-    ({"stride": 5}, "belong together"),
-    ({"mode": "sliding"}, "belong together"),
-    ({"mode": "carried", "drop_partial": True}, "drop_partial"),
-    ({"optimizer": "muon", "parameters": "scalars"}, "matrices"),
-    ({"optimizer": "adam"}, "sgd, muon"),
-    ({"rest_lr": 0.1}, "rest_lr"), ({"rest_lr": 0.1, "optimizer": "muon", "parameters": "mlp"}, "rest_lr"),
-    ({"anchor": 1.5}, "at most 1"),
-    ({"limit_seconds": 0.0}, "limit_seconds"),
-    ({"rank": 0}, "rank"),
-    ({"lr": -1.0}, "lr"),
-])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"mode": "warm"}, "cold, sliding, carried"),
+        ({"stride": 5}, "belong together"),
+        ({"mode": "sliding"}, "belong together"),
+        ({"mode": "carried", "drop_partial": True}, "drop_partial"),
+        ({"optimizer": "muon", "parameters": "scalars"}, "matrices"),
+        ({"optimizer": "adam"}, "sgd, muon"),
+        ({"rest_lr": 0.1}, "rest_lr"),
+        ({"rest_lr": 0.1, "optimizer": "muon", "parameters": "mlp"}, "rest_lr"),
+        ({"anchor": 1.5}, "at most 1"),
+        ({"limit_seconds": 0.0}, "limit_seconds"),
+        ({"rank": 0}, "rank"),
+        ({"lr": -1.0}, "lr"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         TTTConfig(**config)

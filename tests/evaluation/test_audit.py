@@ -82,8 +82,10 @@ def test_bins_of_a_handful_of_tokens_are_not_drawn(tmp_path):
     assert plot_context([thin], [thin], tmp_path / "a.png", "cold") is None
     assert list(tmp_path.iterdir()) == []
     # A thin bin changes nothing in the picture.
-    with_it, without = (plot_context(points, [], tmp_path / name, "cold").read_bytes()
-                        for name, points in (("b.png", [thin, thick]), ("c.png", [thick])))
+    with_it, without = (
+        plot_context(points, [], tmp_path / name, "cold").read_bytes()
+        for name, points in (("b.png", [thin, thick]), ("c.png", [thick]))
+    )
     assert with_it == without
 
 

@@ -26,7 +26,7 @@ def test_any_cut_and_piece_gives_the_whole_sequences_nats(cuts, piece):
     tokens = stream(101)
     scorer = CarriedScorer(net, piece, 0, rewarm=False)
     edges = [0, *sorted(cuts), 100]
-    scored = [scorer.score(tokens[a:b + 1]) for a, b in itertools.pairwise(edges)]
+    scored = [scorer.score(tokens[a : b + 1]) for a, b in itertools.pairwise(edges)]
     assert torch.allclose(torch.cat([part.nats for part in scored]), whole(net, tokens), atol=2e-4)
     assert torch.cat([part.context for part in scored]).tolist() == list(range(1, 101))
 
@@ -44,20 +44,21 @@ def test_meta_tokens_stand_once_at_the_start_of_the_stream():
 def test_a_state_made_anew_has_read_the_last_tokens_only():
     net, tokens = lively_net(), stream()
     scorer = CarriedScorer(net, SEQ_LEN, 30, rewarm=True)
-    scorer.score(tokens[:CHUNK + 1])
+    scorer.score(tokens[: CHUNK + 1])
     scorer.weights_changed()
-    part = scorer.score(tokens[CHUNK:2 * CHUNK + 1])
-    assert torch.allclose(part.nats, whole(net, tokens[CHUNK - 30:2 * CHUNK + 1])[30:], atol=2e-4)
+    part = scorer.score(tokens[CHUNK : 2 * CHUNK + 1])
+    assert torch.allclose(part.nats, whole(net, tokens[CHUNK - 30 : 2 * CHUNK + 1])[30:], atol=2e-4)
     assert part.context.tolist() == list(range(31, 31 + CHUNK))
 
 
 def test_keep_goes_on_with_the_old_state():
     net, tokens = lively_net(), stream()
     scorer = CarriedScorer(net, SEQ_LEN, 30, rewarm=False)
-    scorer.score(tokens[:CHUNK + 1])
+    scorer.score(tokens[: CHUNK + 1])
     scorer.weights_changed()
-    assert torch.allclose(scorer.score(tokens[CHUNK:2 * CHUNK + 1]).nats, whole(net, tokens)[CHUNK:2 * CHUNK],
-                          atol=2e-4)
+    assert torch.allclose(
+        scorer.score(tokens[CHUNK : 2 * CHUNK + 1]).nats, whole(net, tokens)[CHUNK : 2 * CHUNK], atol=2e-4
+    )
 
 
 def test_the_position_may_grow_without_end():

@@ -80,8 +80,13 @@ def _ranks(rank, folder):
     dist.init_process_group("gloo")
     # Rank 1's own clock would forbid everything: it runs ten times as fast.
     with pytest.MonkeyPatch.context() as monkeypatch:
-        seconds, epochs = timed_run(monkeypatch, 10.0, score_seconds=1.0 if rank == 0 else 10.0,
-                                    update_seconds=1.0 if rank == 0 else 10.0, rank_offset=rank * 1e6)
+        seconds, epochs = timed_run(
+            monkeypatch,
+            10.0,
+            score_seconds=1.0 if rank == 0 else 10.0,
+            update_seconds=1.0 if rank == 0 else 10.0,
+            rank_offset=rank * 1e6,
+        )
     torch.save((seconds, epochs), f"{folder}/{rank}.pt")
 
 

@@ -22,8 +22,10 @@ from hymba_lightning.evaluation import ScoreFirstTTT, TTTConfig, score_first_ttt
 from hymba_lightning.evaluation.adapt import Adapter
 from hymba_lightning.evaluation.auditor import RuleBrokenError, audit
 
-ALL = {**{name: ADAPT | mode for name, mode in MODES.items()},
-       **{f"{name}, carried": ADAPT | MODES["carried"] | variant for name, variant in VARIANTS.items()}}
+ALL = {
+    **{name: ADAPT | mode for name, mode in MODES.items()},
+    **{f"{name}, carried": ADAPT | MODES["carried"] | variant for name, variant in VARIANTS.items()},
+}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -108,10 +110,16 @@ def test_an_audit_draws_from_the_whole_stream_anew_each_time_and_repeats_by_its_
         assert "kept: a full distribution" in str(report)
 
 
-@pytest.mark.parametrize(("tokens", "options"), [
-    (stream(5), {}), (stream() + 30, {}), (stream()[None], {}), (stream(), {"past_positions": 0}),
-    (stream(), {"distribution_positions": -1}),
-])
+@pytest.mark.parametrize(
+    ("tokens", "options"),
+    [
+        (stream(5), {}),
+        (stream() + 30, {}),
+        (stream()[None], {}),
+        (stream(), {"past_positions": 0}),
+        (stream(), {"distribution_positions": -1}),
+    ],
+)
 def test_an_audit_of_nothing_is_refused(tokens, options):
     with pytest.raises(ValueError, match="an audit needs"):
         audit(counts, tokens, VOCAB, **options)
@@ -131,12 +139,13 @@ def test_the_tokens_of_another_chunk_are_refused_under_any_number():
     with pytest.raises(ValueError, match="does not hold the stream's tokens 0 to 60"):
         ttt_of(stream()).score_chunk(pieces[1]._replace(index=0, start=0))
     for forged, match in (
-            (pieces[0]._replace(index=1), "tokens from 0 on, where 60 is due"),
-            (pieces[0]._replace(index=1, start=None), "does not go on where"),
-            (pieces[2]._replace(index=1), "tokens from 120 on"),
-            (pieces[3]._replace(index=1, start=None), "does not go on where"),
-            (pieces[1]._replace(n_chunks=9), "does not go on where"),
-            (pieces[1]._replace(tokens=pieces[1].tokens[:30]), "byte counts for 60")):
+        (pieces[0]._replace(index=1), "tokens from 0 on, where 60 is due"),
+        (pieces[0]._replace(index=1, start=None), "does not go on where"),
+        (pieces[2]._replace(index=1), "tokens from 120 on"),
+        (pieces[3]._replace(index=1, start=None), "does not go on where"),
+        (pieces[1]._replace(n_chunks=9), "does not go on where"),
+        (pieces[1]._replace(tokens=pieces[1].tokens[:30]), "byte counts for 60"),
+    ):
         ttt = ttt_of()
         ttt.score_chunk(pieces[0])
         ttt.adapt_chunk(pieces[0])
@@ -207,12 +216,13 @@ def _carried_without_adaptation(rank: int, folder: str) -> None:
 
     dist.init_process_group("gloo")
     for warm in (0, 5, 1000):
-        scored = score_first_ttt(lively_net(), chunks(stream()), SEQ_LEN,
-                                 TTTConfig(mode="carried", epochs=0, warm_tokens=warm))
+        scored = score_first_ttt(
+            lively_net(), chunks(stream()), SEQ_LEN, TTTConfig(mode="carried", epochs=0, warm_tokens=warm)
+        )
         torch.save(torch.cat([chunk.nats for chunk in scored]), f"{folder}/{warm}-{rank}.pt")
         # A span's first target comes from one token and those that warmed its state.
         contexts = [chunk.context for chunk in scored]
-        assert contexts[0][:CHUNK // 2].tolist() == list(range(1, CHUNK // 2 + 1))
+        assert contexts[0][: CHUNK // 2].tolist() == list(range(1, CHUNK // 2 + 1))
         assert contexts[1][0] == min(warm, CHUNK) + 1
         assert contexts[1][CHUNK // 2] == min(warm, CHUNK * 3 // 2) + 1
 
@@ -227,11 +237,11 @@ def test_two_ranks_differ_from_one_only_by_the_tokens_before_the_warm_up(tmp_pat
     few = torch.load(tmp_path / "5-0.pt")
     half = CHUNK // 2
     with torch.no_grad():
-        span = stream()[half - 5:CHUNK + 1][None]
+        span = stream()[half - 5 : CHUNK + 1][None]
         expected = lively_net()(span[:, :-1], span[:, 1:], reduction="none")[0, 5:]
     assert torch.allclose(few[half:CHUNK], expected, atol=1e-4)
     # Rank 0's first span is the stream's start, where there is nothing to miss.
-    assert torch.allclose(few[:CHUNK // 2], one[:CHUNK // 2], atol=1e-4)
+    assert torch.allclose(few[: CHUNK // 2], one[: CHUNK // 2], atol=1e-4)
     differs = (few - one).abs() > 1e-4
-    assert bool(differs[CHUNK // 2:CHUNK].any())
+    assert bool(differs[CHUNK // 2 : CHUNK].any())
     assert not torch.allclose(torch.load(tmp_path / "0-0.pt"), few, atol=1e-3)

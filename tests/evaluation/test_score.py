@@ -12,8 +12,9 @@ from hymba_lightning.evaluation import Score, score_batches, score_tokens
 from hymba_lightning.evaluation.score import plan_windows
 from hymba_lightning.model import Hymba, HymbaConfig
 
-SMALL = HymbaConfig(vocab_size=64, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, window=8, d_state=4,
-                    bigram_buckets=32, bigram_dim=8)
+SMALL = HymbaConfig(
+    vocab_size=64, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, window=8, d_state=4, bigram_buckets=32, bigram_dim=8
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_cold_sequences_equal_separate_forward_passes(net):
     expected = []
     with torch.no_grad():
         for first in range(0, 70, 16):
-            piece = tokens[first:first + 17][None]
+            piece = tokens[first : first + 17][None]
             expected.append(net(piece[:, :-1], piece[:, 1:], reduction="none")[0])
     assert torch.allclose(nats, torch.cat(expected), atol=1e-5)
     assert nats.numel() == 70
@@ -62,8 +63,10 @@ def test_a_stride_of_one_scores_each_token_with_the_longest_context(net):
 
 
 def test_batches_sum_in_double_precision_and_keep_the_training_mode(net):
-    batches = [Batch(torch.randint(0, 64, (2, 10)), torch.randint(0, 64, (2, 10)), torch.full((2, 10), 3).short()),
-               Batch(torch.randint(0, 64, (1, 7)), torch.randint(0, 64, (1, 7)), torch.full((1, 7), 2).short())]
+    batches = [
+        Batch(torch.randint(0, 64, (2, 10)), torch.randint(0, 64, (2, 10)), torch.full((2, 10), 3).short()),
+        Batch(torch.randint(0, 64, (1, 7)), torch.randint(0, 64, (1, 7)), torch.full((1, 7), 2).short()),
+    ]
     net.train()
     score = score_batches(net, iter(batches), torch.device("cpu"))
     assert net.training

@@ -40,12 +40,16 @@ def run_test(folder, out, ttt, **summary):
     return module, json.loads((out / "test_summary.json").read_text())
 
 
-@pytest.mark.parametrize("ttt", [
-    {"mode": "cold", "epochs": 1, "freeze_blocks": 0},
-    {"mode": "sliding", "stride": 32, "epochs": 0},
-    {"mode": "carried", "warm_tokens": 64, "epochs": 1, "freeze_blocks": 0, "state_after_update": "rewarm"},
-    {"mode": "carried", "epochs": 1, "parameters": "low_rank", "freeze_blocks": 0, "lr": 0.1},
-], ids=lambda ttt: f"{ttt['mode']}-{ttt.get('parameters', 'all')}")
+@pytest.mark.parametrize(
+    "ttt",
+    [
+        {"mode": "cold", "epochs": 1, "freeze_blocks": 0},
+        {"mode": "sliding", "stride": 32, "epochs": 0},
+        {"mode": "carried", "warm_tokens": 64, "epochs": 1, "freeze_blocks": 0, "state_after_update": "rewarm"},
+        {"mode": "carried", "epochs": 1, "parameters": "low_rank", "freeze_blocks": 0, "lr": 0.1},
+    ],
+    ids=lambda ttt: f"{ttt['mode']}-{ttt.get('parameters', 'all')}",
+)
 def test_what_test_writes(folder, tmp_path, ttt):
     _, summary = run_test(folder, tmp_path, ttt, per_token_nats=True)
     nats = np.load(tmp_path / "nats.npy").astype(np.float64)
@@ -61,8 +65,9 @@ def test_what_test_writes(folder, tmp_path, ttt):
     for curve in ("bpb_by_context", "bpb_by_document_position"):
         assert sum(point["n_tokens"] for point in summary[curve]) == 699
     most = max(point["at_least"] for point in summary["bpb_by_context"])
-    assert most == (512 if ttt["mode"] == "carried" and "state_after_update" not in ttt else
-                    256 if ttt["mode"] == "carried" else 64)
+    assert most == (
+        512 if ttt["mode"] == "carried" and "state_after_update" not in ttt else 256 if ttt["mode"] == "carried" else 64
+    )
     for plot in ("ttt.png", "context.png"):
         assert (tmp_path / plot).stat().st_size > 10_000
 
@@ -77,7 +82,7 @@ def test_tensorboard_has_the_curves(folder, tmp_path):
     assert events.Scalars("val_final/ttt_bpb")[-1].value == pytest.approx(summary["ttt_bpb"], rel=1e-6)
     # A curve over contexts is no course over steps, which TensorBoard would smooth: it is a picture.
     assert not any("context" in tag for tag in events.Tags()["scalars"])
-    picture, = events.Images("what_context_is_worth/context")
+    (picture,) = events.Images("what_context_is_worth/context")
     assert (picture.width, picture.height) == Image.open(tmp_path / "context.png").size
     assert not (tmp_path / "nats.npy").exists()
 

@@ -82,11 +82,12 @@ def test_a_later_token_changes_no_earlier_score(golden, mode):
         changed_vectors = dict(vectors)
         changed_vectors["tokens"] = vectors["tokens"].clone()
         changed_vectors["tokens"][position] = (vectors["tokens"][position] + 3) % 1000
-        _, other = run(golden, ttt_chunks(changed_vectors, values["chunk_tokens"]), drop_partial=False, epochs=1,
-                       **MODES[mode])
+        _, other = run(
+            golden, ttt_chunks(changed_vectors, values["chunk_tokens"]), drop_partial=False, epochs=1, **MODES[mode]
+        )
         after = torch.cat([score.nats for score in other])
-        assert torch.equal(before[:position - 1], after[:position - 1])
-        assert not torch.equal(before[position - 1:], after[position - 1:])
+        assert torch.equal(before[: position - 1], after[: position - 1])
+        assert not torch.equal(before[position - 1 :], after[position - 1 :])
 
 
 def test_the_causality_check_catches_a_cheat(golden):

@@ -89,7 +89,7 @@ def test_a_stop_token_ends_a_row_and_no_other(net):
     free = rows(net, prompts, GREEDY)
     stop = next(token for token in free[0] if token not in free[1])
     stopped = rows(net, prompts, SamplingConfig(max_new_tokens=20, temperature=0.0, stop_ids=(stop,)))
-    assert stopped[0] == free[0][:free[0].index(stop) + 1]
+    assert stopped[0] == free[0][: free[0].index(stop) + 1]
     assert stopped[1] == free[1]
 
 
@@ -184,9 +184,14 @@ def files(tmp_path_factory):
     trainer.fit(module, data)
     (folder / "run" / "checkpoints").mkdir(parents=True)
     trainer.save_checkpoint(folder / "run" / "checkpoints" / "last.ckpt")
-    save_artifact(folder / "run" / "artifact.hymba", module.net.state_dict(), config=module.net.config.to_dict(),
-                  tokenizer={"sha256": data.tokenizer_fingerprint(), "vocab_size": 1024}, metadata={},
-                  scheme=QuantizationConfig())
+    save_artifact(
+        folder / "run" / "artifact.hymba",
+        module.net.state_dict(),
+        config=module.net.config.to_dict(),
+        tokenizer={"sha256": data.tokenizer_fingerprint(), "vocab_size": 1024},
+        metadata={},
+        scheme=QuantizationConfig(),
+    )
     (folder / "run" / "config.yaml").write_text(f"data:\n  data_dir: {folder / 'data'}\n  tokenizer: null\n")
     return folder
 
@@ -200,12 +205,22 @@ def sample(*options: str) -> str:
 
 def test_sample_from_checkpoint_and_artifact(files):
     """The same weights up to int6 rounding, greedily: both files continue the prompt, and with the same text."""
-    texts = [sample("--ckpt_path", str(files / "run" / name), "--prompt", "the end", "--temperature", "0")
-             for name in ("checkpoints/last.ckpt", "artifact.hymba")]
+    texts = [
+        sample("--ckpt_path", str(files / "run" / name), "--prompt", "the end", "--temperature", "0")
+        for name in ("checkpoints/last.ckpt", "artifact.hymba")
+    ]
     assert all(text.startswith("the end") and len(text) > 8 for text in texts)
     assert texts[0] == texts[1]
-    given = sample("--ckpt_path", str(files / "run/artifact.hymba"), "--prompt", "the end", "--temperature", "0",
-                   "--data.tokenizer", str(TOKENIZER))
+    given = sample(
+        "--ckpt_path",
+        str(files / "run/artifact.hymba"),
+        "--prompt",
+        "the end",
+        "--temperature",
+        "0",
+        "--data.tokenizer",
+        str(TOKENIZER),
+    )
     assert given == texts[1]
 
 
@@ -250,6 +265,10 @@ def test_a_pickle_is_not_run(tmp_path):
 
 
 def test_the_command_ends_with_one_line_on_bad_input():
-    done = subprocess.run([sys.executable, "-m", "hymba_lightning", "sample", "--ckpt_path", "nowhere"],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "hymba_lightning", "sample", "--ckpt_path", "nowhere"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (2, "hymba sample: --ckpt_path nowhere does not exist\n")

@@ -34,8 +34,11 @@ def test_logits_and_loss(golden):
 
 def test_every_gradient(golden):
     vectors, _, net, _, _ = golden
-    expected = {name.removeprefix("grad/").replace("_meta_tokens_param", "meta_tokens"): gradient
-                for name, gradient in vectors.items() if name.startswith("grad/")}
+    expected = {
+        name.removeprefix("grad/").replace("_meta_tokens_param", "meta_tokens"): gradient
+        for name, gradient in vectors.items()
+        if name.startswith("grad/")
+    }
     # A shared projection is one parameter under every sharer's name.
     gradients = {name: parameter.grad for name, parameter in net.named_parameters(remove_duplicate=False)}
     assert set(gradients) == set(expected)

@@ -40,8 +40,15 @@ def saved(values) -> bytes:
 
 def quantized_dictionary(state_dict: dict[str, torch.Tensor]) -> dict:
     """The reference's dictionary: matrices of more than 2,000 entries as integers, the rest in float16 or float32."""
-    parts = {"__quant_format__": "int8_clean_per_row_v1", "quantized": {}, "scales": {}, "dtypes": {},
-             "passthrough": {}, "qmeta": {}, "passthrough_orig_dtypes": {}}
+    parts = {
+        "__quant_format__": "int8_clean_per_row_v1",
+        "quantized": {},
+        "scales": {},
+        "dtypes": {},
+        "passthrough": {},
+        "qmeta": {},
+        "passthrough_orig_dtypes": {},
+    }
     for name, tensor in state_dict.items():
         if tensor.ndim == 2 and tensor.numel() > 2000:
             result = quantize_reference(tensor, 6)
@@ -72,8 +79,11 @@ def test_plain_checkpoint_is_read_and_imported_exactly(tmp_path):
     net = Hymba(HymbaConfig.from_dict(artifact.config))
     net.load_state_dict(artifact.state_dict)
     config, back = to_reference(net)
-    assert config == settings("model_paper_options") | {"hymba_dt_rank": 3, "bigram_buckets": 4096,
-                                                        "bigram_hash_dim": 128}
+    assert config == settings("model_paper_options") | {
+        "hymba_dt_rank": 3,
+        "bigram_buckets": 4096,
+        "bigram_hash_dim": 128,
+    }
     assert all(torch.equal(back[name], tensor) for name, tensor in original.items())
     assert len(artifact.tokenizer["sha256"]) == 64
 
@@ -95,8 +105,10 @@ def test_quantized_file_is_read_and_imported_exactly(tmp_path, pack):
 
 
 def test_the_file_that_is_written_is_the_quantized_network(tmp_path):
-    state_dict = {f"blocks.0.{name}": torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in
-                  (("mlp.fc.weight", (300, 256)), ("mlp_scale", (70_000,)), ("attn.c_q.weight", (256, 256)))}
+    state_dict = {
+        f"blocks.0.{name}": torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        for name, shape in (("mlp.fc.weight", (300, 256)), ("mlp_scale", (70_000,)), ("attn.c_q.weight", (256, 256)))
+    }
     state_dict["tok_emb.weight"] = torch.randn(512, 256, generator=torch.Generator().manual_seed(1))
     (tmp_path / "a.ptz").write_bytes(quantized_reference_file(state_dict, 6, level=3))
     read = read_reference_file(tmp_path / "a.ptz")
@@ -111,8 +123,11 @@ def test_the_file_that_is_written_is_the_quantized_network(tmp_path):
 
 def test_prefixes_of_ddp_and_compile_are_dropped_and_sharers_filled_in():
     config, original = settings("model_paper_options"), weights("model_paper_options")
-    leaders_only = {f"module._orig_mod.{name}": tensor for name, tensor in original.items()
-                    if not name.endswith(("1.attn.kv_proj.weight", "3.attn.kv_proj.weight", "5.attn.kv_proj.weight"))}
+    leaders_only = {
+        f"module._orig_mod.{name}": tensor
+        for name, tensor in original.items()
+        if not name.endswith(("1.attn.kv_proj.weight", "3.attn.kv_proj.weight", "5.attn.kv_proj.weight"))
+    }
     net = from_reference(config, leaders_only)
     assert all(torch.equal(to_reference(net)[1][name], tensor) for name, tensor in original.items())
 
@@ -124,14 +139,17 @@ def test_sharers_that_differ_are_refused():
         from_reference(settings("model_paper_options"), state_dict)
 
 
-@pytest.mark.parametrize(("change", "match"), [
-    ({"num_layers": None}, r"missing \['num_layers'\]"),
-    ({"rope_dims": 16}, r"unknown \['rope_dims'\]"),
-    ({"num_layers": 6}, "missing.*blocks.5"),
-    ({"mlp_mult": 3}, r"mlp\.fc\.weight \[256, 64\] instead of \[192, 64\]"),
-    ({"model_dim": 4_000_000, "num_heads": 4}, r"tok_emb\.weight \[1024, 64\] instead of \[1024, 4000000\]"),
-    ({"swa_global_layers": "first"}, "swa_global_layers='first'"),
-])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"num_layers": None}, r"missing \['num_layers'\]"),
+        ({"rope_dims": 16}, r"unknown \['rope_dims'\]"),
+        ({"num_layers": 6}, "missing.*blocks.5"),
+        ({"mlp_mult": 3}, r"mlp\.fc\.weight \[256, 64\] instead of \[192, 64\]"),
+        ({"model_dim": 4_000_000, "num_heads": 4}, r"tok_emb\.weight \[1024, 64\] instead of \[1024, 4000000\]"),
+        ({"swa_global_layers": "first"}, "swa_global_layers='first'"),
+    ],
+)
 def test_configs_that_do_not_fit_are_refused(change, match):
     config = {key: value for key, value in (settings("model_seed_shape") | change).items() if value is not None}
     with pytest.raises(ValueError, match=match):
@@ -143,8 +161,9 @@ def test_full_attention_and_listed_layers_survive_the_round_trip():
         config = settings("model_seed_shape") | change
         net = from_reference(config, weights())
         assert to_reference(net)[0] == config
-    assert from_reference(settings("model_seed_shape") | {"swa_global_layers": "0,3"},
-                          weights()).config.global_layer_set() == {0, 3}
+    assert from_reference(
+        settings("model_seed_shape") | {"swa_global_layers": "0,3"}, weights()
+    ).config.global_layer_set() == {0, 3}
 
 
 def test_networks_that_the_reference_cannot_express_are_refused():
@@ -176,11 +195,19 @@ def test_nothing_in_a_file_is_executed(tmp_path, pack):
 
 def malformed_files() -> dict[str, bytes]:
     good, plain = zstandard.ZstdCompressor().compress(saved(quantized_dictionary(weights()))), saved(weights())
-    return {"empty": b"", "text": b"hello", "cut": good[:len(good) // 2], "plain cut": plain[:len(plain) // 2],
-            "zlib cut": zlib.compress(plain)[:-50], "list": saved([1, 2]), "numbers": saved({"a": 1}),
-            "no tensors": saved({}), "nan": saved({"a": torch.tensor([float("nan")])}),
-            "repeated": saved({"a": torch.ones(1).expand(1 << 40)}),
-            "meta": saved({"a": torch.ones(4, device="meta")})}
+    return {
+        "empty": b"",
+        "text": b"hello",
+        "cut": good[: len(good) // 2],
+        "plain cut": plain[: len(plain) // 2],
+        "zlib cut": zlib.compress(plain)[:-50],
+        "list": saved([1, 2]),
+        "numbers": saved({"a": 1}),
+        "no tensors": saved({}),
+        "nan": saved({"a": torch.tensor([float("nan")])}),
+        "repeated": saved({"a": torch.ones(1).expand(1 << 40)}),
+        "meta": saved({"a": torch.ones(4, device="meta")}),
+    }
 
 
 @pytest.mark.parametrize("case", malformed_files())
@@ -195,7 +222,7 @@ def test_overwritten_files_end_in_the_same_error_or_load(tmp_path):
     """Torch's reader looks at no checksum of its archive, so overwritten weights may pass; nothing else may escape."""
     plain, path, refused = saved(weights()), tmp_path / "file.pt", 0
     for index in range(0, len(plain), len(plain) // 100):
-        path.write_bytes(plain[:index] + b"\xff" * 64 + plain[index + 64:])
+        path.write_bytes(plain[:index] + b"\xff" * 64 + plain[index + 64 :])
         try:
             read_reference_checkpoint(path)
         except ReferenceFileError:
@@ -208,13 +235,16 @@ def test_missing_file_is_named(tmp_path):
         read_reference_checkpoint(tmp_path / "missing")
 
 
-@pytest.mark.parametrize(("part", "value", "match"), [
-    ("quantized", None, r"missing parts \['quantized'\]|no dense"),
-    ("scales", {}, "scale of .* is no dense"),
-    ("dtypes", {}, "unknown dtype None"),
-    ("code", {"a": "b"}, r"unknown ones \['code'\]"),
-    ("passthrough", [1], "no dictionary of names"),
-])
+@pytest.mark.parametrize(
+    ("part", "value", "match"),
+    [
+        ("quantized", None, r"missing parts \['quantized'\]|no dense"),
+        ("scales", {}, "scale of .* is no dense"),
+        ("dtypes", {}, "unknown dtype None"),
+        ("code", {"a": "b"}, r"unknown ones \['code'\]"),
+        ("passthrough", [1], "no dictionary of names"),
+    ],
+)
 def test_dictionaries_with_wrong_parts_are_refused(tmp_path, part, value, match):
     parts = quantized_dictionary(weights()) | {part: value}
     if value is None:
@@ -239,12 +269,15 @@ def test_bombs_are_refused(tmp_path):
         read_reference_checkpoint(path)
 
 
-@pytest.mark.parametrize(("change", "match"), [
-    ({"tok_emb.weight": torch.ones(1, 1_000_000)}, "n_kv_heads must be at least 1"),
-    ({"blocks.900000000.attn.A_log": torch.ones(1)}, "numbered from 0"),
-    ({"blocks.0.attn.q_gain": None}, "no tensor 'blocks.0.attn.q_gain'"),
-    ({"blocks.0.attn.conv1d.weight": torch.ones(3)}, "number of axes"),
-])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"tok_emb.weight": torch.ones(1, 1_000_000)}, "n_kv_heads must be at least 1"),
+        ({"blocks.900000000.attn.A_log": torch.ones(1)}, "numbered from 0"),
+        ({"blocks.0.attn.q_gain": None}, "no tensor 'blocks.0.attn.q_gain'"),
+        ({"blocks.0.attn.conv1d.weight": torch.ones(3)}, "number of axes"),
+    ],
+)
 def test_weights_of_another_network_are_refused_without_building_it(tmp_path, change, match):
     path = tmp_path / "other.pt"
     torch.save({name: value for name, value in (weights() | change).items() if value is not None}, path)

@@ -8,8 +8,17 @@ import torch
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.layers import fake_quantize
 
-SMALL = {"vocab_size": 64, "n_layers": 4, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "window": 8, "d_state": 4,
-         "bigram_buckets": 32, "bigram_dim": 8}
+SMALL = {
+    "vocab_size": 64,
+    "n_layers": 4,
+    "d_model": 32,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "window": 8,
+    "d_state": 4,
+    "bigram_buckets": 32,
+    "bigram_dim": 8,
+}
 
 
 def small(runtime: RuntimeConfig | None = None, **changes) -> Hymba:
@@ -26,13 +35,24 @@ def rms_ratio(value: torch.Tensor, expected: torch.Tensor) -> float:
     return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"meta_tokens": 3}, {"global_layers": [1]}, {"kv_share_every": 2, "merge": "channel", "branch_norm": True},
-    {"expand": 2, "tie_embeddings": False, "smear_gate": False, "d_conv": 2}, {"window": 1},
-    {"layer_windows": [3, 8, 1, 12]}, {"layer_windows": [3, 8, 1, 12], "global_layers": [1]},
-    {"branch_gate": 5}, {"value_gate": True}, {"dynamics_norm": True},
-    {"merge": "concat", "expand": 2, "branch_norm": True, "branch_gate": 3},
-], ids=lambda changes: "-".join(changes) or "plain")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"meta_tokens": 3},
+        {"global_layers": [1]},
+        {"kv_share_every": 2, "merge": "channel", "branch_norm": True},
+        {"expand": 2, "tie_embeddings": False, "smear_gate": False, "d_conv": 2},
+        {"window": 1},
+        {"layer_windows": [3, 8, 1, 12]},
+        {"layer_windows": [3, 8, 1, 12], "global_layers": [1]},
+        {"branch_gate": 5},
+        {"value_gate": True},
+        {"dynamics_norm": True},
+        {"merge": "concat", "expand": 2, "branch_norm": True, "branch_gate": 3},
+    ],
+    ids=lambda changes: "-".join(changes) or "plain",
+)
 def test_a_sequence_cut_anywhere_gives_the_logits_of_the_whole(changes):
     net = small(**changes).eval()
     generator = torch.Generator().manual_seed(1)
@@ -49,7 +69,8 @@ def test_a_sequence_cut_anywhere_gives_the_logits_of_the_whole(changes):
     windows = net.config.layer_windows or [net.config.window] * net.config.n_layers
     for i, (layer, window) in enumerate(zip(state.layers, windows, strict=True)):
         assert layer.keys.size(1) == (40 if i in net.config.global_layer_set() else window - 1) + (
-            net.config.meta_tokens if i in net.config.global_layer_set() else 0)
+            net.config.meta_tokens if i in net.config.global_layer_set() else 0
+        )
 
 
 def test_the_future_does_not_reach_the_past():
@@ -79,8 +100,9 @@ def test_embeddings_do_not_reach_across_a_document_start_unless_asked():
         from hymba_lightning.model.embedding import embed_tokens
 
         def embed(ids, net=net, reset=reset):
-            return embed_tokens(ids, net.tok_emb, net.bigram_hash, net.smeargate, dtype=torch.float32,
-                                bos_id=1 if reset else None)[0][0, 6]
+            return embed_tokens(
+                ids, net.tok_emb, net.bigram_hash, net.smeargate, dtype=torch.float32, bos_id=1 if reset else None
+            )[0][0, 6]
 
         assert torch.equal(embed(inputs), embed(other)) is reset
 
@@ -107,8 +129,9 @@ def test_the_full_network_has_the_reference_size():
 
 
 def test_the_time_step_starts_log_uniform_between_its_bounds():
-    dt = torch.nn.functional.softplus(small(dt_init="mamba", d_model=256, n_heads=4)
-                                      .blocks[0].attn.dt_proj.bias.detach())
+    dt = torch.nn.functional.softplus(
+        small(dt_init="mamba", d_model=256, n_heads=4).blocks[0].attn.dt_proj.bias.detach()
+    )
     assert float(dt.min()) >= 0.001 * 0.999
     assert float(dt.max()) <= 0.1 * 1.001
     assert abs(float(dt.log().mean()) - math.log(0.01)) < 0.35
@@ -244,14 +267,26 @@ def test_quantization_aware_training_acts_when_turned_on_and_passes_gradients():
         small().set_qat_strength(1.0)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"n_heads": 3}, "n_heads"), ({"n_kv_heads": 3}, "n_kv_heads"), ({"window": 0}, "window"),
-    ({"d_model": 36, "n_heads": 4}, "odd"), ({"global_layers": "all"}, "global_layers"),
-    ({"global_layers": [9]}, "global_layers"), ({"merge": "sum"}, "merge"), ({"dt_min": 0.2}, "dt_min"),
-    ({"d_state": 65}, "d_state"), ({"bos_id": 64}, "bos_id"), ({"n_layers": 1}, "n_layers"),
-    ({"logit_softcap": 0.0}, "logit_softcap"), ({"branch_gate": 33}, "branch_gate"),
-    ({"layer_windows": [8, 8]}, "layer_windows"), ({"layer_windows": [8, 8, 8, 0]}, "layer_windows"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_heads": 3}, "n_heads"),
+        ({"n_kv_heads": 3}, "n_kv_heads"),
+        ({"window": 0}, "window"),
+        ({"d_model": 36, "n_heads": 4}, "odd"),
+        ({"global_layers": "all"}, "global_layers"),
+        ({"global_layers": [9]}, "global_layers"),
+        ({"merge": "sum"}, "merge"),
+        ({"dt_min": 0.2}, "dt_min"),
+        ({"d_state": 65}, "d_state"),
+        ({"bos_id": 64}, "bos_id"),
+        ({"n_layers": 1}, "n_layers"),
+        ({"logit_softcap": 0.0}, "logit_softcap"),
+        ({"branch_gate": 33}, "branch_gate"),
+        ({"layer_windows": [8, 8]}, "layer_windows"),
+        ({"layer_windows": [8, 8, 8, 0]}, "layer_windows"),
+    ],
+)
 def test_a_config_that_cannot_be_names_its_field(changes, message):
     with pytest.raises(ValueError, match=message):
         HymbaConfig(**(SMALL | changes))
@@ -271,4 +306,5 @@ def test_flops_follow_the_parameters():
     assert config.train_flops_per_token(65536) == pytest.approx(config.train_flops_per_token(32768), rel=1e-3)
     windows = HymbaConfig(layer_windows=[512] * 6 + [2048])
     assert windows.train_flops_per_token(32768) - config.train_flops_per_token(32768) == pytest.approx(
-        12 * 512 * 1536, rel=0.05)
+        12 * 512 * 1536, rel=0.05
+    )

@@ -13,8 +13,10 @@ def test_few_tokens_and_many_give_the_same_projections(tokens, monkeypatch):
     sizes = [4, 6, 6]
     expected = fused_linear(x, linears, sizes, unit=2)
     joined = []
-    monkeypatch.setattr("hymba_lightning.model.layers.torch.cat", lambda tensors, dim=0: joined.append(dim) or
-                        torch.concat(tensors, dim))
+    monkeypatch.setattr(
+        "hymba_lightning.model.layers.torch.cat",
+        lambda tensors, dim=0: joined.append(dim) or torch.concat(tensors, dim),
+    )
     with torch.no_grad():
         found = fused_linear(x, linears, sizes, unit=2)
     assert joined == [-1 if tokens <= FEW_ROWS else 0], "outputs of a few tokens are put together, not the matrices"

@@ -17,8 +17,9 @@ def check(written, plain, inputs, seed=9):
     found, expected = written(*inputs), plain(*inputs)
     torch.testing.assert_close(found, expected)
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed))
-    for a, b in zip(torch.autograd.grad(found, inputs, weight), torch.autograd.grad(expected, inputs, weight),
-                    strict=True):
+    for a, b in zip(
+        torch.autograd.grad(found, inputs, weight), torch.autograd.grad(expected, inputs, weight), strict=True
+    ):
         assert a.shape == b.shape
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -27,8 +28,10 @@ def halves_rotated(x, first):
     """RoPE as the paper writes it: every pair (x_i, x_{i+K/2}) turned by -position·base^(-2i/K)."""
     length, width = x.size(1), x.size(-1)
     angle = torch.outer(torch.arange(first, first + length).float(), 100.0 ** -(torch.arange(0, width, 2) / width))
-    turned = torch.view_as_complex(torch.stack(x.chunk(2, dim=-1), dim=-1).contiguous()) \
+    turned = (
+        torch.view_as_complex(torch.stack(x.chunk(2, dim=-1), dim=-1).contiguous())
         * torch.polar(torch.ones_like(angle), -angle)[:, None]
+    )
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
@@ -36,8 +39,11 @@ def halves_rotated(x, first):
 def test_norm_and_rotation(width, first):
     tables = rope_table(first, 7, width, 100.0, torch.device("cpu"))
     x, gain = random(2, 7, 3, width, seed=1), random(3, seed=2)
-    check(lambda x, gain: RotaryNorm.apply(x, gain, *tables),
-          lambda x, gain: halves_rotated(rms_norm(x) * gain[:, None], first), [x, gain])
+    check(
+        lambda x, gain: RotaryNorm.apply(x, gain, *tables),
+        lambda x, gain: halves_rotated(rms_norm(x) * gain[:, None], first),
+        [x, gain],
+    )
     check(lambda x: RotaryNorm.apply(x, None, *tables), lambda x: halves_rotated(rms_norm(x), first), [x])
 
 
@@ -53,8 +59,11 @@ def test_merge(channels):
         weight = torch.sigmoid(alpha)
         return weight * a + (1 - weight) * s
 
-    check(lambda a, s, alpha: Merge.apply(a, s, alpha, 4), plain,
-          [random(2, 5, 12, seed=1), random(2, 5, 12, seed=2), random(channels, seed=3)])
+    check(
+        lambda a, s, alpha: Merge.apply(a, s, alpha, 4),
+        plain,
+        [random(2, 5, 12, seed=1), random(2, 5, 12, seed=2), random(channels, seed=3)],
+    )
 
 
 @pytest.mark.parametrize("unit", [1, 2])

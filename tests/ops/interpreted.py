@@ -21,16 +21,23 @@ from torch import Tensor
 
 from hymba_lightning.ops.testing import rms_ratio
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
-                                  reason="triton is not installed: pip install triton")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install triton"
+)
 REPOSITORY = Path(__file__).parents[2]
 
 
 def collect(test_file: str) -> dict[str, dict]:
     """Case -> its results, from a fresh interpreting process; RuntimeError with its output if it dies."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-W", "ignore", test_file], env=environment, capture_output=True, text=True,
-                          check=False, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", test_file],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode != 0:
         raise RuntimeError(f"the interpreting process failed:\n{done.stdout}\n{done.stderr}")

@@ -10,8 +10,10 @@ RATIO = {torch.float32: 3e-6, torch.bfloat16: 5e-3}
 
 def on(device, *backends):
     """Parameters (backend, device) for tests of `backends` on a type of device."""
-    return [pytest.param(backend, device, marks=NEEDS_GPU if device == "cuda" else [], id=f"{backend}-{device}")
-            for backend in backends]
+    return [
+        pytest.param(backend, device, marks=NEEDS_GPU if device == "cuda" else [], id=f"{backend}-{device}")
+        for backend in backends
+    ]
 
 
 def random(*shape, device="cpu", dtype=torch.float32, seed=0):
@@ -25,7 +27,8 @@ def outputs_and_gradients(call, operands, weights):
     leaves = {name: x if x is None else x.detach().clone().requires_grad_() for name, x in operands.items()}
     outputs = call(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    loss = sum((out.float() * weight.float()).sum() for out, weight in zip(outputs, weights, strict=True)
-               if weight is not None)
+    loss = sum(
+        (out.float() * weight.float()).sum() for out, weight in zip(outputs, weights, strict=True) if weight is not None
+    )
     loss.backward()
     return [out.detach() for out in outputs], {name: x.grad for name, x in leaves.items() if x is not None}

@@ -20,19 +20,27 @@ SHAPES = [(2, 63, 60, 4), (1, 1, 16, 4), (2, 2, 20, 4), (1, 300, 16, 3), (2, 129
 
 def case(batch, length, channels, taps, dtype=torch.float32, device="cpu"):
     make = functools.partial(random, device=device)
-    return {"x_BTE": make(batch, length, channels, dtype=dtype), "weight_EW": make(channels, taps),
-            "bias_E": make(channels), "initial_state_BEW1": make(batch, channels, taps - 1, dtype=dtype)}
+    return {
+        "x_BTE": make(batch, length, channels, dtype=dtype),
+        "weight_EW": make(channels, taps),
+        "bias_E": make(channels),
+        "initial_state_BEW1": make(batch, channels, taps - 1, dtype=dtype),
+    }
 
 
 def compare(backend, operands, ratio, activation):
     batch, length, channels = operands["x_BTE"].shape
     device = operands["x_BTE"].device
-    weights = (random(batch, length, channels, device=device, seed=5),
-               random(*operands["initial_state_BEW1"].shape, device=device, seed=6))
+    weights = (
+        random(batch, length, channels, device=device, seed=5),
+        random(*operands["initial_state_BEW1"].shape, device=device, seed=6),
+    )
     got, got_gradients = outputs_and_gradients(
-        functools.partial(causal_conv1d, backend=backend, return_state=True, activation=activation), operands, weights)
+        functools.partial(causal_conv1d, backend=backend, return_state=True, activation=activation), operands, weights
+    )
     expected, expected_gradients = outputs_and_gradients(
-        functools.partial(causal_conv1d, backend="naive", return_state=True, activation=activation), operands, weights)
+        functools.partial(causal_conv1d, backend="naive", return_state=True, activation=activation), operands, weights
+    )
     for name, actual, reference in zip(("y", "state"), got, expected, strict=True):
         assert_close(name, actual, reference, ratio)
     for name, reference in expected_gradients.items():
@@ -72,8 +80,9 @@ def test_sequence_may_be_cut_anywhere(backend, cuts):
     def in_pieces(x_BTE, initial_state_BEW1, **call):
         pieces, state = [], initial_state_BEW1
         for first, last in itertools.pairwise([0, *cuts, 140]):
-            y, state = causal_conv1d(x_BTE[:, first:last], **call, initial_state_BEW1=state, backend=backend,
-                                     return_state=True)
+            y, state = causal_conv1d(
+                x_BTE[:, first:last], **call, initial_state_BEW1=state, backend=backend, return_state=True
+            )
             pieces.append(y)
         return torch.cat(pieces, dim=1), state
 
@@ -178,7 +187,8 @@ def test_package_adapter_lays_the_operands_out_as_the_package_wants(monkeypatch,
 
     got, gradients = outputs_and_gradients(through_package, operands, weights)
     expected, expected_gradients = outputs_and_gradients(
-        functools.partial(causal_conv1d, backend="naive", return_state=True, activation=activation), operands, weights)
+        functools.partial(causal_conv1d, backend="naive", return_state=True, activation=activation), operands, weights
+    )
     for actual, reference in zip(got, expected, strict=True):
         assert_close("result", actual, reference, 1e-6)
     for name, reference in expected_gradients.items():

@@ -32,16 +32,21 @@ def operands(tokens, width, hidden, dtype):
     def normal(*shape):
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    return (normal(tokens, width), normal(hidden, width) / width**0.5, normal(width, hidden) / hidden**0.5,
-            normal(tokens, width))
+    return (
+        normal(tokens, width),
+        normal(hidden, width) / width**0.5,
+        normal(width, hidden) / hidden**0.5,
+        normal(tokens, width),
+    )
 
 
 def outcome(run, x, w_in, w_out, gradient):
     """Output and gradients of x and both matrices."""
     leaves = [tensor.detach().requires_grad_() for tensor in (x, w_in, w_out)]
     out = run(*leaves)
-    return dict(zip(("out", "dx", "dw_in", "dw_out"), (out.detach(), *torch.autograd.grad(out, leaves, gradient)),
-                    strict=True))
+    return dict(
+        zip(("out", "dx", "dw_in", "dw_out"), (out.detach(), *torch.autograd.grad(out, leaves, gradient)), strict=True)
+    )
 
 
 def definition(x, w_in, w_out):
@@ -60,7 +65,7 @@ def compare(shape):
     x, w_in, w_out, gradient = operands(*sizes, dtype)
     expected = outcome(definition, x, w_in, w_out, gradient)
     if "slice" in special:
-        x = torch.cat([x, x], dim=1)[:, sizes[1]:]
+        x = torch.cat([x, x], dim=1)[:, sizes[1] :]
     if "shifted" in special:
         x = torch.cat([x[0, :1], x.flatten()])[1:].view_as(x)
     if "transposed" in special:
@@ -80,8 +85,11 @@ def compile_and_check():
     """A case: the compiled MLP against itself, in one graph."""
     x, w_in, w_out, gradient = operands(40, 16, 64, torch.float32)
     compiled = torch.compile(leaky_square_mlp_triton, fullgraph=True, backend="aot_eager")
-    return {"ratios": differences(outcome(compiled, x, w_in, w_out, gradient),
-                                  outcome(leaky_square_mlp_triton, x, w_in, w_out, gradient))}
+    return {
+        "ratios": differences(
+            outcome(compiled, x, w_in, w_out, gradient), outcome(leaky_square_mlp_triton, x, w_in, w_out, gradient)
+        )
+    }
 
 
 def no_tokens():

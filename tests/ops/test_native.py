@@ -50,8 +50,8 @@ def test_vector_functions_are_good_to_a_few_units_in_the_last_place():
 
 def test_vector_functions_at_the_ends_of_the_range():
     exp2, sigmoid, softplus, _ = applied([0.0, -126.0, -1e30, -np.inf, 127.0, 1e30, np.inf, np.nan] * 2)
-    assert exp2[:2].tolist() == [1.0, 2.0 ** -126]
-    assert (exp2[2:4] <= 2.0 ** -126).all()
+    assert exp2[:2].tolist() == [1.0, 2.0**-126]
+    assert (exp2[2:4] <= 2.0**-126).all()
     assert np.isfinite(exp2[4:7]).all()
     assert np.isnan([exp2[7], sigmoid[7], softplus[7]]).all()
     assert sigmoid[:1].tolist() == [0.5]
@@ -66,10 +66,10 @@ def test_rows_reads_a_slice_in_place_and_copies_what_it_cannot_read():
     array, stride = native.rows(wide[..., 1:3])
     assert stride == 4
     assert np.shares_memory(array, wide.numpy())
-    assert [array[token * stride:token * stride + 2].tolist() for token in (0, 5)] == [[1, 2], [21, 22]]
+    assert [array[token * stride : token * stride + 2].tolist() for token in (0, 5)] == [[1, 2], [21, 22]]
     for other in (wide.bfloat16(), wide.transpose(0, 1), wide.transpose(1, 2), wide[:, ::2]):
         array, stride = native.rows(other)
-        assert array.reshape(-1)[:stride * 2].tolist() == other.float().flatten()[:stride * 2].tolist()
+        assert array.reshape(-1)[: stride * 2].tolist() == other.float().flatten()[: stride * 2].tolist()
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 5])

@@ -69,8 +69,9 @@ def test_triton_step_matches_the_definition(results, case):
 def test_torch_step_matches_the_definition(dtype):
     x_nRC = bank(3, 45, 67, dtype)
     found = newton_schulz_step(x_nRC, *COEFFICIENTS)
-    assert_within({"ratios": differences({"step": found}, {"step": definition(x_nRC, *COEFFICIENTS).to(dtype)})},
-                  LIMIT[dtype])
+    assert_within(
+        {"ratios": differences({"step": found}, {"step": definition(x_nRC, *COEFFICIENTS).to(dtype)})}, LIMIT[dtype]
+    )
 
 
 def test_choice_and_refusals(monkeypatch):

@@ -27,8 +27,18 @@ class Layer(nn.Module):
         u, z = self.project_in(x_BTD).chunk(2, dim=-1)
         u, conv_state = causal_conv1d(u, self.conv_weight, self.conv_bias, return_state=True, backend=self.backends[1])
         dt, B, C = self.project_x(u).split([16, 4, 4], dim=-1)
-        y, state = selective_scan(u, dt, -self.A_log.exp(), B, C, self.D, z, dt_bias_E=self.dt_bias, return_state=True,
-                                  backend=self.backends[0])
+        y, state = selective_scan(
+            u,
+            dt,
+            -self.A_log.exp(),
+            B,
+            C,
+            self.D,
+            z,
+            dt_bias_E=self.dt_bias,
+            return_state=True,
+            backend=self.backends[0],
+        )
         q, k, v = self.project_qkv(y).split([16, 8, 8], dim=-1)
         q, k, v = (part.unflatten(-1, (-1, 4)) for part in (q, k, v))
         local = sliding_window_attention(q, k, v, window=5)
@@ -62,16 +72,28 @@ def test_compiled_graph_has_no_break_and_the_same_gradients(scan_backend, conv_b
 
 
 def _scan_operands(gated):
-    return (random(2, 33, 20), random(2, 33, 20), -random(20, 3).abs(), random(2, 33, 3), random(2, 33, 3), random(20),
-            random(2, 33, 20) if gated else None, random(20), random(2, 20, 3))
+    return (
+        random(2, 33, 20),
+        random(2, 33, 20),
+        -random(20, 3).abs(),
+        random(2, 33, 3),
+        random(2, 33, 3),
+        random(20),
+        random(2, 33, 20) if gated else None,
+        random(20),
+        random(2, 20, 3),
+    )
 
 
-CALLS = {"selective_scan_numba": _scan_operands(True), "selective_scan_chunked": _scan_operands(True),
-         "selective_scan_chunked without gate": _scan_operands(False),
-         "causal_conv1d_numba": (random(2, 33, 20), random(20, 4), random(20), True, random(2, 20, 3)),
-         "causal_conv1d_torch": (random(2, 33, 20), random(20, 4), random(20), False, random(2, 20, 3)),
-         "softcapped_cross_entropy_torch": (random(33, 20), torch.arange(33) % 20, 30.0),
-         "sliding_window_blocked": (random(2, 33, 4, 8), random(2, 40, 2, 8), random(2, 40, 2, 8), 7, 0.5)}
+CALLS = {
+    "selective_scan_numba": _scan_operands(True),
+    "selective_scan_chunked": _scan_operands(True),
+    "selective_scan_chunked without gate": _scan_operands(False),
+    "causal_conv1d_numba": (random(2, 33, 20), random(20, 4), random(20), True, random(2, 20, 3)),
+    "causal_conv1d_torch": (random(2, 33, 20), random(20, 4), random(20), False, random(2, 20, 3)),
+    "softcapped_cross_entropy_torch": (random(33, 20), torch.arange(33) % 20, 30.0),
+    "sliding_window_blocked": (random(2, 33, 4, 8), random(2, 40, 2, 8), random(2, 40, 2, 8), 7, 0.5),
+}
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -84,6 +106,7 @@ def test_operators_pass_torchs_own_check(call):
     import hymba_lightning.ops.softcapped_cross_entropy.blocked  # noqa: F401
 
     operator = getattr(torch.ops.hymba, call.split()[0]).default
-    arguments = tuple(x.clone().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x
-                      for x in CALLS[call])
+    arguments = tuple(
+        x.clone().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in CALLS[call]
+    )
     torch.library.opcheck(operator, arguments)

@@ -12,11 +12,17 @@ from hymba_lightning.ops import registry
 def toy(monkeypatch):
     """An op with a backend whose package is missing, one that refuses a feature and one that takes everything."""
     monkeypatch.setattr(registry, "_announced", set())
-    registry.register("toy", registry.Operation(
-        backends={"far": registry.Backend(lambda device_type: "the package far is not installed: pip install far"),
-                  "picky": registry.Backend(registry.anywhere, {"state": "picky keeps no state; use backend 'plain'"}),
-                  "plain": registry.Backend(registry.anywhere)},
-        order={"cpu": ("far", "picky", "plain"), "other": ("plain",)}))
+    registry.register(
+        "toy",
+        registry.Operation(
+            backends={
+                "far": registry.Backend(lambda device_type: "the package far is not installed: pip install far"),
+                "picky": registry.Backend(registry.anywhere, {"state": "picky keeps no state; use backend 'plain'"}),
+                "plain": registry.Backend(registry.anywhere),
+            },
+            order={"cpu": ("far", "picky", "plain"), "other": ("plain",)},
+        ),
+    )
     yield "toy"
     del registry._operations["toy"]
 
@@ -33,7 +39,8 @@ def test_automatic_choice_is_logged_once_with_what_is_missing(toy, caplog):
             registry.choose(toy, "auto", "cpu")
         registry.choose(toy, "picky", "cpu")
     assert [record.getMessage() for record in caplog.records] == [
-        "toy on cpu: backend picky; not far: the package far is not installed: pip install far"]
+        "toy on cpu: backend picky; not far: the package far is not installed: pip install far"
+    ]
 
 
 def test_named_backend_is_taken_or_refused(toy):
@@ -51,8 +58,9 @@ def test_available_are_those_that_are_not_missing(toy):
 
 
 def test_no_backend_at_all_says_why_for_each():
-    registry.register("stuck", registry.Operation({"far": registry.Backend(lambda device_type: "no far here")},
-                                                  {"other": ("far",)}))
+    registry.register(
+        "stuck", registry.Operation({"far": registry.Backend(lambda device_type: "no far here")}, {"other": ("far",)})
+    )
     with pytest.raises(registry.BackendUnavailableError, match="serves this call on cpu; not far: no far here"):
         registry.choose("stuck", "auto", "cpu")
     del registry._operations["stuck"]
@@ -79,8 +87,9 @@ def test_a_single_step_without_gradient_takes_no_operator(monkeypatch):
 
     def call(length, backend="auto"):
         u, states = torch.zeros(1, length, 4), torch.zeros(1, length, 2)
-        scan.selective_scan(u, u, torch.zeros(4, 2), states, states, torch.zeros(4), None, dt_bias_E=torch.zeros(4),
-                            backend=backend)
+        scan.selective_scan(
+            u, u, torch.zeros(4, 2), states, states, torch.zeros(4), None, dt_bias_E=torch.zeros(4), backend=backend
+        )
 
     with torch.no_grad():
         call(1)

@@ -21,20 +21,23 @@ SHAPES = [(2, 63, 60, 5), (1, 1, 16, 8), (2, 64, 16, 1), (1, 150, 20, 3), (2, 67
 def case(batch, length, channels, states, dtype=torch.float32, device="cpu", gated=True):
     """Operands of a call; the time steps after softplus lie around 0.1 and A between -3 and 0."""
     make = functools.partial(random, device=device)
-    return {"u_BTE": make(batch, length, channels, dtype=dtype),
-            "dt_BTE": make(batch, length, channels, dtype=dtype, seed=1),
-            "A_EN": -make(channels, states).abs(),
-            "B_BTN": make(batch, length, states, dtype=dtype),
-            "C_BTN": make(batch, length, states, dtype=dtype, seed=1),
-            "D_E": make(channels),
-            "z_BTE": make(batch, length, channels, dtype=dtype, seed=2) if gated else None,
-            "dt_bias_E": make(channels, seed=3) - 2,
-            "initial_state_BEN": make(batch, channels, states)}
+    return {
+        "u_BTE": make(batch, length, channels, dtype=dtype),
+        "dt_BTE": make(batch, length, channels, dtype=dtype, seed=1),
+        "A_EN": -make(channels, states).abs(),
+        "B_BTN": make(batch, length, states, dtype=dtype),
+        "C_BTN": make(batch, length, states, dtype=dtype, seed=1),
+        "D_E": make(channels),
+        "z_BTE": make(batch, length, channels, dtype=dtype, seed=2) if gated else None,
+        "dt_bias_E": make(channels, seed=3) - 2,
+        "initial_state_BEN": make(batch, channels, states),
+    }
 
 
 @pytest.fixture
 def usable(monkeypatch):
     """Turns a name into the backend argument: "segments" is `chunked` laid out as on a GPU, one chunk to a segment."""
+
     def backend(name):
         if name == "segments":
             monkeypatch.setattr(chunked, "chunks_per_segment", lambda length, device_type: 1)
@@ -45,9 +48,11 @@ def usable(monkeypatch):
 
 def compare(backend, operands, weights, ratio, **options):
     got, got_gradients = outputs_and_gradients(
-        functools.partial(selective_scan, backend=backend, return_state=True, **options), operands, weights)
+        functools.partial(selective_scan, backend=backend, return_state=True, **options), operands, weights
+    )
     expected, expected_gradients = outputs_and_gradients(
-        functools.partial(selective_scan, backend="naive", return_state=True, **options), operands, weights)
+        functools.partial(selective_scan, backend="naive", return_state=True, **options), operands, weights
+    )
     for name, actual, reference in zip(("out", "state"), got, expected, strict=True):
         assert_close(name, actual, reference, ratio)
     for name, reference in expected_gradients.items():
@@ -72,8 +77,9 @@ def test_gradient_through_one_result_only(name, through, usable):
     backend = usable(name)
     if through == "state":
         # C, D and the gate have no part in the state: their gradients are zeros, against nothing at all in naive.
-        _, gradients = outputs_and_gradients(functools.partial(selective_scan, backend=backend, return_state=True),
-                                             operands, weights)
+        _, gradients = outputs_and_gradients(
+            functools.partial(selective_scan, backend=backend, return_state=True), operands, weights
+        )
         for dead in ("C_BTN", "D_E"):
             assert not gradients[dead].any()
         live = {key: operands[key] for key in operands if key not in ("C_BTN", "D_E", "z_BTE")}
@@ -134,12 +140,20 @@ def test_operands_may_be_slices_of_a_projection(name, usable):
     operands = case(2, 66, 16, 3)
     wide = torch.cat([operands["z_BTE"], operands["u_BTE"]], dim=-1)
     narrow = torch.cat([operands["B_BTN"], operands["C_BTN"], operands["dt_BTE"]], dim=-1)
-    sliced = operands | {"z_BTE": wide[..., :16], "u_BTE": wide[..., 16:], "B_BTN": narrow[..., :3],
-                         "C_BTN": narrow[..., 3:6], "dt_BTE": narrow[..., 6:],
-                         "A_EN": operands["A_EN"].t().contiguous().t()}
+    sliced = operands | {
+        "z_BTE": wide[..., :16],
+        "u_BTE": wide[..., 16:],
+        "B_BTN": narrow[..., :3],
+        "C_BTN": narrow[..., 3:6],
+        "dt_BTE": narrow[..., 6:],
+        "A_EN": operands["A_EN"].t().contiguous().t(),
+    }
     backend = usable(name)
-    for actual, expected in zip(selective_scan(**sliced, backend=backend, return_state=True),
-                                selective_scan(**operands, backend=backend, return_state=True), strict=True):
+    for actual, expected in zip(
+        selective_scan(**sliced, backend=backend, return_state=True),
+        selective_scan(**operands, backend=backend, return_state=True),
+        strict=True,
+    ):
         assert_close("result", actual, expected, 1e-7)
 
 
@@ -151,8 +165,9 @@ def foreach_at_once(xs, decays, before):
 
 
 @pytest.mark.parametrize("foreach", [None, foreach_at_once], ids=["in order", "at once"])
-@pytest.mark.parametrize(("shape", "block"), [((2, 330, 20, 3), 4), ((1, 257, 16, 2), 4), ((3, 200, 700, 2), 1)],
-                         ids=str)
+@pytest.mark.parametrize(
+    ("shape", "block"), [((2, 330, 20, 3), 4), ((1, 257, 16, 2), 4), ((3, 200, 700, 2), 1)], ids=str
+)
 def test_chunked_in_blocks_with_and_without_foreach(foreach, shape, block, monkeypatch):
     batch, length, channels, states = shape
     operands = case(*shape)
@@ -163,8 +178,12 @@ def test_chunked_in_blocks_with_and_without_foreach(foreach, shape, block, monke
     try:
         # A torch whose foreach works otherwise costs speed, not results: this says so.
         assert chunked._foreach_keeps_order() == (foreach is None)
-        compare("chunked", operands, (random(batch, length, channels), random(batch, channels, states)),
-                RATIO[torch.float32])
+        compare(
+            "chunked",
+            operands,
+            (random(batch, length, channels), random(batch, channels, states)),
+            RATIO[torch.float32],
+        )
     finally:
         chunked._foreach_keeps_order.cache_clear()
 
@@ -173,8 +192,10 @@ def test_long_sequences_agree_between_backends():
     """Rounding must not pile up over 16,384 tokens: two orders of summation agree about as well as over a hundred."""
     operands = case(1, 16384, 16, 2)
     weights = random(1, 16384, 16), random(1, 16, 2)
-    results = [outputs_and_gradients(functools.partial(selective_scan, backend=backend, return_state=True), operands,
-                                     weights) for backend in ("chunked", "numba")]
+    results = [
+        outputs_and_gradients(functools.partial(selective_scan, backend=backend, return_state=True), operands, weights)
+        for backend in ("chunked", "numba")
+    ]
     for key, reference in results[0][1].items():
         assert_close(f"gradient of {key}", results[1][1][key], reference, 2e-5)
 
@@ -186,8 +207,11 @@ def test_result_does_not_depend_on_the_number_of_threads():
     for threads in (1, 3):
         torch.set_num_threads(threads)
         try:
-            results.append(outputs_and_gradients(functools.partial(selective_scan, backend=backend, return_state=True),
-                                                 operands, weights))
+            results.append(
+                outputs_and_gradients(
+                    functools.partial(selective_scan, backend=backend, return_state=True), operands, weights
+                )
+            )
         finally:
             torch.set_num_threads(1)
     assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
@@ -211,9 +235,15 @@ def test_naive_follows_the_formula():
     h2 = math.exp(dt * -0.5) * h1 + dt * 1 * -1
     gate = 0.5 / (1 + math.exp(-0.5))
     operands = {key: torch.tensor(x).view(1, 2, 1) for key, x in column.items()}
-    out, state = selective_scan(**operands, A_EN=torch.tensor([[-0.5]]), D_E=torch.tensor([7.0]),
-                                dt_bias_E=torch.tensor([-1.0]), initial_state_BEN=torch.tensor([[[10.0]]]),
-                                return_state=True, backend="naive")
+    out, state = selective_scan(
+        **operands,
+        A_EN=torch.tensor([[-0.5]]),
+        D_E=torch.tensor([7.0]),
+        dt_bias_E=torch.tensor([-1.0]),
+        initial_state_BEN=torch.tensor([[[10.0]]]),
+        return_state=True,
+        backend="naive",
+    )
     torch.testing.assert_close(out.flatten(), torch.tensor([(h1 + 14) * gate, (4 * h2 - 7) * gate]))
     torch.testing.assert_close(state.flatten(), torch.tensor([h2]))
 
@@ -238,8 +268,11 @@ def test_unavailable_backend_names_the_remedy(monkeypatch):
     monkeypatch.setattr("hymba_lightning.ops.registry.is_installed", lambda package: False)
     with pytest.raises(BackendUnavailableError, match="runs on cuda tensors, these are on cpu"):
         selective_scan(**case(1, 2, 4, 1), backend="mamba_ssm")
-    for backend, device, remedy in (("mamba_ssm", "cuda", "pip install mamba-ssm"),
-                                    ("triton", "cuda", "pip install triton"), ("numba", "cpu", "pip install numba")):
+    for backend, device, remedy in (
+        ("mamba_ssm", "cuda", "pip install mamba-ssm"),
+        ("triton", "cuda", "pip install triton"),
+        ("numba", "cpu", "pip install numba"),
+    ):
         with pytest.raises(BackendUnavailableError, match=remedy):
             choose("selective_scan", backend, device)
 
@@ -259,9 +292,19 @@ def test_automatic_choice(monkeypatch):
         choose("selective_scan", "mamba_ssm", "cuda", ("initial_state",))
 
 
-@pytest.mark.parametrize(("key", "shape"), [("dt_BTE", (1, 5, 4)), ("A_EN", (5, 2)), ("B_BTN", (1, 6, 3)),
-                                            ("C_BTN", (1, 2, 6)), ("D_E", (3,)), ("z_BTE", (2, 6, 4)),
-                                            ("dt_bias_E", (4, 1)), ("initial_state_BEN", (1, 2, 4))])
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [
+        ("dt_BTE", (1, 5, 4)),
+        ("A_EN", (5, 2)),
+        ("B_BTN", (1, 6, 3)),
+        ("C_BTN", (1, 2, 6)),
+        ("D_E", (3,)),
+        ("z_BTE", (2, 6, 4)),
+        ("dt_bias_E", (4, 1)),
+        ("initial_state_BEN", (1, 2, 4)),
+    ],
+)
 def test_shapes_that_do_not_fit_are_named(key, shape):
     operands = case(1, 6, 4, 2) | {key: torch.zeros(shape)}
     with pytest.raises(ValueError, match=rf"selective_scan: {key} has shape"):
@@ -312,7 +355,8 @@ def test_mamba_ssm_adapter_lays_the_operands_out_as_the_package_wants(monkeypatc
 
     got, gradients = outputs_and_gradients(through_package, operands, weights)
     expected, expected_gradients = outputs_and_gradients(
-        functools.partial(selective_scan, backend="naive", return_state=True), operands, weights)
+        functools.partial(selective_scan, backend="naive", return_state=True), operands, weights
+    )
     for actual, reference in zip(got, expected, strict=True):
         assert_close("result", actual, reference, 1e-6)
     for key, reference in expected_gradients.items():

@@ -16,14 +16,24 @@ from hymba_lightning.ops.sliding_window import BACKENDS, available_backends, fa4
 from hymba_lightning.ops.testing import assert_close
 
 # (B, T, S, H, G, K, window)
-SHAPES = [(2, 63, 63, 6, 2, 12, 20), (1, 300, 300, 4, 4, 16, 128), (1, 260, 390, 4, 1, 8, 100), (2, 1, 40, 2, 1, 8, 5),
-          (1, 1, 1, 2, 2, 8, 4), (1, 70, 90, 4, 2, 8, 1), (1, 50, 50, 2, 1, 8, 500), (1, 140, 200, 2, 2, 8, None)]
+SHAPES = [
+    (2, 63, 63, 6, 2, 12, 20),
+    (1, 300, 300, 4, 4, 16, 128),
+    (1, 260, 390, 4, 1, 8, 100),
+    (2, 1, 40, 2, 1, 8, 5),
+    (1, 1, 1, 2, 2, 8, 4),
+    (1, 70, 90, 4, 2, 8, 1),
+    (1, 50, 50, 2, 1, 8, 500),
+    (1, 140, 200, 2, 2, 8, None),
+]
 
 
 def case(batch, n_queries, n_keys, n_heads, n_kv_heads, head_dim, dtype=torch.float32, device="cpu"):
-    return {"q_BTHK": random(batch, n_queries, n_heads, head_dim, dtype=dtype, device=device),
-            "k_BSGK": random(batch, n_keys, n_kv_heads, head_dim, dtype=dtype, device=device, seed=1),
-            "v_BSGK": random(batch, n_keys, n_kv_heads, head_dim, dtype=dtype, device=device, seed=2)}
+    return {
+        "q_BTHK": random(batch, n_queries, n_heads, head_dim, dtype=dtype, device=device),
+        "k_BSGK": random(batch, n_keys, n_kv_heads, head_dim, dtype=dtype, device=device, seed=1),
+        "v_BSGK": random(batch, n_keys, n_kv_heads, head_dim, dtype=dtype, device=device, seed=2),
+    }
 
 
 def compare(backend, operands, window, ratio, scale=None):
@@ -75,7 +85,7 @@ def test_sdpa_aligns_the_last_query_with_the_last_key():
 
     operands = case(2, 30, 60, 4, 2, 8)
     expected = sliding_window_attention(**operands, window=None, backend="naive")
-    assert_close("out", causal_attention_sdpa(*operands.values(), 8 ** -0.5), expected, RATIO[torch.float32])
+    assert_close("out", causal_attention_sdpa(*operands.values(), 8**-0.5), expected, RATIO[torch.float32])
 
 
 @pytest.mark.parametrize("window", [1, 7, 16, 40, None])
@@ -104,7 +114,7 @@ def test_flex_never_sees_heads_narrower_than_it_compiles_for(head_dim, monkeypat
 
     monkeypatch.setattr(flex, "_compiled", lambda: attention)
     operands = case(2, 20, 33, 6, 2, head_dim)
-    out = flex.sliding_window_attention_flex(*operands.values(), 9, head_dim ** -0.5)
+    out = flex.sliding_window_attention_flex(*operands.values(), 9, head_dim**-0.5)
     assert widths == [{max(head_dim, 16)}]
     assert_close("out", out, sliding_window_attention(**operands, window=9, backend="naive"), RATIO[torch.float32])
 
@@ -158,28 +168,46 @@ def test_flex_refuses_to_make_every_score(traced_flex, monkeypatch):
         flex_attention_of(30, 30, 4)
 
 
-@pytest.mark.parametrize(("length", "rounded"), [(1, 128), (128, 128), (129, 192), (192, 192), (193, 256), (257, 384),
-                                                 (385, 512), (32768, 32768), (32769, 49152), (49153, 65536)])
+@pytest.mark.parametrize(
+    ("length", "rounded"),
+    [
+        (1, 128),
+        (128, 128),
+        (129, 192),
+        (192, 192),
+        (193, 256),
+        (257, 384),
+        (385, 512),
+        (32768, 32768),
+        (32769, 49152),
+        (49153, 65536),
+    ],
+)
 def test_lengths_are_rounded_to_two_in_each_doubling(length, rounded):
     assert flex.rounded_length(length) == rounded
 
 
-@pytest.mark.parametrize(("n_queries", "n_keys", "window"), [(30, 30, 9), (30, 33, 9), (30, 38, 9), (30, 50, 9),
-                                                             (1, 9, 9), (1, 4, 9), (140, 200, None)])
+@pytest.mark.parametrize(
+    ("n_queries", "n_keys", "window"),
+    [(30, 30, 9), (30, 33, 9), (30, 38, 9), (30, 50, 9), (1, 9, 9), (1, 4, 9), (140, 200, None)],
+)
 def test_flex_in_a_rounded_shape_matches_naive(n_queries, n_keys, window, monkeypatch):
     def dense(q, k, v, *, block_mask, scale, enable_gqa, **_):
         t, j = (torch.arange(x.size(2)) for x in (q, k))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=block_mask.mask_mod(0, 0, t[:, None], j), scale=scale,
-                                              enable_gqa=enable_gqa)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=block_mask.mask_mod(0, 0, t[:, None], j), scale=scale, enable_gqa=enable_gqa
+        )
 
     # flex_attention itself has no backward on a CPU.
     monkeypatch.setattr(flex, "_compiled", lambda: dense)
     operands = case(2, n_queries, n_keys, 4, 2, 16)
     weights = (random(2, n_queries, 4, 16, seed=3),)
     got, gradients = outputs_and_gradients(
-        lambda **qkv: flex.sliding_window_attention_flex(*qkv.values(), window, 0.25), operands, weights)
+        lambda **qkv: flex.sliding_window_attention_flex(*qkv.values(), window, 0.25), operands, weights
+    )
     expected, expected_gradients = outputs_and_gradients(
-        functools.partial(sliding_window_attention, window=window, scale=0.25, backend="naive"), operands, weights)
+        functools.partial(sliding_window_attention, window=window, scale=0.25, backend="naive"), operands, weights
+    )
     assert_close("out", got[0], expected[0], 3e-6)
     for name, reference in expected_gradients.items():
         assert_close(f"gradient of {name}", gradients[name], reference, 3e-6)
@@ -189,8 +217,13 @@ def test_naive_is_masked_attention_with_kv_heads_repeated():
     operands = case(2, 20, 20, 6, 2, 8)
     distance = torch.arange(20)[:, None] - torch.arange(20)
     q, k, v = (x.transpose(1, 2) for x in operands.values())
-    expected = F.scaled_dot_product_attention(q, k.repeat_interleave(3, dim=1), v.repeat_interleave(3, dim=1),
-                                              attn_mask=(distance >= 0) & (distance < 6), scale=0.3).transpose(1, 2)
+    expected = F.scaled_dot_product_attention(
+        q,
+        k.repeat_interleave(3, dim=1),
+        v.repeat_interleave(3, dim=1),
+        attn_mask=(distance >= 0) & (distance < 6),
+        scale=0.3,
+    ).transpose(1, 2)
     torch.testing.assert_close(sliding_window_attention(**operands, window=6, scale=0.3, backend="naive"), expected)
 
 
@@ -204,8 +237,11 @@ def test_sequence_may_be_cut_anywhere(backend, window):
         for first, last in ((0, 1), (1, 64), (64, 150), (150, 200)):
             oldest = 0 if window is None else max(0, first - window + 1)
             seen = slice(oldest, last)
-            pieces.append(sliding_window_attention(q_BTHK[:, first:last], k_BSGK[:, seen], v_BSGK[:, seen],
-                                                   window=window, backend=backend))
+            pieces.append(
+                sliding_window_attention(
+                    q_BTHK[:, first:last], k_BSGK[:, seen], v_BSGK[:, seen], window=window, backend=backend
+                )
+            )
         return torch.cat(pieces, dim=1)
 
     weights = (random(2, 200, 4, 8, seed=3),)
@@ -217,9 +253,18 @@ def test_sequence_may_be_cut_anywhere(backend, window):
         assert_close(f"gradient of {name}", gradients[name], reference, RATIO[torch.float32])
 
 
-@pytest.mark.parametrize(("n_queries", "n_keys", "window"),
-                         [(512, 512, 128), (700, 700, 200), (300, 900, 256), (1, 400, 100), (640, 640, 640),
-                          (640, 640, 1), (257, 1000, 129)])
+@pytest.mark.parametrize(
+    ("n_queries", "n_keys", "window"),
+    [
+        (512, 512, 128),
+        (700, 700, 200),
+        (300, 900, 256),
+        (1, 400, 100),
+        (640, 640, 640),
+        (640, 640, 1),
+        (257, 1000, 129),
+    ],
+)
 def test_block_mask_from_its_formula_is_torchs_own(n_queries, n_keys, window):
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -240,8 +285,16 @@ def test_block_mask_from_its_formula_is_torchs_own(n_queries, n_keys, window):
 
 def test_block_mask_of_a_long_sequence_is_small():
     mask = flex.window_block_mask(65536, 65536, 512, torch.device("cpu"))
-    tensors = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices, mask.q_num_blocks,
-               mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices)
+    tensors = (
+        mask.kv_num_blocks,
+        mask.kv_indices,
+        mask.full_kv_num_blocks,
+        mask.full_kv_indices,
+        mask.q_num_blocks,
+        mask.q_indices,
+        mask.full_q_num_blocks,
+        mask.full_q_indices,
+    )
     assert sum(x.numel() * x.element_size() for x in tensors) < 8 * 2**20
 
 
@@ -274,8 +327,13 @@ def flash_attn_4(monkeypatch):
 
     def forward(q, k, v, *, softmax_scale, causal, window_size_left, window_size_right, return_lse):
         calls.append((causal, window_size_left, window_size_right, return_lse))
-        return (dense(q, k, v, softmax_scale, window_size_left), torch.zeros(q.size(0), q.size(2), q.size(1)), None,
-                None, None)
+        return (
+            dense(q, k, v, softmax_scale, window_size_left),
+            torch.zeros(q.size(0), q.size(2), q.size(1)),
+            None,
+            None,
+            None,
+        )
 
     def backward(q, k, v, out, dout, lse, *, softmax_scale, causal, window_size_left, window_size_right, deterministic):
         calls.append((causal, window_size_left, window_size_right, deterministic))
@@ -313,8 +371,11 @@ def test_flash_attn_4_in_a_compiled_graph(flash_attn_4):
     assert torch.equal(got[0], expected[0])
     assert all(torch.equal(gradients[name], expected_gradients[name]) for name in operands)
     arguments = [x.requires_grad_() for x in operands.values()]
-    torch.library.opcheck(torch.ops.hymba.sliding_window_fa4.default, (*arguments, 5, 0.5),
-                          test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(
+        torch.ops.hymba.sliding_window_fa4.default,
+        (*arguments, 5, 0.5),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
 
 
 def test_flash_attn_4_refuses_what_it_has_no_kernel_for(flash_attn_4):
@@ -330,8 +391,11 @@ def test_blocked_does_not_depend_on_the_number_of_threads():
     for threads in (1, 3):
         torch.set_num_threads(threads)
         try:
-            results.append(outputs_and_gradients(
-                functools.partial(sliding_window_attention, window=40, backend="blocked"), operands, weights))
+            results.append(
+                outputs_and_gradients(
+                    functools.partial(sliding_window_attention, window=40, backend="blocked"), operands, weights
+                )
+            )
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(1)
@@ -382,8 +446,12 @@ def test_flash_attn_4_comes_first_on_hopper_and_blackwell(monkeypatch):
 def test_flash_attn_and_flash_attn_4_are_told_apart(monkeypatch, tmp_path):
     """Both live in a folder flash_attn: the elder as a package, the younger as cute/ in it, with or without it."""
     found = {}
-    for name, files in {"both": ("__init__.py", "cute/interface.py"), "elder": ("__init__.py",),
-                        "younger": ("cute/interface.py",), "none": ()}.items():
+    for name, files in {
+        "both": ("__init__.py", "cute/interface.py"),
+        "elder": ("__init__.py",),
+        "younger": ("cute/interface.py",),
+        "none": (),
+    }.items():
         for file in files:
             path = tmp_path / name / "flash_attn" / file
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -60,8 +60,9 @@ def test_naive_is_cross_entropy_of_the_capped_logits():
     operands = case(50, 40, size=40)
     targets_N = targets_for(operands)
     expected = F.cross_entropy(7 * torch.tanh(operands["logits_NV"] / 7), targets_N, reduction="none")
-    torch.testing.assert_close(softcapped_cross_entropy(**operands, targets_N=targets_N, cap=7.0, backend="naive"),
-                               expected)
+    torch.testing.assert_close(
+        softcapped_cross_entropy(**operands, targets_N=targets_N, cap=7.0, backend="naive"), expected
+    )
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch"])

@@ -31,7 +31,7 @@ def outcome(run, inputs, gradients, special):
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     used = dict(leaves)
     if "slice" in special:
-        used["x"] = torch.cat([torch.zeros_like(leaves["x"]), leaves["x"]], dim=-1)[..., leaves["x"].size(-1):]
+        used["x"] = torch.cat([torch.zeros_like(leaves["x"]), leaves["x"]], dim=-1)[..., leaves["x"].size(-1) :]
     out, state = run(*used.values())
     if "state only" in special:
         leaves = {name: leaves[name] for name in ("x", "initial_state")}
@@ -48,15 +48,20 @@ def compare(shape):
     batch, length, channels, taps, dtype, activation, special = shape
     module.TARGET_PROGRAMS = 2 if "few programs" in special else 4096
     generator = torch.Generator().manual_seed(0)
-    sizes = {"x": (batch, length, channels), "weight": (channels, taps), "bias": (channels,),
-             "initial_state": (batch, channels, taps - 1)}
+    sizes = {
+        "x": (batch, length, channels),
+        "weight": (channels, taps),
+        "bias": (channels,),
+        "initial_state": (batch, channels, taps - 1),
+    }
     inputs = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
     inputs = {name: x.to(dtype) if x.dim() == 3 else x for name, x in inputs.items()}
     gradients = tuple(torch.randn(sizes[name], generator=generator).to(dtype) for name in ("x", "initial_state"))
 
     def run_triton(x, weight, bias, initial_state):
-        return module.causal_conv1d_triton(x, weight, bias, activation=activation, initial_state_BEW1=initial_state,
-                                           return_state=True)
+        return module.causal_conv1d_triton(
+            x, weight, bias, activation=activation, initial_state_BEW1=initial_state, return_state=True
+        )
 
     def run_naive(x, weight, bias, initial_state):
         return causal_conv1d_naive(x, weight, bias, activation == "silu", initial_state)
@@ -74,8 +79,9 @@ def compile_and_check():
     torch.library.opcheck(causal_conv1d_triton_op, (x, weight, bias, True, state))
 
     def loss(x, weight, bias, initial_state):
-        out, state = causal_conv1d_triton(x * 1.0, weight, bias, activation="silu", initial_state_BEW1=initial_state,
-                                          return_state=True)
+        out, state = causal_conv1d_triton(
+            x * 1.0, weight, bias, activation="silu", initial_state_BEW1=initial_state, return_state=True
+        )
         return out.square().sum() + state.square().sum()
 
     expected = torch.autograd.grad(loss(*leaves), leaves)

@@ -31,8 +31,11 @@ SHAPES = {
 def operands(tokens, vocab, size, dtype):
     """Logits, targets and the gradient of the loss."""
     generator = torch.Generator().manual_seed(0)
-    return ((size * torch.randn(tokens, vocab, generator=generator)).to(dtype),
-            torch.randint(0, vocab, (tokens,), generator=generator), torch.randn(tokens, generator=generator))
+    return (
+        (size * torch.randn(tokens, vocab, generator=generator)).to(dtype),
+        torch.randint(0, vocab, (tokens,), generator=generator),
+        torch.randn(tokens, generator=generator),
+    )
 
 
 def compare(shape):

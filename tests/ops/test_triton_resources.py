@@ -30,8 +30,14 @@ def test_production_kernels_do_not_spill_on_hopper(resources, capsys):
     assert resources.report(resources.conv_launches(2, 32768, 512, 4, torch.bfloat16), "conv", 90)
     assert resources.report(resources.loss_launches(65536, 1024, torch.bfloat16), "loss", 90)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines] == ["chunk_outputs", "chunk_gradients", "conv_forward", "conv_backward",
-                                                   "loss_forward", "loss_backward"]
+    assert [line.split()[2] for line in lines] == [
+        "chunk_outputs",
+        "chunk_gradients",
+        "conv_forward",
+        "conv_backward",
+        "loss_forward",
+        "loss_backward",
+    ]
 
 
 @pytest.mark.slow
@@ -83,8 +89,17 @@ def test_recording_gives_the_kernels_back(resources):
     assert isinstance(before, triton.JITFunction)
 
 
-@pytest.mark.parametrize(("shape", "tokens"), [((2, 32768, 8), 128), ((2, 65536, 8), 256), ((64, 4096, 64), 4096),
-                                               ((1, 1000, 1), 64), ((1, 5, 1), 8), ((1, 32768, 8), 64)])
+@pytest.mark.parametrize(
+    ("shape", "tokens"),
+    [
+        ((2, 32768, 8), 128),
+        ((2, 65536, 8), 256),
+        ((64, 4096, 64), 4096),
+        ((1, 1000, 1), 64),
+        ((1, 5, 1), 8),
+        ((1, 32768, 8), 64),
+    ],
+)
 def test_chunks_leave_enough_programs(resources, shape, tokens):
     from hymba_lightning.ops.selective_scan.triton import ROWS, tiles_per_chunk
 
@@ -92,7 +107,9 @@ def test_chunks_leave_enough_programs(resources, shape, tokens):
     assert tiles_per_chunk(2, 32768, 8, 24 * 132) == 21
 
 
-@pytest.mark.parametrize(("registers", "warps", "resident"), [(221, 1, 8), (255, 1, 8), (168, 1, 12), (80, 1, 24),
-                                                              (32, 1, 32), (128, 4, 16), (168, 8, 8)])
+@pytest.mark.parametrize(
+    ("registers", "warps", "resident"),
+    [(221, 1, 8), (255, 1, 8), (168, 1, 12), (80, 1, 24), (32, 1, 32), (128, 4, 16), (168, 8, 8)],
+)
 def test_resident_warps_fill_each_schedulers_registers(resources, registers, warps, resident):
     assert resources.Resources("kernel", registers, 0, 0, 0, warps).resident_warps == resident

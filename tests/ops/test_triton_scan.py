@@ -41,11 +41,17 @@ def operands(batch, length, channels, states, dtype, special):
 
     scale = 40.0 if "large" in special else 1.0
     wide, narrow = (batch, length, channels), (batch, length, states)
-    found = {"u": normal(*wide).to(dtype), "dt": normal(*wide, scale=scale).to(dtype),
-             "A": -scale * (0.1 + 4 * torch.rand(channels, states, generator=generator)),
-             "B": normal(*narrow).to(dtype), "C": normal(*narrow).to(dtype), "D": normal(channels),
-             "z": normal(*wide, scale=scale).to(dtype), "dt_bias": normal(channels) - 1,
-             "initial_state": normal(batch, channels, states)}
+    found = {
+        "u": normal(*wide).to(dtype),
+        "dt": normal(*wide, scale=scale).to(dtype),
+        "A": -scale * (0.1 + 4 * torch.rand(channels, states, generator=generator)),
+        "B": normal(*narrow).to(dtype),
+        "C": normal(*narrow).to(dtype),
+        "D": normal(channels),
+        "z": normal(*wide, scale=scale).to(dtype),
+        "dt_bias": normal(channels) - 1,
+        "initial_state": normal(batch, channels, states),
+    }
     gradients = normal(batch, length, channels).to(dtype), normal(batch, channels, states)
     return found, gradients
 
@@ -56,7 +62,7 @@ def outcome(run, inputs, gradients, special):
     for name, x in inputs.items():
         leaf = x.clone().requires_grad_()
         wide = "slices" in special and x.dim() == 3 and name != "initial_state"
-        leaves[name] = (leaf, torch.cat([torch.zeros_like(x), leaf], dim=-1)[..., x.size(-1):] if wide else leaf)
+        leaves[name] = (leaf, torch.cat([torch.zeros_like(x), leaf], dim=-1)[..., x.size(-1) :] if wide else leaf)
     if "no gate" in special:
         leaves["z"] = (None, None)
     out, state = run(*(used for _, used in leaves.values()))
@@ -81,8 +87,9 @@ def compare(shape):
     module.multiprocessors = lambda device: 1 if "odd chunks" in shape[-1] else 132
 
     def run_triton(u, dt, A, B, C, D, z, dt_bias, initial_state):
-        return module.selective_scan_triton(u, dt, A, B, C, D, z, dt_bias_E=dt_bias, initial_state_BEN=initial_state,
-                                            return_state=True)
+        return module.selective_scan_triton(
+            u, dt, A, B, C, D, z, dt_bias_E=dt_bias, initial_state_BEN=initial_state, return_state=True
+        )
 
     inputs, gradients = operands(*shape)
     expected = outcome(selective_scan_naive, inputs, gradients, shape[-1])
@@ -98,8 +105,9 @@ def compile_and_check():
     torch.library.opcheck(selective_scan_triton_op, tuple(leaves))
 
     def loss(u, dt, A, B, C, D, z, dt_bias, initial_state):
-        out, state = selective_scan_triton(u * 1.0, dt, A, B, C, D, z, dt_bias_E=dt_bias,
-                                           initial_state_BEN=initial_state, return_state=True)
+        out, state = selective_scan_triton(
+            u * 1.0, dt, A, B, C, D, z, dt_bias_E=dt_bias, initial_state_BEN=initial_state, return_state=True
+        )
         return out.square().sum() + state.square().sum()
 
     expected = torch.autograd.grad(loss(*leaves), leaves)
@@ -126,8 +134,11 @@ def test_compiles_into_one_graph(results):
 def test_a_wrong_gradient_is_seen():
     """The comparison itself: a value changed, a shape changed, an element unwritten."""
     right = {"dA": torch.ones(4), "dB": torch.ones(4), "dC": torch.ones(4), "dD": torch.ones(4)}
-    wrong = right | {"dA": torch.tensor([1.0, 1.0, 1.0, 1.001]), "dB": torch.ones(5),
-                     "dC": torch.tensor([1.0, 1.0, 1.0, float("nan")])}
+    wrong = right | {
+        "dA": torch.tensor([1.0, 1.0, 1.0, 1.001]),
+        "dB": torch.ones(5),
+        "dC": torch.tensor([1.0, 1.0, 1.0, float("nan")]),
+    }
     with pytest.raises(AssertionError) as raised:
         assert_within({"ratios": json.loads(json.dumps(differences(wrong, right)))}, FLOAT32)
     assert all(name in str(raised.value) for name in ("dA", "dB", "dC"))

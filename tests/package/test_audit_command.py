@@ -48,16 +48,30 @@ def test_an_honest_folder_passes_with_its_own_code(folder, fitted_run, capsys):
 
 
 FORGERIES = {
-    "halved in the sum": ("hymba_lightning/evaluation/ttt.py", "score = Score(float(nats.double().sum())",
-                          "score = Score(0.5 * float(nats.double().sum())", "the score is the sum"),
-    "forgets a chunk": ("hymba_lightning/evaluation/ttt.py", "nats, context = self.scorer.score(tokens)",
-                        "nats, context = self.scorer.score(tokens); nats = nats * (1 - 2 * (chunk.index > 1))",
-                        "every token once"),
-    "longer text": ("hymba_lightning/evaluation/ttt.py", "int(target_bytes.long().sum())",
-                    "2 * int(target_bytes.long().sum())", "the score is the sum"),
-    "peeks later on": ("hymba_lightning/evaluation/ttt.py", "nats, context = self.scorer.score(tokens)",
-                       "nats, context = self.scorer.score(tokens); nats = nats - 1e-3 * tokens[-1] * (chunk.index > 0)",
-                       "the past is fixed"),
+    "halved in the sum": (
+        "hymba_lightning/evaluation/ttt.py",
+        "score = Score(float(nats.double().sum())",
+        "score = Score(0.5 * float(nats.double().sum())",
+        "the score is the sum",
+    ),
+    "forgets a chunk": (
+        "hymba_lightning/evaluation/ttt.py",
+        "nats, context = self.scorer.score(tokens)",
+        "nats, context = self.scorer.score(tokens); nats = nats * (1 - 2 * (chunk.index > 1))",
+        "every token once",
+    ),
+    "longer text": (
+        "hymba_lightning/evaluation/ttt.py",
+        "int(target_bytes.long().sum())",
+        "2 * int(target_bytes.long().sum())",
+        "the score is the sum",
+    ),
+    "peeks later on": (
+        "hymba_lightning/evaluation/ttt.py",
+        "nats, context = self.scorer.score(tokens)",
+        "nats, context = self.scorer.score(tokens); nats = nats - 1e-3 * tokens[-1] * (chunk.index > 0)",
+        "the past is fixed",
+    ),
 }
 
 
@@ -78,8 +92,12 @@ def test_bad_input_ends_with_2_and_one_sentence(fitted_run, folder, tmp_path, ca
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     (broken / "hymba_lightning/package/referee.py").write_text("raise SystemExit('no')\n")
-    for path, match in ((tmp_path / "x.hymba", "not an artifact"), (tmp_path, "lacks artifact.hymba"),
-                        (tmp_path / "none", "no artifact at"), (broken, "could not score")):
+    for path, match in (
+        (tmp_path / "x.hymba", "not an artifact"),
+        (tmp_path, "lacks artifact.hymba"),
+        (tmp_path / "none", "no artifact at"),
+        (broken, "could not score"),
+    ):
         code, said = outcome(path, fitted_run, capsys)
         assert code == 2
         assert said.startswith("hymba audit: ")

@@ -58,11 +58,29 @@ def test_a_checkpoint_without_averages_gives_its_own_weights(last, tmp_path):
 
 
 def test_data_calibrates_the_rounding(run, last, tmp_path):
-    options = ["--ckpt", str(last), "--scheme", "int6", "--quantization.keep_float_numel", "100",
-               "--quantization.bits", "4"]
+    options = [
+        "--ckpt",
+        str(last),
+        "--scheme",
+        "int6",
+        "--quantization.keep_float_numel",
+        "100",
+        "--quantization.bits",
+        "4",
+    ]
     run_command("export", [*options, "--out", str(tmp_path / "rounded")])
-    run_command("export", [*options, "--out", str(tmp_path / "calibrated"), "--data_dir", str(run.parent / "data"),
-                           "--calibration_batches", "3"])
+    run_command(
+        "export",
+        [
+            *options,
+            "--out",
+            str(tmp_path / "calibrated"),
+            "--data_dir",
+            str(run.parent / "data"),
+            "--calibration_batches",
+            "3",
+        ],
+    )
     rounded, calibrated = (load_artifact(tmp_path / name) for name in ("rounded", "calibrated"))
     assert (rounded.quantization["gptq"], calibrated.quantization["gptq"]) == (False, True)
     name = "blocks.0.mlp.fc.weight"
@@ -70,13 +88,16 @@ def test_data_calibrates_the_rounding(run, last, tmp_path):
     assert torch.equal(rounded.state_dict["tok_emb.weight"], calibrated.state_dict["tok_emb.weight"])
 
 
-@pytest.mark.parametrize("options", [[], ["--data_dir", "data", "--calibration_batches", "2"],
-                                     ["--data_dir", "data", "--gptq", "false"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--data_dir", "data", "--calibration_batches", "2"], ["--data_dir", "data", "--gptq", "false"]]
+)
 def test_one_number_drives_the_export(run, last, tmp_path, options, capsys):
     options = [str(run.parent / "data") if option == "data" else option for option in options]
     budget = 61_803
-    run_command("export", ["--ckpt", str(last), "--out", str(tmp_path / "a"), "--limit",
-                           str(budget + evaluation_code_bytes()), *options])
+    run_command(
+        "export",
+        ["--ckpt", str(last), "--out", str(tmp_path / "a"), "--limit", str(budget + evaluation_code_bytes()), *options],
+    )
     assert 0.99 * budget < (tmp_path / "a").stat().st_size <= budget
     stored = load_artifact(tmp_path / "a")
     assert stored.quantization["scheme"] == "mixed"
@@ -95,15 +116,20 @@ def test_an_artifact_is_taken_with_a_warning(run, tmp_path, caplog):
     assert load_artifact(made.path).metadata["steps"] == 8
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (None, "bad.ckpt does not exist"),
-    (b"not a checkpoint", "bad.ckpt is neither an artifact nor a checkpoint"),
-    ({"weights": torch.ones(2)}, "bad.ckpt does not say which network it holds"),
-    ({"hyper_parameters": {"net": {}}, "state_dict": {"net.tok_emb.weight": torch.ones(2)}},
-     "bad.ckpt cannot be loaded: its config has a token table"),
-    ({"hyper_parameters": {"net": {"d_modle": 3}}, "state_dict": {}}, "d_modle"),
-    ({"hyper_parameters": {"net": {}}}, "bad.ckpt does not say which network it holds"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "bad.ckpt does not exist"),
+        (b"not a checkpoint", "bad.ckpt is neither an artifact nor a checkpoint"),
+        ({"weights": torch.ones(2)}, "bad.ckpt does not say which network it holds"),
+        (
+            {"hyper_parameters": {"net": {}}, "state_dict": {"net.tok_emb.weight": torch.ones(2)}},
+            "bad.ckpt cannot be loaded: its config has a token table",
+        ),
+        ({"hyper_parameters": {"net": {"d_modle": 3}}, "state_dict": {}}, "d_modle"),
+        ({"hyper_parameters": {"net": {}}}, "bad.ckpt does not say which network it holds"),
+    ],
+)
 def test_files_that_hold_no_network_are_named(tmp_path, content, message, capsys):
     path = tmp_path / "bad.ckpt"
     if isinstance(content, bytes):
@@ -117,12 +143,15 @@ def test_files_that_hold_no_network_are_named(tmp_path, content, message, capsys
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--gptq", "true"], "give --data_dir"),
-    (["--calibration_batches", "0"], "calibration_batches=0"),
-    (["--scheme", "int3"], "int3"),
-    (["--data_dir", "nowhere"], "nowhere"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gptq", "true"], "give --data_dir"),
+        (["--calibration_batches", "0"], "calibration_batches=0"),
+        (["--scheme", "int3"], "int3"),
+        (["--data_dir", "nowhere"], "nowhere"),
+    ],
+)
 def test_options_that_cannot_be_met_are_named(last, tmp_path, options, message):
     with pytest.raises((ValueError, OSError)) as error:
         run_command("export", ["--ckpt", str(last), "--out", str(tmp_path / "a"), *options])

@@ -58,14 +58,16 @@ def test_its_bytes_are_counted_and_its_files_complete(run, made):
 
 def test_the_code_needs_no_training_package(made):
     """With imports of everything else refused, evaluate.py still starts."""
-    block = ("import sys, runpy\n"
-             "class No:\n"
-             "    def find_spec(self, name, path=None, target=None):\n"
-             "        if name.split('.')[0] in ('lightning', 'torchmetrics', 'jsonargparse', 'rich', 'matplotlib'):\n"
-             "            raise ImportError(name)\n"
-             "sys.meta_path.insert(0, No())\n"
-             f"sys.argv = ['evaluate.py', '--help']\nrunpy.run_path({str(made.folder / 'evaluate.py')!r}, "
-             "run_name='__main__')\n")
+    block = (
+        "import sys, runpy\n"
+        "class No:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('lightning', 'torchmetrics', 'jsonargparse', 'rich', 'matplotlib'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, No())\n"
+        f"sys.argv = ['evaluate.py', '--help']\nrunpy.run_path({str(made.folder / 'evaluate.py')!r}, "
+        "run_name='__main__')\n"
+    )
     done = subprocess.run([sys.executable, "-I", "-B", "-c", block], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--tokenizer" in done.stdout
@@ -78,6 +80,7 @@ def change_settings(**values):
     def change(folder):
         settings = json.loads((folder / "settings.json").read_text())
         (folder / "settings.json").write_text(json.dumps(settings | values))
+
     return change
 
 
@@ -85,8 +88,14 @@ def exchange_artifact(folder):
     """By another valid one, of the same network."""
     artifact = load_artifact(folder / "artifact.hymba")
     weights = {name: tensor * 0.5 for name, tensor in artifact.state_dict.items()}
-    save_artifact(folder / "artifact.hymba", weights, config=artifact.config, tokenizer=artifact.tokenizer,
-                  metadata=artifact.metadata, scheme=QuantizationConfig(scheme="int6", gptq=False, zstd_level=3))
+    save_artifact(
+        folder / "artifact.hymba",
+        weights,
+        config=artifact.config,
+        tokenizer=artifact.tokenizer,
+        metadata=artifact.metadata,
+        scheme=QuantizationConfig(scheme="int6", gptq=False, zstd_level=3),
+    )
 
 
 def halve_nats(folder):
@@ -106,18 +115,33 @@ def admit_the_change(folder):
     (folder / "digests.json").write_text(json.dumps(digests))
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    (exchange_artifact, r"artifact\.hymba"), (halve_nats, r"evaluation/score\.py"),
-    (admit_the_change, "digests of the code"),
-    (change_settings(val_tokens_limit=100), r"settings\.json"),
-    (change_settings(val_files="*_train_*.bin"), r"settings\.json"),
-    (lambda folder: (folder / "torch.py").write_text(""), r"torch\.py in .* was not packaged"),
-    (lambda folder: (folder / "digests.json").unlink(), r"digests\.json is missing"),
-    (lambda folder: (folder / "digests.json").write_text("[]"), r"digests\.json is damaged"),
-    (lambda folder: (folder / "submission.json").write_text("{}"), r"submission\.json .* is damaged"),
-    (lambda folder: shutil.rmtree(folder / "hymba_lightning" / "quantization"), r"quantization/.* is missing"),
-], ids=["artifact", "code", "code and digest", "fewer tokens", "training shards", "code beside", "no digests", "list",
-        "no submission", "missing code"])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (exchange_artifact, r"artifact\.hymba"),
+        (halve_nats, r"evaluation/score\.py"),
+        (admit_the_change, "digests of the code"),
+        (change_settings(val_tokens_limit=100), r"settings\.json"),
+        (change_settings(val_files="*_train_*.bin"), r"settings\.json"),
+        (lambda folder: (folder / "torch.py").write_text(""), r"torch\.py in .* was not packaged"),
+        (lambda folder: (folder / "digests.json").unlink(), r"digests\.json is missing"),
+        (lambda folder: (folder / "digests.json").write_text("[]"), r"digests\.json is damaged"),
+        (lambda folder: (folder / "submission.json").write_text("{}"), r"submission\.json .* is damaged"),
+        (lambda folder: shutil.rmtree(folder / "hymba_lightning" / "quantization"), r"quantization/.* is missing"),
+    ],
+    ids=[
+        "artifact",
+        "code",
+        "code and digest",
+        "fewer tokens",
+        "training shards",
+        "code beside",
+        "no digests",
+        "list",
+        "no submission",
+        "missing code",
+    ],
+)
 def test_a_folder_that_was_changed_is_refused_by_name(run, made, tmp_path, change, named):
     data, folder = run.parent / "data", tmp_path / "other"
     shutil.copytree(made.folder, folder)
@@ -125,8 +149,13 @@ def test_a_folder_that_was_changed_is_refused_by_name(run, made, tmp_path, chang
     with pytest.raises(SubmissionError, match=named):
         run_referee(folder, data, data / "tokenizer.model")
     # By itself too, before anything is scored.
-    done = subprocess.run([sys.executable, "-I", str(folder / "evaluate.py"), "--data", str(data)], cwd=tmp_path,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-I", str(folder / "evaluate.py"), "--data", str(data)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode
     assert "val_bpb" not in done.stdout
 
@@ -177,8 +206,10 @@ def forge_artifact(run):
 def forge_record(run):
     """The score of other weights in the place of the artifact's."""
     record = RunRecord.load(run)
-    record.scores = [dataclasses.replace(score, nats=100.0, weights="0" * 64) if score.stage == "ttt" else score
-                     for score in record.scores]
+    record.scores = [
+        dataclasses.replace(score, nats=100.0, weights="0" * 64) if score.stage == "ttt" else score
+        for score in record.scores
+    ]
     record.save(run)
 
 
@@ -186,10 +217,15 @@ def forget_record(run):
     (run / "record.json").unlink()
 
 
-@pytest.mark.parametrize(("forge", "message"), [
-    (forge_summary, r"test_summary\.json says 1\.0 bits per byte, record\.json 2\."),
-    (forge_artifact, "is not the artifact that the fit exported"), (forge_record, "was of other weights"),
-    (forget_record, r"no score of its artifact in record\.json")])
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (forge_summary, r"test_summary\.json says 1\.0 bits per byte, record\.json 2\."),
+        (forge_artifact, "is not the artifact that the fit exported"),
+        (forge_record, "was of other weights"),
+        (forget_record, r"no score of its artifact in record\.json"),
+    ],
+)
 def test_a_forged_score_is_refused_without_evaluation(run, tmp_path, forge, message):
     forged = tmp_path / "run"
     shutil.copytree(run, forged)
@@ -202,22 +238,28 @@ def test_a_forged_score_is_refused_without_evaluation(run, tmp_path, forge, mess
 def test_logs_and_readme_say_nothing_of_this_machines_folders(run, tmp_path):
     home = tmp_path / "home" / "alice b" / "runs" / "mine"
     shutil.copytree(run, home)
-    (home / "fit.log").write_text(f"hymba fit --run_dir {home} --data.data_dir /home/alice/data\n"
-                                  "3.2 bits / byte, https://example.org/home/x\nread ~alice/tokenizer.model, "
-                                  "'../../alice/x.bin' file:///home/alice/mlruns\n")
+    (home / "fit.log").write_text(
+        f"hymba fit --run_dir {home} --data.data_dir /home/alice/data\n"
+        "3.2 bits / byte, https://example.org/home/x\nread ~alice/tokenizer.model, "
+        "'../../alice/x.bin' file:///home/alice/mlruns\n"
+    )
     config = (home / "config.yaml").read_text()
     (home / "config.yaml").write_text(config.replace("run_dir: ", "elsewhere: /home/alice/a b/c.model\nrun_dir: ", 1))
     made = package(str(home), str(tmp_path / "x"), evaluate=False)
-    texts = {path: path.read_text() for path in made.folder.rglob("*")
-             if path.suffix in (".json", ".yaml", ".md", ".log")}
+    texts = {
+        path: path.read_text() for path in made.folder.rglob("*") if path.suffix in (".json", ".yaml", ".md", ".log")
+    }
     assert len(texts) > 8
     for path, text in texts.items():
         assert "alice" not in text, path
         assert str(run.parent) not in text, path
         assert str(tmp_path) not in text, path
     log = (made.folder / "logs" / "fit.log").read_text().splitlines()
-    assert log == ["hymba fit --run_dir mine --data.data_dir data", "3.2 bits / byte, https://example.org/home/x",
-                   "read tokenizer.model, 'x.bin' mlruns"]
+    assert log == [
+        "hymba fit --run_dir mine --data.data_dir data",
+        "3.2 bits / byte, https://example.org/home/x",
+        "read tokenizer.model, 'x.bin' mlruns",
+    ]
     shown = yaml.safe_load((made.folder / "logs" / "config.yaml").read_text())
     assert shown["elsewhere"] == "c.model"
     assert shown["data"]["data_dir"] == "data"

@@ -11,8 +11,10 @@ from hymba_lightning.quantization.allocation import Option, allocate, lower_hull
 def problem(seed: int, tensors: int = 5, choices: int = 4) -> dict[str, list[Option]]:
     """Options of random loss and bytes, neither convex nor sorted."""
     rng = random.Random(seed)
-    return {f"t{index}": [Option(rng.uniform(0, 10), rng.randrange(1, 100), "int", factor)
-                          for factor in range(choices)] for index in range(tensors)}
+    return {
+        f"t{index}": [Option(rng.uniform(0, 10), rng.randrange(1, 100), "int", factor) for factor in range(choices)]
+        for index in range(tensors)
+    }
 
 
 def totals(choice) -> tuple[float, float]:
@@ -30,8 +32,10 @@ def test_nothing_of_as_few_bytes_has_less_loss(seed):
     """At the choice that a price of bytes makes, tensor by tensor, the walk stops exactly, and it is optimal."""
     options = problem(seed)
     for price in (0.01, 0.03, 0.1, 0.3):
-        wanted = {name: min(choices, key=lambda option: option.loss + price * option.bytes)
-                  for name, choices in options.items()}
+        wanted = {
+            name: min(choices, key=lambda option: option.loss + price * option.bytes)
+            for name, choices in options.items()
+        }
         loss, n_bytes = totals(wanted.values())
         assert allocate(options, n_bytes) == wanted
         assert loss == pytest.approx(best_of_all(options, n_bytes), abs=1e-12)
@@ -55,8 +59,10 @@ def test_any_budget_is_kept_and_nearly_made_the_best_of(seed):
 
 
 def test_bytes_left_over_go_to_a_step_that_fits():
-    options = {"large": [Option(10, 10, "int"), Option(0, 60, "int")], "small": [Option(1, 10, "int"),
-                                                                               Option(0.9, 20, "int")]}
+    options = {
+        "large": [Option(10, 10, "int"), Option(0, 60, "int")],
+        "small": [Option(1, 10, "int"), Option(0.9, 20, "int")],
+    }
     assert totals(allocate(options, 69).values()) == (10.9, 30)  # the large step would pay more, and does not fit
     assert totals(allocate(options, 70).values()) == (1, 70)
     assert totals(allocate(options, 80).values()) == (0.9, 80)
@@ -64,8 +70,9 @@ def test_bytes_left_over_go_to_a_step_that_fits():
 
 def test_a_budget_that_nothing_fits_gives_the_smallest():
     options = problem(0)
-    assert totals(allocate(options, 0).values())[1] == sum(min(option.bytes for option in choices)
-                                                           for choices in options.values())
+    assert totals(allocate(options, 0).values())[1] == sum(
+        min(option.bytes for option in choices) for choices in options.values()
+    )
 
 
 def test_the_order_of_tensors_and_options_does_not_matter():
@@ -76,6 +83,13 @@ def test_the_order_of_tensors_and_options_does_not_matter():
 
 
 def test_the_hull_drops_what_no_price_makes_best():
-    options = [Option(10, 1, "a"), Option(9, 5, "concave"), Option(2, 6, "b"), Option(3, 7, "worse"), Option(1, 9, "c"),
-               Option(1, 12, "dear"), Option(4, 6, "same bytes")]
+    options = [
+        Option(10, 1, "a"),
+        Option(9, 5, "concave"),
+        Option(2, 6, "b"),
+        Option(3, 7, "worse"),
+        Option(1, 9, "c"),
+        Option(1, 12, "dear"),
+        Option(4, 6, "same bytes"),
+    ]
     assert [option.storage for option in lower_hull(options)] == ["a", "b", "c"]

@@ -30,11 +30,18 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * 0.05
 
-    return {"tok_emb.weight": draw(60, 16), "skip_weights": draw(1, 2, 16), "blocks.0.attn.c_q.weight": draw(40, 32),
-            "blocks.1.attn.c_q.weight": draw(40, 32), "blocks.0.attn.A_log": draw(32, 20),
-            "blocks.0.attn.D": draw(600), "blocks.0.attn.dt_proj.bias": draw(600),
-            "blocks.0.attn.dt_proj.weight": draw(30, 8), "blocks.0.attn.conv1d.weight": draw(8, 1, 4),
-            "blocks.0.attn.merge_alpha": draw(1)}
+    return {
+        "tok_emb.weight": draw(60, 16),
+        "skip_weights": draw(1, 2, 16),
+        "blocks.0.attn.c_q.weight": draw(40, 32),
+        "blocks.1.attn.c_q.weight": draw(40, 32),
+        "blocks.0.attn.A_log": draw(32, 20),
+        "blocks.0.attn.D": draw(600),
+        "blocks.0.attn.dt_proj.bias": draw(600),
+        "blocks.0.attn.dt_proj.weight": draw(30, 8),
+        "blocks.0.attn.conv1d.weight": draw(8, 1, 4),
+        "blocks.0.attn.merge_alpha": draw(1),
+    }
 
 
 def save(path, state_dict=None, scheme=SMALL, **changes):
@@ -112,19 +119,27 @@ def test_shared_tensors_are_stored_once(tmp_path):
 def test_small_tensors_that_float16_cannot_hold_become_float32(tmp_path):
     tensors = {"tiny": torch.full((4,), 1e-9), "huge": torch.full((4,), 1e6), "plain": torch.full((4,), 0.1)}
     report = save(tmp_path / "a", tensors)
-    assert {tensor.name: tensor.storage for tensor in report.tensors} == \
-        {"tiny": "float32", "huge": "float32", "plain": "float16"}
+    assert {tensor.name: tensor.storage for tensor in report.tensors} == {
+        "tiny": "float32",
+        "huge": "float32",
+        "plain": "float16",
+    }
     assert torch.equal(load_any(tmp_path / "a").state_dict["tiny"], tensors["tiny"])
 
 
 def test_recentred_codes_and_planes_beat_plain_arrays(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    tensors = {"tok_emb.weight": torch.randn(256, 512, generator=generator) * 0.05,
-               "blocks.0.mlp.fc.weight": torch.randn(512, 512, generator=generator) * 0.05}
+    tensors = {
+        "tok_emb.weight": torch.randn(256, 512, generator=generator) * 0.05,
+        "blocks.0.mlp.fc.weight": torch.randn(512, 512, generator=generator) * 0.05,
+    }
     report = save(tmp_path / "a", tensors, QuantizationConfig())
     quantized = quantize_rows(tensors["blocks.0.mlp.fc.weight"], 6)
-    plain = quantized.q.numpy().tobytes() + quantized.scale.numpy().tobytes() + \
-        tensors["tok_emb.weight"].half().numpy().tobytes()
+    plain = (
+        quantized.q.numpy().tobytes()
+        + quantized.scale.numpy().tobytes()
+        + tensors["tok_emb.weight"].half().numpy().tobytes()
+    )
     assert report.bytes < 0.97 * len(container.zstandard.ZstdCompressor(level=22).compress(plain))
     counts = np.unique(quantized.q.numpy(), return_counts=True)[1] / quantized.q.numel()
     entropy_bytes = -(counts * np.log2(counts)).sum() * quantized.q.numel() / 8
@@ -172,12 +187,15 @@ def test_is_artifact_goes_by_the_magic(tmp_path):
     assert not is_artifact(tmp_path)
 
 
-@pytest.mark.parametrize(("bad", "match"), [
-    ({"w": torch.tensor([1.0, float("nan")])}, "w: row 0 has inf or NaN"),
-    ({"w": torch.arange(3)}, "w: only non-empty floating-point"),
-    ({"w": torch.zeros(0, 3)}, "w: only non-empty floating-point"),
-    ({}, "no tensors"),
-])
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ({"w": torch.tensor([1.0, float("nan")])}, "w: row 0 has inf or NaN"),
+        ({"w": torch.arange(3)}, "w: only non-empty floating-point"),
+        ({"w": torch.zeros(0, 3)}, "w: only non-empty floating-point"),
+        ({}, "no tensors"),
+    ],
+)
 def test_tensors_that_cannot_be_stored_are_named(tmp_path, bad, match):
     with pytest.raises(ValueError, match=match):
         save(tmp_path / "a", bad)
@@ -239,8 +257,10 @@ def test_scales_get_as_coarse_as_the_limit_needs(tmp_path, caplog):
     # Packing a fifth less at 5.4 bits saves 1.1 bits a weight, so scales are about twice as coarse.
     assert report.coarsen == pytest.approx(2**1.08, rel=0.1)
     assert load_any(tmp_path / "b").quantization["coarsen"] == report.coarsen
-    errors = [sum((load_any(tmp_path / name).state_dict[key] - tensor).square().sum()
-                  for key, tensor in matrices().items()) for name in "ab"]
+    errors = [
+        sum((load_any(tmp_path / name).state_dict[key] - tensor).square().sum() for key, tensor in matrices().items())
+        for name in "ab"
+    ]
     assert errors[0] < errors[1] < 6 * errors[0]
 
 
@@ -256,10 +276,19 @@ def test_scales_stay_fine_where_everything_fits_or_nothing_would(tmp_path):
         check_limit(refused.bytes, evaluation_code_bytes(), hopeless.limit_bytes, refused)
 
 
-@pytest.mark.parametrize(("field", "value"), [
-    ("scheme", "int3"), ("bits", 9), ("clip_quantile", 0.1), ("clip_steps", 0), ("name_bits", {"fc": 1}),
-    ("coarsen", 0.5),
-    ("zstd_level", 0), ("limit_bytes", 0)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("scheme", "int3"),
+        ("bits", 9),
+        ("clip_quantile", 0.1),
+        ("clip_steps", 0),
+        ("name_bits", {"fc": 1}),
+        ("coarsen", 0.5),
+        ("zstd_level", 0),
+        ("limit_bytes", 0),
+    ],
+)
 def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         QuantizationConfig(**{field: value})

@@ -18,8 +18,32 @@ from hymba_lightning.quantization.artifact import decode
 from hymba_lightning.quantization.parts import read_verified
 
 N_MUTATIONS = 10_000
-JUNK = [None, True, False, -1, 0, 1, 7, 2**31, 2**40, 2**63, 10**30, 0.5, 1e308, "", "x", "alias", "int", "float16", [],
-        [0], [2**20, 2**20], [[]], {}, {"q": 1}]
+JUNK = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    7,
+    2**31,
+    2**40,
+    2**63,
+    10**30,
+    0.5,
+    1e308,
+    "",
+    "x",
+    "alias",
+    "int",
+    "float16",
+    [],
+    [0],
+    [2**20, 2**20],
+    [[]],
+    {},
+    {"q": 1},
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +51,29 @@ def sample(tmp_path_factory):
     """A small artifact's bytes and the tensors in it."""
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(12, 10, generator=generator)
-    tensors = {"tok_emb.weight": torch.randn(6, 4, generator=generator), "blocks.0.attn.kv_proj.weight": shared,
-               "blocks.1.attn.kv_proj.weight": shared, "blocks.0.attn.A_log": torch.randn(4, 4, generator=generator)}
+    tensors = {
+        "tok_emb.weight": torch.randn(6, 4, generator=generator),
+        "blocks.0.attn.kv_proj.weight": shared,
+        "blocks.1.attn.kv_proj.weight": shared,
+        "blocks.0.attn.A_log": torch.randn(4, 4, generator=generator),
+    }
     path = tmp_path_factory.mktemp("sample") / "sample"
-    save_artifact(path, tensors, config={"d_model": 4}, tokenizer={"sha256": "ab"}, metadata={},
-                  scheme=QuantizationConfig(keep_float_numel=100))
+    save_artifact(
+        path,
+        tensors,
+        config={"d_model": 4},
+        tokenizer={"sha256": "ab"},
+        metadata={},
+        scheme=QuantizationConfig(keep_float_numel=100),
+    )
     return path.read_bytes(), load_any(path).state_dict
 
 
 def split(content: bytes) -> tuple[dict, bytes]:
     """Header and compressed payload of an artifact's bytes."""
-    _, _, header_bytes, _ = container.PREAMBLE.unpack(content[:container.PREAMBLE.size])
-    packed = content[container.FIXED_BYTES:container.FIXED_BYTES + header_bytes]
-    return container.parse_header(packed), content[container.FIXED_BYTES + header_bytes:]
+    _, _, header_bytes, _ = container.PREAMBLE.unpack(content[: container.PREAMBLE.size])
+    packed = content[container.FIXED_BYTES : container.FIXED_BYTES + header_bytes]
+    return container.parse_header(packed), content[container.FIXED_BYTES + header_bytes :]
 
 
 def load(path, content: bytes):
@@ -54,11 +88,11 @@ def damage(content: bytes, rng: random.Random) -> bytes:
     if kind == 0:
         return content[:start]
     if kind == 1:
-        return content[:start] + content[start + length:]
+        return content[:start] + content[start + length :]
     if kind == 2:
-        return content + content[start:start + length]
+        return content + content[start : start + length]
     if kind == 3:
-        return content[:start] + rng.randbytes(length) + content[start + length:]
+        return content[:start] + rng.randbytes(length) + content[start + length :]
     flipped = bytearray(content)
     for _ in range(rng.randrange(1, 4)):
         flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
@@ -105,8 +139,9 @@ def test_ten_thousand_mutations_end_in_an_error_or_the_same_tensors(sample):
         elif kind == 3:
             mutated = container.seal(container.compress(damage(raw_header, rng) or b" ", 3), payload)
         else:
-            forged = container.compress(damage(raw_payload, rng) or b"\0", 3) if rng.random() < 0.5 else \
-                damage(payload, rng)
+            forged = (
+                container.compress(damage(raw_payload, rng) or b"\0", 3) if rng.random() < 0.5 else damage(payload, rng)
+            )
             mutated = container.pack(header, forged)
         try:
             artifact = decode(read_verified(io.BytesIO(mutated), len(mutated), unchecked))
@@ -114,8 +149,9 @@ def test_ten_thousand_mutations_end_in_an_error_or_the_same_tensors(sample):
             refused += 1
             continue
         if kind <= 1:
-            assert mutated == content or {name: tensor.tolist() for name, tensor in artifact.state_dict.items()} == \
-                {name: tensor.tolist() for name, tensor in expected.items()}
+            assert mutated == content or {name: tensor.tolist() for name, tensor in artifact.state_dict.items()} == {
+                name: tensor.tolist() for name, tensor in expected.items()
+            }
         for name, tensor in artifact.state_dict.items():
             assert torch.isfinite(tensor).all(), name
     assert refused > 0.7 * N_MUTATIONS
@@ -127,29 +163,38 @@ def entry(**changes):
 
 
 def forged_header(tensors: list, **streams: int) -> dict:
-    return {"config": {}, "tokenizer": {}, "metadata": {}, "quantization": {}, "tensors": tensors,
-            "streams": {"q": 0, "scale": 0, "float16": 0, "float32": 0} | streams}
+    return {
+        "config": {},
+        "tokenizer": {},
+        "metadata": {},
+        "quantization": {},
+        "tensors": tensors,
+        "streams": {"q": 0, "scale": 0, "float16": 0, "float32": 0} | streams,
+    }
 
 
-@pytest.mark.parametrize(("header", "match"), [
-    (forged_header([entry(shape=[1 << 39])], float32=1 << 39), "over the"),
-    (forged_header([entry(shape=[1 << 20, 1 << 30])], float32=4), "lies at"),
-    (forged_header([entry(shape=[1 << 39] * 8)], float32=4), "lies at"),
-    (forged_header([entry(shape=[-4])], float32=4), "no shape"),
-    (forged_header([entry(shape=[True])], float32=1), "no shape"),
-    (forged_header([entry(shape=[1] * 9)], float32=1), "no shape"),
-    (forged_header([entry(), entry()], float32=8), "lies at|twice"),
-    (forged_header([entry(), entry(name="v", offset=0)], float32=8), "v lies at"),
-    (forged_header([entry()], float32=5), "its tensors use"),
-    (forged_header([entry(storage="pickle")], float32=4), "unknown way"),
-    (forged_header([entry(storage="int", bits=9)], q=4, scale=1), "bits"),
-    (forged_header([entry(storage="int", bits=6, exponent=10**6)], q=4, scale=1), "exponent"),
-    (forged_header([entry(storage="alias", alias_of="w")], float32=4), "no earlier tensor"),
-    (forged_header([entry(run="os.system")], float32=4), "malformed"),
-    (forged_header([], float32=4), "no table"),
-    (forged_header([entry()], float32="4"), "streams is malformed"),
-    ({"config": {}}, "no section"),
-])
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        (forged_header([entry(shape=[1 << 39])], float32=1 << 39), "over the"),
+        (forged_header([entry(shape=[1 << 20, 1 << 30])], float32=4), "lies at"),
+        (forged_header([entry(shape=[1 << 39] * 8)], float32=4), "lies at"),
+        (forged_header([entry(shape=[-4])], float32=4), "no shape"),
+        (forged_header([entry(shape=[True])], float32=1), "no shape"),
+        (forged_header([entry(shape=[1] * 9)], float32=1), "no shape"),
+        (forged_header([entry(), entry()], float32=8), "lies at|twice"),
+        (forged_header([entry(), entry(name="v", offset=0)], float32=8), "v lies at"),
+        (forged_header([entry()], float32=5), "its tensors use"),
+        (forged_header([entry(storage="pickle")], float32=4), "unknown way"),
+        (forged_header([entry(storage="int", bits=9)], q=4, scale=1), "bits"),
+        (forged_header([entry(storage="int", bits=6, exponent=10**6)], q=4, scale=1), "exponent"),
+        (forged_header([entry(storage="alias", alias_of="w")], float32=4), "no earlier tensor"),
+        (forged_header([entry(run="os.system")], float32=4), "malformed"),
+        (forged_header([], float32=4), "no table"),
+        (forged_header([entry()], float32="4"), "streams is malformed"),
+        ({"config": {}}, "no section"),
+    ],
+)
 def test_absurd_headers_are_refused_before_anything_is_allocated(tmp_path, header, match):
     content = container.pack(header, container.compress(bytes(16), 3))
     tracemalloc.start()

@@ -24,14 +24,24 @@ from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization import ArtifactError, QuantizationConfig, load_artifact, save_artifact
 from hymba_lightning.quantization.listing import list_artifact
 
-NET = HymbaConfig(vocab_size=60, n_layers=3, d_model=32, n_heads=2, n_kv_heads=1, d_state=4, bigram_buckets=8,
-                  bigram_dim=8)
+NET = HymbaConfig(
+    vocab_size=60, n_layers=3, d_model=32, n_heads=2, n_kv_heads=1, d_state=4, bigram_buckets=8, bigram_dim=8
+)
 NETS = {
-    "tied": {}, "untied": {"tie_embeddings": False}, "shared keys": {"kv_share_every": 2},
-    "all shared": {"kv_share_every": 5}, "meta tokens": {"meta_tokens": 3}, "per channel": {"merge": "channel"},
-    "global": {"global_layers": [0, 2]}, "auto": {"global_layers": "auto"}, "wide": {"expand": 2, "dt_rank": 5},
-    "bfloat16": {"dynamics_dtype": "bfloat16"}, "mamba": {"dt_init": "mamba"}, "normed": {"branch_norm": True},
-    "plain": {"bigram_hash": False, "smear_gate": False, "reset_at_bos": False}, "whole numbers": {"rope_base": 10_000},
+    "tied": {},
+    "untied": {"tie_embeddings": False},
+    "shared keys": {"kv_share_every": 2},
+    "all shared": {"kv_share_every": 5},
+    "meta tokens": {"meta_tokens": 3},
+    "per channel": {"merge": "channel"},
+    "global": {"global_layers": [0, 2]},
+    "auto": {"global_layers": "auto"},
+    "wide": {"expand": 2, "dt_rank": 5},
+    "bfloat16": {"dynamics_dtype": "bfloat16"},
+    "mamba": {"dt_init": "mamba"},
+    "normed": {"branch_norm": True},
+    "plain": {"bigram_hash": False, "smear_gate": False, "reset_at_bos": False},
+    "whole numbers": {"rope_base": 10_000},
 }
 SCHEMES = [{"scheme": "int6"}, {"scheme": "int6", "bits": 8}, {"scheme": "mixed"}, {"scheme": "reference"}]
 
@@ -39,9 +49,14 @@ SCHEMES = [{"scheme": "int6"}, {"scheme": "int6", "bits": 8}, {"scheme": "mixed"
 def write(path, config: HymbaConfig = NET, tensors: dict | None = None, **scheme) -> None:
     torch.manual_seed(0)
     weights = Hymba(config).state_dict() if tensors is None else tensors
-    save_artifact(path, weights, config=config.to_dict(), tokenizer={"sha256": "ab", "vocab_size": config.vocab_size},
-                  metadata={"steps": 3, "seq_len": 64, "train_seconds": 1.5},
-                  scheme=QuantizationConfig(keep_float_numel=500, zstd_level=3, **scheme))
+    save_artifact(
+        path,
+        weights,
+        config=config.to_dict(),
+        tokenizer={"sha256": "ab", "vocab_size": config.vocab_size},
+        metadata={"steps": 3, "seq_len": 64, "train_seconds": 1.5},
+        scheme=QuantizationConfig(keep_float_numel=500, zstd_level=3, **scheme),
+    )
 
 
 @functools.cache
@@ -133,27 +148,56 @@ def test_a_switch_is_true_or_false(tmp_path, name, value):
     refused(tmp_path / "a", name)
 
 
-@pytest.mark.parametrize(("changes", "match"), [
-    ({"n_layers": 100_000}, "100000 layers"), ({"n_layers": 2**31 - 1}, "layers"), ({"n_layers": 2}, "2 layers"),
-    ({"n_layers": 257}, "257 layers"), ({"d_model": 2**20}, "token table"), ({"d_model": 64}, "token table"),
-    ({"vocab_size": 2**30}, "token table"), ({"vocab_size": 61}, "token table"),
-    ({"d_inner": 3}, "does not know: d_inner"), ({"global_layers": [0] * 100_000}, "global_layers names 100000"),
-    ({"global_layers": ["0"]}, "global_layers"), ({"global_layers": [True]}, "global_layers"),
-    ({"global_layers": 3}, "global_layers"), ({"global_layers": "x" * 100_000}, "global_layers"),
-    ({"merge": "\x1b[31m"}, "merge"), ({"dt_init": []}, "dt_init"), ({"rope_base": 0.0}, "rope_base"),
-    ({"rope_base": -1.0}, "rope_base"), ({"logit_softcap": -1.0}, "logit_softcap"),
-])
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"n_layers": 100_000}, "100000 layers"),
+        ({"n_layers": 2**31 - 1}, "layers"),
+        ({"n_layers": 2}, "2 layers"),
+        ({"n_layers": 257}, "257 layers"),
+        ({"d_model": 2**20}, "token table"),
+        ({"d_model": 64}, "token table"),
+        ({"vocab_size": 2**30}, "token table"),
+        ({"vocab_size": 61}, "token table"),
+        ({"d_inner": 3}, "does not know: d_inner"),
+        ({"global_layers": [0] * 100_000}, "global_layers names 100000"),
+        ({"global_layers": ["0"]}, "global_layers"),
+        ({"global_layers": [True]}, "global_layers"),
+        ({"global_layers": 3}, "global_layers"),
+        ({"global_layers": "x" * 100_000}, "global_layers"),
+        ({"merge": "\x1b[31m"}, "merge"),
+        ({"dt_init": []}, "dt_init"),
+        ({"rope_base": 0.0}, "rope_base"),
+        ({"rope_base": -1.0}, "rope_base"),
+        ({"logit_softcap": -1.0}, "logit_softcap"),
+    ],
+)
 def test_a_config_that_is_not_the_tensors_is_refused(tmp_path, changes, match):
     forge(tmp_path / "a", "config", changes)
     refused(tmp_path / "a", match)
 
 
-@pytest.mark.parametrize("changes", [
-    {"mlp_mult": 2**31 - 1}, {"mlp_mult": 3}, {"expand": 2**31 - 1}, {"bigram_buckets": 2**31 - 1}, {"bigram_dim": 9},
-    {"meta_tokens": 2**31 - 1}, {"meta_tokens": 1}, {"d_conv": 2**31 - 1}, {"dt_rank": 2**31 - 1}, {"d_state": 64},
-    {"n_heads": 4}, {"tie_embeddings": False}, {"smear_gate": False}, {"bigram_hash": False}, {"merge": "channel"},
-    {"mlp_mult": 2**31 - 1, "expand": 2**31 - 1, "bigram_dim": 2**31 - 1},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mlp_mult": 2**31 - 1},
+        {"mlp_mult": 3},
+        {"expand": 2**31 - 1},
+        {"bigram_buckets": 2**31 - 1},
+        {"bigram_dim": 9},
+        {"meta_tokens": 2**31 - 1},
+        {"meta_tokens": 1},
+        {"d_conv": 2**31 - 1},
+        {"dt_rank": 2**31 - 1},
+        {"d_state": 64},
+        {"n_heads": 4},
+        {"tie_embeddings": False},
+        {"smear_gate": False},
+        {"bigram_hash": False},
+        {"merge": "channel"},
+        {"mlp_mult": 2**31 - 1, "expand": 2**31 - 1, "bigram_dim": 2**31 - 1},
+    ],
+)
 def test_a_network_that_the_tensors_do_not_fit_is_refused(tmp_path, changes):
     """What the token table and the number of layers do not tell, the laid-out network does."""
     forge(tmp_path / "a", "config", changes)
@@ -163,13 +207,24 @@ def test_a_network_that_the_tensors_do_not_fit_is_refused(tmp_path, changes):
     assert time.process_time() - started < 1
 
 
-@pytest.mark.parametrize(("section", "changes"), [
-    ("tokenizer", {"sha256": ["ab"]}), ("tokenizer", {"sha256": 3}), ("tokenizer", {"vocab_size": "60"}),
-    ("tokenizer", {"vocab_size": 61}), ("metadata", {"seq_len": "64"}), ("metadata", {"seq_len": 0}),
-    ("metadata", {"seq_len": True}), ("metadata", {"steps": -1}), ("metadata", {"train_seconds": "1"}),
-    ("metadata", {"train_seconds": 10**400}), ("quantization", {"limit_bytes": "x"}),
-    ("quantization", {"limit_bytes": 0}), ("quantization", {"coarsen": []}),
-])
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("tokenizer", {"sha256": ["ab"]}),
+        ("tokenizer", {"sha256": 3}),
+        ("tokenizer", {"vocab_size": "60"}),
+        ("tokenizer", {"vocab_size": 61}),
+        ("metadata", {"seq_len": "64"}),
+        ("metadata", {"seq_len": 0}),
+        ("metadata", {"seq_len": True}),
+        ("metadata", {"steps": -1}),
+        ("metadata", {"train_seconds": "1"}),
+        ("metadata", {"train_seconds": 10**400}),
+        ("quantization", {"limit_bytes": "x"}),
+        ("quantization", {"limit_bytes": 0}),
+        ("quantization", {"coarsen": []}),
+    ],
+)
 def test_what_commands_use_has_its_type(tmp_path, section, changes):
     forge(tmp_path / "a", section, changes)
     refused(tmp_path / "a", next(iter(changes)))
@@ -178,9 +233,10 @@ def test_what_commands_use_has_its_type(tmp_path, section, changes):
 def test_tensors_that_are_missing_or_too_many_are_named(tmp_path):
     tensors = Hymba(NET).state_dict()
     for changed, match in (
-            ({name: tensor for name, tensor in tensors.items() if name != "blocks.1.attn.D"}, r"blocks\.1\.attn\.D"),
-            (tensors | {"extra": torch.ones(3)}, "extra"),
-            (tensors | {"skip_weights": torch.ones(1, 2, 32)}, "skip_weights")):
+        ({name: tensor for name, tensor in tensors.items() if name != "blocks.1.attn.D"}, r"blocks\.1\.attn\.D"),
+        (tensors | {"extra": torch.ones(3)}, "extra"),
+        (tensors | {"skip_weights": torch.ones(1, 2, 32)}, "skip_weights"),
+    ):
         write(tmp_path / "a", tensors=changed)
         with pytest.raises(ArtifactError, match=f"its tensor {match} has the shape"):
             load_artifact(tmp_path / "a")
@@ -195,12 +251,27 @@ def bomb(path, config: HymbaConfig, shapes: dict[str, list[int]], first: str) ->
             continue
         numel = torch.Size(shape).numel()
         rows = numel // shape[-1] if len(shape) > 1 else 1
-        lines.append({"name": name, "shape": shape, "storage": "int", "bits": 8, "exponent": 0, "offset": counts["q"],
-                      "scale_offset": counts["scale"]})
+        lines.append(
+            {
+                "name": name,
+                "shape": shape,
+                "storage": "int",
+                "bits": 8,
+                "exponent": 0,
+                "offset": counts["q"],
+                "scale_offset": counts["scale"],
+            }
+        )
         counts["q"] += numel
         counts["scale"] += rows
-    header = {"config": config.to_dict(), "tokenizer": {}, "metadata": {}, "quantization": {}, "tensors": lines,
-              "streams": counts}
+    header = {
+        "config": config.to_dict(),
+        "tokenizer": {},
+        "metadata": {},
+        "quantization": {},
+        "tensors": lines,
+        "streams": counts,
+    }
     size = counts["q"] + 2 * counts["scale"]
     path.write_bytes(container.pack(header, container.frame(bytes(size), 3)))
     return path.stat().st_size
@@ -237,13 +308,15 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, time
 
 @pytest.mark.parametrize(("vocab", "outcome"), [(1 << 13, "loaded"), (1 << 15, "refused"), (1 << 20, "refused")])
 def test_a_small_file_of_zeros_takes_little_memory_whatever_it_claims(tmp_path, vocab, outcome):
-    config = dataclasses.replace(NET, vocab_size=vocab, d_model=512, n_heads=4, n_layers=2, mlp_mult=1,
-                                 tie_embeddings=False)
+    config = dataclasses.replace(
+        NET, vocab_size=vocab, d_model=512, n_heads=4, n_layers=2, mlp_mult=1, tie_embeddings=False
+    )
     with torch.device("meta"):
         shapes = {name: list(tensor.shape) for name, tensor in Hymba(config).state_dict().items()}
     bomb(tmp_path / "a", config, shapes, "tok_emb.weight")
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path / "a")], capture_output=True, text=True,
-                          check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path / "a")], capture_output=True, text=True, check=True
+    )
     said, megabytes, seconds = done.stdout.split()
     assert said == outcome
     assert float(megabytes) < 200

@@ -70,9 +70,13 @@ def test_halves_the_output_error_of_rounding_to_nearest(bits, gain):
 
 
 def test_order_of_columns_by_activation_helps():
-    errors = {order: sum(output_error(weight, dequantize_rows(quantize_gptq(
-        weight, inputs.T @ inputs, 4, act_order=order)), inputs)
-        for weight, inputs in (problem(64, 96, seed) for seed in range(4))) for order in (True, False)}
+    errors = {
+        order: sum(
+            output_error(weight, dequantize_rows(quantize_gptq(weight, inputs.T @ inputs, 4, act_order=order)), inputs)
+            for weight, inputs in (problem(64, 96, seed) for seed in range(4))
+        )
+        for order in (True, False)
+    }
     assert errors[True] < errors[False]
 
 
@@ -97,8 +101,9 @@ def test_inputs_that_are_always_zero_are_rounded_to_nearest():
     assert torch.equal(result.q[:, 5], (weight[:, 5] / scale).round().clamp(-31, 31).to(torch.int8))
 
 
-@pytest.mark.parametrize("hessian", [torch.zeros(40, 40), torch.full((40, 40), float("nan")),
-                                     torch.eye(40) - torch.full((40, 40), 0.075)])
+@pytest.mark.parametrize(
+    "hessian", [torch.zeros(40, 40), torch.full((40, 40), float("nan")), torch.eye(40) - torch.full((40, 40), 0.075)]
+)
 def test_hessians_that_determine_nothing_raise(hessian):
     with pytest.raises(SingularHessianError):
         quantize_gptq(problem()[0], hessian, 6, damping=0.0)
@@ -114,8 +119,21 @@ def test_the_fallback_to_rounding_is_loud(caplog):
 @pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
-    net = Hymba(HymbaConfig(vocab_size=64, n_layers=4, d_model=32, n_heads=2, n_kv_heads=1, window=8, d_state=4,
-                            bigram_buckets=32, bigram_dim=8, kv_share_every=2, tie_embeddings=False))
+    net = Hymba(
+        HymbaConfig(
+            vocab_size=64,
+            n_layers=4,
+            d_model=32,
+            n_heads=2,
+            n_kv_heads=1,
+            window=8,
+            d_state=4,
+            bigram_buckets=32,
+            bigram_dim=8,
+            kv_share_every=2,
+            tie_embeddings=False,
+        )
+    )
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return net
@@ -126,8 +144,9 @@ def test_hessians_cover_every_linear_and_add_up_over_batches(net):
     whole = collect_hessians(net, [ids])
     pieces = collect_hessians(net, ids.split(2))
     linears = {name for name, tensor in net.state_dict().items() if name.endswith(".weight") and tensor.ndim == 2}
-    assert set(whole) == linears - {name for name in linears if name.endswith(("tok_emb.weight", "table.weight",
-                                                                              "dt_proj.weight"))}
+    assert set(whole) == linears - {
+        name for name in linears if name.endswith(("tok_emb.weight", "table.weight", "dt_proj.weight"))
+    }
     for name, hessian in whole.items():
         torch.testing.assert_close(hessian, pieces[name], rtol=1e-4, atol=1e-4)
     assert not any(module._forward_pre_hooks for module in net.modules())
@@ -148,19 +167,33 @@ def test_hessians_are_those_of_the_inputs(net, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", spy)
     with torch.no_grad():
         net(ids)
-    weights = {name: weight.double() for name, weight in net.state_dict().items()
-               if name in hessians and weight.data_ptr() in energy}
+    weights = {
+        name: weight.double()
+        for name, weight in net.state_dict().items()
+        if name in hessians and weight.data_ptr() in energy
+    }
     assert len(weights) == 4 * 5 + 2  # x_proj, mamba_out_proj, proj, fc, mlp.proj of each block; bigram, head
     for name, weight in weights.items():
         expected = energy[net.state_dict()[name].data_ptr()]
-        assert float(torch.einsum("rc,cd,rd->", weight, hessians[name].double(), weight)) == \
-            pytest.approx(expected, rel=1e-4), name
+        assert float(torch.einsum("rc,cd,rd->", weight, hessians[name].double(), weight)) == pytest.approx(
+            expected, rel=1e-4
+        ), name
 
 
 def test_branches_side_by_side_with_gates_go_through_the_artifact(tmp_path):
     torch.manual_seed(0)
-    config = HymbaConfig(vocab_size=64, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, window=8, bigram_hash=False,
-                         merge="concat", branch_gate=5, dynamics_norm=True)
+    config = HymbaConfig(
+        vocab_size=64,
+        n_layers=2,
+        d_model=64,
+        n_heads=4,
+        n_kv_heads=2,
+        window=8,
+        bigram_hash=False,
+        merge="concat",
+        branch_gate=5,
+        dynamics_norm=True,
+    )
     net = Hymba(config)
     for parameter in net.parameters():
         if not parameter.detach().any():
@@ -169,8 +202,15 @@ def test_branches_side_by_side_with_gates_go_through_the_artifact(tmp_path):
     hessians = collect_hessians(net, [ids])
     assert hessians["blocks.1.attn.proj.weight"].shape == (128, 128)
     scheme = QuantizationConfig(scheme="mixed", gptq=True, limit_bytes=evaluation_code_bytes() + 200_000)
-    save_artifact(tmp_path / "a.hymba", net.state_dict(), config=config.to_dict(), tokenizer={}, metadata={},
-                  scheme=scheme, hessians=hessians)
+    save_artifact(
+        tmp_path / "a.hymba",
+        net.state_dict(),
+        config=config.to_dict(),
+        tokenizer={},
+        metadata={},
+        scheme=scheme,
+        hessians=hessians,
+    )
     artifact = load_artifact(tmp_path / "a.hymba")
     other = Hymba(HymbaConfig.from_dict(artifact.config))
     other.load_state_dict(artifact.state_dict)
@@ -214,8 +254,15 @@ def test_an_artifact_takes_hessians_and_still_keeps_its_limit(net, tmp_path):
     scheme = QuantizationConfig(scheme="gptq", keep_float_numel=600, zstd_level=3, float16_names=["tok_emb", "table"])
 
     def save(config: QuantizationConfig, hessians: dict | None):
-        report = save_artifact(tmp_path / "a", state_dict, config=net.config.to_dict(), tokenizer={}, metadata={},
-                               scheme=config, hessians=hessians)
+        report = save_artifact(
+            tmp_path / "a",
+            state_dict,
+            config=net.config.to_dict(),
+            tokenizer={},
+            metadata={},
+            scheme=config,
+            hessians=hessians,
+        )
         return report, load_artifact(tmp_path / "a").state_dict
 
     report, restored = save(scheme, hessians)
@@ -232,13 +279,22 @@ def test_an_artifact_takes_hessians_and_still_keeps_its_limit(net, tmp_path):
     # Coarser, and still rounded by GPTQ: its error on the layer's outputs is the smaller one.
     name = "blocks.0.mlp.fc.weight"
     _, plain = save(dataclasses.replace(scheme, scheme="int6", coarsen=tight.coarsen, fit_limit=False), None)
-    energy = [torch.einsum("rc,cd,rd->", error, hessians[name], error)
-              for error in (tensors[name] - state_dict[name] for tensors in (coarse, plain))]
+    energy = [
+        torch.einsum("rc,cd,rd->", error, hessians[name], error)
+        for error in (tensors[name] - state_dict[name] for tensors in (coarse, plain))
+    ]
     assert energy[0] < 0.9 * energy[1]
 
 
 def test_hessians_go_with_the_scheme_that_needs_them(net, tmp_path):
     for scheme, hessians, match in (("gptq", None, "needs Hessians"), ("int6", {}, "takes no Hessians")):
         with pytest.raises(ValueError, match=match):
-            save_artifact(tmp_path / "a", net.state_dict(), config={}, tokenizer={}, metadata={},
-                          scheme=QuantizationConfig(scheme=scheme), hessians=hessians)
+            save_artifact(
+                tmp_path / "a",
+                net.state_dict(),
+                config={},
+                tokenizer={},
+                metadata={},
+                scheme=QuantizationConfig(scheme=scheme),
+                hessians=hessians,
+            )

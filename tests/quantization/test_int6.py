@@ -137,7 +137,8 @@ def test_coarser_rows_use_fewer_levels_and_keep_the_stored_scale():
     fine = quantize_rows(weight, 6)
     coarse = coarsen_rows(weight, fine, 1.7)
     assert coarse.q.unique().numel() < fine.q.unique().numel()
-    torch.testing.assert_close(coarse.scale.float() * 2.0 ** (coarse.exponent - fine.exponent),
-                               fine.scale.float() * 1.7, rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        coarse.scale.float() * 2.0 ** (coarse.exponent - fine.exponent), fine.scale.float() * 1.7, rtol=1e-3, atol=0
+    )
     scale = coarse.scale.double()[:, None] * 2.0**coarse.exponent
     assert ((weight.double() / scale).round().clamp(-31, 31) != coarse.q).float().mean() < 1e-3

@@ -20,8 +20,18 @@ from hymba_lightning.quantization import (
 )
 from hymba_lightning.quantization.listing import as_table, list_artifact
 
-NET = HymbaConfig(vocab_size=60, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_state=4, bigram_buckets=8,
-                  bigram_dim=8, kv_share_every=2, dt_rank=2)
+NET = HymbaConfig(
+    vocab_size=60,
+    n_layers=2,
+    d_model=32,
+    n_heads=2,
+    n_kv_heads=1,
+    d_state=4,
+    bigram_buckets=8,
+    bigram_dim=8,
+    kv_share_every=2,
+    dt_rank=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +40,25 @@ def artifact(tmp_path_factory):
     net = Hymba(NET)
     for parameter in net.parameters():  # so that no two are equal
         torch.nn.init.normal_(parameter)
-    save_artifact(path, net.state_dict(), config=NET.to_dict(), tokenizer={"sha256": "ab"}, metadata={"steps": 3},
-                  scheme=QuantizationConfig(keep_float_numel=500, bits=5, limit_bytes=1_000_000))
+    save_artifact(
+        path,
+        net.state_dict(),
+        config=NET.to_dict(),
+        tokenizer={"sha256": "ab"},
+        metadata={"steps": 3},
+        scheme=QuantizationConfig(keep_float_numel=500, bits=5, limit_bytes=1_000_000),
+    )
     return path
 
 
 def test_the_listing_is_the_file(artifact):
     listing = list_artifact(artifact)
     loaded, report = inspect_artifact(artifact)
-    assert (listing["config"], listing["tokenizer"], listing["metadata"]) == (NET.to_dict(), {"sha256": "ab"},
-                                                                            {"steps": 3})
+    assert (listing["config"], listing["tokenizer"], listing["metadata"]) == (
+        NET.to_dict(),
+        {"sha256": "ab"},
+        {"steps": 3},
+    )
     assert listing["bytes"] == artifact.stat().st_size
     assert listing["share"] == (listing["bytes"] + evaluation_code_bytes()) / 1_000_000
     for tensor, expected in zip(listing["tensors"], report.tensors, strict=True):
@@ -49,8 +68,9 @@ def test_the_listing_is_the_file(artifact):
     storage = {tensor["name"]: tensor["storage"] for tensor in listing["tensors"]}
     assert storage["blocks.0.attn.kv_proj.weight"] == "int5"
     assert storage["blocks.1.attn.kv_proj.weight"].startswith("alias")
-    assert sum(tensor["bytes"] for tensor in listing["tensors"]) + listing["header_bytes"] == \
-        pytest.approx(listing["bytes"], abs=len(listing["tensors"]))
+    assert sum(tensor["bytes"] for tensor in listing["tensors"]) + listing["header_bytes"] == pytest.approx(
+        listing["bytes"], abs=len(listing["tensors"])
+    )
 
 
 def test_the_table_is_aligned_and_counts_shared_weights_once(artifact):
@@ -62,7 +82,7 @@ def test_the_table_is_aligned_and_counts_shared_weights_once(artifact):
     end = rows[0].index("bytes") + len("bytes")
     for row in rows[1:]:
         assert row[:end].rsplit(None, 1)[-1].replace(",", "").isdigit()
-        assert row[end:end + 1] in ("", " ")
+        assert row[end : end + 1] in ("", " ")
     assert rows[-1].split()[1] == f"{sum(parameter.numel() for parameter in Hymba(NET).parameters()):,}"
 
 
@@ -74,8 +94,14 @@ def test_as_json_it_is_the_same(artifact, capsys):
 def test_names_cannot_steer_the_terminal(tmp_path):
     tensors = Hymba(NET).state_dict()
     path = tmp_path / "a\x1b[1m"
-    save_artifact(path, tensors | {"\x1b[2Jw\u202e": tensors["skip_weights"] + 1}, config=NET.to_dict(), tokenizer={},
-                  metadata={"\x1b[31m": "\x07"}, scheme=QuantizationConfig())
+    save_artifact(
+        path,
+        tensors | {"\x1b[2Jw\u202e": tensors["skip_weights"] + 1},
+        config=NET.to_dict(),
+        tokenizer={},
+        metadata={"\x1b[31m": "\x07"},
+        scheme=QuantizationConfig(),
+    )
     table = as_table(list_artifact(path))
     assert not any(character in table for character in "\x1b\x07\u202e")
     with pytest.raises(ArtifactError, match=r"\ufffd\[2Jw\ufffd") as refused:
@@ -83,19 +109,23 @@ def test_names_cannot_steer_the_terminal(tmp_path):
     assert "\x1b" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda content: content[:300], "truncated"),
-    (lambda content: content[:-20] + b"x" * 20, "damaged"),
-    (lambda content: b"PK\x03\x04" + content, "not an artifact"),
-    (None, "there is no artifact"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content[:300], "truncated"),
+        (lambda content: content[:-20] + b"x" * 20, "damaged"),
+        (lambda content: b"PK\x03\x04" + content, "not an artifact"),
+        (None, "there is no artifact"),
+    ],
+)
 def test_a_damaged_file_is_refused_within_a_second(artifact, tmp_path, change, message):
     path = tmp_path / "bad.hymba"
     if change:
         path.write_bytes(change(artifact.read_bytes()))
     before = os.times()
-    done = subprocess.run([sys.executable, "-m", "hymba_lightning", "inspect", str(path)], capture_output=True,
-                          text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "hymba_lightning", "inspect", str(path)], capture_output=True, text=True, check=False
+    )
     after = os.times()
     assert done.returncode == 2
     assert done.stderr.startswith("hymba inspect: ")
@@ -107,6 +137,8 @@ def test_a_damaged_file_is_refused_within_a_second(artifact, tmp_path, change, m
 
 
 def test_inspecting_waits_for_no_torch(artifact):
-    code = ("import sys; from hymba_lightning.commands import run_command; "
-            f"run_command('inspect', [{str(artifact)!r}]); sys.exit('torch' in sys.modules)")
+    code = (
+        "import sys; from hymba_lightning.commands import run_command; "
+        f"run_command('inspect', [{str(artifact)!r}]); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0

@@ -28,8 +28,20 @@ MIXED = QuantizationConfig(scheme="mixed")
 def net():
     """Layers of very different weight in the result, and a projection that two of them share."""
     torch.manual_seed(0)
-    net = Hymba(HymbaConfig(vocab_size=64, n_layers=4, d_model=48, n_heads=2, n_kv_heads=1, window=8, d_state=4,
-                            bigram_buckets=128, bigram_dim=16, kv_share_every=2))
+    net = Hymba(
+        HymbaConfig(
+            vocab_size=64,
+            n_layers=4,
+            d_model=48,
+            n_heads=2,
+            n_kv_heads=1,
+            window=8,
+            d_state=4,
+            bigram_buckets=128,
+            bigram_dim=16,
+            kv_share_every=2,
+        )
+    )
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     for layer, block in enumerate(net.blocks):
@@ -51,8 +63,9 @@ def known(net, ids):
 
 def save(path, net, scheme: QuantizationConfig, budget: int, **calibration):
     scheme = dataclasses.replace(scheme, limit_bytes=budget + evaluation_code_bytes())
-    return save_artifact(path, net.state_dict(), config=net.config.to_dict(), tokenizer={}, metadata={}, scheme=scheme,
-                         **calibration)
+    return save_artifact(
+        path, net.state_dict(), config=net.config.to_dict(), tokenizer={}, metadata={}, scheme=scheme, **calibration
+    )
 
 
 def divergence(net, path) -> float:
@@ -162,16 +175,20 @@ def test_shared_weights_are_stored_once_and_small_ones_as_floats(net, known, tmp
     storage = {tensor.name: tensor.storage for tensor in inspect_artifact(tmp_path / "a")[1].tensors}
     assert storage["blocks.1.attn.kv_proj.weight"] == "alias of blocks.0.attn.kv_proj.weight"
     assert len({kind for kind in storage.values() if kind.startswith("int")}) > 1
-    assert all(storage[name].startswith(("float", "alias")) for name, tensor in net.state_dict().items()
-               if tensor.numel() <= 1024)
+    assert all(
+        storage[name].startswith(("float", "alias"))
+        for name, tensor in net.state_dict().items()
+        if tensor.numel() <= 1024
+    )
 
 
 def test_a_named_width_is_kept(net, known, tmp_path):
     scheme = dataclasses.replace(MIXED, name_bits={"blocks.3.mlp.fc": 8})
     report = save(tmp_path / "a", net, scheme, 50_000, **known[1])
     assert report.bytes <= 50_000
-    error = (load_artifact(tmp_path / "a").state_dict["blocks.3.mlp.fc.weight"] -
-             net.state_dict()["blocks.3.mlp.fc.weight"])
+    error = (
+        load_artifact(tmp_path / "a").state_dict["blocks.3.mlp.fc.weight"] - net.state_dict()["blocks.3.mlp.fc.weight"]
+    )
     assert float(error.abs().max()) < 0.01  # left to itself this layer, which hardly matters, gets far fewer levels
     save(tmp_path / "b", net, MIXED, 50_000, **known[1])
     free = load_artifact(tmp_path / "b").state_dict["blocks.3.mlp.fc.weight"]
@@ -199,8 +216,11 @@ def test_steps_of_rows_follow_their_sensitivity():
     weight = torch.randn(8, 400, generator=generator)
     sensitivity_R = torch.tensor([1.0, 1.0, 4.0, 4.0, 16.0, 16.0, 64.0, 64.0])
     candidate = Candidate("w", weight, sensitivity_R[:, None].expand(8, 400), None)
-    option = next(option for option in candidate.options() if option.storage == "int" and
-                  float(candidate.steps(option.factor).min()) > 2 * float(candidate.finest_R.max()))
+    option = next(
+        option
+        for option in candidate.options()
+        if option.storage == "int" and float(candidate.steps(option.factor).min()) > 2 * float(candidate.finest_R.max())
+    )
     error_RC = dequantize_rows(candidate.quantize(option.factor, False)) - weight
     cost_R = error_RC.square().mean(1) * (sensitivity_R + 0.1 * sensitivity_R.mean())
     assert float(cost_R.max() / cost_R.min()) < 1.5  # every row's weights cost the same

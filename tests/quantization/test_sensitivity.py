@@ -6,8 +6,18 @@ import torch
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization.sensitivity import collect_sensitivities, plain_sensitivity, random_batches
 
-CONFIG = HymbaConfig(vocab_size=12, n_layers=2, d_model=16, n_heads=2, n_kv_heads=1, window=8, d_state=2,
-                     bigram_buckets=16, bigram_dim=4, kv_share_every=2)
+CONFIG = HymbaConfig(
+    vocab_size=12,
+    n_layers=2,
+    d_model=16,
+    n_heads=2,
+    n_kv_heads=1,
+    window=8,
+    d_state=2,
+    bigram_buckets=16,
+    bigram_dim=4,
+    kv_share_every=2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +36,9 @@ def exact(net: Hymba, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for token in range(log_p.shape[0]):
         for y in range(log_p.shape[1]):
-            gradients = torch.autograd.grad(log_p[token, y], list(parameters.values()), retain_graph=True,
-                                            allow_unused=True)
+            gradients = torch.autograd.grad(
+                log_p[token, y], list(parameters.values()), retain_graph=True, allow_unused=True
+            )
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     sums[name] += log_p[token, y].exp().detach() * gradient**2
@@ -53,8 +64,12 @@ def test_it_predicts_what_moving_the_weights_does(net):
     original = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     with torch.no_grad():
         log_p = net(ids).float().log_softmax(-1)
-        for name in ("tok_emb.weight", "blocks.0.attn.mamba_proj.weight", "blocks.0.attn.A_log",
-                     "blocks.1.mlp.proj.weight"):
+        for name in (
+            "tok_emb.weight",
+            "blocks.0.attn.mamba_proj.weight",
+            "blocks.0.attn.A_log",
+            "blocks.1.mlp.proj.weight",
+        ):
             measured = predicted = 0.0
             for _ in range(10):
                 move = 0.01 * torch.randn(original[name].shape, generator=generator)
@@ -90,8 +105,9 @@ def test_the_same_batches_give_the_same(net):
 def test_random_batches_are_ids_behind_a_bos():
     batches = list(random_batches(CONFIG, 3, 50))
     assert [tuple(batch.shape) for batch in batches] == [(1, 50)] * 3
-    assert all(int(batch[0, 0]) == CONFIG.bos_id and 0 <= int(batch.min()) <= int(batch.max()) < 12
-               for batch in batches)
+    assert all(
+        int(batch[0, 0]) == CONFIG.bos_id and 0 <= int(batch.min()) <= int(batch.max()) < 12 for batch in batches
+    )
     assert len(torch.cat(batches).unique()) == 12
 
 

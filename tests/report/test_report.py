@@ -77,8 +77,13 @@ def test_the_page_says_what_the_runs_files_say(runs, report):
     text = report.read_text()
     summary = json.loads((runs[0] / "summary.json").read_text())
     test = json.loads((runs[0] / "test_summary.json").read_text())
-    for value in (f"{summary['bpb']['artifact']:.4f}", f"{test['ttt_bpb']:.4f}", f"{summary['artifact_bytes']:,}",
-                  f"{summary['parameters']:,}", summary["environment"]["torch"]):
+    for value in (
+        f"{summary['bpb']['artifact']:.4f}",
+        f"{test['ttt_bpb']:.4f}",
+        f"{summary['artifact_bytes']:,}",
+        f"{summary['parameters']:,}",
+        summary["environment"]["torch"],
+    ):
         assert value in text
     differing = text.partition("What differs")[2].partition("</section>")[0]
     assert re.findall(r"<tr><td>(.*?)</td>", differing) == ["model.net.window"]
@@ -110,8 +115,8 @@ def test_a_killed_run_is_read_from_its_checkpoint(runs, tmp_path):
     shutil.copy(runs[0] / "config.yaml", killed)
     page = write_report([str(killed)], str(tmp_path / "report"))
     assert "was killed" in page.read_text()
-    whole, = load_runs([runs[0]])
-    again, = load_runs([killed])
+    (whole,) = load_runs([runs[0]])
+    (again,) = load_runs([killed])
     assert again.train == whole.train
     assert again.val[:1] == whole.val[:1]
     assert page.with_name("loss.png").is_file()
@@ -123,7 +128,7 @@ def test_a_damaged_artifact_is_a_note(runs, tmp_path):
     content = bytearray((broken / "artifact.hymba").read_bytes())
     content[len(content) // 2] ^= 1
     (broken / "artifact.hymba").write_bytes(content)
-    run, = load_runs([broken])
+    (run,) = load_runs([broken])
     assert run.artifact is None
     assert "artifact.hymba cannot be loaded" in run.notes[0]
 
@@ -134,7 +139,7 @@ def change_json(path, **values):
 
 def truncate(path):
     content = path.read_bytes()
-    path.write_bytes(content[:len(content) // 2])
+    path.write_bytes(content[: len(content) // 2])
 
 
 DAMAGE = {
@@ -166,22 +171,38 @@ def test_a_damaged_checkpoint_of_a_killed_run_is_named(runs, tmp_path):
     (killed / "checkpoints").mkdir(parents=True)
     shutil.copy(runs[0] / "checkpoints" / "last.ckpt", killed / "checkpoints")
     truncate(killed / "checkpoints" / "last.ckpt")
-    run, = load_runs([killed])
+    (run,) = load_runs([killed])
     assert any(note.startswith("checkpoints/last.ckpt is truncated") for note in run.notes), run.notes
 
 
-@pytest.mark.parametrize(("file", "values", "note"), [
-    ("summary.json", {"parameters": "many", "steps": None, "unigram_bpb": [1]}, "unigram_bpb in summary.json"),
-    ("summary.json", {"bpb": {"raw": "low"}}, "raw in summary.json"),
-    ("summary.json", {"environment": [1]}, None),
-    ("test_summary.json", {"chunk_bytes": [0, 0, 0]}, None),
-    ("test_summary.json", {"chunk_bpb": [1.0, 1.0, 1.0]}, "do not add up"),
-    ("test_summary.json", {"bpb_by_context": [{"at_least": 0, "bpb": 1.0, "n_tokens": 999}, 7]}, "1 of 2 rows"),
-    ("history.json", {"train": [{"step": 1}, 5], "val": 7}, "2 of 2 rows"),
-    ("history.json", {"val": [{"step": 1, "seconds": 1.0, "tokens": 1e300, "loss": 1e308, "bpb": -1e308}]}, None),
-    ("record.json", {"trained": {"steps": "x", "tokens": 1, "seconds": 1, "budget_seconds": 1, "parameters": 1,
-                                 "data": None, "ended_by": ""}}, "something in it is no number"),
-])
+@pytest.mark.parametrize(
+    ("file", "values", "note"),
+    [
+        ("summary.json", {"parameters": "many", "steps": None, "unigram_bpb": [1]}, "unigram_bpb in summary.json"),
+        ("summary.json", {"bpb": {"raw": "low"}}, "raw in summary.json"),
+        ("summary.json", {"environment": [1]}, None),
+        ("test_summary.json", {"chunk_bytes": [0, 0, 0]}, None),
+        ("test_summary.json", {"chunk_bpb": [1.0, 1.0, 1.0]}, "do not add up"),
+        ("test_summary.json", {"bpb_by_context": [{"at_least": 0, "bpb": 1.0, "n_tokens": 999}, 7]}, "1 of 2 rows"),
+        ("history.json", {"train": [{"step": 1}, 5], "val": 7}, "2 of 2 rows"),
+        ("history.json", {"val": [{"step": 1, "seconds": 1.0, "tokens": 1e300, "loss": 1e308, "bpb": -1e308}]}, None),
+        (
+            "record.json",
+            {
+                "trained": {
+                    "steps": "x",
+                    "tokens": 1,
+                    "seconds": 1,
+                    "budget_seconds": 1,
+                    "parameters": 1,
+                    "data": None,
+                    "ended_by": "",
+                }
+            },
+            "something in it is no number",
+        ),
+    ],
+)
 def test_values_of_other_kinds_are_left_out(runs, tmp_path, file, values, note):
     strange = tmp_path / "strange"
     shutil.copytree(runs[0], strange)
@@ -201,19 +222,28 @@ def rewrite_test(run, **values):
     record.scores = [dataclasses.replace(score, **values) if score.stage == "ttt" else score for score in record.scores]
     record.save(run)
     score = next(score for score in record.scores if score.stage == "ttt")
-    change_json(run / "test_summary.json", weights_sha256=score.weights, data=score.data.digest, tokens=score.tokens,
-                nats=score.nats, ttt_bpb=score.bpb)
+    change_json(
+        run / "test_summary.json",
+        weights_sha256=score.weights,
+        data=score.data.digest,
+        tokens=score.tokens,
+        nats=score.nats,
+        ttt_bpb=score.bpb,
+    )
 
 
-@pytest.mark.parametrize(("values", "why"), [
-    ({"weights": "0" * 64}, "was of other weights"),
-    ({"data": DataIdentity("0" * 64, "1" * 64)}, "was on other data"),
-])
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"weights": "0" * 64}, "was of other weights"),
+        ({"data": DataIdentity("0" * 64, "1" * 64)}, "was on other data"),
+    ],
+)
 def test_a_test_of_something_else_is_left_out_with_a_note(runs, tmp_path, values, why):
     other = tmp_path / "other"
     shutil.copytree(runs[0], other)
     rewrite_test(other, **values)
-    run, = load_runs([other])
+    (run,) = load_runs([other])
     assert "ttt" not in run.stages
     assert run.without_adaptation is None
     assert run.running_ttt() == []
@@ -231,7 +261,7 @@ def test_a_later_test_of_other_data_does_not_hide_the_runs_own(runs, tmp_path):
     own = record.tested()
     record.add(dataclasses.replace(own, data=DataIdentity("0" * 64, "1" * 64), nats=2 * own.nats))
     record.save(other)
-    run, = load_runs([other])
+    (run,) = load_runs([other])
     assert run.stages["ttt"] == own.bpb
     assert any("other data" in note for note in run.notes)
 
@@ -240,7 +270,7 @@ def test_without_adaptation_needs_the_same_tokens(runs, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(runs[0], other)
     rewrite_test(other, tokens=500)
-    run, = load_runs([other])
+    (run,) = load_runs([other])
     assert run.stages["ttt"] == RunRecord.load(other).tested().bpb
     assert run.without_adaptation is None
 
@@ -254,11 +284,11 @@ def test_a_run_that_exported_nothing_shows_only_tests_of_its_own_weights(runs, t
     summary = json.loads((other / "summary.json").read_text())
     summary["bpb"].pop("artifact")
     (other / "summary.json").write_text(json.dumps(summary))
-    run, = load_runs([other])
+    (run,) = load_runs([other])
     assert "ttt" not in run.stages
     assert "artifact_bytes" not in run.summary
     rewrite_test(other, weights=hashlib.sha256((other / "checkpoints" / "last.ckpt").read_bytes()).hexdigest())
-    run, = load_runs([other])
+    (run,) = load_runs([other])
     assert "ttt" in run.stages
 
 
@@ -268,7 +298,7 @@ def test_another_artifact_in_the_folder_is_not_the_runs(runs, tmp_path):
     record = RunRecord.load(other)
     record.artifact.sha256 = "0" * 64
     record.save(other)
-    run, = load_runs([other])
+    (run,) = load_runs([other])
     assert run.artifact is None
     assert "artifact" not in run.stages
     assert any("is not the file that the fit exported" in note for note in run.notes)
@@ -279,8 +309,8 @@ def test_a_summary_that_the_record_does_not_bear_out_is_left_out(runs, tmp_path)
     shutil.copytree(runs[0], forged)
     change_json(forged / "summary.json", bpb={"raw": 1.0, "ema": 1.0, "artifact": 1.0}, unigram_bpb=9.0)
     change_json(forged / "test_summary.json", ttt_bpb=0.5)
-    run, = load_runs([forged])
-    whole, = load_runs([runs[0]])
+    (run,) = load_runs([forged])
+    (whole,) = load_runs([runs[0]])
     assert run.stages == {stage: bpb for stage, bpb in whole.stages.items() if stage != "unigram"}
     assert any("summary.json has other scores" in note for note in run.notes)
     assert any("it says 0.5 bits per byte" in note for note in run.notes)
@@ -291,11 +321,11 @@ def test_a_run_from_before_there_were_records_is_shown_with_a_note(runs, tmp_pat
     old = tmp_path / "old"
     shutil.copytree(runs[0], old)
     (old / "record.json").unlink()
-    run, = load_runs([old])
+    (run,) = load_runs([old])
     assert run.stages == load_runs([runs[0]])[0].stages
     assert any("no record.json" in note for note in run.notes)
     change_json(old / "test_summary.json", weights_sha256="0" * 64)
-    run, = load_runs([old])
+    (run,) = load_runs([old])
     assert "ttt" not in run.stages
     assert any("of other weights than summary.json's artifact" in note for note in run.notes)
 
@@ -314,11 +344,13 @@ def test_runs_on_different_data_are_told_apart(runs, tmp_path):
 def test_several_runs_have_keys_where_a_screen_is_too_narrow_for_names(runs, report, tmp_path):
     text = report.read_text()
     head = text.partition("<h2>Results</h2>")[2].partition("</thead>")[0]
-    assert re.findall(r'<i class="bg(\d)"></i><b>(\d)</b><span class=long>(\w+)</span>', head) == \
-        [("0", "1", "run"), ("1", "2", "wide")]
+    assert re.findall(r'<i class="bg(\d)"></i><b>(\d)</b><span class=long>(\w+)</span>', head) == [
+        ("0", "1", "run"),
+        ("1", "2", "wide"),
+    ]
     assert re.search(r"@media\(max-width:760px\).*\.head \.long\{display:none\}", text, re.DOTALL)
     # The keys are explained once, and stand at every chart.
-    assert '<b>2</b>wide</span>' in text
+    assert "<b>2</b>wide</span>" in text
     assert text.count("<span class=keys><span") == 7
     alone = write_report([str(runs[0])], str(tmp_path / "report")).read_text()
     assert "<b>1</b>" not in alone

@@ -10,8 +10,16 @@ from hymba_lightning.run.record import ArtifactRecord, RunRecord
 def fill(folder):
     """A finished run with an artifact of its own name, and a file that is not ours."""
     (folder / "checkpoints").mkdir(parents=True)
-    for name in ("checkpoints/last.ckpt", "config.yaml", "summary.json", "test_summary.json", "ttt.png", "small.bin",
-                 "events.out.tfevents.1", "notes.txt"):
+    for name in (
+        "checkpoints/last.ckpt",
+        "config.yaml",
+        "summary.json",
+        "test_summary.json",
+        "ttt.png",
+        "small.bin",
+        "events.out.tfevents.1",
+        "notes.txt",
+    ):
         (folder / name).write_text("old")
     RunRecord(artifact=ArtifactRecord("small.bin", "s", 1, 1, 2, {})).save(folder)
     return folder
@@ -55,8 +63,11 @@ def test_what_came_to_nothing_gives_the_old_run_back(tmp_path):
     run.start()
     (folder / "config.yaml").write_text("new")
     RunFolder(folder).claim("hymba test")
-    assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")
-            if path.is_file() and not path.name.startswith((".lock", ".owner"))} == before
+    assert {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith((".lock", ".owner"))
+    } == before
 
 
 def test_a_config_alone_shows_that_a_run_began_there(tmp_path):

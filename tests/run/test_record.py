@@ -24,11 +24,18 @@ def test_it_comes_back_from_its_file(tmp_path):
     assert RunRecord.load(tmp_path / "nothing") == RunRecord()
 
 
-@pytest.mark.parametrize("damage", [
-    lambda text: text[:len(text) // 2], lambda text: "[]", lambda text: text.replace('"version": 1', '"version": 2'),
-    lambda text: text.replace('"nats": 200.0', '"nats": "many"'), lambda text: text.replace('"tokens"', '"token"'),
-    lambda text: text.replace('"bytes": 150', '"bytes": 0'),
-], ids=["cut", "list", "version", "text", "field", "no bytes"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "[]",
+        lambda text: text.replace('"version": 1', '"version": 2'),
+        lambda text: text.replace('"nats": 200.0', '"nats": "many"'),
+        lambda text: text.replace('"tokens"', '"token"'),
+        lambda text: text.replace('"bytes": 150', '"bytes": 0'),
+    ],
+    ids=["cut", "list", "version", "text", "field", "no bytes"],
+)
 def test_a_damaged_file_is_named(tmp_path, damage):
     RunRecord(None, ARTIFACT, [score("artifact")]).save(tmp_path)
     path = tmp_path / "record.json"
@@ -44,9 +51,16 @@ def test_the_artifacts_score_is_shown_only_of_the_artifact_that_is_there():
     assert list(record.stages()) == ["raw", "artifact"]
 
 
-@pytest.mark.parametrize("tested", [
-    score("ttt", data=BOOKS), score("ttt", tokens=99), score("ttt", "sha-b"), score("ttt", data=None),
-], ids=["other text", "other length", "other weights", "unknown text"])
+@pytest.mark.parametrize(
+    "tested",
+    [
+        score("ttt", data=BOOKS),
+        score("ttt", tokens=99),
+        score("ttt", "sha-b"),
+        score("ttt", data=None),
+    ],
+    ids=["other text", "other length", "other weights", "unknown text"],
+)
 def test_a_score_without_adaptation_belongs_to_the_same_weights_and_text(tested):
     record = RunRecord(None, ARTIFACT, [score("artifact")])
     assert record.without_adaptation(score("ttt")) == score("artifact")

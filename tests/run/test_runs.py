@@ -35,8 +35,12 @@ def work(tmp_path_factory):
     write_data(folder / "data")
     config = {
         "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 4, "logger": False},
-        "model": {"net": NET, "log_every_n_steps": 2, "compile_warmup_steps": 0,
-                  "ttt": {"epochs": 1, "freeze_blocks": 0}},
+        "model": {
+            "net": NET,
+            "log_every_n_steps": 2,
+            "compile_warmup_steps": 0,
+            "ttt": {"epochs": 1, "freeze_blocks": 0},
+        },
         "data": {"data_dir": str(folder / "data"), "seq_len": 64, "micro_batch_size": 2, "ttt_chunk_tokens": 256},
         "checkpoint": {"every_n_seconds": None},
         "summary": {"plots": False},
@@ -64,12 +68,21 @@ def copied(fitted, folder):
 # Whose folder ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("logger", [
-    ["--trainer.logger", "CSVLogger"],
-    ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.init_args.save_dir", "{work}/logs"],
-    ["--config", "{work}/two.yaml"],
-    ["--trainer.logger", "TensorBoardLogger"],
-], ids=["csv", "csv elsewhere", "two", "tensorboard"])
+@pytest.mark.parametrize(
+    "logger",
+    [
+        ["--trainer.logger", "CSVLogger"],
+        [
+            "--trainer.logger",
+            "lightning.pytorch.loggers.CSVLogger",
+            "--trainer.logger.init_args.save_dir",
+            "{work}/logs",
+        ],
+        ["--config", "{work}/two.yaml"],
+        ["--trainer.logger", "TensorBoardLogger"],
+    ],
+    ids=["csv", "csv elsewhere", "two", "tensorboard"],
+)
 def test_a_runs_files_lie_in_its_folder_whatever_the_logger(work, tmp_path, monkeypatch, logger):
     monkeypatch.chdir(tmp_path)
     both = [{"class_path": "CSVLogger"}, {"class_path": "TensorBoardLogger"}]
@@ -89,8 +102,9 @@ def test_a_runs_files_lie_in_its_folder_whatever_the_logger(work, tmp_path, monk
 
 def test_a_logger_without_a_folder_of_its_own_is_left_alone(work, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli_run(["fit", "--config", str(work / "tiny.yaml"), "--run_dir", "a", "--trainer.logger",
-             f"{__name__}.NowhereLogger"])
+    cli_run(
+        ["fit", "--config", str(work / "tiny.yaml"), "--run_dir", "a", "--trainer.logger", f"{__name__}.NowhereLogger"]
+    )
     assert (tmp_path / "a" / "summary.json").is_file()
 
 
@@ -108,8 +122,15 @@ def test_another_runs_folder_is_not_overwritten_by_going_on_from_elsewhere(work,
     with pytest.raises(RunExistsError, match="another run's checkpoint"):
         hymba(work, "fit", other, "--ckpt_path", str(fitted / "checkpoints" / "last.ckpt"), "--trainer.max_steps", "6")
     assert {path.name: path.stat().st_mtime_ns for path in other.iterdir()} == before
-    assert hymba(work, "fit", tmp_path / "new", "--ckpt_path", str(fitted / "checkpoints" / "last.ckpt"),
-                 "--trainer.max_steps", "6").is_dir()
+    assert hymba(
+        work,
+        "fit",
+        tmp_path / "new",
+        "--ckpt_path",
+        str(fitted / "checkpoints" / "last.ckpt"),
+        "--trainer.max_steps",
+        "6",
+    ).is_dir()
 
 
 def test_what_is_refused_late_takes_nothing_away(work, fitted, tmp_path):
@@ -120,11 +141,18 @@ def test_what_is_refused_late_takes_nothing_away(work, fitted, tmp_path):
     assert (folder / "artifact.hymba").is_file()
 
 
-@pytest.mark.parametrize("options", [
-    ["--model.runtime.scan_backend", "triton"], ["--trainer.max_steps", "0"],
-    ["--trainer.min_steps", "3", "--model.budget_seconds", "3"], ["--export.filename", "checkpoints/last.ckpt"],
-    ["--export.filename", "."], ["--trainer.callbacks+", "LearningRateMonitor"],
-], ids=["backend", "no steps", "least steps", "the checkpoint's name", "the folder's name", "another callback"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--model.runtime.scan_backend", "triton"],
+        ["--trainer.max_steps", "0"],
+        ["--trainer.min_steps", "3", "--model.budget_seconds", "3"],
+        ["--export.filename", "checkpoints/last.ckpt"],
+        ["--export.filename", "."],
+        ["--trainer.callbacks+", "LearningRateMonitor"],
+    ],
+    ids=["backend", "no steps", "least steps", "the checkpoint's name", "the folder's name", "another callback"],
+)
 def test_what_fails_before_its_first_step_leaves_the_old_run(work, fitted, tmp_path, options):
     folder = copied(fitted, tmp_path / "run")
     with pytest.raises(Exception):  # noqa: B017, PT011 - what each says is tested where it is raised
@@ -186,8 +214,9 @@ def test_a_score_without_adaptation_is_of_the_same_text(work, fitted, tmp_path):
 
 
 def test_all_stages_are_scored_on_the_same_tokens(work, tmp_path):
-    folder = hymba(work, "fit", tmp_path / "run", "--trainer.limit_val_batches", "2",
-                   "--trainer.val_check_interval", "2")
+    folder = hymba(
+        work, "fit", tmp_path / "run", "--trainer.limit_val_batches", "2", "--trainer.val_check_interval", "2"
+    )
     assert {score.tokens for score in RunRecord.load(folder).stages().values()} == {256}
     folder = hymba(work, "fit", tmp_path / "none", "--trainer.limit_val_batches", "0")
     assert RunRecord.load(folder).stages() == {}
@@ -195,8 +224,19 @@ def test_all_stages_are_scored_on_the_same_tokens(work, tmp_path):
 
 
 def test_tokens_are_those_that_were_trained_on(work, tmp_path):
-    folder = hymba(work, "fit", tmp_path / "run", "--trainer.limit_train_batches", "7", "--trainer.max_steps", "-1",
-                   "--trainer.accumulate_grad_batches", "3", "--model.budget_seconds", "600")
+    folder = hymba(
+        work,
+        "fit",
+        tmp_path / "run",
+        "--trainer.limit_train_batches",
+        "7",
+        "--trainer.max_steps",
+        "-1",
+        "--trainer.accumulate_grad_batches",
+        "3",
+        "--model.budget_seconds",
+        "600",
+    )
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["steps"], summary["tokens"]) == (3, 7 * 128)
 
@@ -242,10 +282,23 @@ def test_a_finished_run_goes_on_with_more_steps(work, fitted, tmp_path):
 
 def test_other_rates_are_applied_on_going_on(work, fitted, tmp_path, caplog):
     folder = copied(fitted, tmp_path / "run")
-    hymba(work, "fit", folder, "--ckpt_path", "last", "--trainer.max_steps", "5", "--model.optimizer.matrix_lr", "0.5",
-          "--model.optimizer.weight_decay", "0.3")
-    groups = {group["name"]: group for group in
-              read_checkpoint(folder / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"]}
+    hymba(
+        work,
+        "fit",
+        folder,
+        "--ckpt_path",
+        "last",
+        "--trainer.max_steps",
+        "5",
+        "--model.optimizer.matrix_lr",
+        "0.5",
+        "--model.optimizer.weight_decay",
+        "0.3",
+    )
+    groups = {
+        group["name"]: group
+        for group in read_checkpoint(folder / "checkpoints" / "last.ckpt")["optimizer_states"][0]["param_groups"]
+    }
     muon = next(group for group in groups.values() if group["algorithm"] == "muon")
     assert (muon["base_lr"], muon["weight_decay"]) == (0.5, 0.3)
 
@@ -258,15 +311,27 @@ def test_a_checkpoint_of_another_tokenizer_is_refused(work, fitted, tmp_path):
     (other / "tokenizer.model").write_bytes(model + b"\xfa\x3f\x00")
     for command in ("test", "fit", "validate"):
         with pytest.raises(ValueError, match="another tokenizer"):
-            hymba(work, command, copied(fitted, tmp_path / command), "--ckpt_path", "last", "--data.data_dir",
-                  str(other), *(["--trainer.max_steps", "6"] if command == "fit" else []))
+            hymba(
+                work,
+                command,
+                copied(fitted, tmp_path / command),
+                "--ckpt_path",
+                "last",
+                "--data.data_dir",
+                str(other),
+                *(["--trainer.max_steps", "6"] if command == "fit" else []),
+            )
 
 
-@pytest.mark.parametrize("change", [
-    lambda callbacks: callbacks.pop("WallClock"),
-    lambda callbacks: callbacks["WallClock"].update(elapsed=-1e9),
-    lambda callbacks: callbacks["WallClock"].update(elapsed=float("nan")),
-], ids=["missing", "negative", "no number"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda callbacks: callbacks.pop("WallClock"),
+        lambda callbacks: callbacks["WallClock"].update(elapsed=-1e9),
+        lambda callbacks: callbacks["WallClock"].update(elapsed=float("nan")),
+    ],
+    ids=["missing", "negative", "no number"],
+)
 def test_a_clock_that_cannot_be_is_refused(work, fitted, tmp_path, change):
     folder = copied(fitted, tmp_path / "run")
     last = folder / "checkpoints" / "last.ckpt"

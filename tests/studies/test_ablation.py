@@ -8,8 +8,13 @@ import yaml
 from hymba_lightning.studies import ablation
 from hymba_lightning.studies.ablation import Study, report, run_study
 
-STUDY = Study(config=["base.yaml"], baseline="plain", test=True, common={"trainer.max_steps": 5},
-              variants={"plain": {}, "wide": {"config": ["a.yaml", "b.yaml"], "model.net.window": 64}})
+STUDY = Study(
+    config=["base.yaml"],
+    baseline="plain",
+    test=True,
+    common={"trainer.max_steps": 5},
+    variants={"plain": {}, "wide": {"config": ["a.yaml", "b.yaml"], "model.net.window": 64}},
+)
 
 
 @pytest.fixture
@@ -35,12 +40,30 @@ def test_options_config_and_test(calls, tmp_path):
     run_study(STUDY, [0, 1], tmp_path, ["--data.data_dir", "d"], ["3"])
     command, name, arguments, environment = calls[1]
     assert (command, name, environment) == ("fit", "wide-0", {"CUDA_VISIBLE_DEVICES": "3"})
-    assert arguments == ["--config", "a.yaml", "--config", "b.yaml", "--trainer.max_steps", "5", "--model.net.window",
-                         "64", "--seed_everything", "0", "--data.data_dir", "d"]
+    assert arguments == [
+        "--config",
+        "a.yaml",
+        "--config",
+        "b.yaml",
+        "--trainer.max_steps",
+        "5",
+        "--model.net.window",
+        "64",
+        "--seed_everything",
+        "0",
+        "--data.data_dir",
+        "d",
+    ]
     assert calls[0][2][:2] == ["--config", "base.yaml"]
     # Only what wrote an artifact is tested, with the options it was trained with.
-    assert [(c, n) for c, n, *_ in calls] == [("fit", "plain-0"), ("fit", "wide-0"), ("test", "wide-0"),
-                                              ("fit", "wide-1"), ("test", "wide-1"), ("fit", "plain-1")]
+    assert [(c, n) for c, n, *_ in calls] == [
+        ("fit", "plain-0"),
+        ("fit", "wide-0"),
+        ("test", "wide-0"),
+        ("fit", "wide-1"),
+        ("test", "wide-1"),
+        ("fit", "plain-1"),
+    ]
     assert calls[2][2] == [*arguments, "--ckpt_path", str(tmp_path / "wide-0" / "artifact.hymba")]
 
 
@@ -89,20 +112,40 @@ def test_the_file_of_a_study_is_read_anew_for_every_run(calls, tmp_path, monkeyp
     assert [name for _, name, *_ in calls] == ["plain-0", "late-0", "plain-1", "late-1", "new-1"]
     assert "--seeds" not in calls[4][2]
     rows = json.loads((out / "results.json").read_text())
-    assert {(row["variant"], row["seed"]) for row in rows} == {("plain", 0), ("plain", 1), ("new", 1), ("late", 0),
-                                                               ("late", 1)}
+    assert {(row["variant"], row["seed"]) for row in rows} == {
+        ("plain", 0),
+        ("plain", 1),
+        ("new", 1),
+        ("late", 0),
+        ("late", 1),
+    }
     assert {row["variant"]: row["options"] for row in rows}["new"] == {"seeds": [1], "model.net.window": 8}
     assert rows[0]["bpb"].keys() == {"raw", "ema"}
 
 
 def test_a_process_goes_on_with_the_network_it_has_compiled(calls, tmp_path):
     narrow = {"model.net.window": 8}
-    study = Study(config=["base.yaml"], baseline="plain", variants={
-        "plain": {}, "narrow": narrow, "fast": {"model.optimizer.matrix_lr": 0.1}, "narrow and fast":
-        narrow | {"model.optimizer.matrix_lr": 0.1}})
+    study = Study(
+        config=["base.yaml"],
+        baseline="plain",
+        variants={
+            "plain": {},
+            "narrow": narrow,
+            "fast": {"model.optimizer.matrix_lr": 0.1},
+            "narrow and fast": narrow | {"model.optimizer.matrix_lr": 0.1},
+        },
+    )
     run_study(study, [0, 1], tmp_path, [], [None])
-    assert [name for _, name, *_ in calls] == ["plain-0", "fast-0", "narrow-0", "narrow and fast-0",
-                                               "narrow-1", "narrow and fast-1", "plain-1", "fast-1"]
+    assert [name for _, name, *_ in calls] == [
+        "plain-0",
+        "fast-0",
+        "narrow-0",
+        "narrow and fast-0",
+        "narrow-1",
+        "narrow and fast-1",
+        "plain-1",
+        "fast-1",
+    ]
     calls.clear()
     (tmp_path / "fast-1" / "summary.json").unlink()
     run_study(study, [0, 1], tmp_path, [], [None])

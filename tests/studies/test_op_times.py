@@ -11,10 +11,12 @@ CPU = torch.device("cpu")
 
 
 def subjects():
-    return {"scan": op_times.scan_subject(1, 40, 8, 2, CPU, torch.float32),
-            "conv": op_times.conv_subject(1, 40, 8, 4, CPU, torch.float32),
-            "attention": op_times.attention_subject(1, 40, 4, 2, 8, 16, CPU, torch.float32),
-            "loss": op_times.loss_subject(40, 64, 30.0, CPU, torch.float32)}
+    return {
+        "scan": op_times.scan_subject(1, 40, 8, 2, CPU, torch.float32),
+        "conv": op_times.conv_subject(1, 40, 8, 4, CPU, torch.float32),
+        "attention": op_times.attention_subject(1, 40, 4, 2, 8, 16, CPU, torch.float32),
+        "loss": op_times.loss_subject(40, 64, 30.0, CPU, torch.float32),
+    }
 
 
 @pytest.mark.parametrize("name", ["scan", "conv", "attention", "loss"])

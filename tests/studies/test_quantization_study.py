@@ -34,8 +34,10 @@ def test_every_recipe_is_written_scored_and_not_run_again(net, tmp_path):
     text = run_study(net, data, calibration, tmp_path, CPU)
     results = json.loads((tmp_path / "results.json").read_text())
     assert {recipe.name for recipe in recipes()} == set(results)
-    assert all(result["tokens"] == 699 and result["bytes"] == (tmp_path / result["file"]).stat().st_size
-               for result in results.values())
+    assert all(
+        result["tokens"] == 699 and result["bytes"] == (tmp_path / result["file"]).stat().st_size
+        for result in results.values()
+    )
     assert results["int8, rounded"]["kl"] < 0.2 * results["int5, rounded"]["kl"]
     assert results["mixed, 100% of the reference's bytes"]["bytes"] <= results[REFERENCE]["bytes"]
     for result in results.values():

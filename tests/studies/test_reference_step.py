@@ -34,8 +34,9 @@ def script(tmp_path, text):
 
 
 def run(path, shards, tmp_path, **arguments):
-    return run_reference(path, shards, shards / "tokenizer.model", tmp_path / "log", seq_len=64, tokens=64, steps=60,
-                         **arguments)
+    return run_reference(
+        path, shards, shards / "tokenizer.model", tmp_path / "log", seq_len=64, tokens=64, steps=60, **arguments
+    )
 
 
 def test_the_step_time_leaves_the_first_steps_out(tmp_path, shards):

@@ -15,11 +15,19 @@ from hymba_lightning.studies.seeds import better_than, run_seeds, student_tail
 ENVIRONMENT = {"world_size": 8, "device": "X", "torch": "2", "hymba_lightning": "0"}
 
 
-@pytest.mark.parametrize(("p", "degrees", "t"), [
-    # Quantiles of Student's distribution as printed in tables.
-    (0.05, 1, 6.313752), (0.025, 2, 4.302653), (0.01, 5, 3.364930), (0.05, 10, 1.812461), (0.001, 30, 3.385185),
-    (0.1, 4.0, 1.533206), (0.5, 7, 0.0),
-])
+@pytest.mark.parametrize(
+    ("p", "degrees", "t"),
+    [
+        # Quantiles of Student's distribution as printed in tables.
+        (0.05, 1, 6.313752),
+        (0.025, 2, 4.302653),
+        (0.01, 5, 3.364930),
+        (0.05, 10, 1.812461),
+        (0.001, 30, 3.385185),
+        (0.1, 4.0, 1.533206),
+        (0.5, 7, 0.0),
+    ],
+)
 def test_students_tail_is_the_tables(p, degrees, t):
     assert student_tail(t, degrees) == pytest.approx(p, rel=1e-5)
     assert student_tail(-t, degrees) == pytest.approx(1 - p, rel=1e-5)
@@ -45,8 +53,12 @@ def test_table_of_seeds(tmp_path, monkeypatch, capsys):
         assert ("--ckpt_path" in arguments) == (command == "test")
         if command == "test":
             return {"ttt_bpb": 1.1 + seed / 1000}
-        return {"bpb": {"raw": 1.0, "ema": 1.1, "artifact": 1.2}, "steps": 7000 + seed, "artifact_bytes": 14_000_000,
-                "environment": ENVIRONMENT}
+        return {
+            "bpb": {"raw": 1.0, "ema": 1.1, "artifact": 1.2},
+            "steps": 7000 + seed,
+            "artifact_bytes": 14_000_000,
+            "environment": ENVIRONMENT,
+        }
 
     monkeypatch.setattr(seeds, "run_once", fake)
     table = run_seeds([1, 2, 3], tmp_path, ["--config", "x"], baseline=[1.1866, 1.1881, 1.1873])
@@ -65,9 +77,22 @@ def test_table_of_seeds(tmp_path, monkeypatch, capsys):
 def test_lengths_are_fitted_once_and_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
     arguments = ["--config", str(write_config(tmp_path))]
     # As if the run at the second length had been killed after two of its four steps.
-    run_once("fit", tmp_path / "out" / "seq-64", "summary.json", [
-        *arguments, "--data.seq_len", "64", "--data.micro_batch_size", "2", "--trainer.max_steps", "2",
-        "--model.budget_seconds", "null"])
+    run_once(
+        "fit",
+        tmp_path / "out" / "seq-64",
+        "summary.json",
+        [
+            *arguments,
+            "--data.seq_len",
+            "64",
+            "--data.micro_batch_size",
+            "2",
+            "--trainer.max_steps",
+            "2",
+            "--model.budget_seconds",
+            "null",
+        ],
+    )
     (tmp_path / "out" / "seq-64" / "summary.json").unlink()
     table = run_lengths([32, 64], 128, 4, tmp_path / "out", arguments)
     points = json.loads((tmp_path / "out" / "context_scaling.json").read_text())

@@ -6,8 +6,9 @@ import torch
 from hymba_lightning.model import HymbaConfig, RuntimeConfig
 from hymba_lightning.studies.step_time import header, measure, row
 
-TINY = HymbaConfig(vocab_size=64, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, window=8, bigram_buckets=16,
-                   bigram_dim=8)
+TINY = HymbaConfig(
+    vocab_size=64, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, window=8, bigram_buckets=16, bigram_dim=8
+)
 
 
 def test_a_measurement_is_a_row_of_the_table():
@@ -25,5 +26,6 @@ def test_a_measurement_is_a_row_of_the_table():
 
 def test_a_step_is_whole_sequences():
     with pytest.raises(ValueError, match="64 tokens a step are no multiple of seq_len 48"):
-        measure(TINY, RuntimeConfig("float32"), 48, 64, device=torch.device("cpu"), compile_net=False, n_steps=1,
-                warmup=0)
+        measure(
+            TINY, RuntimeConfig("float32"), 48, 64, device=torch.device("cpu"), compile_net=False, n_steps=1, warmup=0
+        )

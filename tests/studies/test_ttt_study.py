@@ -13,9 +13,15 @@ from hymba_lightning.quantization import QuantizationConfig, save_artifact
 from hymba_lightning.studies.long_generation import measure, table
 from hymba_lightning.studies.ttt import TTTStudy, run_study
 
-STUDY = {"baseline": "cold", "common": {"freeze_blocks": 0, "limit_seconds": None},
-         "recipes": {"cold": {"epochs": 0}, "carried": {"epochs": 0, "mode": "carried"},
-                     "trained": {"epochs": 1, "lr": 0.1, "chunk_tokens": 128, "parameters": "mlp"}}}
+STUDY = {
+    "baseline": "cold",
+    "common": {"freeze_blocks": 0, "limit_seconds": None},
+    "recipes": {
+        "cold": {"epochs": 0},
+        "carried": {"epochs": 0, "mode": "carried"},
+        "trained": {"epochs": 1, "lr": 0.1, "chunk_tokens": 128, "parameters": "mlp"},
+    },
+}
 
 
 @pytest.fixture
@@ -27,8 +33,14 @@ def study_file(tmp_path):
 def test_a_study_gives_table_plot_and_goes_on_where_it_was(tmp_path, study_file):
     torch.manual_seed(0)
     net = Hymba(HymbaConfig(**NET))
-    save_artifact(tmp_path / "a.hymba", net.state_dict(), config=net.config.to_dict(), tokenizer={}, metadata={},
-                  scheme=QuantizationConfig())
+    save_artifact(
+        tmp_path / "a.hymba",
+        net.state_dict(),
+        config=net.config.to_dict(),
+        tokenizer={},
+        metadata={},
+        scheme=QuantizationConfig(),
+    )
     data = tiny_data(write_data(tmp_path / "data"))
     study = TTTStudy.from_yaml(study_file)
     first = run_study(study, tmp_path / "a.hymba", data, tmp_path, only=["carried"])
@@ -47,11 +59,14 @@ def test_a_study_gives_table_plot_and_goes_on_where_it_was(tmp_path, study_file)
     assert run_study(study, tmp_path / "a.hymba", data, tmp_path) == text
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"baseline": "none"}, "baseline 'none'"),
-    ({"recipes": {"cold": {"epoch": 1}}}, "no study of recipes"),
-    ({"recipes": {"cold": {"mode": "hot"}}}, "hot"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"baseline": "none"}, "baseline 'none'"),
+        ({"recipes": {"cold": {"epoch": 1}}}, "no study of recipes"),
+        ({"recipes": {"cold": {"mode": "hot"}}}, "hot"),
+    ],
+)
 def test_a_wrong_study_is_refused(tmp_path, change, message):
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(STUDY | change))
     with pytest.raises(ValueError, match=message):

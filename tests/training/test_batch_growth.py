@@ -23,7 +23,8 @@ def test_steps_grow_at_their_shares_of_the_run(tmp_path):
     clock = Counts()
     # Lightning steps where the number of batches so far divides: the fifth step still has two.
     make_trainer(tmp_path, max_steps=8, callbacks=[BatchGrowth([0.25, 0.5], [1, 2, 4]), clock]).fit(
-        TinyModule(), TinyData())
+        TinyModule(), TinyData()
+    )
     assert list(clock.of_step.values()) == [1, 1, 2, 2, 2, 4, 4, 4]
 
 

@@ -13,8 +13,16 @@ from hymba_lightning.errors import UserError
 from hymba_lightning.model import HymbaConfig, RuntimeConfig
 from hymba_lightning.training.memory import GIB, MemoryEstimate, check_memory, estimate_memory, free_memory
 
-NET = {"vocab_size": 1024, "n_layers": 4, "d_model": 128, "n_heads": 4, "n_kv_heads": 2, "window": 64,
-       "bigram_buckets": 64, "bigram_dim": 8}
+NET = {
+    "vocab_size": 1024,
+    "n_layers": 4,
+    "d_model": 128,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "window": 64,
+    "bigram_buckets": 64,
+    "bigram_dim": 8,
+}
 # A small step first: the backends' own memory is none of the estimate's.
 MEASURE = """
 import ctypes, gc, json, resource, sys, torch
@@ -42,19 +50,24 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("net", "runtime", "length", "rows"), [
-    ({}, {}, 4096, 1),
-    ({"d_model": 256}, {}, 2048, 2),
-    ({"vocab_size": 4096}, {}, 4096, 1),
-    ({}, {"compute_dtype": "bfloat16"}, 4096, 2),
-    ({"n_layers": 8}, {"activation_checkpointing": True}, 4096, 1),
-])
+@pytest.mark.parametrize(
+    ("net", "runtime", "length", "rows"),
+    [
+        ({}, {}, 4096, 1),
+        ({"d_model": 256}, {}, 2048, 2),
+        ({"vocab_size": 4096}, {}, 4096, 1),
+        ({}, {"compute_dtype": "bfloat16"}, 4096, 2),
+        ({"n_layers": 8}, {"activation_checkpointing": True}, 4096, 1),
+    ],
+)
 def test_the_estimate_is_within_a_factor_of_one_and_a_half(net, runtime, length, rows):
     given = json.dumps([NET, NET | net, runtime, length, rows])
-    done = subprocess.run([sys.executable, "-c", MEASURE, given], capture_output=True, text=True, check=True,
-                          timeout=200)
-    estimate = estimate_memory(HymbaConfig(**(NET | net)), RuntimeConfig(**runtime), length, rows, averaged=False,
-                               warmup=False)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, given], capture_output=True, text=True, check=True, timeout=200
+    )
+    estimate = estimate_memory(
+        HymbaConfig(**(NET | net)), RuntimeConfig(**runtime), length, rows, averaged=False, warmup=False
+    )
     assert 1 / 1.5 < estimate.total / int(done.stdout) < 1.5
 
 
@@ -77,8 +90,12 @@ def test_what_will_be_tight_is_a_warning_and_what_fits_is_silent(caplog):
 
 
 def test_recomputation_halves_the_activations_of_a_deep_network():
-    kept, recomputed = (estimate_memory(HymbaConfig(**(NET | {"n_layers": 16})), RuntimeConfig(
-        activation_checkpointing=recompute), 4096, 1).activations for recompute in (False, True))
+    kept, recomputed = (
+        estimate_memory(
+            HymbaConfig(**(NET | {"n_layers": 16})), RuntimeConfig(activation_checkpointing=recompute), 4096, 1
+        ).activations
+        for recompute in (False, True)
+    )
     assert recomputed < 0.6 * kept
 
 

@@ -69,7 +69,7 @@ def test_validation_scores_every_token_after_the_first_with_averaged_weights(fit
     nats = 0.0
     with torch.no_grad():
         for first in range(0, 699, 64):
-            piece = tokens[first:first + 65][None]
+            piece = tokens[first : first + 65][None]
             nats += float(module.net(piece[:, :-1], piece[:, 1:], reduction="sum"))
     assert result["val/loss"] == pytest.approx(nats / 699, rel=1e-5)
     assert result["val/bpb"] == pytest.approx(nats / math.log(2) / module.last_validation.n_bytes, rel=1e-5)
@@ -95,8 +95,11 @@ def test_lengths_of_another_run_are_told_once_with_the_remedy(folder, tmp_path, 
     module = tiny_module(optimizer={"warmdown_iters": 3000, "muon_momentum_warmup_steps": 500}, ema_decay=0.997)
     tiny_trainer(tmp_path, max_steps=4).fit(module, tiny_data(folder))
     told = [line for line in caplog.messages if "longer than this run" in line or "too long for this run" in line]
-    assert [line.split()[0] for line in told] == ["optimizer.warmdown_iters", "optimizer.muon_momentum_warmup_steps",
-                                                  "ema_decay"]
+    assert [line.split()[0] for line in told] == [
+        "optimizer.warmdown_iters",
+        "optimizer.muon_momentum_warmup_steps",
+        "ema_decay",
+    ]
     assert "optimizer.warmdown_iters 3000 is longer than this run of about 4 steps" in told[0]
 
 
@@ -162,5 +165,6 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_fields(folder, tmp_
     trainer.fit(tiny_module(), tiny_data(folder))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="window: checkpoint 16, config 32"):
-        tiny_trainer(tmp_path).validate(tiny_module(net={"window": 32}), tiny_data(folder),
-                                        ckpt_path=tmp_path / "a.ckpt")
+        tiny_trainer(tmp_path).validate(
+            tiny_module(net={"window": 32}), tiny_data(folder), ckpt_path=tmp_path / "a.ckpt"
+        )

@@ -28,9 +28,7 @@ def test_reference_vectors(dtype):
         params = [p.clone() for p in before]
         grads = [torch.tensor(vectors[f"g{t}_{i}"]) for i in range(3)]
         f = min(t / 4, 1.0)
-        muon.step(
-            params, grads, momenta, lr=0.02 * (1 - t / 10), momentum=(1 - f) * 0.85 + f * 0.95, weight_decay=0.02
-        )
+        muon.step(params, grads, momenta, lr=0.02 * (1 - t / 10), momentum=(1 - f) * 0.85 + f * 0.95, weight_decay=0.02)
         for i in range(3):
             expected = torch.tensor(vectors[f"p{t + 1}_{i}"])
             assert rms(params[i] - expected) < 2e-2 * rms(expected)
@@ -186,8 +184,14 @@ def test_cautious_decay_takes_only_from_weights_that_the_update_shrinks(neuron_b
     for weight_decay in (0.0, 0.5):
         params = [start.clone()]
         Muon(dtype=torch.float32, cautious=True, neuron_beta=neuron_beta).step(
-            params, [grad], [torch.zeros(5, 7)], lr=0.01, momentum=0.9, weight_decay=weight_decay,
-            neurons=[torch.zeros(5, 1)])
+            params,
+            [grad],
+            [torch.zeros(5, 7)],
+            lr=0.01,
+            momentum=0.9,
+            weight_decay=weight_decay,
+            neurons=[torch.zeros(5, 1)],
+        )
         steps.append(params[0] - start)
     shrinks = steps[0] * start < 0
     expected = torch.where(shrinks, -0.01 * 0.5 * start, torch.zeros(()))

@@ -71,8 +71,14 @@ def test_resume_is_bit_exact_through_the_state_dict():
 
 
 def test_neuron_moments_are_state_and_decay_may_follow_the_rate():
-    config = OptimizerConfig(warmdown_iters=4, muon_neuron_beta=0.9, cautious_decay=True, decay_with_lr=True,
-                             weight_decay=0.4, embed_decay=0.2)
+    config = OptimizerConfig(
+        warmdown_iters=4,
+        muon_neuron_beta=0.9,
+        cautious_decay=True,
+        decay_with_lr=True,
+        weight_decay=0.4,
+        embed_decay=0.2,
+    )
     net, optimizer = make(config)
     optimizer.set_schedule(0.5, 0.9)
     decays = {group["name"]: group["weight_decay"] for group in optimizer.param_groups}

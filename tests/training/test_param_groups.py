@@ -8,8 +8,16 @@ from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.training.optim import OptimizerConfig, build_optimizer
 from hymba_lightning.training.param_groups import ParameterGroupError, assign_parameters, build_rules
 
-SMALL = {"vocab_size": 64, "n_layers": 4, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "bigram_buckets": 32,
-         "bigram_dim": 16, "window": 8}
+SMALL = {
+    "vocab_size": 64,
+    "n_layers": 4,
+    "d_model": 32,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "bigram_buckets": 32,
+    "bigram_dim": 16,
+    "window": 8,
+}
 OPTIONS = {"meta_tokens": 2, "kv_share_every": 2, "merge": "channel", "branch_norm": True, "expand": 2}
 SIDE_BY_SIDE = {"merge": "concat", "branch_gate": 5, "value_gate": True, "dynamics_norm": True}
 

@@ -18,21 +18,39 @@ from hymba_lightning.training.schedule import (
 )
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-REFERENCE = {"warmup_share": 0.0, "warmdown_iters": 3000, "warmdown_shape": "cosine", "lr_floor": 0.0,
-             "muon_momentum_warmup_steps": 500}
+REFERENCE = {
+    "warmup_share": 0.0,
+    "warmdown_iters": 3000,
+    "warmdown_shape": "cosine",
+    "lr_floor": 0.0,
+    "muon_momentum_warmup_steps": 500,
+}
 
 
 def at_step(step, max_steps):
     """The clock's reading before a step of a run that a number of steps ends."""
-    return ClockReading(step=step, elapsed=float(step), mean_step=1.0 if step else None, budget=None,
-                        progress=step / max_steps, remaining=None, max_steps=max_steps)
+    return ClockReading(
+        step=step,
+        elapsed=float(step),
+        mean_step=1.0 if step else None,
+        budget=None,
+        progress=step / max_steps,
+        remaining=None,
+        max_steps=max_steps,
+    )
 
 
 def at_time(elapsed, budget, mean_step):
     """The clock's reading in a run that a budget ends."""
     step = round(elapsed / mean_step)
-    return ClockReading(step=step, elapsed=elapsed, mean_step=mean_step if step else None, budget=budget,
-                        progress=elapsed / budget, remaining=budget - elapsed)
+    return ClockReading(
+        step=step,
+        elapsed=elapsed,
+        mean_step=mean_step if step else None,
+        budget=budget,
+        progress=elapsed / budget,
+        remaining=budget - elapsed,
+    )
 
 
 def whole_run(config, readings):
@@ -105,8 +123,9 @@ def test_runs_of_any_number_of_steps_warm_up_and_cool_down(steps):
 @pytest.mark.parametrize("mean_step", [0.08, 0.7])
 def test_a_budget_gives_the_schedule_that_as_many_steps_give(budget, mean_step):
     steps = int(budget / mean_step)
-    timed = whole_run(OptimizerConfig(), [at_time(step * mean_step, steps * mean_step, mean_step)
-                                          for step in range(steps)])
+    timed = whole_run(
+        OptimizerConfig(), [at_time(step * mean_step, steps * mean_step, mean_step) for step in range(steps)]
+    )
     counted = whole_run(OptimizerConfig(), [at_step(step, steps) for step in range(steps)])
     assert timed[0] == pytest.approx(counted[0])
     assert timed[1] == pytest.approx(counted[1])

@@ -62,8 +62,11 @@ def test_a_resumed_run_has_the_same_schedule(tmp_path, limit):
     def run(ckpt_path=None, stop=None):
         fake_time, rates = FakeTime(), Rates()
         clock = WallClock(20.5 if limit == "budget" else None, margin=1.0, time_fn=fake_time)
-        trainer = make_trainer(tmp_path, [clock, rates, *([StopAt(stop)] if stop else [])],
-                               **({"max_steps": 20} if limit == "steps" else {}))
+        trainer = make_trainer(
+            tmp_path,
+            [clock, rates, *([StopAt(stop)] if stop else [])],
+            **({"max_steps": 20} if limit == "steps" else {}),
+        )
         trainer.fit(TimedModule(fake_time, [1.0], OptimizerConfig()), datamodule=TinyData(), ckpt_path=ckpt_path)
         trainer.save_checkpoint(tmp_path / "x.ckpt")
         return rates.values

@@ -21,8 +21,11 @@ _operation = registry.Operation(
         "triton": registry.Backend(registry.needs_triton),
         "causal_conv1d": registry.Backend(
             registry.needs_package("causal_conv1d", "pip install causal-conv1d --no-build-isolation", "cuda"),
-            {"taps": "causal-conv1d has 2 to 4 taps; use backend 'triton' or 'torch'",
-             "channels": "causal-conv1d wants a multiple of 8 channels; use backend 'triton' or 'torch'"}),
+            {
+                "taps": "causal-conv1d has 2 to 4 taps; use backend 'triton' or 'torch'",
+                "channels": "causal-conv1d wants a multiple of 8 channels; use backend 'triton' or 'torch'",
+            },
+        ),
     },
     order={"cpu": ("numba", "torch"), "cuda": ("triton", "causal_conv1d", "torch"), "other": ("torch",)},
 )
@@ -32,9 +35,16 @@ BACKENDS = tuple(_operation.backends)
 available_backends = functools.partial(registry.available_backends, "causal_conv1d")
 
 
-def causal_conv1d(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, *, activation: str | None = "silu",
-                  initial_state_BEW1: Tensor | None = None, return_state: bool = False,
-                  backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+def causal_conv1d(
+    x_BTE: Tensor,
+    weight_EW: Tensor,
+    bias_E: Tensor,
+    *,
+    activation: str | None = "silu",
+    initial_state_BEW1: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """y_t = act(bias + Σ_j weight[:, W-1-j] x_{t-j}): weight[:, -1] multiplies the current token.
 
     The state holds the last W-1 inputs (B, E, W-1), oldest first; without an initial one they are zero. With
@@ -58,8 +68,14 @@ def causal_conv1d(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, *, activatio
     if name == "triton":
         from hymba_lightning.ops.causal_conv1d.triton import causal_conv1d_triton
 
-        return causal_conv1d_triton(x_BTE, weight_EW, bias_E, activation=activation,
-                                    initial_state_BEW1=initial_state_BEW1, return_state=return_state)
+        return causal_conv1d_triton(
+            x_BTE,
+            weight_EW,
+            bias_E,
+            activation=activation,
+            initial_state_BEW1=initial_state_BEW1,
+            return_state=return_state,
+        )
     y_BTE, state_BEW1 = _implementation(name)(x_BTE, weight_EW, bias_E, activation == "silu", initial_state_BEW1)
     return (y_BTE, state_BEW1) if return_state else y_BTE
 
@@ -84,8 +100,11 @@ def _implementation(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor | None) -> None:
     batch, length, channels = x.shape
     taps = weight.size(-1)
-    wanted = [("weight_EW", weight, (channels, taps)), ("bias_E", bias, (channels,)),
-              ("initial_state_BEW1", state, (batch, channels, taps - 1))]
+    wanted = [
+        ("weight_EW", weight, (channels, taps)),
+        ("bias_E", bias, (channels,)),
+        ("initial_state_BEW1", state, (batch, channels, taps - 1)),
+    ]
     for name, tensor, shape in wanted:
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"causal_conv1d: {name} has shape {tuple(tensor.shape)}, x and weight ask for {shape}")

@@ -23,12 +23,15 @@ def make_conv_op(name: str, forward: Callable, backward: Callable) -> Callable:
 
     @conv.register_fake
     def _(x, weight, bias, silu, state):  # type: ignore[no-untyped-def]
-        return (torch.empty(x.shape, dtype=x.dtype, device=x.device),
-                torch.empty(state.shape, dtype=x.dtype, device=x.device))
+        return (
+            torch.empty(x.shape, dtype=x.dtype, device=x.device),
+            torch.empty(state.shape, dtype=x.dtype, device=x.device),
+        )
 
     @torch.library.custom_op(f"hymba::{name}_backward", mutates_args=())
-    def conv_backward(g_y: Tensor, g_final: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool,
-                      state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def conv_backward(
+        g_y: Tensor, g_final: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return backward(g_y, g_final, x, weight, bias, silu, state)
 
     @conv_backward.register_fake
@@ -56,6 +59,6 @@ def make_conv_op(name: str, forward: Callable, backward: Callable) -> Callable:
 def last_inputs(x_BTE: Tensor, state_BEW1: Tensor) -> Tensor:
     """The last W-1 inputs (B, E, W-1), oldest first, of the old state followed by x."""
     kept = state_BEW1.size(2)
-    recent_BEX = x_BTE[:, max(0, x_BTE.size(1) - kept):].transpose(1, 2)
+    recent_BEX = x_BTE[:, max(0, x_BTE.size(1) - kept) :].transpose(1, 2)
     older = kept - recent_BEX.size(2)
-    return torch.cat([state_BEW1[:, :, kept - older:].to(x_BTE.dtype), recent_BEX], dim=2)
+    return torch.cat([state_BEW1[:, :, kept - older :].to(x_BTE.dtype), recent_BEX], dim=2)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def causal_conv1d_naive(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: bool,
-                        initial_state_BEW1: Tensor) -> tuple[Tensor, Tensor]:
+def causal_conv1d_naive(
+    x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: bool, initial_state_BEW1: Tensor
+) -> tuple[Tensor, Tensor]:
     """y_t = bias + Σ_j weight[:, W-1-j] x_{t-j}, then SiLU if asked, in float32.
 
     The state holds the W-1 inputs before the first, oldest first. Returns y (B, T, E) and the last W-1 inputs
@@ -22,7 +23,7 @@ def causal_conv1d_naive(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: 
     padded = torch.cat([past_BWE, x_BTE], dim=1)
     y_BTE = bias_E.float().expand(x_BTE.shape)
     for tap in range(taps):
-        y_BTE = y_BTE + padded[:, tap:tap + length].float() * weight_EW[:, tap].float()
+        y_BTE = y_BTE + padded[:, tap : tap + length].float() * weight_EW[:, tap].float()
     if silu:
         y_BTE = F.silu(y_BTE)
     return y_BTE.to(x_BTE.dtype), padded[:, length:].transpose(1, 2).contiguous()

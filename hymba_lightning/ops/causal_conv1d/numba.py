@@ -23,8 +23,21 @@ WIDTH = 64
 
 
 @native_loop
-def _forward(first, last, batch, length, channels, taps,  # type: ignore[no-untyped-def]
-             x, x_row, past, weight, bias, silu, y):
+def _forward(
+    first,
+    last,
+    batch,
+    length,
+    channels,
+    taps,  # type: ignore[no-untyped-def]
+    x,
+    x_row,
+    past,
+    weight,
+    bias,
+    silu,
+    y,
+):
     """Work items first … last-1. weight (W, E)."""
     runs, kept = (length + RUN - 1) // RUN, taps - 1
     # The run's inputs and the W-1 before them, so that no tap has to ask where its input lies.
@@ -52,8 +65,26 @@ def _forward(first, last, batch, length, channels, taps,  # type: ignore[no-unty
 
 
 @native_loop
-def _backward(first, last, batch, length, channels, taps,  # type: ignore[no-untyped-def]
-              x, x_row, past, weight, bias, silu, g_y, g_y_row, g_x, g_past, g_weight, g_bias):
+def _backward(
+    first,
+    last,
+    batch,
+    length,
+    channels,
+    taps,  # type: ignore[no-untyped-def]
+    x,
+    x_row,
+    past,
+    weight,
+    bias,
+    silu,
+    g_y,
+    g_y_row,
+    g_x,
+    g_past,
+    g_weight,
+    g_bias,
+):
     """Work items first … last-1. g_weight (items, W, E) and g_bias (items, E) are to be summed; g_past (B, W-1, E)."""
     runs, kept = (length + RUN - 1) // RUN, taps - 1
     # W-1 tokens more on each side: the run's gradients come from the later ones, which see inputs of earlier ones.
@@ -116,8 +147,15 @@ def _widened(x: Tensor) -> Tensor:
 def _operands(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor) -> tuple:
     """The arguments that both kernels begin with, after the work items."""
     wide = _widened(x)
-    return (*wide.shape, weight.size(1), *rows(wide), flat(_widened(state.transpose(1, 2))), flat(_widened(weight.t())),
-            flat(_widened(bias)), silu)
+    return (
+        *wide.shape,
+        weight.size(1),
+        *rows(wide),
+        flat(_widened(state.transpose(1, 2))),
+        flat(_widened(weight.t())),
+        flat(_widened(bias)),
+        silu,
+    )
 
 
 def _items(x: Tensor) -> int:
@@ -132,13 +170,15 @@ def _forward_numba(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: T
     with one_torch_thread() as threads:
         operands = _operands(x, weight, bias, silu, state)
         y = _empty(*operands[:3])
-        run_items(_forward, "causal convolution", _items(x), float(x.numel() * weight.size(1)), (*operands, flat(y)),
-                  threads)
-        return y[..., :x.size(2)].contiguous().to(x.dtype), last_inputs(x, state)
+        run_items(
+            _forward, "causal convolution", _items(x), float(x.numel() * weight.size(1)), (*operands, flat(y)), threads
+        )
+        return y[..., : x.size(2)].contiguous().to(x.dtype), last_inputs(x, state)
 
 
-def _backward_numba(g_y: Tensor, g_final: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool,
-                    state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_numba(
+    g_y: Tensor, g_final: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with one_torch_thread() as threads:
         operands = _operands(x, weight, bias, silu, state)
         batch, length, width, taps = operands[:4]
@@ -149,16 +189,20 @@ def _backward_numba(g_y: Tensor, g_final: Tensor, x: Tensor, weight: Tensor, bia
         run_items(_backward, "causal convolution's gradient", items, float(4 * x.numel() * taps), arguments, threads)
         g_x, g_past = g_x[..., :channels].contiguous(), g_past[..., :channels].contiguous()
         _add_to_last(g_past, g_x, g_final.float().transpose(1, 2))
-        return (g_x.to(x.dtype), g_weight.sum(0)[:, :channels].t().to(weight.dtype).contiguous(),
-                g_bias.sum(0)[:channels].to(bias.dtype), g_past.transpose(1, 2).to(state.dtype).contiguous())
+        return (
+            g_x.to(x.dtype),
+            g_weight.sum(0)[:, :channels].t().to(weight.dtype).contiguous(),
+            g_bias.sum(0)[:channels].to(bias.dtype),
+            g_past.transpose(1, 2).to(state.dtype).contiguous(),
+        )
 
 
 def _add_to_last(g_past: Tensor, g_x: Tensor, g_final: Tensor) -> None:
     """Adds the final state's gradient (B, W-1, E) to that of the inputs it copies: the last W-1 of (past, x)."""
     kept, length = g_past.size(1), g_x.size(1)
     recent = min(kept, length)
-    g_x[:, length - recent:] += g_final[:, kept - recent:]
-    g_past[:, recent:] += g_final[:, :kept - recent]
+    g_x[:, length - recent :] += g_final[:, kept - recent :]
+    g_past[:, recent:] += g_final[:, : kept - recent]
 
 
 causal_conv1d_numba = make_conv_op("causal_conv1d_numba", _forward_numba, _backward_numba)

@@ -20,7 +20,7 @@ def _padded(x: Tensor, state: Tensor) -> Tensor:
 def _before_activation(padded: Tensor, weight: Tensor, bias: Tensor, length: int) -> Tensor:
     y_BTE = torch.addcmul(bias.float(), padded[:, :length], weight[:, 0].float())
     for tap in range(1, weight.size(1)):
-        y_BTE.addcmul_(padded[:, tap:tap + length], weight[:, tap].float())
+        y_BTE.addcmul_(padded[:, tap : tap + length], weight[:, tap].float())
     return y_BTE
 
 
@@ -31,8 +31,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor)
     return y_BTE.to(x.dtype), last_inputs(x, state)
 
 
-def _backward(g_y: Tensor, g_final: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool,
-              state: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(
+    g_y: Tensor, g_final: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     length, taps = x.size(1), weight.size(1)
     padded, g_BTE = _padded(x, state), g_y.float()
     if silu:
@@ -41,11 +42,11 @@ def _backward(g_y: Tensor, g_final: Tensor, x: Tensor, weight: Tensor, bias: Ten
     g_padded = torch.zeros_like(padded)
     g_weight = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
     for tap in range(taps):
-        g_padded[:, tap:tap + length].addcmul_(g_BTE, weight[:, tap].float())
-        g_weight[:, tap] = (g_BTE * padded[:, tap:tap + length]).sum((0, 1))
+        g_padded[:, tap : tap + length].addcmul_(g_BTE, weight[:, tap].float())
+        g_weight[:, tap] = (g_BTE * padded[:, tap : tap + length]).sum((0, 1))
     g_padded[:, length:] += g_final.float().transpose(1, 2)
-    g_state = g_padded[:, :taps - 1].transpose(1, 2).to(state.dtype, memory_format=torch.contiguous_format, copy=True)
-    g_x = g_padded[:, taps - 1:].to(x.dtype, memory_format=torch.contiguous_format, copy=True)
+    g_state = g_padded[:, : taps - 1].transpose(1, 2).to(state.dtype, memory_format=torch.contiguous_format, copy=True)
+    g_x = g_padded[:, taps - 1 :].to(x.dtype, memory_format=torch.contiguous_format, copy=True)
     return g_x, g_weight.to(weight.dtype), g_BTE.sum((0, 1)).to(bias.dtype), g_state
 
 

@@ -28,8 +28,9 @@ def tiles_per_program(batch: int, length: int, channels: int, block: int) -> int
     return max(1, programs // TARGET_PROGRAMS)
 
 
-def _forward(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: bool,
-             initial_state_BEW1: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(
+    x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: bool, initial_state_BEW1: Tensor
+) -> tuple[Tensor, Tensor]:
     batch, length, channels = x_BTE.shape
     taps = weight_EW.size(1)
     x = readable(x_BTE)
@@ -38,14 +39,34 @@ def _forward(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: bool,
     grid = (triton.cdiv(channels, FORWARD_BLOCK_E), triton.cdiv(length, tiles * ROWS), batch)
     with torch.cuda.device_of(x):
         conv_forward[grid](
-            x, weight_EW.contiguous(), bias_E.contiguous(), initial_state_BEW1.contiguous(), out, length, tiles,
-            x.stride(0), E=channels, W=taps, X_ROW=x.stride(1), SILU=silu, ROWS=ROWS, BLOCK_E=FORWARD_BLOCK_E,
-            **COMPILE_OPTIONS)
+            x,
+            weight_EW.contiguous(),
+            bias_E.contiguous(),
+            initial_state_BEW1.contiguous(),
+            out,
+            length,
+            tiles,
+            x.stride(0),
+            E=channels,
+            W=taps,
+            X_ROW=x.stride(1),
+            SILU=silu,
+            ROWS=ROWS,
+            BLOCK_E=FORWARD_BLOCK_E,
+            **COMPILE_OPTIONS,
+        )
     return out, last_inputs(x, initial_state_BEW1).contiguous()
 
 
-def _backward(g_out: Tensor, g_final: Tensor, x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: bool,
-              initial_state_BEW1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward(
+    g_out: Tensor,
+    g_final: Tensor,
+    x_BTE: Tensor,
+    weight_EW: Tensor,
+    bias_E: Tensor,
+    silu: bool,
+    initial_state_BEW1: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, channels = x_BTE.shape
     taps = weight_EW.size(1)
     x, g_out, initial = readable(x_BTE), readable(g_out), initial_state_BEW1.contiguous()
@@ -56,13 +77,31 @@ def _backward(g_out: Tensor, g_final: Tensor, x_BTE: Tensor, weight_EW: Tensor, 
     sums = torch.empty(batch * spans, taps + 1, channels, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         conv_backward[triton.cdiv(channels, BACKWARD_BLOCK_E), spans, batch](
-            x, weight_EW.contiguous(), bias_E.contiguous(), initial, g_out, dx, dinitial, sums, length, tiles,
-            x.stride(0), g_out.stride(0), E=channels, W=taps, X_ROW=x.stride(1), DOUT_ROW=g_out.stride(1), SILU=silu,
-            ROWS=ROWS, BLOCK_E=BACKWARD_BLOCK_E, **COMPILE_OPTIONS)
+            x,
+            weight_EW.contiguous(),
+            bias_E.contiguous(),
+            initial,
+            g_out,
+            dx,
+            dinitial,
+            sums,
+            length,
+            tiles,
+            x.stride(0),
+            g_out.stride(0),
+            E=channels,
+            W=taps,
+            X_ROW=x.stride(1),
+            DOUT_ROW=g_out.stride(1),
+            SILU=silu,
+            ROWS=ROWS,
+            BLOCK_E=BACKWARD_BLOCK_E,
+            **COMPILE_OPTIONS,
+        )
     # The state after the sequence is its last W-1 inputs, and what is left of the state before it if it is shorter.
     kept = min(length, taps - 1)
-    dx[:, length - kept:] += g_final[:, :, taps - 1 - kept:].transpose(1, 2)
-    dinitial[:, :, kept:] += g_final[:, :, :taps - 1 - kept]
+    dx[:, length - kept :] += g_final[:, :, taps - 1 - kept :].transpose(1, 2)
+    dinitial[:, :, kept:] += g_final[:, :, : taps - 1 - kept]
     d_taps_WE = sums.sum(0)
     return dx, as_gradient(d_taps_WE[:taps].t(), weight_EW), as_gradient(d_taps_WE[taps], bias_E), dinitial
 
@@ -70,9 +109,15 @@ def _backward(g_out: Tensor, g_final: Tensor, x_BTE: Tensor, weight_EW: Tensor, 
 causal_conv1d_triton_op = make_conv_op("causal_conv1d_triton", _forward, _backward)
 
 
-def causal_conv1d_triton(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, *, activation: str | None = "silu",
-                         initial_state_BEW1: Tensor | None = None,
-                         return_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def causal_conv1d_triton(
+    x_BTE: Tensor,
+    weight_EW: Tensor,
+    bias_E: Tensor,
+    *,
+    activation: str | None = "silu",
+    initial_state_BEW1: Tensor | None = None,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """out_t = act(bias + Σ_j weight[:, W-1-j] x_{t-j}) (B, T, E); with `return_state` the last W-1 inputs too.
 
     The state is (B, E, W-1). Sums in float32, results in x's dtype. Every float input has its gradient, through the
@@ -81,6 +126,5 @@ def causal_conv1d_triton(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, *, ac
     if initial_state_BEW1 is None:
         shape = x_BTE.size(0), weight_EW.size(0), weight_EW.size(1) - 1
         initial_state_BEW1 = torch.zeros(shape, dtype=x_BTE.dtype, device=x_BTE.device)
-    out_BTE, final_BEW1 = causal_conv1d_triton_op(x_BTE, weight_EW, bias_E, activation == "silu",
-                                                  initial_state_BEW1)
+    out_BTE, final_BEW1 = causal_conv1d_triton_op(x_BTE, weight_EW, bias_E, activation == "silu", initial_state_BEW1)
     return (out_BTE, final_BEW1) if return_state else out_BTE

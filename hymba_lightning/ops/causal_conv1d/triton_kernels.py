@@ -18,11 +18,13 @@ from hymba_lightning.ops.triton_math import inside_if, sigmoid
 def load_input(x, initial, token, row: tl.constexpr, channel, T, E: tl.constexpr, W: tl.constexpr, X_ROW: tl.constexpr):
     """Input at position token + row >= 1-W as float32 (BLOCK_E,), zero after the last one. `x` points at `token`."""
     position = token + row
-    value = tl.load(x + channel + row * X_ROW, mask=inside_if(channel, E, (position >= 0) & (position < T)),
-                    other=0.0).to(tl.float32)
+    value = tl.load(
+        x + channel + row * X_ROW, mask=inside_if(channel, E, (position >= 0) & (position < T)), other=0.0
+    ).to(tl.float32)
     if row < 0:
-        old = tl.load(initial + channel * (W - 1) + (W - 1) + position,
-                      mask=inside_if(channel, E, position < 0), other=0.0)
+        old = tl.load(
+            initial + channel * (W - 1) + (W - 1) + position, mask=inside_if(channel, E, position < 0), other=0.0
+        )
         value += old.to(tl.float32)
     return value
 
@@ -37,8 +39,22 @@ def convolve(window, taps, bias, first: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "tiles_per_program"])
-def conv_forward(x, weight, bias, initial, out, T, tiles_per_program, x_batch, E: tl.constexpr, W: tl.constexpr,
-                 X_ROW: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
+def conv_forward(
+    x,
+    weight,
+    bias,
+    initial,
+    out,
+    T,
+    tiles_per_program,
+    x_batch,
+    E: tl.constexpr,
+    W: tl.constexpr,
+    X_ROW: tl.constexpr,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
     """out (B, T, E). Grid (E blocks, spans of tiles_per_program tiles, B)."""
     channel = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     batch = tl.program_id(2).to(tl.int64)
@@ -60,17 +76,34 @@ def conv_forward(x, weight, bias, initial, out, T, tiles_per_program, x_batch, E
             y = convolve(window, taps, constant, row, W)
             if SILU:
                 y = y * sigmoid(y)
-            tl.store(out + channel + row * E, y.to(out.dtype.element_ty),
-                     mask=inside_if(channel, E, token + row < T))
+            tl.store(out + channel + row * E, y.to(out.dtype.element_ty), mask=inside_if(channel, E, token + row < T))
         x += ROWS * X_ROW
         out += ROWS * E
         token += ROWS
 
 
 @triton.jit(do_not_specialize=["T", "tiles_per_program"])
-def conv_backward(x, weight, bias, initial, dout, dx, dinitial, sums, T, tiles_per_program, x_batch, dout_batch,
-                  E: tl.constexpr, W: tl.constexpr, X_ROW: tl.constexpr, DOUT_ROW: tl.constexpr, SILU: tl.constexpr,
-                  ROWS: tl.constexpr, BLOCK_E: tl.constexpr):
+def conv_backward(
+    x,
+    weight,
+    bias,
+    initial,
+    dout,
+    dx,
+    dinitial,
+    sums,
+    T,
+    tiles_per_program,
+    x_batch,
+    dout_batch,
+    E: tl.constexpr,
+    W: tl.constexpr,
+    X_ROW: tl.constexpr,
+    DOUT_ROW: tl.constexpr,
+    SILU: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
     """dx (B, T, E), dinitial (B, E, W-1), and this program's part of the gradients of the W taps and the bias.
 
     Grid (E blocks, spans, B). sums (B, spans, W+1, E) float32 takes the parts. The convolution before SiLU is computed
@@ -99,8 +132,9 @@ def conv_backward(x, weight, bias, initial, dout, dx, dinitial, sums, T, tiles_p
             window += (load_input(x, initial, token, row, channel, T, E, W, X_ROW),)
         d_sum = ()
         for row in tl.static_range(ROWS + W - 1):
-            d_row = tl.load(dout + channel + row * DOUT_ROW, mask=inside_if(channel, E, token + row < T),
-                            other=0.0).to(tl.float32)
+            d_row = tl.load(dout + channel + row * DOUT_ROW, mask=inside_if(channel, E, token + row < T), other=0.0).to(
+                tl.float32
+            )
             if SILU:
                 y = convolve(window, taps, constant, row, W)
                 gate = sigmoid(y)
@@ -116,8 +150,9 @@ def conv_backward(x, weight, bias, initial, dout, dx, dinitial, sums, T, tiles_p
             d_input = tl.zeros([BLOCK_E], tl.float32)
             for w in tl.static_range(W):
                 d_input += taps[W - 1 - w] * d_sum[row + w]
-            tl.store(dx + channel + row * E, d_input.to(dx.dtype.element_ty),
-                     mask=inside_if(channel, E, token + row < T))
+            tl.store(
+                dx + channel + row * E, d_input.to(dx.dtype.element_ty), mask=inside_if(channel, E, token + row < T)
+            )
         if token == 0:
             for row in tl.static_range(1 - W, 0):
                 d_input = tl.zeros([BLOCK_E], tl.float32)

@@ -17,9 +17,13 @@ WIDTH_STEP = 8
 _operation = registry.Operation(
     backends={
         "torch": registry.Backend(registry.anywhere),
-        "triton": registry.Backend(hopper_missing, {
-            "float32": "its products are of bfloat16 or float16 matrices; cast them, or use backend 'torch'",
-            "width": f"its matrices' widths are multiples of {WIDTH_STEP}; use backend 'torch'"}),
+        "triton": registry.Backend(
+            hopper_missing,
+            {
+                "float32": "its products are of bfloat16 or float16 matrices; cast them, or use backend 'torch'",
+                "width": f"its matrices' widths are multiples of {WIDTH_STEP}; use backend 'torch'",
+            },
+        ),
     },
     order={"cuda": ("triton", "torch"), "other": ("torch",)},
 )

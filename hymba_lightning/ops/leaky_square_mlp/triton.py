@@ -52,12 +52,24 @@ def _readable(x_MN: Tensor) -> Tensor:
 def _launch(kernel: Any, how: Launch, tensors: list, shape: tuple[int, int, int], slope: float) -> None:
     device = tensors[0].base.device
     block_m, block_n, block_k = how.block
-    programs = min(how.programs * multiprocessors(device),
-                   triton.cdiv(shape[0], block_m) * triton.cdiv(shape[1], block_n))
+    programs = min(
+        how.programs * multiprocessors(device), triton.cdiv(shape[0], block_m) * triton.cdiv(shape[1], block_n)
+    )
     with torch.cuda.device_of(tensors[0].base):
-        kernel[(programs,)](*tensors, *shape, SLOPE=slope, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-                            PROGRAMS=programs, FLATTEN=how.flatten, num_warps=how.warps, num_stages=how.stages,
-                            maxnreg=how.registers, enable_fp_fusion=True)
+        kernel[(programs,)](
+            *tensors,
+            *shape,
+            SLOPE=slope,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            PROGRAMS=programs,
+            FLATTEN=how.flatten,
+            num_warps=how.warps,
+            num_stages=how.stages,
+            maxnreg=how.registers,
+            enable_fp_fusion=True,
+        )
 
 
 def _outputs(x_MD: Tensor, w_in_FD: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,8 +96,9 @@ def _(x_MD, w_in_FD, slope):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("hymba::leaky_square_hidden_backward", mutates_args=())
-def hidden_layer_backward(g_MD: Tensor, w_out_DF: Tensor, activation_MF: Tensor, signs_MT8: Tensor,
-                          slope: float) -> Tensor:
+def hidden_layer_backward(
+    g_MD: Tensor, w_out_DF: Tensor, activation_MF: Tensor, signs_MT8: Tensor, slope: float
+) -> Tensor:
     """The gradient of x W_inᵀ (M, F), g being that of the output."""
     g_hidden = torch.empty_like(activation_MF)
     if g_hidden.numel():
@@ -93,8 +106,9 @@ def hidden_layer_backward(g_MD: Tensor, w_out_DF: Tensor, activation_MF: Tensor,
         block_m, block_n, block_k = BACKWARD.block
         tiles = [_tiles(g, block_m, block_k), _tiles(w_out, block_k, block_n)]
         activation, gradient = (_tiles(x, block_m, block_n) for x in (activation_MF, g_hidden))
-        _launch(hidden_backward, BACKWARD, [*tiles, activation, signs_MT8, gradient], (*g_hidden.shape, g.size(1)),
-                slope)
+        _launch(
+            hidden_backward, BACKWARD, [*tiles, activation, signs_MT8, gradient], (*g_hidden.shape, g.size(1)), slope
+        )
     return g_hidden
 
 

@@ -35,8 +35,21 @@ def signs_of(signs, row, tile_n, M, tiles_n, ROWS: tl.constexpr):
 
 
 @triton.jit
-def hidden_forward(x, w_in, activation, signs, M, N, K, SLOPE: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr):
+def hidden_forward(
+    x,
+    w_in,
+    activation,
+    signs,
+    M,
+    N,
+    K,
+    SLOPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
     """The activation of x w_inᵀ (M, N), and the signs of that. Grid (PROGRAMS,): each takes every PROGRAMS-th tile."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tiles_n, PROGRAMS, flatten=FLATTEN):
@@ -53,8 +66,22 @@ def hidden_forward(x, w_in, activation, signs, M, N, K, SLOPE: tl.constexpr, BLO
 
 
 @triton.jit
-def hidden_backward(g, w_out, activation, signs, g_hidden, M, N, K, SLOPE: tl.constexpr, BLOCK_M: tl.constexpr,
-                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PROGRAMS: tl.constexpr, FLATTEN: tl.constexpr):
+def hidden_backward(
+    g,
+    w_out,
+    activation,
+    signs,
+    g_hidden,
+    M,
+    N,
+    K,
+    SLOPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
     """g_hidden = (g w_out) · d activation / d (x w_inᵀ), (M, N). Grid (PROGRAMS,)."""
     tiles_n = tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * tiles_n, PROGRAMS, flatten=FLATTEN):

@@ -15,8 +15,10 @@ from hymba_lightning.ops import registry
 _operation = registry.Operation(
     backends={
         "torch": registry.Backend(registry.anywhere),
-        "triton": registry.Backend(registry.needs_triton, {
-            "float32": "its products are of bfloat16 or float16 matrices; cast them, or use backend 'torch'"}),
+        "triton": registry.Backend(
+            registry.needs_triton,
+            {"float32": "its products are of bfloat16 or float16 matrices; cast them, or use backend 'torch'"},
+        ),
     },
     # Half the arithmetic; and cuBLAS' batched products on a Hopper run in clusters of programs, which died of an
     # illegal instruction where several processes shared a GPU (CUDA 13.0).

@@ -32,9 +32,25 @@ def _product(left: Tensor, right: Tensor, added: Tensor | None, alpha: float, be
     masked = rows % block != 0 or columns % block != 0 or inner % block_k != 0
     grid = (triton.cdiv(rows, block) * triton.cdiv(columns, block), n)
     with torch.cuda.device_of(left):
-        bank_product[grid](left, right, left if added is None else added, out, rows, columns, inner, right.stride(1),
-                           right.stride(2), alpha, beta, SYMMETRIC=symmetric, ADDS=added is not None, MASKED=masked,
-                           BLOCK=block, BLOCK_K=block_k, **(OPTIONS if block == BLOCK else SMALL_OPTIONS))
+        bank_product[grid](
+            left,
+            right,
+            left if added is None else added,
+            out,
+            rows,
+            columns,
+            inner,
+            right.stride(1),
+            right.stride(2),
+            alpha,
+            beta,
+            SYMMETRIC=symmetric,
+            ADDS=added is not None,
+            MASKED=masked,
+            BLOCK=block,
+            BLOCK_K=block_k,
+            **(OPTIONS if block == BLOCK else SMALL_OPTIONS),
+        )
     return out
 
 

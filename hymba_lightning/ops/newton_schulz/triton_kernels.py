@@ -16,9 +16,24 @@ def load_block(pointers, row_in, column_in, MASKED: tl.constexpr):
 
 
 @triton.jit
-def bank_product(left, right, added, out, ROWS, COLUMNS, INNER, right_k, right_column, alpha, beta,
-                 SYMMETRIC: tl.constexpr, ADDS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
-                 BLOCK_K: tl.constexpr):
+def bank_product(
+    left,
+    right,
+    added,
+    out,
+    ROWS,
+    COLUMNS,
+    INNER,
+    right_k,
+    right_column,
+    alpha,
+    beta,
+    SYMMETRIC: tl.constexpr,
+    ADDS: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """out = alpha · left right + beta · added for n matrices, (ROWS, INNER) times (INNER, COLUMNS), sums in float32.
 
     Grid (blocks of rows · blocks of columns, n). `left`, `added` and `out` are contiguous, `right` has the strides

@@ -24,8 +24,11 @@ _operation = registry.Operation(
         "triton": registry.Backend(registry.needs_triton),
         "mamba_ssm": registry.Backend(
             registry.needs_package("mamba_ssm", "pip install mamba-ssm --no-build-isolation", "cuda"),
-            {"initial_state": f"mamba-ssm's kernel starts from a zero state; {_MAMBA_REMEDY}",
-             "state_gradient": f"mamba-ssm drops the final state's gradient; {_MAMBA_REMEDY}, or torch.no_grad()"}),
+            {
+                "initial_state": f"mamba-ssm's kernel starts from a zero state; {_MAMBA_REMEDY}",
+                "state_gradient": f"mamba-ssm drops the final state's gradient; {_MAMBA_REMEDY}, or torch.no_grad()",
+            },
+        ),
     },
     order={"cpu": ("numba", "chunked"), "cuda": ("triton", "mamba_ssm", "chunked"), "other": ("chunked",)},
 )
@@ -35,9 +38,20 @@ BACKENDS = tuple(_operation.backends)
 available_backends = functools.partial(registry.available_backends, "selective_scan")
 
 
-def selective_scan(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_E: Tensor,
-                   z_BTE: Tensor | None, *, dt_bias_E: Tensor, initial_state_BEN: Tensor | None = None,
-                   return_state: bool = False, backend: str = "auto") -> Tensor | tuple[Tensor, Tensor]:
+def selective_scan(
+    u_BTE: Tensor,
+    dt_BTE: Tensor,
+    A_EN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_E: Tensor,
+    z_BTE: Tensor | None,
+    *,
+    dt_bias_E: Tensor,
+    initial_state_BEN: Tensor | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t;  out_t = (C_t·h_t + D u_t) silu(z_t).
 
     dt = softplus(dt_BTE + dt_bias); A is negative; without z there is no gate. State and arithmetic are float32; u, dt,
@@ -65,8 +79,9 @@ def selective_scan(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C
     if name == "triton":
         from hymba_lightning.ops.selective_scan.triton import selective_scan_triton
 
-        return selective_scan_triton(*operands[:7], dt_bias_E=dt_bias_E, initial_state_BEN=initial_state_BEN,
-                                     return_state=return_state)
+        return selective_scan_triton(
+            *operands[:7], dt_bias_E=dt_bias_E, initial_state_BEN=initial_state_BEN, return_state=return_state
+        )
     result = _implementation(name)(*operands, initial_state_BEN)
     return (result[0], result[1]) if return_state else result[0]
 
@@ -84,14 +99,29 @@ def _implementation(name: str) -> Callable[..., tuple[Tensor, ...]]:
     return selective_scan_naive
 
 
-def _check_shapes(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-                  initial_state: Tensor | None) -> None:
+def _check_shapes(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor,
+    initial_state: Tensor | None,
+) -> None:
     batch, length, channels = u.shape
     states = A.size(-1)
-    wanted = [("dt_BTE", dt, (batch, length, channels)), ("A_EN", A, (channels, states)),
-              ("B_BTN", B, (batch, length, states)), ("C_BTN", C, (batch, length, states)), ("D_E", D, (channels,)),
-              ("z_BTE", z, (batch, length, channels)), ("dt_bias_E", dt_bias, (channels,)),
-              ("initial_state_BEN", initial_state, (batch, channels, states))]
+    wanted = [
+        ("dt_BTE", dt, (batch, length, channels)),
+        ("A_EN", A, (channels, states)),
+        ("B_BTN", B, (batch, length, states)),
+        ("C_BTN", C, (batch, length, states)),
+        ("D_E", D, (channels,)),
+        ("z_BTE", z, (batch, length, channels)),
+        ("dt_bias_E", dt_bias, (channels,)),
+        ("initial_state_BEN", initial_state, (batch, channels, states)),
+    ]
     for name, tensor, shape in wanted:
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"selective_scan: {name} has shape {tuple(tensor.shape)}, u_BTE and A_EN ask for {shape}")

@@ -58,7 +58,7 @@ class _Layout:
 
     def uncut(self, x: Tensor) -> Tensor:
         """(B, P, tokens, X) -> (B, T, X)."""
-        return x.flatten(1, 2)[:, :self.length].contiguous()
+        return x.flatten(1, 2)[:, : self.length].contiguous()
 
     def blocks(self) -> list[range]:
         """The chunks of each block."""
@@ -72,8 +72,18 @@ class _Layout:
 class _Operands:
     """The scan's inputs, cut into segments; padded tokens have dt = softplus(-inf) = 0 and so change no state."""
 
-    def __init__(self, layout: _Layout, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-                 z: Tensor | None, dt_bias: Tensor) -> None:
+    def __init__(
+        self,
+        layout: _Layout,
+        u: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        z: Tensor | None,
+        dt_bias: Tensor,
+    ) -> None:
         self.u, self.dt = layout.cut(u), layout.cut(dt, float("-inf"))
         self.B, self.C = layout.cut(B), layout.cut(C)
         self.z = None if z is None else layout.cut(z)
@@ -150,8 +160,8 @@ class _Block:
         self.raw = ops.dt[:, :, span].float() + ops.dt_bias
         self.step = F.softplus(self.raw)
         self.inflow = self.step * self.u
-        self.decay, self.x = work.decay[:, :, :self.tokens], work.x[:, :, :self.tokens]
-        self.g = work.g[:, :, :self.tokens]
+        self.decay, self.x = work.decay[:, :, : self.tokens], work.x[:, :, : self.tokens]
+        self.g = work.g[:, :, : self.tokens]
         torch.mul(self.step.unsqueeze(-2), ops.A_log2e_NE, out=self.decay).exp2_()
         if inflows:
             torch.mul(self.inflow.unsqueeze(-2), self.B.unsqueeze(-1), out=self.x)
@@ -204,8 +214,17 @@ def _segment_carries(layout: _Layout, ops: _Operands, work: _Work, g_out: Tensor
     return torch.stack(carries[::-1], dim=1)
 
 
-def _forward_chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
-                     dt_bias: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_chunked(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor,
+    initial_state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     layout = _Layout(u, A.size(1))
     ops = _Operands(layout, u, dt, A, B, C, D, z, dt_bias)
     out = layout.empty(u)
@@ -219,15 +238,26 @@ def _forward_chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: 
             starts[:, :, chunks.start] = state
             block = _Block(ops, work, span)
             state = work.advance(starts[:, :, chunks.start], block.tokens)
-            starts[:, :, chunks.start + 1:chunks.stop] = block.x[:, :, CHUNK - 1:-1:CHUNK]
+            starts[:, :, chunks.start + 1 : chunks.stop] = block.x[:, :, CHUNK - 1 : -1 : CHUNK]
             y = torch.matmul(block.C.unsqueeze(-2), block.x).squeeze(-2).addcmul_(block.u, ops.D)
             out[:, :, span] = y if block.z is None else y.mul_(F.silu(block.z))
         final = state[:, -1].transpose(1, 2).contiguous()
-    return layout.uncut(out), final, starts.flatten(1, 2)[:, :n_chunks(layout.length, CHUNK)].contiguous()
+    return layout.uncut(out), final, starts.flatten(1, 2)[:, : n_chunks(layout.length, CHUNK)].contiguous()
 
 
-def _backward_chunked(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-                      z: Tensor | None, dt_bias: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
+def _backward_chunked(
+    g_out: Tensor,
+    g_final: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor,
+    starts: Tensor,
+) -> tuple[Tensor, ...]:
     layout = _Layout(u, A.size(1))
     ops = _Operands(layout, u, dt, A, B, C, D, z, dt_bias)
     g_out = layout.cut(g_out)
@@ -243,7 +273,7 @@ def _backward_chunked(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: 
         for chunks in reversed(layout.blocks()):
             span, start = layout.span(chunks), starts[:, :, chunks.start]
             block = _Block(ops, work, span)
-            work.advance_chunks(starts[:, :, chunks.start:chunks.stop], block.tokens)
+            work.advance_chunks(starts[:, :, chunks.start : chunks.stop], block.tokens)
             g_y = g_out[:, :, span].float()
             if block.z is not None and g_z is not None:
                 y = torch.matmul(block.C.unsqueeze(-2), block.x).squeeze(-2).addcmul_(block.u, ops.D)
@@ -267,9 +297,17 @@ def _backward_chunked(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: 
             g_raw = g_step.mul_(block.raw.sigmoid_())
             g_bias += g_raw.sum((0, 1, 2))
             g_dt[:, :, span] = g_raw
-    return (layout.uncut(g_u), layout.uncut(g_dt), g_A.t().contiguous().to(A.dtype), layout.uncut(g_B),
-            layout.uncut(g_C), g_D.to(D.dtype), u.new_empty(0) if g_z is None else layout.uncut(g_z),
-            g_bias.to(dt_bias.dtype), carry[:, 0].transpose(1, 2).contiguous())
+    return (
+        layout.uncut(g_u),
+        layout.uncut(g_dt),
+        g_A.t().contiguous().to(A.dtype),
+        layout.uncut(g_B),
+        layout.uncut(g_C),
+        g_D.to(D.dtype),
+        u.new_empty(0) if g_z is None else layout.uncut(g_z),
+        g_bias.to(dt_bias.dtype),
+        carry[:, 0].transpose(1, 2).contiguous(),
+    )
 
 
 selective_scan_chunked = make_scan_op("selective_scan_chunked", _forward_chunked, _backward_chunked, CHUNK)

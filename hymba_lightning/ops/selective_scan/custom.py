@@ -23,29 +23,52 @@ def make_scan_op(name: str, forward: Callable, backward: Callable, chunk: int) -
     """Registers hymba::`name` and hymba::`name`_backward and returns the differentiable operator."""
 
     @torch.library.custom_op(f"hymba::{name}", mutates_args=())
-    def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-             initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scan(
+        u: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        z: Tensor | None,
+        dt_bias: Tensor,
+        initial_state: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return forward(u, dt, A, B, C, D, z, dt_bias, initial_state)
 
     @scan.register_fake
     def _(u, dt, A, B, C, D, z, dt_bias, initial_state):  # type: ignore[no-untyped-def]
         batch, length, channels = u.shape
         starts = (batch, n_chunks(length, chunk), A.size(1), channels)
-        return (torch.empty(u.shape, dtype=u.dtype, device=u.device),
-                torch.empty(initial_state.shape, dtype=torch.float32, device=u.device),
-                torch.empty(starts, dtype=torch.float32, device=u.device))
+        return (
+            torch.empty(u.shape, dtype=u.dtype, device=u.device),
+            torch.empty(initial_state.shape, dtype=torch.float32, device=u.device),
+            torch.empty(starts, dtype=torch.float32, device=u.device),
+        )
 
     @torch.library.custom_op(f"hymba::{name}_backward", mutates_args=())
-    def scan_backward(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-                      z: Tensor | None, dt_bias: Tensor, starts: Tensor,
-                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def scan_backward(
+        g_out: Tensor,
+        g_final: Tensor,
+        u: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor,
+        z: Tensor | None,
+        dt_bias: Tensor,
+        starts: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         return backward(g_out, g_final, u, dt, A, B, C, D, z, dt_bias, starts)
 
     @scan_backward.register_fake
     def _(g_out, g_final, u, dt, A, B, C, D, z, dt_bias, starts):  # type: ignore[no-untyped-def]
         operands = (u, dt, A, B, C, D, u.new_empty(0) if z is None else z, dt_bias)
-        return (*(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in operands),
-                torch.empty(g_final.shape, dtype=torch.float32, device=u.device))
+        return (
+            *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in operands),
+            torch.empty(g_final.shape, dtype=torch.float32, device=u.device),
+        )
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         u, dt, A, B, C, D, z, dt_bias, _ = inputs

@@ -12,8 +12,9 @@ from torch import Tensor
 from hymba_lightning.ops.packages import Context
 
 
-def _time_last(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
-               dt_bias: Tensor) -> tuple[Tensor | None, ...]:
+def _time_last(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
+) -> tuple[Tensor | None, ...]:
     """The operands as the kernel wants them: (B, X, T), all of u's type; A, D and the bias float32."""
     wide = (None if x is None else x.to(u.dtype).transpose(1, 2).contiguous() for x in (u, dt, B, C, z))
     u_BET, dt_BET, B_BNT, C_BNT, z_BET = wide
@@ -21,8 +22,9 @@ def _time_last(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
 
 
 @torch.library.custom_op("hymba::selective_scan_mamba_ssm", mutates_args=())
-def selective_scan_mamba_ssm(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
-                             dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+def selective_scan_mamba_ssm(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
+) -> tuple[Tensor, Tensor]:
     """The scan from a zero state: out (B, T, E) in u's dtype and the final state (B, E, N), which has no gradient."""
     from mamba_ssm.ops.selective_scan_interface import SelectiveScanFn
 
@@ -33,13 +35,16 @@ def selective_scan_mamba_ssm(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Ten
 
 @selective_scan_mamba_ssm.register_fake
 def _(u, dt, A, B, C, D, z, dt_bias):  # type: ignore[no-untyped-def]
-    return (torch.empty(u.shape, dtype=u.dtype, device=u.device),
-            torch.empty((u.size(0), *A.shape), dtype=torch.float32, device=u.device))
+    return (
+        torch.empty(u.shape, dtype=u.dtype, device=u.device),
+        torch.empty((u.size(0), *A.shape), dtype=torch.float32, device=u.device),
+    )
 
 
 @torch.library.custom_op("hymba::selective_scan_mamba_ssm_backward", mutates_args=())
-def _backward(g_out: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
-              dt_bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(
+    g_out: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from mamba_ssm.ops.selective_scan_interface import SelectiveScanFn
 
     # What the kernel's forward leaves for its backward differs between versions, so the forward runs once more.
@@ -51,8 +56,16 @@ def _backward(g_out: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Ten
     def time_first(gradient: Tensor, like: Tensor) -> Tensor:
         return gradient.transpose(1, 2).to(like.dtype).contiguous()
 
-    return (time_first(g_u, u), time_first(g_dt, dt), g_A.to(A.dtype), time_first(g_B, B), time_first(g_C, C),
-            g_D.to(D.dtype), u.new_empty(0) if z is None else time_first(g_z, z), g_bias.to(dt_bias.dtype))
+    return (
+        time_first(g_u, u),
+        time_first(g_dt, dt),
+        g_A.to(A.dtype),
+        time_first(g_B, B),
+        time_first(g_C, C),
+        g_D.to(D.dtype),
+        u.new_empty(0) if z is None else time_first(g_z, z),
+        g_bias.to(dt_bias.dtype),
+    )
 
 
 @_backward.register_fake

@@ -10,8 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def selective_scan_naive(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_E: Tensor,
-                         z_BTE: Tensor | None, dt_bias_E: Tensor, initial_state_BEN: Tensor) -> tuple[Tensor, Tensor]:
+def selective_scan_naive(
+    u_BTE: Tensor,
+    dt_BTE: Tensor,
+    A_EN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_E: Tensor,
+    z_BTE: Tensor | None,
+    dt_bias_E: Tensor,
+    initial_state_BEN: Tensor,
+) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t;  y_t = C_t·h_t + D u_t;  out_t = y_t silu(z_t), all in float32.
 
     dt_t = softplus(dt_BTE + dt_bias). Equation 2 of Mamba (arXiv:2312.00752) with its simplified discretisation of B.

@@ -25,8 +25,32 @@ WIDTH = 64
 
 
 @native_loop
-def _forward(first, last, batch, length, channels, states,  # type: ignore[no-untyped-def]
-             u, u_row, dt, dt_row, A, B, B_row, C, C_row, D, z, z_row, gated, dt_bias, initial, out, final, starts):
+def _forward(
+    first,
+    last,
+    batch,
+    length,
+    channels,
+    states,  # type: ignore[no-untyped-def]
+    u,
+    u_row,
+    dt,
+    dt_row,
+    A,
+    B,
+    B_row,
+    C,
+    C_row,
+    D,
+    z,
+    z_row,
+    gated,
+    dt_bias,
+    initial,
+    out,
+    final,
+    starts,
+):
     """Work items first … last-1. A (N, E); initial, final (B, N, E); starts (B, chunks, N, E)."""
     blocks = (channels + WIDTH - 1) // WIDTH
     chunks = (length + CHUNK - 1) // CHUNK
@@ -65,9 +89,41 @@ def _forward(first, last, batch, length, channels, states,  # type: ignore[no-un
 
 
 @native_loop
-def _backward(first, last, batch, length, channels, states,  # type: ignore[no-untyped-def]
-              u, u_row, dt, dt_row, A, B, B_row, C, C_row, D, z, z_row, gated, dt_bias, g_out, g_out_row, g_final,
-              starts, g_u, g_dt, g_A, g_B, g_C, g_D, g_z, g_bias, g_initial):
+def _backward(
+    first,
+    last,
+    batch,
+    length,
+    channels,
+    states,  # type: ignore[no-untyped-def]
+    u,
+    u_row,
+    dt,
+    dt_row,
+    A,
+    B,
+    B_row,
+    C,
+    C_row,
+    D,
+    z,
+    z_row,
+    gated,
+    dt_bias,
+    g_out,
+    g_out_row,
+    g_final,
+    starts,
+    g_u,
+    g_dt,
+    g_A,
+    g_B,
+    g_C,
+    g_D,
+    g_z,
+    g_bias,
+    g_initial,
+):
     """Work items first … last-1. g_A (B, N, E), g_D, g_bias (B, E), g_B, g_C (blocks, B, T, N) are to be summed."""
     blocks = (channels + WIDTH - 1) // WIDTH
     chunks = (length + CHUNK - 1) // CHUNK
@@ -178,14 +234,28 @@ def _widened(x: Tensor) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
-def _operands(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None,
-              dt_bias: Tensor) -> tuple:
+def _operands(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
+) -> tuple:
     """The arguments that both kernels begin with, after the work items."""
     batch, length, channels = u.shape
     # An absent gate is stood in for by u: one compiled kernel serves both, and does not read it.
     gate = u if z is None else z
-    return (batch, length, _padded(channels), A.size(1), *rows(_widened(u)), *rows(_widened(dt)), flat(_widened(A.t())),
-            *rows(B), *rows(C), flat(_widened(D)), *rows(_widened(gate)), z is not None, flat(_widened(dt_bias)))
+    return (
+        batch,
+        length,
+        _padded(channels),
+        A.size(1),
+        *rows(_widened(u)),
+        *rows(_widened(dt)),
+        flat(_widened(A.t())),
+        *rows(B),
+        *rows(C),
+        flat(_widened(D)),
+        *rows(_widened(gate)),
+        z is not None,
+        flat(_widened(dt_bias)),
+    )
 
 
 def _items(u: Tensor) -> int:
@@ -196,21 +266,49 @@ def _empty(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
-def _forward_numba(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-                   initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_numba(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor,
+    initial_state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     (batch, length, channels), states, width = u.shape, A.size(1), _padded(u.size(2))
     out, final = _empty(batch, length, width), _empty(batch, states, width)
     starts = _empty(batch, n_chunks(length, CHUNK), states, width)
     with one_torch_thread() as threads:
-        arguments = (*_operands(u, dt, A, B, C, D, z, dt_bias), flat(_widened(initial_state.transpose(1, 2))),
-                     flat(out), flat(final), flat(starts))
+        arguments = (
+            *_operands(u, dt, A, B, C, D, z, dt_bias),
+            flat(_widened(initial_state.transpose(1, 2))),
+            flat(out),
+            flat(final),
+            flat(starts),
+        )
         run_items(_forward, "selective scan", _items(u), float(u.numel() * states), arguments, threads)
-        return (out[..., :channels].contiguous().to(u.dtype), final[..., :channels].transpose(1, 2).contiguous(),
-                starts[..., :channels].contiguous())
+        return (
+            out[..., :channels].contiguous().to(u.dtype),
+            final[..., :channels].transpose(1, 2).contiguous(),
+            starts[..., :channels].contiguous(),
+        )
 
 
-def _backward_numba(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-                    z: Tensor | None, dt_bias: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
+def _backward_numba(
+    g_out: Tensor,
+    g_final: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor,
+    starts: Tensor,
+) -> tuple[Tensor, ...]:
     (batch, length, channels), states, width = u.shape, A.size(1), _padded(u.size(2))
     g_u, g_dt = _empty(batch, length, width), _empty(batch, length, width)
     g_z = _empty(0, 0, 0) if z is None else _empty(batch, length, width)
@@ -224,12 +322,25 @@ def _backward_numba(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Te
         return gradient[..., :channels].contiguous().to(like.dtype)
 
     with one_torch_thread() as threads:
-        arguments = (*_operands(u, dt, A, B, C, D, z, dt_bias), *rows(_widened(g_out)),
-                     flat(_widened(g_final.transpose(1, 2))), flat(_widened(starts)), *map(flat, outputs))
+        arguments = (
+            *_operands(u, dt, A, B, C, D, z, dt_bias),
+            *rows(_widened(g_out)),
+            flat(_widened(g_final.transpose(1, 2))),
+            flat(_widened(starts)),
+            *map(flat, outputs),
+        )
         run_items(_backward, "selective scan's gradient", _items(u), float(3 * u.numel() * states), arguments, threads)
-        return (narrowed(g_u, u), narrowed(g_dt, dt), narrowed(g_A.sum(0), A).t().contiguous(), g_B.sum(0).to(B.dtype),
-                g_C.sum(0).to(C.dtype), narrowed(g_D.sum(0), D), u.new_empty(0) if z is None else narrowed(g_z, z),
-                narrowed(g_bias.sum(0), dt_bias), g_initial[..., :channels].transpose(1, 2).contiguous())
+        return (
+            narrowed(g_u, u),
+            narrowed(g_dt, dt),
+            narrowed(g_A.sum(0), A).t().contiguous(),
+            g_B.sum(0).to(B.dtype),
+            g_C.sum(0).to(C.dtype),
+            narrowed(g_D.sum(0), D),
+            u.new_empty(0) if z is None else narrowed(g_z, z),
+            narrowed(g_bias.sum(0), dt_bias),
+            g_initial[..., :channels].transpose(1, 2).contiguous(),
+        )
 
 
 selective_scan_numba = make_scan_op("selective_scan_numba", _forward_numba, _backward_numba, CHUNK)

@@ -51,8 +51,15 @@ def _by_state(x_EN: Tensor) -> Tensor:
 def _shape(dt: Tensor, n_states: int, block: int) -> dict[str, int | bool]:
     """Compile-time arguments that all but the carry take."""
     length, channels = dt.shape[1:]
-    return {"E": channels, "N": n_states, "ROWS": ROWS, "BLOCK_E": block, "DT_ROW": dt.stride(1),
-            "MASKED": length % ROWS != 0 or channels % block != 0, **COMPILE_OPTIONS}
+    return {
+        "E": channels,
+        "N": n_states,
+        "ROWS": ROWS,
+        "BLOCK_E": block,
+        "DT_ROW": dt.stride(1),
+        "MASKED": length % ROWS != 0 or channels % block != 0,
+        **COMPILE_OPTIONS,
+    }
 
 
 def _carry(A_NE: Tensor, edge_BNE: Tensor, slots: Tensor, slot_stride: int, dt_sums: Tensor, direction: int) -> None:
@@ -60,12 +67,35 @@ def _carry(A_NE: Tensor, edge_BNE: Tensor, slots: Tensor, slot_stride: int, dt_s
     batch, n_chunks, channels = dt_sums.shape
     first = n_chunks - 1 if direction < 0 else 0
     carry_chunks[triton.cdiv(channels, BLOCK_E), A_NE.size(0), batch](
-        A_NE, edge_BNE, slots, dt_sums, n_chunks, slots.stride(0), slot_stride, first * slot_stride, first * channels,
-        DIRECTION=direction, E=channels, N=A_NE.size(0), BLOCK_E=BLOCK_E, AHEAD=CARRY_AHEAD, **COMPILE_OPTIONS)
+        A_NE,
+        edge_BNE,
+        slots,
+        dt_sums,
+        n_chunks,
+        slots.stride(0),
+        slot_stride,
+        first * slot_stride,
+        first * channels,
+        DIRECTION=direction,
+        E=channels,
+        N=A_NE.size(0),
+        BLOCK_E=BLOCK_E,
+        AHEAD=CARRY_AHEAD,
+        **COMPILE_OPTIONS,
+    )
 
 
-def _forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor,
-             initial_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor,
+    initial_state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, channels = u.shape
     n_states = A.size(1)
     u, dt, B, C = map(readable, (u, dt, B, C))
@@ -84,18 +114,61 @@ def _forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     with torch.cuda.device_of(u):
         if n_chunks > 1:
             chunk_ends[n_blocks, n_chunks - 1, batch](
-                u, dt, A_NE, B, dt_bias, starts, dt_sums, length, chunk_tiles, u.stride(0), dt.stride(0), B.stride(0),
-                **shape)
+                u,
+                dt,
+                A_NE,
+                B,
+                dt_bias,
+                starts,
+                dt_sums,
+                length,
+                chunk_tiles,
+                u.stride(0),
+                dt.stride(0),
+                B.stride(0),
+                **shape,
+            )
         _carry(A_NE, _by_state(initial_state), starts, chunk_tiles * n_states * channels, dt_sums, direction=1)
         chunk_outputs[n_blocks, n_chunks, batch](
-            u, dt, A_NE, B, C, D, gate, dt_bias, out, starts, final_BNE, length, chunk_tiles, u.stride(0),
-            dt.stride(0), B.stride(0), C.stride(0), gate.stride(0), C_ROW=C.stride(1), Z_ROW=gate.stride(1),
-            HAS_Z=z is not None, **shape)
+            u,
+            dt,
+            A_NE,
+            B,
+            C,
+            D,
+            gate,
+            dt_bias,
+            out,
+            starts,
+            final_BNE,
+            length,
+            chunk_tiles,
+            u.stride(0),
+            dt.stride(0),
+            B.stride(0),
+            C.stride(0),
+            gate.stride(0),
+            C_ROW=C.stride(1),
+            Z_ROW=gate.stride(1),
+            HAS_Z=z is not None,
+            **shape,
+        )
     return out, final_BNE.transpose(1, 2).contiguous(), starts
 
 
-def _backward(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-              z: Tensor | None, dt_bias: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
+def _backward(
+    g_out: Tensor,
+    g_final: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor,
+    starts: Tensor,
+) -> tuple[Tensor, ...]:
     batch, length, channels = u.shape
     n_states, device = A.size(1), u.device
     u, dt, B, C, g_out = map(readable, (u, dt, B, C, g_out))
@@ -111,38 +184,102 @@ def _backward(g_out: Tensor, g_final: Tensor, u: Tensor, dt: Tensor, A: Tensor, 
     dz = u.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=device)
     channel_sums = torch.empty(batch * n_chunks, n_states + 2, channels, dtype=torch.float32, device=device)
     token_sums = torch.empty(n_blocks, batch, length, 2, n_states, dtype=torch.float32, device=device)
-    shape = _shape(dt, n_states, BLOCK_E) | {"C_ROW": C.stride(1), "Z_ROW": gate.stride(1), "DOUT_ROW": g_out.stride(1),
-                                    "HAS_Z": z is not None}
+    shape = _shape(dt, n_states, BLOCK_E) | {
+        "C_ROW": C.stride(1),
+        "Z_ROW": gate.stride(1),
+        "DOUT_ROW": g_out.stride(1),
+        "HAS_Z": z is not None,
+    }
     states = triton.next_power_of_2(n_states)
     with torch.cuda.device_of(u):
         if n_chunks > 1:
             chunk_adjoints[n_blocks, n_chunks - 1, batch](
-                dt, A_NE, C, gate, bias_E, g_out, adjoints, dt_sums, length, chunk_tiles, dt.stride(0), C.stride(0),
-                gate.stride(0), g_out.stride(0), **shape)
+                dt,
+                A_NE,
+                C,
+                gate,
+                bias_E,
+                g_out,
+                adjoints,
+                dt_sums,
+                length,
+                chunk_tiles,
+                dt.stride(0),
+                C.stride(0),
+                gate.stride(0),
+                g_out.stride(0),
+                **shape,
+            )
         _carry(A_NE, _by_state(g_final), adjoints, n_states * channels, dt_sums, direction=-1)
         chunk_gradients[n_blocks, n_chunks, batch](
-            u, dt, A_NE, B, C, skip_E, gate, bias_E, g_out, starts, adjoints, du, ddt, dz, channel_sums, token_sums,
-            length, chunk_tiles, u.stride(0), dt.stride(0), B.stride(0), C.stride(0), gate.stride(0), g_out.stride(0),
-            U_ROW=u.stride(1), B_ROW=B.stride(1), STATES=max(FEW_STATES, states),
+            u,
+            dt,
+            A_NE,
+            B,
+            C,
+            skip_E,
+            gate,
+            bias_E,
+            g_out,
+            starts,
+            adjoints,
+            du,
+            ddt,
+            dz,
+            channel_sums,
+            token_sums,
+            length,
+            chunk_tiles,
+            u.stride(0),
+            dt.stride(0),
+            B.stride(0),
+            C.stride(0),
+            gate.stride(0),
+            g_out.stride(0),
+            U_ROW=u.stride(1),
+            B_ROW=B.stride(1),
+            STATES=max(FEW_STATES, states),
             ROUNDED=u.dtype != torch.float32,
             # The interpreter, which runs on the CPU, has no bfloat16 product.
             DOT_TYPE=tl.float32 if device.type == "cpu" else tl.bfloat16,
             # Of whole tiles only, whose addresses are all inside.
             PREFETCHED=states if can_prefetch(device) and not shape["MASKED"] else 0,
-            num_stages=1, maxnreg=BACKWARD_REGISTERS, **shape)
+            num_stages=1,
+            maxnreg=BACKWARD_REGISTERS,
+            **shape,
+        )
     d_channel = channel_sums.sum(0)
     d_token = token_sums.sum(0)
     dA_EN, dD_E, d_bias_E = d_channel[:n_states].t(), d_channel[n_states], d_channel[n_states + 1]
-    return (du, ddt, as_gradient(dA_EN, A), as_gradient(d_token[:, :, 0], B), as_gradient(d_token[:, :, 1], C),
-            as_gradient(dD_E, D), dz, as_gradient(d_bias_E, dt_bias), adjoints[:, 0].transpose(1, 2).contiguous())
+    return (
+        du,
+        ddt,
+        as_gradient(dA_EN, A),
+        as_gradient(d_token[:, :, 0], B),
+        as_gradient(d_token[:, :, 1], C),
+        as_gradient(dD_E, D),
+        dz,
+        as_gradient(d_bias_E, dt_bias),
+        adjoints[:, 0].transpose(1, 2).contiguous(),
+    )
 
 
 selective_scan_triton_op = make_scan_op("selective_scan_triton", _forward, _backward, ROWS)
 
 
-def selective_scan_triton(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Tensor, C_BTN: Tensor, D_E: Tensor,
-                          z_BTE: Tensor | None, *, dt_bias_E: Tensor, initial_state_BEN: Tensor | None = None,
-                          return_state: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+def selective_scan_triton(
+    u_BTE: Tensor,
+    dt_BTE: Tensor,
+    A_EN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_E: Tensor,
+    z_BTE: Tensor | None,
+    *,
+    dt_bias_E: Tensor,
+    initial_state_BEN: Tensor | None = None,
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """out (B, T, E) in u's dtype and, with `return_state`, the state after the last token (B, E, N) float32.
 
     dt = softplus(dt_BTE + dt_bias), h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, out_t = (C_t·h_t + D u_t) silu(z_t), with
@@ -152,6 +289,7 @@ def selective_scan_triton(u_BTE: Tensor, dt_BTE: Tensor, A_EN: Tensor, B_BTN: Te
     """
     if initial_state_BEN is None:
         initial_state_BEN = torch.zeros(u_BTE.size(0), *A_EN.shape, dtype=torch.float32, device=u_BTE.device)
-    out_BTE, final_BEN, _ = selective_scan_triton_op(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E,
-                                                     initial_state_BEN)
+    out_BTE, final_BEN, _ = selective_scan_triton_op(
+        u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E, initial_state_BEN
+    )
     return (out_BTE, final_BEN) if return_state else out_BTE

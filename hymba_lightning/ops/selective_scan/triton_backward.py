@@ -23,10 +23,32 @@ from hymba_lightning.ops.triton_math import (
 
 
 @triton.jit(do_not_specialize=["T", "tiles_per_chunk"])
-def chunk_adjoints(dt, A, C, z, dt_bias, dout, adjoints, dt_sums, T, tiles_per_chunk, dt_batch, C_batch, z_batch,
-                   dout_batch, E: tl.constexpr, N: tl.constexpr, DT_ROW: tl.constexpr, C_ROW: tl.constexpr,
-                   Z_ROW: tl.constexpr, DOUT_ROW: tl.constexpr, HAS_Z: tl.constexpr, ROWS: tl.constexpr,
-                   BLOCK_E: tl.constexpr, MASKED: tl.constexpr):
+def chunk_adjoints(
+    dt,
+    A,
+    C,
+    z,
+    dt_bias,
+    dout,
+    adjoints,
+    dt_sums,
+    T,
+    tiles_per_chunk,
+    dt_batch,
+    C_batch,
+    z_batch,
+    dout_batch,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    DT_ROW: tl.constexpr,
+    C_ROW: tl.constexpr,
+    Z_ROW: tl.constexpr,
+    DOUT_ROW: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """What each chunk but the first sends to the state before it if nothing comes after it, and its sum of time steps.
 
     Grid (E blocks, chunks - 1, B): program c serves chunk c+1 and writes slot c of `adjoints` (B, chunks, N, E), where
@@ -101,12 +123,48 @@ def interleave(columns):
 
 
 @triton.jit(do_not_specialize=["T", "tiles_per_chunk"])
-def chunk_gradients(u, dt, A, B, C, D, z, dt_bias, dout, starts, adjoints, du, ddt, dz, channel_sums, token_sums, T,
-                    tiles_per_chunk, u_batch, dt_batch, B_batch, C_batch, z_batch, dout_batch, E: tl.constexpr,
-                    N: tl.constexpr, U_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr,
-                    C_ROW: tl.constexpr, Z_ROW: tl.constexpr, DOUT_ROW: tl.constexpr, HAS_Z: tl.constexpr,
-                    ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STATES: tl.constexpr,
-                    ROUNDED: tl.constexpr, DOT_TYPE: tl.constexpr, PREFETCHED: tl.constexpr, MASKED: tl.constexpr):
+def chunk_gradients(
+    u,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    dout,
+    starts,
+    adjoints,
+    du,
+    ddt,
+    dz,
+    channel_sums,
+    token_sums,
+    T,
+    tiles_per_chunk,
+    u_batch,
+    dt_batch,
+    B_batch,
+    C_batch,
+    z_batch,
+    dout_batch,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    U_ROW: tl.constexpr,
+    DT_ROW: tl.constexpr,
+    B_ROW: tl.constexpr,
+    C_ROW: tl.constexpr,
+    Z_ROW: tl.constexpr,
+    DOUT_ROW: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STATES: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    DOT_TYPE: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Gradients of u, dt and z (B, T, E), and partial sums of the others.
 
     Grid (E blocks, chunks, B). Slot c of `adjoints` (B, chunks, N, E) holds what enters chunk c from behind, and at the

@@ -18,9 +18,28 @@ from hymba_lightning.ops.triton_math import LOG2E, inside_if, load_float32, sigm
 
 
 @triton.jit(do_not_specialize=["T", "tiles_per_chunk"])
-def chunk_ends(u, dt, A, B, dt_bias, starts, dt_sums, T, tiles_per_chunk, u_batch, dt_batch, B_batch,
-               E: tl.constexpr, N: tl.constexpr, U_ROW: tl.constexpr, DT_ROW: tl.constexpr, B_ROW: tl.constexpr,
-               ROWS: tl.constexpr, BLOCK_E: tl.constexpr, MASKED: tl.constexpr):
+def chunk_ends(
+    u,
+    dt,
+    A,
+    B,
+    dt_bias,
+    starts,
+    dt_sums,
+    T,
+    tiles_per_chunk,
+    u_batch,
+    dt_batch,
+    B_batch,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    U_ROW: tl.constexpr,
+    DT_ROW: tl.constexpr,
+    B_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """The state each chunk but the last ends in when it starts from zero, and its sum of time steps.
 
     Grid (E blocks, chunks - 1, B). The end goes into `starts`, at the tile after the chunk, and the sum, which makes
@@ -66,8 +85,22 @@ def chunk_ends(u, dt, A, B, dt_bias, starts, dt_sums, T, tiles_per_chunk, u_batc
 
 
 @triton.jit(do_not_specialize=["n_chunks", "first_slot", "first_sum"])
-def carry_chunks(A, edge, slots, dt_sums, n_chunks, slot_batch, slot_stride, first_slot, first_sum,
-                 DIRECTION: tl.constexpr, E: tl.constexpr, N: tl.constexpr, BLOCK_E: tl.constexpr, AHEAD: tl.constexpr):
+def carry_chunks(
+    A,
+    edge,
+    slots,
+    dt_sums,
+    n_chunks,
+    slot_batch,
+    slot_stride,
+    first_slot,
+    first_sum,
+    DIRECTION: tl.constexpr,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
     """Turns what each chunk adds into what crosses its edge: value ← exp(A · sum) · value + slot, chunk by chunk.
 
     Grid (E blocks, N, B). `edge` (B, N, E) is the value before the first step. Slots are `slot_stride` elements apart
@@ -101,10 +134,37 @@ def carry_chunks(A, edge, slots, dt_sums, n_chunks, slot_batch, slot_stride, fir
 
 
 @triton.jit(do_not_specialize=["T", "tiles_per_chunk"])
-def chunk_outputs(u, dt, A, B, C, D, z, dt_bias, out, starts, final, T, tiles_per_chunk, u_batch, dt_batch, B_batch,
-                  C_batch, z_batch, E: tl.constexpr, N: tl.constexpr, U_ROW: tl.constexpr, DT_ROW: tl.constexpr,
-                  B_ROW: tl.constexpr, C_ROW: tl.constexpr, Z_ROW: tl.constexpr, HAS_Z: tl.constexpr,
-                  ROWS: tl.constexpr, BLOCK_E: tl.constexpr, MASKED: tl.constexpr):
+def chunk_outputs(
+    u,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    out,
+    starts,
+    final,
+    T,
+    tiles_per_chunk,
+    u_batch,
+    dt_batch,
+    B_batch,
+    C_batch,
+    z_batch,
+    E: tl.constexpr,
+    N: tl.constexpr,
+    U_ROW: tl.constexpr,
+    DT_ROW: tl.constexpr,
+    B_ROW: tl.constexpr,
+    C_ROW: tl.constexpr,
+    Z_ROW: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Outputs (B, T, E), the state before every tile, and after the last token (B, N, E).
 
     Grid (E blocks, chunks, B). The state before each chunk's first tile is in `starts` already.

@@ -19,17 +19,25 @@ _operation = registry.Operation(
         "naive": registry.Backend(registry.anywhere),
         "blocked": registry.Backend(registry.on_device("cpu", "use backend 'flex' or 'flash'")),
         "flex": registry.Backend(registry.on_device("cuda", "flex_attention has no backward elsewhere; use 'blocked'")),
-        "fa4": registry.Backend(fa4.missing, {
-            "float32": "flash-attn-4 takes float16 and bfloat16; cast q, k and v, or use backend 'flex'",
-            "head_dim": f"flash-attn-4 takes heads whose width is a multiple of {fa4.HEAD_DIM_STEP} and at most "
-                        f"{fa4.MAX_HEAD_DIM}; use backend 'flex'"}),
+        "fa4": registry.Backend(
+            fa4.missing,
+            {
+                "float32": "flash-attn-4 takes float16 and bfloat16; cast q, k and v, or use backend 'flex'",
+                "head_dim": f"flash-attn-4 takes heads whose width is a multiple of {fa4.HEAD_DIM_STEP} and at most "
+                f"{fa4.MAX_HEAD_DIM}; use backend 'flex'",
+            },
+        ),
         "flash": registry.Backend(
             registry.needs_package("flash_attn", "pip install flash-attn --no-build-isolation", "cuda"),
-            {"float32": "flash-attn takes float16 and bfloat16; cast q, k and v, or use backend 'flex'"}),
+            {"float32": "flash-attn takes float16 and bfloat16; cast q, k and v, or use backend 'flex'"},
+        ),
         "sdpa": registry.Backend(
             registry.anywhere,
-            {"window": "sdpa serves global layers only (window None, or one that no query outgrows)",
-             "offset_on_cpu": "with more keys than queries it needs a dense mask on a CPU; use backend 'blocked'"}),
+            {
+                "window": "sdpa serves global layers only (window None, or one that no query outgrows)",
+                "offset_on_cpu": "with more keys than queries it needs a dense mask on a CPU; use backend 'blocked'",
+            },
+        ),
     },
     order={"cpu": ("sdpa", "blocked"), "cuda": ("fa4", "flash", "sdpa", "flex"), "other": ("sdpa", "naive")},
 )
@@ -39,8 +47,15 @@ BACKENDS = tuple(_operation.backends)
 available_backends = functools.partial(registry.available_backends, "sliding_window_attention")
 
 
-def sliding_window_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, window: int | None,
-                             scale: float | None = None, backend: str = "auto") -> Tensor:
+def sliding_window_attention(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    *,
+    window: int | None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """softmax(scale q·k) v over the keys 0 <= i-j < window, where query t stands at key position i = S-T+t.
 
     `window` counts the keys a query sees, its own included; None is plain causal attention. Head h reads kv head
@@ -64,7 +79,7 @@ def sliding_window_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, 
     if head_dim % fa4.HEAD_DIM_STEP or head_dim > fa4.MAX_HEAD_DIM:
         features += ("head_dim",)
     name = registry.choose("sliding_window_attention", backend, device_type, features)
-    scale = head_dim ** -0.5 if scale is None else scale
+    scale = head_dim**-0.5 if scale is None else scale
     k_BSGK, v_BSGK = k_BSGK.to(q_BTHK.dtype), v_BSGK.to(q_BTHK.dtype)
     if name == "sdpa":
         from hymba_lightning.ops.sliding_window.sdpa import causal_attention_sdpa
@@ -86,8 +101,10 @@ def sliding_window_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
     batch, n_queries, n_heads, head_dim = q.shape
     if k.dim() != 4 or k.size(0) != batch or k.size(3) != head_dim or k.shape != v.shape:
-        raise ValueError(f"sliding_window_attention: q is {tuple(q.shape)}, so k and v must both be (B, S, G, K) = "
-                         f"({batch}, S, G, {head_dim}), not {tuple(k.shape)} and {tuple(v.shape)}")
+        raise ValueError(
+            f"sliding_window_attention: q is {tuple(q.shape)}, so k and v must both be (B, S, G, K) = "
+            f"({batch}, S, G, {head_dim}), not {tuple(k.shape)} and {tuple(v.shape)}"
+        )
     if k.size(1) < n_queries:
         raise ValueError(f"sliding_window_attention: {k.size(1)} keys are fewer than the {n_queries} queries")
     if n_heads % k.size(2):

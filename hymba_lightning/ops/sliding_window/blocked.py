@@ -57,7 +57,7 @@ class _Problem:
             stop = min(start + self.block, self.n_queries)
             oldest = offset + start - self.window + 1
             # The mask is that of a block whose keys all exist; the first ones have none to the left.
-            mask = self.mask[:stop - start, max(0, -oldest):self.window - 1 + stop - start]
+            mask = self.mask[: stop - start, max(0, -oldest) : self.window - 1 + stop - start]
             yield _Block(slice(start, stop), slice(max(0, oldest), offset + stop), mask)
 
     def stack(self, x_THK: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class _Problem:
 
 def _matrices(buffers: list[Tensor], q_GRK: Tensor, block: _Block) -> list[Tensor]:
     shape = q_GRK.size(0), q_GRK.size(1), block.mask.size(1)
-    return [buffer[:shape[0] * shape[1] * shape[2]].view(shape) for buffer in buffers]
+    return [buffer[: shape[0] * shape[1] * shape[2]].view(shape) for buffer in buffers]
 
 
 @torch.library.custom_op("hymba::sliding_window_blocked", mutates_args=())
@@ -113,8 +113,9 @@ def _(q, k, v, window, scale):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("hymba::sliding_window_blocked_backward", mutates_args=())
-def _attention_backward(g_out: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int,
-                        scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_backward(
+    g_out: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     problem = _Problem(q, k, window)
     g_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Float32 sums with the heads outermost, so that a block's share is added in the matrix product itself.
@@ -158,7 +159,8 @@ def _differentiate(ctx, g_out):  # type: ignore[no-untyped-def]
 _attention.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def sliding_window_attention_blocked(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None,
-                                     scale: float) -> Tensor:
+def sliding_window_attention_blocked(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None, scale: float
+) -> Tensor:
     """softmax(scale q·k) v over the keys seen, float32 inside; the window None sees every earlier key."""
     return _attention(q_BTHK, k_BSGK, v_BSGK, k_BSGK.size(1) if window is None else window, scale)

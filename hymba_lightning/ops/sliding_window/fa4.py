@@ -23,8 +23,9 @@ HEAD_DIM_STEP, MAX_HEAD_DIM = 8, 128
 def is_installed() -> bool:
     """Whether flash-attn-4 can be found, without importing it; it shares the name flash_attn with its elder."""
     spec = importlib.util.find_spec("flash_attn")
-    return spec is not None and any(Path(folder, "cute", "interface.py").is_file()
-                                    for folder in spec.submodule_search_locations or ())
+    return spec is not None and any(
+        Path(folder, "cute", "interface.py").is_file() for folder in spec.submodule_search_locations or ()
+    )
 
 
 def missing(device_type: str) -> str | None:
@@ -59,13 +60,22 @@ def _(q, k, v, window, scale):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("hymba::sliding_window_fa4_backward", mutates_args=())
-def _attention_backward(g_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, window: int,
-                        scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_backward(
+    g_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    gradients = _flash_attn_bwd(q, k, v, out, g_out, log_sums, softmax_scale=scale,
-                                deterministic=torch.are_deterministic_algorithms_enabled(),
-                                **_window_arguments(window))
+    gradients = _flash_attn_bwd(
+        q,
+        k,
+        v,
+        out,
+        g_out,
+        log_sums,
+        softmax_scale=scale,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **_window_arguments(window),
+    )
     g_q, g_k, g_v = (gradient.contiguous() for gradient in gradients[:3])
     return g_q, g_k, g_v
 
@@ -87,7 +97,8 @@ def _differentiate(ctx, g_out, _g_log_sums):  # type: ignore[no-untyped-def]
 _attention.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def sliding_window_attention_fa4(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None,
-                                 scale: float) -> Tensor:
+def sliding_window_attention_fa4(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None, scale: float
+) -> Tensor:
     """softmax(scale q·k over the keys seen) v; the last query and the last key stand at the same place."""
     return _attention(q_BTHK, k_BSGK, v_BSGK, 0 if window is None else window, scale)[0]

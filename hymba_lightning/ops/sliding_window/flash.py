@@ -8,8 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def sliding_window_attention_flash(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None,
-                                   scale: float) -> Tensor:
+def sliding_window_attention_flash(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None, scale: float
+) -> Tensor:
     """softmax(scale q·k over the keys seen) v; the last query and the last key stand at the same place."""
     from flash_attn import flash_attn_func
 

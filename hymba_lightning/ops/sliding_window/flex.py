@@ -18,8 +18,14 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 BLOCK = 128
 # Backward's tiles for 16-bit heads of up to 64: 1.27 ms forward and backward where torch's choice takes 1.39 (H100, two
 # sequences of 32,768, 8 query and 4 kv heads, window 512).
-BACKWARD_TILES = {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64, "bwd_num_warps": 4,
-                  "bwd_num_stages": 3}
+BACKWARD_TILES = {
+    "bwd_BLOCK_M1": 64,
+    "bwd_BLOCK_N1": 64,
+    "bwd_BLOCK_M2": 64,
+    "bwd_BLOCK_N2": 64,
+    "bwd_num_warps": 4,
+    "bwd_num_stages": 3,
+}
 # Narrowest heads that flex_attention compiles for.
 MIN_HEAD_DIM = 16
 # Lengths come rounded, so that only batches, widths, types and modes with and without gradient are left to differ.
@@ -47,8 +53,9 @@ def window_block_mask(n_queries: int, n_keys: int, window: int, device: torch.de
         distance = t + offset - j
         return (distance >= 0) & (distance < window)
 
-    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mask_mod,
-                                    seq_lengths=(n_queries, n_keys))
+    return BlockMask.from_kv_blocks(
+        *partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(n_queries, n_keys)
+    )
 
 
 def _ordered(wanted_QC: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +78,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
             f"sliding_window_attention: torch did not compile flex_attention for q {tuple(q.shape)} and k "
             f"{tuple(k.shape)}, and without that it makes all {q.size(2):,} x {k.size(2):,} scores of each head. Leave "
             "torch.compile switched on (TORCH_COMPILE_DISABLE, TORCHDYNAMO_DISABLE); if more than "
-            f"{MAX_COMPILED_SHAPES} shapes were compiled in this process, call torch.compiler.reset()")
+            f"{MAX_COMPILED_SHAPES} shapes were compiled in this process, call torch.compiler.reset()"
+        )
     return flex_attention(q, k, v, **options)
 
 
@@ -92,8 +100,9 @@ def rounded_length(length: int) -> int:
     return power * 3 // 4 if power > BLOCK and length <= power * 3 // 4 else power
 
 
-def pad_to_few_shapes(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor,
-                      window: int | None) -> tuple[Tensor, Tensor, Tensor, int]:
+def pad_to_few_shapes(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None
+) -> tuple[Tensor, Tensor, Tensor, int]:
     """The same attention in one of a few shapes, and the query at which its output (T long) begins.
 
     Keys that no query sees are cut off. Queries in front make up for keys that fill a part of a window only, so that
@@ -102,7 +111,7 @@ def pad_to_few_shapes(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor,
     n_queries = q_BTHK.size(1)
     first = 0
     if window is not None:
-        k_BSGK, v_BSGK = (x[:, max(0, x.size(1) - n_queries - window + 1):] for x in (k_BSGK, v_BSGK))
+        k_BSGK, v_BSGK = (x[:, max(0, x.size(1) - n_queries - window + 1) :] for x in (k_BSGK, v_BSGK))
         if k_BSGK.size(1) - n_queries < window - 1:
             first = k_BSGK.size(1) - n_queries
     behind = rounded_length(n_queries + first) - n_queries - first
@@ -110,8 +119,9 @@ def pad_to_few_shapes(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor,
     return F.pad(q_BTHK, (0, 0, 0, 0, first, behind)) if first + behind else q_BTHK, k_BSGK, v_BSGK, first
 
 
-def sliding_window_attention_flex(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None,
-                                  scale: float) -> Tensor:
+def sliding_window_attention_flex(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None, scale: float
+) -> Tensor:
     """softmax(scale q·k over the keys seen) v; the window None sees every earlier key.
 
     Raises UncompiledAttentionError where torch would compute all T x S scores instead.
@@ -134,4 +144,4 @@ def sliding_window_attention_flex(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor
         out = flex_attention(q, k, v, block_mask=window_block_mask(*arguments), **options)
     else:
         out = _call_compiled(q, k, v, block_mask=_cached_block_mask(*arguments), **options)
-    return out[:, :, first:first + length, :head_dim].transpose(1, 2)
+    return out[:, :, first : first + length, :head_dim].transpose(1, 2)

@@ -17,8 +17,9 @@ def window_mask(n_queries: int, n_keys: int, window: int | None, device: torch.d
     return seen if window is None else seen & (i - j < window)
 
 
-def sliding_window_attention_naive(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None,
-                                   scale: float) -> Tensor:
+def sliding_window_attention_naive(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None, scale: float
+) -> Tensor:
     """softmax(scale q·k over the keys seen) v in float32; head h reads kv head h // (H/G). Returns q's shape, dtype."""
     batch, n_queries, n_heads, head_dim = q_BTHK.shape
     n_keys, n_kv_heads = k_BSGK.shape[1:3]

@@ -20,6 +20,7 @@ def causal_attention_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale:
     elif n_queries == 1:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n_queries, n_keys), scale=scale,
-                                             enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=causal_lower_right(n_queries, n_keys), scale=scale, enable_gqa=grouped
+        )
     return out.transpose(1, 2)

@@ -50,8 +50,10 @@ def softcapped_cross_entropy(logits_NV: Tensor, targets_N: Tensor, *, cap: float
 
 def _check(logits: Tensor, targets: Tensor, cap: float) -> None:
     if logits.dim() != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(f"softcapped_cross_entropy: logits_NV {tuple(logits.shape)} and targets_N "
-                         f"{tuple(targets.shape)} must be (N, V) and (N,)")
+        raise ValueError(
+            f"softcapped_cross_entropy: logits_NV {tuple(logits.shape)} and targets_N "
+            f"{tuple(targets.shape)} must be (N, V) and (N,)"
+        )
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"softcapped_cross_entropy: logits_NV must be float32 or a 16-bit type, not {logits.dtype}")
     if targets.dtype != torch.int64:

@@ -35,8 +35,9 @@ def _backward(g_nats_N: Tensor, logits_NV: Tensor, targets_N: Tensor, log_sums_N
     logits = readable(logits_NV)
     g_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     with torch.cuda.device_of(logits):
-        loss_backward[(logits.size(0),)](g_nats_N.contiguous(), logits, targets_N.contiguous(), log_sums_N, g_logits,
-                                         **_constants(logits, cap))
+        loss_backward[(logits.size(0),)](
+            g_nats_N.contiguous(), logits, targets_N.contiguous(), log_sums_N, g_logits, **_constants(logits, cap)
+        )
     return g_logits
 
 

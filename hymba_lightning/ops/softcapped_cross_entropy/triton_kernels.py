@@ -22,8 +22,9 @@ def softcap(x, CAP: tl.constexpr):
 
 
 @triton.jit
-def loss_forward(logits, targets, nats, log_sums, V: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr,
-                 BLOCK: tl.constexpr):
+def loss_forward(
+    logits, targets, nats, log_sums, V: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr
+):
     """nats and log_sums (N,). Grid (N,). A target outside 0 … V-1 gives NaN."""
     token = tl.program_id(0)
     logits += token.to(tl.int64) * ROW
@@ -47,8 +48,17 @@ def loss_forward(logits, targets, nats, log_sums, V: tl.constexpr, ROW: tl.const
 
 
 @triton.jit
-def loss_backward(g_nats, logits, targets, log_sums, g_logits, V: tl.constexpr, ROW: tl.constexpr, CAP: tl.constexpr,
-                  BLOCK: tl.constexpr):
+def loss_backward(
+    g_nats,
+    logits,
+    targets,
+    log_sums,
+    g_logits,
+    V: tl.constexpr,
+    ROW: tl.constexpr,
+    CAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """g_logits (N, V). Grid (N,)."""
     token = tl.program_id(0)
     logits += token.to(tl.int64) * ROW
