@@ -5,7 +5,7 @@ B batch, T sequence, D d_model, V vocab_size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
 from hymba_lightning.model.embedding import BigramHash, SmearGate, embed_tokens
 from hymba_lightning.model.init import initialise
 from hymba_lightning.model.layers import Embedding, Linear, rms_norm
-from hymba_lightning.model.mixer import LayerState
+from hymba_lightning.model.mixer import LayerState, own
+from hymba_lightning.model.roles import Module, Role, parameter, roles_of
 from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
 
 
@@ -30,30 +31,45 @@ class HymbaState(NamedTuple):
     last_vector: Tensor  # (B, 1, D) its embedding before smearing
     position: int  # rotary position of the next token
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors of it, those of a layer one after another; each has the batch first."""
+        layers = [tensor for layer in self.layers for tensor in (layer.keys, layer.values, *layer.recurrent)]
+        return [*layers, self.last_id, self.last_vector]
 
-class Hymba(nn.Module):
-    """A Hymba language model (attention and Mamba in parallel in every block)."""
+
+class Hymba(Module):
+    """A Hymba language model (attention and a recurrent branch in parallel in every block).
+
+    Raises:
+        ValueError: the mixer does not have the sizes or options of the config.
+    """
 
     def __init__(self, config: HymbaConfig, runtime: RuntimeConfig | None = None) -> None:
         super().__init__()
         self.config = config
         self.runtime = runtime or RuntimeConfig()
         d, n_layers = config.d_model, config.n_layers
-        self.tok_emb = Embedding(config.vocab_size, d, std=config.tied_embed_std if config.tie_embeddings else 1.0)
+        std = config.tied_embed_std if config.tie_embeddings else 1.0
+        self.tok_emb = Embedding(config.vocab_size, d, std, Role.EMBEDDING)
         self.bigram_hash = BigramHash(config.bigram_buckets, config.bigram_dim, d) if config.bigram_hash else None
         self.smeargate = SmearGate(d) if config.smear_gate else None
         self.n_skips = n_layers // 2
-        self.skip_weights = nn.Parameter(torch.ones(1, self.n_skips, d))
+        self.skip_weights = parameter(torch.ones(1, self.n_skips, d), Role.CONTROL)
         if config.meta_tokens:
-            self.meta_tokens = nn.Parameter(torch.randn(1, config.meta_tokens, d) * 0.02)
+            self.meta_tokens = parameter(torch.randn(1, config.meta_tokens, d) * 0.02, Role.TABLE)
         blocks: list[Block] = []
         for layer in range(n_layers):
             leader = layer - layer % config.kv_share_every
             shared = blocks[leader].attn.kv_proj if leader != layer else None
             blocks.append(Block(config, self.runtime, config.window_of(layer), shared))
         self.blocks = nn.ModuleList(blocks)
-        self.lm_head = None if config.tie_embeddings else Linear(d, config.vocab_size, zero_init=True)
+        self.lm_head = None if config.tie_embeddings else Linear(d, config.vocab_size, zero_init=True, role=Role.HEAD)
         initialise(self, config)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks."""
+        return cast("list[Block]", list(self.blocks))
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -67,6 +83,24 @@ class Hymba(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear) and module.qat_bits:
                 module.qat_strength.fill_(strength)
+
+    def compact(self, state: HymbaState, rebase_at: int) -> HymbaState:
+        """The same state without memory that it only keeps alive; from position `rebase_at` on, as if it were at 0,
+        which changes nothing that follows: attention sees differences of positions."""
+        shift = state.position if state.position >= rebase_at else 0
+        layers = [block.attn.compact(layer, shift) for block, layer in zip(self.layers, state.layers, strict=True)]
+        return HymbaState(layers, own(state.last_id), own(state.last_vector), state.position - shift)
+
+    def matmul_params(self) -> int:
+        """Weights that every token is multiplied with, the head included (the N of the 6·N FLOP rule)."""
+        multiplied = (Role.MATRIX, Role.DYNAMICS_MATRIX, Role.EMBEDDING if self.lm_head is None else Role.HEAD)
+        roles = roles_of(self)
+        return sum(p.numel() for name, p in self.named_parameters(remove_duplicate=False) if roles[name] in multiplied)
+
+    def train_flops_per_token(self, seq_len: int) -> float:
+        """Floating-point operations a training token needs, forward and backward, without recomputation: 6·N for the
+        matrix products, and what the mixers do beside them."""
+        return 6 * self.matmul_params() + sum(block.attn.train_flops_per_token(seq_len) for block in self.layers)
 
     def forward(
         self,
@@ -155,3 +189,12 @@ class Hymba(nn.Module):
             if return_state:
                 new_layers.append(new_layer)
         return x_BTD, new_layers
+
+
+def outline(config: HymbaConfig) -> Hymba:
+    """The network of a config without memory for its weights: names, shapes and roles. Leaves the random state alone.
+
+    Raises ValueError or RuntimeError where there is no such network.
+    """
+    with torch.device("meta"):
+        return Hymba(config)

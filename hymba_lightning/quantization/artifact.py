@@ -10,10 +10,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.model.config import HymbaConfig
+from hymba_lightning.model.hymba import outline
 from hymba_lightning.quantization.container import ArtifactError
 from hymba_lightning.quantization.layout import Entry, split_streams
 from hymba_lightning.quantization.parts import Check, Parts, check_anchors, check_header, naming, read_parts
@@ -55,8 +55,7 @@ def check_shapes(config: dict, stored: dict[str, list[int]]) -> None:
     """The comparison of tensors' shapes with a config's network, for checkpoints too. Raises ArtifactError."""
     check_anchors(config, stored)
     try:
-        with torch.device("meta"):
-            net = Hymba(HymbaConfig.from_dict(config))
+        net = outline(HymbaConfig.from_dict(config))
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise ArtifactError(f"its config is that of no network ({error})") from error
     expected = {name: list(tensor.shape) or [1] for name, tensor in net.state_dict().items()}

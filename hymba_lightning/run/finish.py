@@ -263,7 +263,7 @@ class _Ending:
             name,
             file_sha256(self.path),
             report.bytes,
-            evaluation_code_bytes(),
+            evaluation_code_bytes(self.net.config.mixer),
             self.settings.quantization.limit_bytes,
             self.settings.as_dict(),
         )

@@ -79,7 +79,7 @@ def measure(
         raise ValueError(f"{tokens} tokens a step are no multiple of seq_len {seq_len}")
     torch.manual_seed(0)
     net = Hymba(config, runtime).to(device)
-    optimizer = build_optimizer(net.named_parameters(), OptimizerConfig(), tied=config.tie_embeddings)
+    optimizer = build_optimizer(net, OptimizerConfig())
     parameters = [p.detach() for p in net.parameters()]
     shadow = [p.float().clone() for p in parameters]
     if compile_net:
@@ -97,7 +97,7 @@ def measure(
     totals = [sum(pieces) for pieces in times]
     total = statistics.median(totals)
     peak = device_peak_tflops(device)
-    flops = tokens * config.train_flops_per_token(seq_len)
+    flops = tokens * net.train_flops_per_token(seq_len)
     parts = [statistics.median(column) for column in zip(*times, strict=True)]
     result = StepTime(
         seq_len,

@@ -177,7 +177,7 @@ class HymbaModule(pl.LightningModule):
             self.run.net = self.net
 
     def configure_optimizers(self) -> HymbaOptimizer:
-        return build_optimizer(self.net.named_parameters(), self.optimizer_config, tied=self.net.config.tie_embeddings)
+        return build_optimizer(self.net, self.optimizer_config)
 
     def _check_trainer(self) -> None:
         """Options of the Trainer that would do something else than what they say."""
