@@ -15,11 +15,11 @@ from hymba_lightning.ops.leaky_square_mlp import leaky_square_mlp
 class MLP(nn.Module):
     """W_2 (leaky_relu(W_1 x))², hidden width mlp_mult * d_model, W_2 zero-initialised."""
 
-    def __init__(self, d_model: int, mult: int, slope: float, qat_bits: int, backend: str = "auto") -> None:
+    def __init__(self, d_model: int, mult: int, slope: float, backend: str = "auto") -> None:
         super().__init__()
         self.slope, self.backend = slope, backend
-        self.fc = Linear(d_model, mult * d_model, qat_bits=qat_bits)
-        self.proj = Linear(mult * d_model, d_model, zero_init=True, qat_bits=qat_bits)
+        self.fc = Linear(d_model, mult * d_model)
+        self.proj = Linear(mult * d_model, d_model, zero_init=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -38,7 +38,7 @@ class Block(nn.Module):
         super().__init__()
         d = config.d_model
         self.attn = HybridMixer(config, runtime, window, shared_kv)
-        self.mlp = MLP(d, config.mlp_mult, config.mlp_slope, runtime.qat_bits, runtime.mlp_backend)
+        self.mlp = MLP(d, config.mlp_mult, config.mlp_slope, runtime.mlp_backend)
         self.attn_scale = nn.Parameter(torch.ones(d))
         self.mlp_scale = nn.Parameter(torch.ones(d))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(d), torch.zeros(d)]))

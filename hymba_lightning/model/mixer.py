@@ -65,25 +65,24 @@ class HybridMixer(nn.Module):
     ) -> None:
         super().__init__()
         d, e, n, rank = config.d_model, config.d_inner, config.d_state, config.resolved_dt_rank
-        bits = runtime.qat_bits
         self.head_dim, self.window, self.runtime = config.head_dim, window, runtime
         self.branch_norm, self.value_gate, self.dynamics_norm = (
             config.branch_norm,
             config.value_gate,
             config.dynamics_norm,
         )
-        self.c_q = Linear(d, d, qat_bits=bits)
-        own_kv = Linear(d, 2 * config.n_kv_heads * config.head_dim, qat_bits=bits) if shared_kv is None else shared_kv
+        self.c_q = Linear(d, d)
+        own_kv = Linear(d, 2 * config.n_kv_heads * config.head_dim) if shared_kv is None else shared_kv
         self.kv_proj = own_kv
-        self.mamba_proj = Linear(d, 2 * e, qat_bits=bits)
+        self.mamba_proj = Linear(d, 2 * e)
         self.conv1d = DepthwiseConv(e, config.d_conv)
-        self.x_proj = Linear(e, rank + 2 * n, qat_bits=bits)
+        self.x_proj = Linear(e, rank + 2 * n)
         self.dt_proj = TimeStepProjection(rank, e)
         self.A_log = nn.Parameter(torch.arange(1, n + 1, dtype=torch.float32).log().repeat(e, 1))
         self.D = nn.Parameter(torch.ones(e))
         concat = config.merge == "concat"
-        self.mamba_out_proj = None if concat else Linear(e, d, qat_bits=bits)
-        self.proj = Linear(d + e if concat else d, d, zero_init=True, qat_bits=bits)
+        self.mamba_out_proj = None if concat else Linear(e, d)
+        self.proj = Linear(d + e if concat else d, d, zero_init=True)
         self.q_gain = nn.Parameter(torch.full((config.n_heads,), float(config.qk_gain)))
         self.merge_alpha = None if concat else nn.Parameter(torch.zeros(1 if config.merge == "scalar" else d))
         # Rows: one for each head_dim channels of attention's output, then of the scan's.
