@@ -19,11 +19,11 @@ class MLP(Module):
 
     part = "mlp"
 
-    def __init__(self, d_model: int, mult: int, slope: float, qat_bits: int, backend: str = "auto") -> None:
+    def __init__(self, d_model: int, mult: int, slope: float, backend: str = "auto") -> None:
         super().__init__()
         self.slope, self.backend = slope, backend
-        self.fc = Linear(d_model, mult * d_model, qat_bits=qat_bits)
-        self.proj = Linear(mult * d_model, d_model, zero_init=True, qat_bits=qat_bits)
+        self.fc = Linear(d_model, mult * d_model)
+        self.proj = Linear(mult * d_model, d_model, zero_init=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -42,7 +42,7 @@ class Block(Module):
         super().__init__()
         d = config.d_model
         self.attn = mixer_class(config.mixer)(config, runtime, window, shared_kv)
-        self.mlp = MLP(d, config.mlp_mult, config.mlp_slope, runtime.qat_bits, runtime.mlp_backend)
+        self.mlp = MLP(d, config.mlp_mult, config.mlp_slope, runtime.mlp_backend)
         self.attn_scale = parameter(torch.ones(d), Role.CONTROL)
         self.mlp_scale = parameter(torch.ones(d), Role.CONTROL)
         self.resid_mix = parameter(torch.stack([torch.ones(d), torch.zeros(d)]), Role.CONTROL)

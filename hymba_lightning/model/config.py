@@ -267,12 +267,13 @@ class RuntimeConfig:
     """MLP with the squared leaky ReLU, where a gradient is wanted: auto, torch or triton."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
-    qat_bits: int = 0
-    """Fake-quantize the large matrices to this many bits once quantization-aware training is on; 0 leaves it out of
-    the graph."""
 
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={self.compute_dtype!r} is unknown: choose float32 or bfloat16")
-        if self.qat_bits and not 2 <= self.qat_bits <= 8:
-            raise ValueError(f"qat_bits must be 0 (off) or 2 to 8, got {self.qat_bits}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RuntimeConfig":
+        """From a file's values; fields of other versions are left out, since none changes what is computed."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})

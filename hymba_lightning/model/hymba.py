@@ -76,14 +76,6 @@ class Hymba(Module):
         """Dtype of the activations."""
         return getattr(torch, self.runtime.compute_dtype)
 
-    def set_qat_strength(self, strength: float) -> None:
-        """Turns quantization-aware training on (1) or off (0). Raises ValueError if it was not built in."""
-        if not self.runtime.qat_bits:
-            raise ValueError("this network has no fake quantization in its graph: set runtime.qat_bits to 2..8")
-        for module in self.modules():
-            if isinstance(module, Linear) and module.qat_bits:
-                module.qat_strength.fill_(strength)
-
     def compact(self, state: HymbaState, rebase_at: int) -> HymbaState:
         """The same state without memory that it only keeps alive; from position `rebase_at` on, as if it were at 0,
         which changes nothing that follows: attention sees differences of positions."""

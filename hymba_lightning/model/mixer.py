@@ -75,7 +75,7 @@ class HybridMixer(Module):
         self, config: HymbaConfig, runtime: RuntimeConfig, window: int | None, shared_kv: Linear | None = None
     ) -> None:
         super().__init__()
-        d, e, bits = config.d_model, config.d_inner, runtime.qat_bits
+        d, e = config.d_model, config.d_inner
         self.config, self.window, self.runtime = config, window, runtime
         self.head_dim = config.head_dim
         given = config.mixer_options or {}
@@ -84,17 +84,17 @@ class HybridMixer(Module):
             known = ", ".join(self.options) or "none"
             raise ValueError(f"mixer_options has {', '.join(unknown)}, and {config.mixer!r} takes {known}")
         self.widths = self.input_widths(self.options | given)
-        self.c_q = Linear(d, d, qat_bits=bits)
-        own_kv = Linear(d, 2 * config.n_kv_heads * config.head_dim, qat_bits=bits) if shared_kv is None else shared_kv
+        self.c_q = Linear(d, d)
+        own_kv = Linear(d, 2 * config.n_kv_heads * config.head_dim) if shared_kv is None else shared_kv
         self.kv_proj = own_kv
         before = {*self._parameters, *self._modules}
-        self.mamba_proj = Linear(d, sum(self.widths), qat_bits=bits)
+        self.mamba_proj = Linear(d, sum(self.widths))
         self.make_branch()
         concat = config.merge == "concat"
-        self.mamba_out_proj = None if concat else Linear(e, d, qat_bits=bits)
+        self.mamba_out_proj = None if concat else Linear(e, d)
         self.branch_names = {*self._parameters, *self._modules} - before
         """Of the parameters and modules here those that are the branch's."""
-        self.proj = Linear(d + e if concat else d, d, zero_init=True, qat_bits=bits)
+        self.proj = Linear(d + e if concat else d, d, zero_init=True)
         self.q_gain = parameter(torch.full((config.n_heads,), float(config.qk_gain)), Role.CONTROL)
         self.merge_alpha = (
             None if concat else parameter(torch.zeros(1 if config.merge == "scalar" else d), Role.CONTROL)

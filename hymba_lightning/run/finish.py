@@ -106,8 +106,6 @@ class _Ending:
         self.path = self.folder / settings.filename
         self.clock = require_clock(run)
         self.clock.end()
-        if self.net.runtime.qat_bits:
-            self.net.set_qat_strength(0.0)
         data = datamodule_of(trainer)
         self.data = data if isinstance(data, HymbaDataModule) else None
         loader = None if self.data is None else self.data.val_dataloader()

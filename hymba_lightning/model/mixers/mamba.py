@@ -32,7 +32,7 @@ class Mixer(HybridMixer):
         config = self.config
         e, n, rank = config.d_inner, config.d_state, config.resolved_dt_rank
         self.conv1d = DepthwiseConv(e, config.d_conv)
-        self.x_proj = Linear(e, rank + 2 * n, qat_bits=self.runtime.qat_bits)
+        self.x_proj = Linear(e, rank + 2 * n)
         self.dt_proj = TimeStepProjection(rank, e)
         self.A_log = parameter(torch.arange(1, n + 1, dtype=torch.float32).log().repeat(e, 1), Role.DYNAMICS)
         self.D = parameter(torch.ones(e), Role.CONTROL)
