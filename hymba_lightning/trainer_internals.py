@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
@@ -51,6 +52,22 @@ def signals_not_broadcast(trainer: pl.Trainer) -> Iterator[None]:
 def gradient_sync_blocked(trainer: pl.Trainer, block: bool) -> AbstractContextManager[None]:
     """Micro-batches that only accumulate do not reduce their gradients over the ranks."""
     return _block_parallel_sync_behavior(trainer.strategy, block=block)
+
+
+def gradient_sync_wanted(trainer: pl.Trainer) -> bool:
+    """Whether the micro-batch at hand is the one after which ranks share their gradients."""
+    return bool(getattr(trainer.strategy.model, "require_backward_grad_sync", False))
+
+
+def graph_obstacle(trainer: pl.Trainer) -> str | None:
+    """What in the Trainer keeps a step from being recorded as a CUDA graph, None where nothing does."""
+    if trainer.strategy.root_device.type != "cuda":
+        return f"the network is on {trainer.strategy.root_device}"
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        return f"the strategy is {type(trainer.strategy).__name__}, where one device or DDP is needed"
+    if trainer.precision != "32-true":
+        return f"trainer.precision is {trainer.precision}, where 32-true is needed"
+    return None
 
 
 def moved_to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:

@@ -164,3 +164,8 @@ def a_fault_in_the_program(rank: int) -> None:
         raise ZeroDivisionError("the cooling failed")
 
     _at_step(2, fail)
+
+
+def buffered_gradients(rank: int) -> None:
+    """Gradients are made in one buffer, as on a GPU; nothing is recorded."""
+    HymbaModule._uses_cuda_graph = lambda self: True

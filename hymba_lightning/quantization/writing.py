@@ -44,8 +44,8 @@ def save_artifact(
     `config`, `tokenizer` and `metadata` are plain JSON values. `hessians` (of `collect_hessians`) are what GPTQ needs,
     `sensitivities` (of `collect_sensitivities`) what the scheme 'mixed' goes by; `quantized` has tensors that are
     rounded already. Raises ValueError naming the tensor or field that cannot be stored or is none of the network's,
-    OSError where the file cannot be written (an earlier file at `path` is then untouched). An artifact that cannot be brought under its limit is
-    written all the same: refusing it is `check_limit`'s part.
+    OSError where the file cannot be written (an earlier file at `path` is then untouched). An artifact that cannot be
+    brought under its limit is written all the same: refusing it is `check_limit`'s part.
     """
     if not state_dict:
         raise ValueError("there are no tensors to export")

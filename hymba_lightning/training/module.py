@@ -24,8 +24,9 @@ from hymba_lightning.evaluation.score import Score
 from hymba_lightning.evaluation.ttt import ScoreFirstTTT, TTTConfig
 from hymba_lightning.metrics import BitsPerByte
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.model.gradients import Gradients
 from hymba_lightning.run.run import ClockReading, Run, Testing, Validation
-from hymba_lightning.trainer_internals import callbacks_of, datamodule_of
+from hymba_lightning.trainer_internals import callbacks_of, datamodule_of, gradient_sync_wanted, graph_obstacle
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
 
 log = logging.getLogger("hymba_lightning")
@@ -56,6 +57,7 @@ class HymbaModule(pl.LightningModule):
         ema_decay: float | None = None,
         compile: bool = False,
         compile_warmup_steps: int | None = None,
+        cuda_graph: bool | None = None,
         log_every_n_steps: int = 10,
         peak_tflops: float | None = None,
         on_nan: str = "stop",
@@ -76,7 +78,9 @@ class HymbaModule(pl.LightningModule):
             ema_decay: Decay of the exponential average per step (the reference has 0.997); null for average_window.
             compile: Compile the network with torch.compile.
             compile_warmup_steps: Steps run and undone before the clock starts, so that compilation (torch's, Triton's,
-                numba's) costs no budget; null for 20 with `compile` and 2 without, 0 for none.
+                numba's) costs no budget; null for 8 with `compile` and 2 without, 0 for none.
+            cuda_graph: Record forward and backward of a micro-batch once and replay them, so that the host launches one
+                graph instead of some thousand kernels; null for yes on a GPU with `compile`.
             log_every_n_steps: Optimizer steps between two log lines.
             peak_tflops: Peak of one device in TFLOP/s for the MFU; null looks the GPU up by name.
             on_nan: What a NaN or infinite loss or gradient does: 'stop' ends the run, naming step, shard and offset,
@@ -93,7 +97,7 @@ class HymbaModule(pl.LightningModule):
         self.budget_seconds, self.reserve_seconds = budget_seconds, reserve_seconds
         self.average, self.average_window, self.ema_decay = average, average_window, ema_decay
         self.compile_net = compile
-        self.compile_warmup_steps = (20 if compile else 2) if compile_warmup_steps is None else compile_warmup_steps
+        self.compile_warmup_steps = (8 if compile else 2) if compile_warmup_steps is None else compile_warmup_steps
         self.log_every_n_steps, self.peak_tflops = log_every_n_steps, peak_tflops
         self.on_nan = on_nan
         # Plain values only: checkpoints are read with weights_only.
@@ -111,6 +115,8 @@ class HymbaModule(pl.LightningModule):
         self._weights_before_test: dict[str, Tensor] = {}
         self._lengths_told = False
         self._compiled_forward: Callable[..., Tensor] | None = None
+        self.cuda_graph = cuda_graph
+        self._gradients: Gradients | None = None
 
     # Set-up ------------------------------------------------------------------------------------------------------
 
@@ -208,10 +214,46 @@ class HymbaModule(pl.LightningModule):
         batch = as_batch(batch)
         run = self.run
         run.batch_tokens, run.batch_seq_len = batch.targets.numel(), batch.targets.size(1)
-        loss = (self._compiled_forward or self.net)(batch.inputs, batch.targets)
+        if self._gradients is None and self._uses_cuda_graph():
+            self._gradients = self._start_gradients()
+        if self._gradients is None:
+            loss = (self._compiled_forward or self.net)(batch.inputs, batch.targets)
+        else:
+            loss = self._gradients.add(batch.inputs, batch.targets, 1 / self.trainer.accumulate_grad_batches)
         if not run.warming_up:
             run.losses.add(loss)
         return loss
+
+    def _uses_cuda_graph(self) -> bool:
+        """
+        Raises:
+            ValueError: a graph is wanted where there can be none.
+        """
+        obstacle = graph_obstacle(self.trainer)
+        if self.cuda_graph and obstacle:
+            raise ValueError(f"model.cuda_graph is true, but {obstacle}: leave it at null")
+        return obstacle is None and (self.compile_net if self.cuda_graph is None else self.cuda_graph)
+
+    def _start_gradients(self) -> Gradients:
+        forward = self._compiled_forward or self.net
+        gradients = Gradients(forward, list(self.net.parameters()), record=self.device.type == "cuda")
+        for optimizer in self.trainer.optimizers:
+            optimizer.register_step_post_hook(lambda *_: gradients.clear())
+        return gradients
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self._gradients is None:
+            super().backward(loss, *args, **kwargs)
+        elif gradient_sync_wanted(self.trainer):
+            self._gradients.average_over_ranks()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        # Called between training_step, which has made the gradients already, and backward.
+        if self._gradients is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def on_train_end(self) -> None:
+        self._gradients = None
 
     # Validation --------------------------------------------------------------------------------------------------
 
