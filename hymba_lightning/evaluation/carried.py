@@ -21,16 +21,18 @@ REBASE_AT = 1 << 16
 
 def compact(net: Hymba, state: HymbaState) -> HymbaState:
     """The same state without what it only keeps alive: views become copies, and a far position becomes 0."""
-    shift = state.position if state.position >= REBASE_AT else 0
+    position = state.position
+    shift: int | Tensor = position if int(torch.as_tensor(position).max()) >= REBASE_AT else 0
+    turn = isinstance(shift, Tensor) or shift > 0
     layers = [
         layer._replace(
-            keys=_turn_back(layer.keys, shift, net.config.rope_base) if shift else _own(layer.keys),
+            keys=_turn_back(layer.keys, shift, net.config.rope_base) if turn else _own(layer.keys),
             values=_own(layer.values),
             conv=_own(layer.conv),
         )
         for layer in state.layers
     ]
-    return HymbaState(layers, _own(state.last_id), _own(state.last_vector), state.position - shift)
+    return HymbaState(layers, _own(state.last_id), _own(state.last_vector), position - shift)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -38,11 +40,12 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.untyped_storage().nbytes() > 2 * tensor.nbytes else tensor
 
 
-def _turn_back(keys_BPGK: Tensor, shift: int, base: float) -> Tensor:
-    """Rotated keys (B, P, G, K) as if their positions were `shift` lower."""
+def _turn_back(keys_BPGK: Tensor, shift: int | Tensor, base: float) -> Tensor:
+    """Rotated keys (B, P, G, K) as if their positions were `shift` lower, (B,) where that differs by row."""
     head_dim = keys_BPGK.size(-1)
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=keys_BPGK.device) / head_dim
-    angle = -shift * (1.0 / base**exponent).double()
+    turns = shift[:, None, None, None] if isinstance(shift, Tensor) else shift
+    angle = -turns * (1.0 / base**exponent).double()
     cos, sin = angle.cos(), angle.sin()
     x1, x2 = keys_BPGK.double().chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(keys_BPGK.dtype)

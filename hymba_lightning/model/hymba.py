@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hymba_lightning.model.attention import rope_table
+from hymba_lightning.model.attention import rope_table, rope_table_of_rows
 from hymba_lightning.model.block import Block
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
 from hymba_lightning.model.embedding import BigramHash, SmearGate, embed_tokens
@@ -28,7 +28,7 @@ class HymbaState(NamedTuple):
     layers: list[LayerState]
     last_id: Tensor  # (B, 1) the last token, for the bigram hash
     last_vector: Tensor  # (B, 1, D) its embedding before smearing
-    position: int  # rotary position of the next token
+    position: int | Tensor  # rotary position of the next token, (B,) int64 where it differs by row
 
 
 class Hymba(nn.Module):
@@ -130,7 +130,11 @@ class Hymba(nn.Module):
         if n_meta:
             x_BTD = torch.cat([self.meta_tokens.to(x_BTD.dtype).expand(x_BTD.size(0), -1, -1), x_BTD], dim=1)
         first = 0 if state is None else state.position
-        rope = rope_table(first, x_BTD.size(1), self.config.head_dim, self.config.rope_base, x_BTD.device)
+        head_dim, base = self.config.head_dim, self.config.rope_base
+        if isinstance(first, Tensor):
+            rope = rope_table_of_rows(first, x_BTD.size(1), head_dim, base)
+        else:
+            rope = rope_table(first, x_BTD.size(1), head_dim, base, x_BTD.device)
         x_BTD, layers = self.run_blocks(x_BTD, rope, state, return_state)
         if n_meta:
             x_BTD = x_BTD[:, n_meta:]

@@ -22,6 +22,7 @@ class LayerState(NamedTuple):
     values: Tensor  # (B, P, G, K)
     conv: Tensor  # (B, E, W-1) last inputs of the convolution
     scan: Tensor  # (B, E, N) float32
+    hidden: Tensor | None = None  # (B,) int64: so many of a row's first keys are padding; None: none of any row
 
 
 class Merge(torch.autograd.Function):
@@ -105,7 +106,7 @@ class HybridMixer(nn.Module):
         )
         if self.value_gate:
             v_BTC = F.silu(v_BTC)
-        past = None if state is None else (state.keys, state.values)
+        past = None if state is None else (state.keys, state.values, state.hidden)
         attended_BTD, kept = attention_branch(
             q_BTD,
             k_BTC,
@@ -141,7 +142,7 @@ class HybridMixer(nn.Module):
             out_BTD = self.proj(torch.cat([attended_BTD, scanned_BTD], dim=-1))
         else:
             out_BTD = self.proj(Merge.apply(attended_BTD, scanned_BTD, self.merge_alpha, self.head_dim))
-        return out_BTD, LayerState(*kept, conv_state, scan_state) if return_state else None
+        return out_BTD, LayerState(*kept[:2], conv_state, scan_state, kept[2]) if return_state else None
 
     def gated(self, x_BTD: Tensor, attended_BTD: Tensor, scanned_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Both branches' outputs (B, T, D), the scan's (B, T, E) under 'concat', times the gates that the first
