@@ -56,13 +56,13 @@ def read_rows(
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for index, (row, state) in enumerate(zip(rows, states, strict=True)):
         groups[row.numel(), -1 if state is None else index].append(index)
-    logits: list[Tensor | None] = [None] * len(rows)
-    after: list[HymbaState | None] = [None] * len(rows)
+    logits: dict[int, Tensor] = {}
+    after: dict[int, HymbaState] = {}
     for members in groups.values():
         group_BV, state = read(net, torch.stack([rows[index] for index in members]), states[members[0]], piece_tokens)
         for index, row_V, own in zip(members, group_BV, split(state), strict=True):
             logits[index], after[index] = row_V, own
-    return torch.stack(logits), after
+    return torch.stack([logits[index] for index in range(len(rows))]), [after[index] for index in range(len(rows))]
 
 
 def join(states: Iterable[HymbaState]) -> HymbaState:
