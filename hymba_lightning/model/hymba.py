@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hymba_lightning.model.attention import rope_table
+from hymba_lightning.model.attention import rope_table, rope_table_of_rows
 from hymba_lightning.model.block import Block
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
 from hymba_lightning.model.embedding import BigramHash, SmearGate, embed_tokens
@@ -29,12 +29,12 @@ class HymbaState(NamedTuple):
     layers: list[LayerState]
     last_id: Tensor  # (B, 1) the last token, for the bigram hash
     last_vector: Tensor  # (B, 1, D) its embedding before smearing
-    position: int  # rotary position of the next token
+    position: int | Tensor  # rotary position of the next token, (B,) int64 where it differs by row
 
     def tensors(self) -> list[Tensor]:
         """All tensors of it, those of a layer one after another; each has the batch first."""
-        layers = [tensor for layer in self.layers for tensor in (layer.keys, layer.values, *layer.recurrent)]
-        return [*layers, self.last_id, self.last_vector]
+        own = [tensor for layer in self.layers for tensor in (layer.keys, layer.values, *layer.recurrent, layer.hidden)]
+        return [tensor for tensor in (*own, self.last_id, self.last_vector) if tensor is not None]
 
 
 class Hymba(Module):
@@ -79,7 +79,7 @@ class Hymba(Module):
     def compact(self, state: HymbaState, rebase_at: int) -> HymbaState:
         """The same state without memory that it only keeps alive; from position `rebase_at` on, as if it were at 0,
         which changes nothing that follows: attention sees differences of positions."""
-        shift = state.position if state.position >= rebase_at else 0
+        shift = state.position if int(torch.as_tensor(state.position).max()) >= rebase_at else 0
         layers = [block.attn.compact(layer, shift) for block, layer in zip(self.layers, state.layers, strict=True)]
         return HymbaState(layers, own(state.last_id), own(state.last_vector), state.position - shift)
 
@@ -156,7 +156,11 @@ class Hymba(Module):
         if n_meta:
             x_BTD = torch.cat([self.meta_tokens.to(x_BTD.dtype).expand(x_BTD.size(0), -1, -1), x_BTD], dim=1)
         first = 0 if state is None else state.position
-        rope = rope_table(first, x_BTD.size(1), self.config.head_dim, self.config.rope_base, x_BTD.device)
+        head_dim, base = self.config.head_dim, self.config.rope_base
+        if isinstance(first, Tensor):
+            rope = rope_table_of_rows(first, x_BTD.size(1), head_dim, base)
+        else:
+            rope = rope_table(first, x_BTD.size(1), head_dim, base, x_BTD.device)
         x_BTD, layers = self.run_blocks(x_BTD, rope, state, return_state)
         if n_meta:
             x_BTD = x_BTD[:, n_meta:]

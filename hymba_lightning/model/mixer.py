@@ -25,6 +25,7 @@ class LayerState(NamedTuple):
     keys: Tensor  # (B, P, G, K), rotated; P <= window - 1, or all tokens in a global layer
     values: Tensor  # (B, P, G, K)
     recurrent: tuple[Tensor, ...]  # the branch's own, of a size that does not grow
+    hidden: Tensor | None = None  # (B,) int64: so many of a row's first keys are padding; None: none of any row
 
 
 class Merge(torch.autograd.Function):
@@ -132,10 +133,12 @@ class HybridMixer(Module):
         """Linears that multiply this module's input as one matrix, without being called: calibration asks for them."""
         return [self.c_q, self.kv_proj, self.mamba_proj]
 
-    def compact(self, state: LayerState, shift: int) -> LayerState:
-        """The same state without memory that it only keeps alive, as if its tokens stood `shift` positions lower."""
-        keys = turn_back(state.keys, shift, self.config.rope_base) if shift else own(state.keys)
-        return LayerState(keys, own(state.values), tuple(own(tensor) for tensor in state.recurrent))
+    def compact(self, state: LayerState, shift: int | Tensor) -> LayerState:
+        """The same state without memory that it only keeps alive, as if its tokens stood `shift` positions lower, (B,)
+        where that differs by row."""
+        turn = isinstance(shift, Tensor) or shift > 0
+        keys = turn_back(state.keys, shift, self.config.rope_base) if turn else own(state.keys)
+        return LayerState(keys, own(state.values), tuple(own(tensor) for tensor in state.recurrent), state.hidden)
 
     def train_flops_per_token(self, seq_len: int) -> float:
         """Forward and backward, beyond products with whole matrices: attention 12·D·(mean keys seen), the branch."""
@@ -156,8 +159,8 @@ class HybridMixer(Module):
         )
         if self.config.value_gate:
             v_BTC = F.silu(v_BTC)
-        past = None if state is None else (state.keys, state.values)
-        attended_BTD, kept = attention_branch(
+        past = None if state is None else (state.keys, state.values, state.hidden)
+        attended_BTD, (keys, values, hidden) = attention_branch(
             q_BTD,
             k_BTC,
             v_BTC,
@@ -178,7 +181,7 @@ class HybridMixer(Module):
             out_BTD = self.proj(torch.cat([attended_BTD, scanned_BTD], dim=-1))
         else:
             out_BTD = self.proj(Merge.apply(attended_BTD, scanned_BTD, self.merge_alpha, self.head_dim))
-        return out_BTD, LayerState(*kept, recurrent) if return_state else None
+        return out_BTD, LayerState(keys, values, recurrent, hidden) if return_state else None
 
     def gated(self, x_BTD: Tensor, attended_BTD: Tensor, scanned_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Both branches' outputs (B, T, D), the recurrent one's (B, T, E) under 'concat', times the gates that the

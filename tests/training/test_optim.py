@@ -20,7 +20,7 @@ def gradients(net: TinyNet, index: int) -> None:
 def make(config: OptimizerConfig = CONFIG) -> tuple[TinyNet, HymbaOptimizer]:
     torch.manual_seed(0)
     net = TinyNet(dropout=0.0)
-    return net, build_optimizer(net.named_parameters(), config, tied=True)
+    return net, build_optimizer(net, config)
 
 
 def test_adam_groups_move_exactly_as_torch_adam():
@@ -188,7 +188,7 @@ def test_lightning_counts_steps_accumulates_and_clips(tmp_path, options):
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 4
     twin = TinyModule(dropout=0.0)
-    optimizer = build_optimizer(twin.net.named_parameters(), CONFIG, tied=True)
+    optimizer = build_optimizer(twin.net, CONFIG)
     micro = options.get("accumulate_grad_batches", 1)
     for step in range(4):
         optimizer.zero_grad()
