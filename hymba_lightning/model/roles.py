@@ -35,7 +35,8 @@ class Module(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
         if param is not None:
-            declare(self, **{name: getattr(param, "role", None)})
+            # Loading with assign=True puts plain parameters in the place of those that were made here.
+            declare(self, **{name: getattr(param, "role", None) or self.__dict__.get("roles", {}).get(name)})
 
 
 def parameter(tensor: Tensor, role: Role) -> nn.Parameter:
