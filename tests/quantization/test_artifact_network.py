@@ -36,6 +36,7 @@ NETS = {
     "meta tokens": {"meta_tokens": 3},
     "per channel": {"merge": "channel"},
     "global": {"global_layers": [0, 2]},
+    "mamba 2": {"mixer": "mamba2", "mixer_options": {"head_dim": 8, "groups": 2}},
     "layer windows": {"layer_windows": [3, 8, 5]},
     "auto": {"global_layers": "auto"},
     "wide": {"expand": 2, "dt_rank": 5},
