@@ -19,7 +19,7 @@ from hymba_lightning.model.embedding import BigramHash, SmearGate, embed_tokens
 from hymba_lightning.model.init import initialise
 from hymba_lightning.model.layers import Embedding, Linear, rms_norm
 from hymba_lightning.model.mixer import LayerState, own
-from hymba_lightning.model.roles import Module, Role, parameter, roles_of
+from hymba_lightning.model.roles import Module, Role, parameter
 from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
 
 
@@ -82,17 +82,6 @@ class Hymba(Module):
         shift = state.position if int(torch.as_tensor(state.position).max()) >= rebase_at else 0
         layers = [block.attn.compact(layer, shift) for block, layer in zip(self.layers, state.layers, strict=True)]
         return HymbaState(layers, own(state.last_id), own(state.last_vector), state.position - shift)
-
-    def matmul_params(self) -> int:
-        """Weights that every token is multiplied with, the head included (the N of the 6·N FLOP rule)."""
-        multiplied = (Role.MATRIX, Role.DYNAMICS_MATRIX, Role.EMBEDDING if self.lm_head is None else Role.HEAD)
-        roles = roles_of(self)
-        return sum(p.numel() for name, p in self.named_parameters(remove_duplicate=False) if roles[name] in multiplied)
-
-    def train_flops_per_token(self, seq_len: int) -> float:
-        """Floating-point operations a training token needs, forward and backward, without recomputation: 6·N for the
-        matrix products, and what the mixers do beside them."""
-        return 6 * self.matmul_params() + sum(block.attn.train_flops_per_token(seq_len) for block in self.layers)
 
     def forward(
         self,

@@ -140,12 +140,6 @@ class HybridMixer(Module):
         keys = turn_back(state.keys, shift, self.config.rope_base) if turn else own(state.keys)
         return LayerState(keys, own(state.values), tuple(own(tensor) for tensor in state.recurrent), state.hidden)
 
-    def train_flops_per_token(self, seq_len: int) -> float:
-        """Forward and backward, beyond products with whole matrices: attention 12·D·(mean keys seen), the branch."""
-        span = min(self.window or seq_len, seq_len)
-        keys = span - span * (span - 1) / (2 * seq_len)
-        return 12 * self.config.d_model * keys + 3 * self.branch_flops()
-
     def forward(
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None, return_state: bool
     ) -> tuple[Tensor, LayerState | None]:

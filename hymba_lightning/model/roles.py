@@ -1,5 +1,4 @@
-"""What a parameter is, said where it is made. Optimizer, test-time training, quantizer and plots go by that, not by
-names."""
+"""What a parameter is, said where it is made: optimizer, test-time training, quantizer and plots go by it."""
 
 from __future__ import annotations
 
@@ -30,19 +29,19 @@ class Module(nn.Module):
     """A module whose parameters have roles: `self.gain = parameter(tensor, Role.CONTROL)`, and no other way."""
 
     part = ""
-    """Which part of the network it belongs to, for maps of it; "" is that of the module around it."""
+    """Of the network, for maps of it; "" is that of the module around it."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
         if param is not None:
-            # Loading with assign=True puts plain parameters in the place of those that were made here.
+            # load_state_dict(assign=True) puts plain parameters in the place of ours.
             declare(self, **{name: getattr(param, "role", None) or self.__dict__.get("roles", {}).get(name)})
 
 
 def parameter(tensor: Tensor, role: Role) -> nn.Parameter:
     """A trained tensor of a `Module`."""
     made = nn.Parameter(tensor)
-    made.role = role  # type: ignore[attr-defined] # only until a module has it: copies of a parameter have no attributes
+    made.role = role  # type: ignore[attr-defined] # until a module has it: copies of a parameter lose attributes
     return made
 
 

@@ -7,7 +7,6 @@ frame, layout.py the order of the weights.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
@@ -18,7 +17,6 @@ from hymba_lightning.quantization.container import ArtifactError
 from hymba_lightning.quantization.layout import Entry, split_streams
 from hymba_lightning.quantization.parts import Check, Parts, check_anchors, check_header, naming, read_parts
 from hymba_lightning.quantization.payload import decode_tensor
-from hymba_lightning.quantization.report import ArtifactReport, build_report
 
 
 class Artifact(NamedTuple):
@@ -34,12 +32,6 @@ class Artifact(NamedTuple):
 def load_artifact(path: str | os.PathLike) -> Artifact:
     """Reads an artifact. Raises FileNotFoundError, or ArtifactError naming the file and what is wrong with it."""
     return decode_file(path)[0]
-
-
-def inspect_artifact(path: str | os.PathLike) -> tuple[Artifact, ArtifactReport]:
-    """An artifact and where its bytes are. Raises as `load_artifact` does."""
-    artifact, parts = decode_file(path)
-    return artifact, build_report(Path(path).stat().st_size, parts)
 
 
 def check_network(header: dict, table: list[Entry]) -> None:

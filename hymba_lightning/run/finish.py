@@ -22,7 +22,8 @@ import torch
 from hymba_lightning import __version__
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
-from hymba_lightning.evaluation.score import score_batches, sum_over_ranks
+from hymba_lightning.evaluation.batches import score_batches
+from hymba_lightning.evaluation.score import sum_over_ranks
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization import (

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hymba_lightning.callbacks.stats import device_peak_tflops, peak_memory_gb
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.model.costs import train_flops_per_token
 from hymba_lightning.training.optim import OptimizerConfig, build_optimizer
 
 
@@ -97,7 +98,7 @@ def measure(
     totals = [sum(pieces) for pieces in times]
     total = statistics.median(totals)
     peak = device_peak_tflops(device)
-    flops = tokens * net.train_flops_per_token(seq_len)
+    flops = tokens * train_flops_per_token(net, seq_len)
     parts = [statistics.median(column) for column in zip(*times, strict=True)]
     result = StepTime(
         seq_len,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hymba_lightning.errors import UserError
 from hymba_lightning.model import HymbaConfig, RuntimeConfig
+from hymba_lightning.model.costs import matmul_params
 from hymba_lightning.model.hymba import outline
 
 log = logging.getLogger("hymba_lightning")
@@ -62,7 +63,7 @@ def estimate_memory(
     kv = 2 * net.n_kv_heads * net.head_dim
     tables = net.vocab_size * d * (1 if net.tie_embeddings else 2)
     tables += net.bigram_buckets * net.bigram_dim if net.bigram_hash else 0
-    matrices = max(network.matmul_params() - d * net.vocab_size, 0)
+    matrices = max(matmul_params(network) - d * net.vocab_size, 0)
     fused = sum(linear.weight.numel() for mixer in mixers for linear in mixer.joined())
     # Muon keeps one momentum, Adam two.
     state = matrices + 2 * tables

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.model.costs import matmul_params, train_flops_per_token
 from hymba_lightning.model.hymba import outline
 
 SMALL = {
@@ -287,13 +288,13 @@ def test_flops_follow_the_parameters():
     # All but tables that are looked up, the convolution and what there is one of for each channel.
     d, e, r, n = 512, 512, 32, 8
     mixer = d * d + d * 512 + d * 2 * e + e * (r + 2 * n) + r * e + e * d + d * d
-    assert net.matmul_params() == 7 * (mixer + 8 * d * d) + 128 * d + d * 1024
+    assert matmul_params(net) == 7 * (mixer + 8 * d * d) + 128 * d + d * 1024
     keys = 512 - 512 * 511 / (2 * 32768)
-    assert net.train_flops_per_token(32768) == 6 * net.matmul_params() + 7 * (12 * d * keys + 27 * e * n)
-    assert net.train_flops_per_token(65536) == pytest.approx(net.train_flops_per_token(32768), rel=1e-3)
+    assert train_flops_per_token(net, 32768) == 6 * matmul_params(net) + 7 * (12 * d * keys + 27 * e * n)
+    assert train_flops_per_token(net, 65536) == pytest.approx(train_flops_per_token(net, 32768), rel=1e-3)
     windows = outline(HymbaConfig(layer_windows=[512] * 6 + [2048]))
-    assert windows.train_flops_per_token(32768) - net.train_flops_per_token(32768) == pytest.approx(
+    assert train_flops_per_token(windows, 32768) - train_flops_per_token(net, 32768) == pytest.approx(
         12 * 512 * 1536, rel=0.05
     )
     shared = outline(HymbaConfig(kv_share_every=7, tie_embeddings=False))
-    assert shared.matmul_params() == net.matmul_params(), "what several layers share is multiplied in each"
+    assert matmul_params(shared) == matmul_params(net), "what several layers share is multiplied in each"

@@ -12,6 +12,7 @@ from hymba_lightning.generation import SamplingConfig, generate
 from hymba_lightning.generation.rows import join, select
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.attention import turn_back
+from hymba_lightning.model.costs import matmul_params, train_flops_per_token
 from hymba_lightning.model.hymba import outline
 from hymba_lightning.model.mixers import MIXERS
 from hymba_lightning.model.roles import Role, roles_of
@@ -228,7 +229,7 @@ def test_scoring_goes_on_from_part_to_part(net):
 
 
 def test_costs_are_told(net):
-    assert net.train_flops_per_token(64) > 6 * net.matmul_params() > 0
+    assert train_flops_per_token(net, 64) > 6 * matmul_params(net) > 0
     estimate = estimate_memory(net.config, RuntimeConfig(), 4096, 1)
     without = estimate_memory(HymbaConfig(**(SMALL | {"d_model": 16, "n_heads": 2})), RuntimeConfig(), 4096, 1)
     assert estimate.activations > without.activations
