@@ -70,8 +70,8 @@ class Adapter:
                 rank = min(config.rank, *p.shape)
                 a = torch.randn(rank, p.size(1), generator=generator) / p.size(1) ** 0.5
                 self.factors.append((p.new_zeros(p.size(0), rank), a.to(p)))
-        trainable = [f for pair in self.factors for f in pair] or self.weights
-        self.trainable: list[Tensor] = trainable
+        trainable: list[Tensor] = [f for pair in self.factors for f in pair] or [*self.weights]
+        self.trainable = trainable
         self.optimizers: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon":
             matrices = [p for p in trainable if id(p) in self._matrices]

@@ -26,8 +26,10 @@ def read(net: Hymba, tokens: Tensor, state: HymbaState | None, piece_tokens: int
     Returns the last tokens' logits (B, V) and the state after them.
     """
     for piece in tokens.split(piece_tokens, dim=1):
-        hidden_BTD, state = net.hidden(piece, state, return_state=True)
-        state = net.compact(state, REBASE_AT)
+        hidden_BTD, after = net.hidden(piece, state, return_state=True)
+        assert after is not None
+        state = net.compact(after, REBASE_AT)
+    assert state is not None
     return net.logits(hidden_BTD[:, -1:])[:, 0], state
 
 

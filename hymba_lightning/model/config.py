@@ -38,7 +38,7 @@ class HymbaConfig:
     mixer: str = "mamba"
     """The recurrent branch beside attention, by the name of its file in model/mixers."""
     mixer_options: dict[str, int | float] | None = None
-    """What a mixer has beyond the fields here, by name; its file says what that is."""
+    """What a mixer has beyond these fields, by name; its file says what."""
     expand: int = 1
     """Width of the recurrent branch as a multiple of d_model: d_inner = expand * d_model."""
     d_state: int = 8

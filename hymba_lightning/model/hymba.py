@@ -38,11 +38,7 @@ class HymbaState(NamedTuple):
 
 
 class Hymba(Module):
-    """A Hymba language model (attention and a recurrent branch in parallel in every block).
-
-    Raises:
-        ValueError: the mixer does not have the sizes or options of the config.
-    """
+    """A Hymba language model. Raises ValueError where its mixer does not have the sizes or options of the config."""
 
     def __init__(self, config: HymbaConfig, runtime: RuntimeConfig | None = None) -> None:
         super().__init__()
@@ -77,8 +73,8 @@ class Hymba(Module):
         return getattr(torch, self.runtime.compute_dtype)
 
     def compact(self, state: HymbaState, rebase_at: int) -> HymbaState:
-        """The same state without memory that it only keeps alive; from position `rebase_at` on, as if it were at 0,
-        which changes nothing that follows: attention sees differences of positions."""
+        """The same state without memory that it only keeps alive; from position `rebase_at` on as if it stood at 0:
+        attention sees differences of positions only."""
         shift = state.position if int(torch.as_tensor(state.position).max()) >= rebase_at else 0
         layers = [block.attn.compact(layer, shift) for block, layer in zip(self.layers, state.layers, strict=True)]
         return HymbaState(layers, own(state.last_id), own(state.last_vector), state.position - shift)
@@ -110,7 +106,7 @@ class Hymba(Module):
                 backend=self.runtime.loss_backend,
             )
             out = nats_N.view_as(targets) if reduction == "none" else getattr(nats_N, reduction)()
-        return (out, new_state) if return_state else out
+        return out if new_state is None else (out, new_state)
 
     def raw_logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits (B, T, V) of the last block's output (B, T, D) before the softcap, in the compute dtype."""
@@ -161,7 +157,9 @@ class Hymba(Module):
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: HymbaState | None, return_state: bool
     ) -> tuple[Tensor, list[LayerState]]:
         """Runs all blocks; each block of the second half first adds the weighted output of its mirror in the first."""
-        x0_BTD, skips, new_layers = x_BTD, [], []
+        x0_BTD = x_BTD
+        skips: list[Tensor] = []
+        new_layers = []
         recompute = self.runtime.activation_checkpointing and self.training and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             if index >= self.n_skips and skips:
@@ -177,9 +175,6 @@ class Hymba(Module):
 
 
 def outline(config: HymbaConfig) -> Hymba:
-    """The network of a config without memory for its weights: names, shapes and roles. Leaves the random state alone.
-
-    Raises ValueError or RuntimeError where there is no such network.
-    """
+    """The network of a config without memory for its weights: names, shapes, roles. Leaves the random state alone."""
     with torch.device("meta"):
         return Hymba(config)

@@ -60,9 +60,7 @@ class HybridMixer(Module):
 
     Under `branch_gate` both are first multiplied by gates that few channels of the input open (a "sparse" gate on each
     head's output: modded-nanogpt, 2025). `shared_kv` is another layer's key/value projection to use instead of an own
-    one.
-
-    A mixer of its own is a file in mixers/ with a subclass `Mixer` that gives what is raised here as not implemented.
+    one. A file in mixers/ has a subclass `Mixer` that gives what is not implemented here.
 
     Raises:
         ValueError: config.mixer_options has a name or a value that the mixer does not take.
@@ -93,8 +91,8 @@ class HybridMixer(Module):
         self.make_branch()
         concat = config.merge == "concat"
         self.mamba_out_proj = None if concat else Linear(e, d)
+        # Of the parameters and modules here those of the branch.
         self.branch_names = {*self._parameters, *self._modules} - before
-        """Of the parameters and modules here those that are the branch's."""
         self.proj = Linear(d + e if concat else d, d, zero_init=True)
         self.q_gain = parameter(torch.full((config.n_heads,), float(config.qk_gain)), Role.CONTROL)
         self.merge_alpha = (
@@ -106,19 +104,19 @@ class HybridMixer(Module):
         )
 
     def input_widths(self, options: dict[str, int | float]) -> list[int]:
-        """Columns of each projection of the mixer's input that the branch takes. Raises ValueError for sizes that it
-        does not have. The first thing that is called: what `options` say is kept by the subclass."""
+        """Columns of each projection of the input that the branch takes; called first, with all `options`. Raises
+        ValueError for sizes that it does not have."""
         raise NotImplementedError
 
     def make_branch(self) -> None:
-        """Makes the branch's parameters, projections of the mixer's input and its output apart."""
+        """Makes the branch's parameters, beside its projections of the mixer's input and to its output."""
         raise NotImplementedError
 
     def branch(
         self, x_BTD: Tensor, inputs: list[Tensor], state: tuple[Tensor, ...] | None, return_state: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The mixer's input, its projections (B, T, width) and the state after the tokens before (None: there are none)
-        → (B, T, E), and with `return_state` the state after these tokens, else anything. Differentiable."""
+        """The mixer's input, its projections (B, T, width) and the state before (None: no tokens) → (B, T, E), and with
+        `return_state` the state after these tokens."""
         raise NotImplementedError
 
     def branch_flops(self) -> float:

@@ -26,7 +26,7 @@ class RoleError(ValueError):
 
 
 class Module(nn.Module):
-    """A module whose parameters have roles: `self.gain = parameter(tensor, Role.CONTROL)`, and no other way."""
+    """A module whose parameters have roles: `self.gain = parameter(tensor, Role.CONTROL)`."""
 
     part = ""
     """Of the network, for maps of it; "" is that of the module around it."""

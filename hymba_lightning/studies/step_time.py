@@ -42,23 +42,24 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.marks: list[torch.cuda.Event | float] = []
+        self.events: list[torch.cuda.Event] = []
+        self.seconds: list[float] = []
 
     def mark(self) -> None:
         """The end of one piece and the beginning of the next."""
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-            self.marks.append(event)
+            self.events.append(event)
         else:
-            self.marks.append(time.perf_counter())
+            self.seconds.append(time.perf_counter())
 
     def pieces(self) -> list[float]:
         """Milliseconds between the marks; waits for the GPU."""
         if self.cuda:
             torch.cuda.synchronize()
-            return [a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:], strict=False)]
-        return [1000 * (b - a) for a, b in zip(self.marks, self.marks[1:], strict=False)]
+            return [a.elapsed_time(b) for a, b in zip(self.events, self.events[1:], strict=False)]
+        return [1000 * (b - a) for a, b in zip(self.seconds, self.seconds[1:], strict=False)]
 
 
 def measure(
@@ -99,13 +100,16 @@ def measure(
     total = statistics.median(totals)
     peak = device_peak_tflops(device)
     flops = tokens * train_flops_per_token(net, seq_len)
-    parts = [statistics.median(column) for column in zip(*times, strict=True)]
+    forward, backward, update, average = (statistics.median(column) for column in zip(*times, strict=True))
     result = StepTime(
         seq_len,
         tokens,
         total,
         (min(totals), max(totals)),
-        *parts,
+        forward,
+        backward,
+        update,
+        average,
         peak_memory_gb(device),
         flops / (total / 1000) / (peak * 1e12) if peak else None,
     )
