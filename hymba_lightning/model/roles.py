@@ -46,7 +46,7 @@ def parameter(tensor: Tensor, role: Role) -> nn.Parameter:
 
 
 def declare(module: nn.Module, **roles: Role | None) -> None:
-    """Gives parameters of a module their roles, e.g. of one that torch has. Raises RoleError for None."""
+    """Gives parameters of a module, e.g. of torch's, their roles. Raises RoleError for None."""
     for name, role in roles.items():
         if role is None:
             raise RoleError(f"{type(module).__name__}.{name} has no role: make it with parameter(tensor, Role.…)")

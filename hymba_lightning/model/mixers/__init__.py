@@ -14,5 +14,5 @@ MIXERS: dict[str, str] = {found.name: f"{__name__}.{found.name}" for found in pk
 
 
 def mixer_class(name: str) -> type[HybridMixer]:
-    """The class of a mixer, of which there must be one by that name."""
+    """The class of a mixer in MIXERS."""
     return importlib.import_module(MIXERS[name]).Mixer
