@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, set_parsing_settings
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -30,6 +31,7 @@ from hymba_lightning.trainer_internals import leave_signals_to_us, make_folders_
 from hymba_lightning.training.memory import check_memory, estimate_memory, free_memory
 from hymba_lightning.training.module import HymbaModule
 from hymba_lightning.training_options import TrainingParser
+from hymba_lightning.usage import without_removed
 
 log = logging.getLogger("hymba_lightning")
 
@@ -274,6 +276,8 @@ def send_logger(logger: Namespace, folder: Path) -> None:
 def run(args: list[str], started: float | None = None) -> HymbaCLI:
     """Runs one of LightningCLI's subcommands. `started`: time.monotonic() when the command began."""
     check_config_files(args)
+    read = get_loader("yaml")
+    set_loader("yaml", lambda text: without_removed(read(text)), (yaml.YAMLError,))
     make_folders_optional()
     return HymbaCLI(
         HymbaModule,

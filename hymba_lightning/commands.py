@@ -75,7 +75,7 @@ def run_export(args: list[str]) -> None:
     )
     parser.add_function_arguments(export, skip={"quantization", "runtime"})
     parser.add_class_arguments(QuantizationConfig, "quantization", skip={"scheme", "limit_bytes", "gptq"})
-    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing", "qat_bits"})
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing"})
     options = parser.parse_args(args).as_dict()
     scheme, limit, gptq = (options.pop(key) for key in ("scheme", "limit", "gptq"))
     if gptq is None:
@@ -127,7 +127,7 @@ def run_sample(args: list[str]) -> None:
     parser.add_argument("--data.tokenizer", type=str | None, default=None, help="The same, as `hymba test` calls it")
     parser.add_class_arguments(SamplingConfig, skip={"stop_ids"})
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto")
-    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing", "qat_bits"})
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing"})
     options = parser.parse_args(args).as_dict()
     keys = [field.name for field in dataclasses.fields(SamplingConfig) if field.name != "stop_ids"]
     sample(

@@ -7,6 +7,7 @@ import importlib.metadata
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hymba_lightning import __version__
 from hymba_lightning.errors import UsageError
@@ -46,6 +47,10 @@ OTHER_NAMES = {
     "submit": "package",
     "submission": "package",
 }
+_QAT = "late quantization-aware training made artifacts no better at 4 or 6 bits; leave it out"
+# Options of earlier versions: the value that did nothing, with which the config of an old run is still taken, and why
+# they are gone.
+REMOVED: dict[str, tuple[Any, str]] = {"model.qat_start": (1.0, _QAT), "model.runtime.qat_bits": (0, _QAT)}
 MISSING = {
     "fit": "nothing says what to train on and what ends the run: give --config with a file, such as "
     "configs/demo.yaml, or --data.data_dir and one of --model.budget_seconds and --trainer.max_steps",
@@ -115,12 +120,26 @@ def near_misses(name: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 
 def unknown(kind: str, name: str, known: Iterable[str], command: str) -> UsageError:
-    """The error for an option or a key of a config that does not exist."""
+    """The error for an option or a key of a config that does not exist, or no longer."""
+    if name.lstrip("-") in REMOVED:
+        return UsageError(f"{kind} {name} was removed: {REMOVED[name.lstrip('-')][1]}")
     near = near_misses(name, known) if kind != "argument" else []
     if kind != "option":
         near = [option.lstrip("-") for option in near]
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     return UsageError(f"unknown {kind} {name}{hint}; `{command} --help` lists them all")
+
+
+def without_removed(value: Any) -> Any:
+    """A config's values without removed options that did nothing; every run once wrote them into its config.yaml."""
+    for name, (idle, _) in REMOVED.items():
+        *groups, last = name.split(".")
+        inner = value
+        for group in groups:
+            inner = inner.get(group) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and last in inner and inner[last] == idle:
+            del inner[last]
+    return value
 
 
 def without_options(args: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -29,6 +29,8 @@ def work(tmp_path_factory):
     for name, text in {
         "key": "model:\n  net:\n    widnow: 3\n",
         "section": "modle:\n  budget_seconds: 3\n",
+        "idle": "model:\n  qat_start: 1.0\n  runtime:\n    qat_bits: 0\n",
+        "removed": "model:\n  runtime:\n    qat_bits: 4\n",
         "type": "model:\n  net:\n    window: abc\n",
         "list": "[1, 2]\n",
         "yaml": "model: {net: [\n",
@@ -57,6 +59,11 @@ FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
         ((*FIT, "--budget_seconds=3"), ["option --budget_seconds", "--model.budget_seconds?"]),
         ((*FIT, "--config", "{}/key.yaml"), ["key model.net.widnow", "model.net.window?"]),
         ((*FIT, "--config", "{}/section.yaml"), ["key modle", "did you mean model"]),
+        # The first file is that of an old run, whose options did nothing; the second one meant it.
+        (
+            (*FIT, "--config", "{}/idle.yaml", "--config", "{}/removed.yaml"),
+            ["key model.runtime.qat_bits was removed: late quantization-aware training", "leave it out"],
+        ),
         ((*FIT, "--config", "{}/type.yaml"), ["--model.net.window: expected a whole number, got 'abc'"]),
         ((*FIT, "--config", "{}/list.yaml"), ["list.yaml holds a list"]),
         ((*FIT, "--config", "{}/yaml.yaml"), ["yaml.yaml, line 2", "no YAML"]),
@@ -257,6 +264,15 @@ def test_near_misses(name, expected):
         "--run_dir",
     ]
     assert usage.near_misses(name, known)[:1] == ([expected] if expected else [])
+
+
+def test_the_config_of_an_old_run_loses_only_what_did_nothing():
+    idle = {"model": {"qat_start": 1.0, "compile": False, "runtime": {"qat_bits": 0, "loss_backend": "auto"}}}
+    assert usage.without_removed(idle) == {"model": {"compile": False, "runtime": {"loss_backend": "auto"}}}
+    used = {"model": {"qat_start": 0.85, "runtime": {"qat_bits": 4}}}
+    assert usage.without_removed(used) == {"model": {"qat_start": 0.85, "runtime": {"qat_bits": 4}}}
+    assert usage.without_removed({"model": None}) == {"model": None}
+    assert usage.without_removed("text") == "text"
 
 
 def test_the_command_that_goes_on_keeps_what_was_asked_for():

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from hymba_lightning.evaluation.score import sum_over_ranks, world
+from hymba_lightning.model.costs import train_flops_per_token
 from hymba_lightning.run.history import TrainRow
 from hymba_lightning.run.run import Run, require_clock
 
@@ -105,12 +106,12 @@ class TrainingStats(pl.Callback):
         }
         for group in trainer.optimizers[0].param_groups:
             values[f"weights_lr/{group['name']}"] = group["lr"]
-            if group["algorithm"] == "muon":
+            if group.get("momentum"):
                 values["weights_lr/muon_momentum"] = group["momentum"]
         if rate:
             values["wall_clock/tokens_per_s"] = rate
             if self.peak_tflops:
-                flops = rate * run.net.config.train_flops_per_token(run.batch_seq_len)
+                flops = rate * train_flops_per_token(run.net, run.batch_seq_len)
                 values["wall_clock/mfu"] = flops / (self.peak_tflops * 1e12 * world()[1])
         values["wall_clock/peak_memory_gb"] = peak_memory_gb(pl_module.device)
         for logger in trainer.loggers:

@@ -41,9 +41,8 @@ def write_report(run: Sequence[str], out: str = "report") -> Path:
         charts.to_png(chart, folder / f"{chart.name}.png")
     for index, one in enumerate(runs):
         if one.artifact:
-            treemap.to_png(
-                one.artifact, f"Artifact of {one.name}: {one.artifact.bytes:,} bytes", folder / f"artifact-{index}.png"
-            )
+            title = f"Artifact of {one.name}: {one.artifact.bytes:,} bytes"
+            treemap.to_png(one.artifact, one.artifact_config, title, folder / f"artifact-{index}.png")
     path = folder / "report.html"
     write_atomic(path, build_page(runs, drawn))
     return path
@@ -157,7 +156,7 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
     )
     keys = "".join(f'<span class="key">{_key(color, len(runs))}</span>' for color in range(len(runs)))
     figures = "".join(_figure(chart, keys if len(runs) > 1 else "") for chart in drawn)
-    maps = "".join(_map(run.name, run.artifact) for run in runs if run.artifact)
+    maps = "".join(_map(run.name, run.artifact, run.artifact_config) for run in runs if run.artifact)
     notes = "".join(f"<li><b>{as_html(run.name)}</b>: {as_html(note)}</li>" for run in runs for note in run.notes)
     environment = _environment(runs)
     sections = [
@@ -194,7 +193,7 @@ def _figure(chart: Chart, keys: str) -> str:
     )
 
 
-def _map(name: str, report: ArtifactReport) -> str:
+def _map(name: str, report: ArtifactReport, config: dict) -> str:
     largest = _table(
         ["tensor", "stored as", "bytes"],
         [[tensor.name, tensor.storage, f"{tensor.bytes:,}"] for tensor in report.largest(8)],
@@ -202,7 +201,7 @@ def _map(name: str, report: ArtifactReport) -> str:
     )
     return (
         f"<figure><figcaption><b>{as_html(name)}</b> <span class=muted>{report.bytes:,} bytes</span>"
-        f"</figcaption>{treemap.to_svg(report, name)}<details><summary>Largest tensors</summary>{largest}"
+        f"</figcaption>{treemap.to_svg(report, config, name)}<details><summary>Largest tensors</summary>{largest}"
         "</details></figure>"
     )
 

@@ -62,6 +62,8 @@ class Run:
     train: list[dict[str, float]] = field(default_factory=list)
     val: list[dict[str, float]] = field(default_factory=list)
     artifact: ArtifactReport | None = None
+    artifact_config: dict[str, Any] = field(default_factory=dict)
+    """Of the network in the artifact."""
     notes: list[str] = field(default_factory=list)
     """What is missing or could not be read, and why."""
 
@@ -264,9 +266,9 @@ def _take_artifact(run: Run) -> None:
     if not path.is_file():
         return
     try:
-        report = inspect_artifact(path)[1]
+        artifact, report = inspect_artifact(path)
         if recorded is None or file_sha256(path) == recorded.sha256:
-            run.artifact = report
+            run.artifact, run.artifact_config = report, artifact.config
         else:
             run.notes.append(f"{path.name} is not the file that the fit exported: what it holds is left out")
     except (ArtifactError, OSError) as error:

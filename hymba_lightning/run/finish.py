@@ -22,7 +22,8 @@ import torch
 from hymba_lightning import __version__
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
-from hymba_lightning.evaluation.score import score_batches, sum_over_ranks
+from hymba_lightning.evaluation.batches import score_batches
+from hymba_lightning.evaluation.score import sum_over_ranks
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization import (
@@ -106,8 +107,6 @@ class _Ending:
         self.path = self.folder / settings.filename
         self.clock = require_clock(run)
         self.clock.end()
-        if self.net.runtime.qat_bits:
-            self.net.set_qat_strength(0.0)
         data = datamodule_of(trainer)
         self.data = data if isinstance(data, HymbaDataModule) else None
         loader = None if self.data is None else self.data.val_dataloader()
@@ -263,7 +262,7 @@ class _Ending:
             name,
             file_sha256(self.path),
             report.bytes,
-            evaluation_code_bytes(),
+            evaluation_code_bytes(self.net.config.mixer),
             self.settings.quantization.limit_bytes,
             self.settings.as_dict(),
         )

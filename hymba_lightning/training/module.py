@@ -56,7 +56,6 @@ class HymbaModule(pl.LightningModule):
         average: AverageKind = "ema",
         average_window: float = 0.03,
         ema_decay: float | None = None,
-        qat_start: float = 1.0,
         compile: bool = False,
         compile_warmup_steps: int | None = None,
         cuda_graph: bool | None = None,
@@ -78,7 +77,6 @@ class HymbaModule(pl.LightningModule):
             average_window: Length of the average as a share of the run: of the steps so far, times the learning rates'
                 factor ('ema'), or of the run's end ('uniform').
             ema_decay: Decay of the exponential average per step (the reference has 0.997); null for average_window.
-            qat_start: Fraction of training after which quantization-aware training is on (needs runtime.qat_bits).
             compile: Compile the network with torch.compile.
             compile_warmup_steps: Steps run and undone before the clock starts, so that compilation (torch's, Triton's,
                 numba's) costs no budget; null for 8 with `compile` and 2 without, 0 for none.
@@ -93,13 +91,12 @@ class HymbaModule(pl.LightningModule):
         # load_from_checkpoint brings back what was saved: plain values.
         net = HymbaConfig.from_dict(net) if isinstance(net, dict) else net
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
-        runtime = RuntimeConfig(**runtime) if isinstance(runtime, dict) else runtime
+        runtime = RuntimeConfig.from_dict(runtime) if isinstance(runtime, dict) else runtime
         ttt = TTTConfig(**ttt) if isinstance(ttt, dict) else ttt
         self.net = Hymba(net, runtime)
         self.optimizer_config, self.ttt_config = optimizer, ttt
         self.budget_seconds, self.reserve_seconds = budget_seconds, reserve_seconds
         self.average, self.average_window, self.ema_decay = average, average_window, ema_decay
-        self.qat_start = qat_start
         self.compile_net = compile
         self.compile_warmup_steps = (8 if compile else 2) if compile_warmup_steps is None else compile_warmup_steps
         self.log_every_n_steps, self.peak_tflops = log_every_n_steps, peak_tflops
@@ -184,7 +181,7 @@ class HymbaModule(pl.LightningModule):
             self.run.net = self.net
 
     def configure_optimizers(self) -> HymbaOptimizer:
-        return build_optimizer(self.net.named_parameters(), self.optimizer_config, tied=self.net.config.tie_embeddings)
+        return build_optimizer(self.net, self.optimizer_config)
 
     def _check_trainer(self) -> None:
         """Options of the Trainer that would do something else than what they say."""
@@ -197,7 +194,7 @@ class HymbaModule(pl.LightningModule):
     # Training ----------------------------------------------------------------------------------------------------
 
     def set_schedule(self, reading: ClockReading) -> None:
-        """Sets learning rates, momentum and quantization-aware training for the step about to run."""
+        """Sets learning rates and momentum for the step about to run."""
         config = self.optimizer_config
         self.run.lr_scale = config.lr_scale(reading)
         optimizer = self.trainer.optimizers[0]
@@ -209,8 +206,6 @@ class HymbaModule(pl.LightningModule):
             if self.trainer.is_global_zero:
                 for note in config.lengths_beyond(reading.expected_steps):
                     log.warning("%s", note)
-        if self.net.runtime.qat_bits:
-            self.net.set_qat_strength(float(reading.progress >= self.qat_start))
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Logits (B, T, V), softcapped, of token ids (B, T) int64."""
@@ -243,8 +238,6 @@ class HymbaModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         self._gradients = None
-        if self.net.runtime.qat_bits:
-            self.net.set_qat_strength(0.0)
 
     # Validation --------------------------------------------------------------------------------------------------
 
