@@ -19,7 +19,7 @@ from hymba_lightning.callbacks.stats import TrainingStats
 from hymba_lightning.callbacks.wall_clock import WallClock
 from hymba_lightning.checkpoints import TOKENIZER_KEY
 from hymba_lightning.data.datamodule import HymbaDataModule
-from hymba_lightning.data.sequences import Batch, Chunk
+from hymba_lightning.data.sequences import AnyBatch, Chunk, as_batch
 from hymba_lightning.evaluation.score import Score
 from hymba_lightning.evaluation.ttt import ScoreFirstTTT, TTTConfig
 from hymba_lightning.metrics import BitsPerByte
@@ -32,8 +32,6 @@ from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, buil
 
 log = logging.getLogger("hymba_lightning")
 
-# What a loader may give: this package's batches, or pairs (inputs, targets) of (B, T) token ids.
-AnyBatch = Batch | tuple[Tensor, ...] | list[Tensor]
 # The Trainer's precisions that leave the weights float32, as the optimizer needs them.
 PRECISIONS = ("32-true", "bf16-mixed")
 
@@ -398,18 +396,3 @@ class HymbaModule(pl.LightningModule):
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def as_batch(batch: AnyBatch) -> Batch:
-    """(inputs, targets) of any loader as a `Batch`, whose bytes of text are unknown.
-
-    Raises:
-        TypeError: it is no pair of (B, T) tensors.
-    """
-    if isinstance(batch, Batch):
-        return batch
-    if isinstance(batch, list | tuple) and len(batch) in (2, 3) and all(isinstance(part, Tensor) for part in batch):
-        inputs, targets, *more = batch
-        if inputs.dim() == 2 and inputs.shape == targets.shape:
-            return Batch(inputs, targets, more[0] if more else torch.empty(0, dtype=torch.int16))
-    raise TypeError(f"a batch is a pair (inputs, targets) of (B, T) int64 token ids, not {type(batch).__name__}")
