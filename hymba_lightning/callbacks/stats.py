@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from hymba_lightning.evaluation.score import sum_over_ranks, world
 from hymba_lightning.run.history import TrainRow
 from hymba_lightning.run.run import Run, require_clock
+from hymba_lightning.trainer_internals import is_ending
 
 # Dense bfloat16 peak in TFLOP/s by the vendors' datasheets, looked up by a part of the device's name.
 PEAK_TFLOPS = {
@@ -85,8 +86,7 @@ class TrainingStats(pl.Callback):
         # Every rank's micro-batches are of one size.
         run.history.tokens += self._tokens * world()[1]
         self._tokens = 0
-        ending = trainer.should_stop or step == trainer.max_steps
-        if step > 1 and step % self.every_n_steps and not ending:
+        if step > 1 and step % self.every_n_steps and not is_ending(trainer):
             return
         mean = run.losses.take()
         if mean is None:

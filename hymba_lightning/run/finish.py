@@ -38,7 +38,7 @@ from hymba_lightning.run.record import ArtifactRecord, DataIdentity, ScoreRecord
 from hymba_lightning.run.run import Run, require_clock, settings_of
 from hymba_lightning.run.summary import environment, print_table, write_fit_summary
 from hymba_lightning.run.tensorboard import FINAL, log_final_scores
-from hymba_lightning.trainer_internals import datamodule_of
+from hymba_lightning.trainer_internals import datamodule_of, time_limit
 
 log = logging.getLogger("hymba_lightning")
 
@@ -78,6 +78,7 @@ def finish(trainer: pl.Trainer, module: pl.LightningModule, settings: ExportSett
     for note in run.before_finish:
         note()
     run.record.finished = False
+    replaced = run.record.artifact
     ending.note_training()
     if settings.score_stages and ending.val_batches:
         if ending.has_average:
@@ -91,6 +92,7 @@ def finish(trainer: pl.Trainer, module: pl.LightningModule, settings: ExportSett
             ending.write(calibration)
         if settings.score_stages and ending.val_batches:
             ending.score("artifact", ending.reload(), weights=ending.artifact().sha256)
+    ending.remove(replaced)
     ending.summarise(plots)
     if settings.enabled:
         ending.check_limit()
@@ -150,7 +152,13 @@ class _Ending:
         trainer, run = self.trainer, self.run
         reason = self.clock.stop_reason
         if reason is None:
-            reason = "max_steps" if trainer.global_step == trainer.max_steps else "epochs"
+            timer = time_limit(trainer)
+            if trainer.global_step == trainer.max_steps:
+                reason = "max_steps"
+            elif timer is not None and (timer.time_remaining() or 0.0) <= 0.0:
+                reason = "max_time"
+            else:
+                reason = "callback" if trainer.should_stop else "epochs"
         run.record.trained = Trained(
             trainer.global_step,
             run.history.tokens,
@@ -267,6 +275,16 @@ class _Ending:
             self.settings.quantization.limit_bytes,
             self.settings.as_dict(),
         )
+
+    def remove(self, replaced: ArtifactRecord | None) -> None:
+        """Takes away the artifact of an earlier end of this run where it is no longer the run's, under its own name or
+        by its content: nothing else would say that it is of other weights."""
+        if replaced is None or not self.trainer.is_global_zero or Path(replaced.file).is_absolute():
+            return
+        path, own = self.folder / replaced.file, self.run.record.artifact
+        if (own is None or own.file != replaced.file) and path.is_file() and file_sha256(path) == replaced.sha256:
+            path.unlink()
+            log.info("removed %s, the artifact that this run had before", path)
 
     def reload(self) -> Hymba:
         """The network that was written."""
