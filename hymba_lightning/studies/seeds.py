@@ -12,7 +12,7 @@ import numpy as np
 
 from hymba_lightning.files import write_atomic
 from hymba_lightning.report.charts import Chart, Series, to_png
-from hymba_lightning.studies.runs import artifact_of, hardware, run_once
+from hymba_lightning.studies.runs import hardware, run_once
 
 STAGES = {"raw": "raw weights", "ema": "averaged weights", "artifact": "artifact", "ttt": "after TTT"}
 
@@ -84,7 +84,7 @@ def run_seeds(
         environment = summary["environment"]
         values = dict(summary["bpb"])
         if test:
-            weights = ["--ckpt_path", str(artifact_of(run_dir) or run_dir / "checkpoints" / "last.ckpt")]
+            weights = ["--ckpt_path", str(run_dir / summary.get("artifact", "checkpoints/last.ckpt"))]
             values["ttt"] = run_once("test", run_dir, "test_summary.json", [*options, *weights])["ttt_bpb"]
         rows.append(values | {key: summary.get(key) for key in ("steps", "artifact_bytes")})
     table = f"{hardware(environment)}, n = {len(seeds)}\n\n" + _table(seeds, rows)
