@@ -251,8 +251,8 @@ class HymbaCLI(LightningCLI):
     def _last(self) -> str:
         if not self.folder.checkpoint.is_file():
             raise FileNotFoundError(
-                f"{self.folder.checkpoint} does not exist: --ckpt_path last needs the --run_dir of a run that has saved "
-                "its state; one that was ended before starts again without --ckpt_path"
+                f"{self.folder.checkpoint} does not exist: --ckpt_path last needs the --run_dir of a run that has "
+                "saved its state; one that was ended before starts again without --ckpt_path"
             )
         return str(self.folder.checkpoint)
 

@@ -19,8 +19,10 @@ TEXTS = ("prompt",)
 
 
 class OneSentence:
-    """Mixed into a parser: errors are raised as UsageError, with the near misses of an unknown name; options are written
-    out, and a path that begins with ~ lies in the user's folder."""
+    """Mixed into a parser: errors are raised as UsageError, with the near misses of an unknown name.
+
+    Options have to be written out, and a path that begins with ~ lies in the user's folder.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # An abbreviation would mean something else as soon as an option is added.

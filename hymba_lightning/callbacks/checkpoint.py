@@ -211,7 +211,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
         if is_trial(trainer) or trainer.sanity_checking:
             return
         clock = Run.of(trainer).clock
-        with nullcontext() if clock is None else clock.paused():
+        with nullcontext() if clock is None else clock.paused(), Run.of(trainer).phases.inside("checkpoints"):
             path = self._path
             # Part of the state that is saved.
             self.last_model_path = self.best_model_path = str(path)

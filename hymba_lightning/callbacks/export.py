@@ -71,7 +71,8 @@ class ExportArtifact(FolderOwner):
         """On a GPU, calibrates once before the clock starts: what that compiles would not fit into the reserve."""
         wanted = self.settings.enabled and self.settings.quantization.calibrated and not is_trial(trainer)
         if wanted and pl_module.device.type == "cuda":
-            rehearse(trainer, pl_module, self.settings)
+            with Run.of(trainer).phases.inside("warm_up"):
+                rehearse(trainer, pl_module, self.settings)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         end_run(trainer, pl_module)

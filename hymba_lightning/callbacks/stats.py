@@ -116,16 +116,31 @@ class TrainingStats(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        Run.of(trainer).phases.begin("training")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            Run.of(trainer).phases.enter("validation")
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # While it validates, a fitting trainer is not `training`.
         run = Run.of(trainer)
-        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            run.phases.leave()
+        fitting = fitting and not trainer.sanity_checking
         if fitting and run.validation is not None and run.validation.step == trainer.global_step:
             run.note_validation(trainer, run.validation.score)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._run is None else self._run.history.state_dict()
+        if self._run is None:
+            return {}
+        return self._run.history.state_dict() | {"phases": self._run.phases.seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._run is not None:
             self._run.history.load_state_dict(state_dict)
+            self._run.phases.add(state_dict.get("phases", {}))

@@ -179,6 +179,7 @@ class _Ending:
     def score(self, stage: str, net: Hymba, weights: str | None = None, validated: bool = False) -> None:
         """One pass over the validation stream; a validation of these very weights and tokens is not repeated."""
         self.announce(f"scoring {stage} weights")
+        self.run.phases.begin("scoring")
         assert self.data is not None
         started, last = time.monotonic(), self.run.validation
         if validated and last is not None and last.step == self.trainer.global_step:
@@ -215,6 +216,7 @@ class _Ending:
                 "export.quantization.gptq needs training batches, and so a HymbaDataModule: set it to false"
             )
         self.announce("calibrating on training batches")
+        self.run.phases.begin("calibration")
         world_size = self.trainer.world_size
         share = -(-self.settings.calibration_batches // world_size)
         with self.clock.charged():
@@ -235,6 +237,7 @@ class _Ending:
     def write(self, calibration: Calibration) -> None:
         """Only rank 0 writes; its outcome, good or bad, is everyone's, so that no rank waits for a dead one."""
         self.announce("quantizing and compressing")
+        self.run.phases.begin("export")
         outcome: Any = None
         if self.trainer.is_global_zero:
             try:
@@ -288,6 +291,7 @@ class _Ending:
 
     def reload(self) -> Hymba:
         """The network that was written."""
+        self.run.phases.begin("export")
         artifact = load_artifact(self.path)
         net = Hymba(HymbaConfig.from_dict(artifact.config), self.net.runtime)
         net.load_state_dict(artifact.state_dict)
@@ -296,6 +300,7 @@ class _Ending:
     def summarise(self, plots: bool) -> None:
         """record.json last: with it the run is finished."""
         self.announce("writing the summary")
+        self.run.phases.begin("summary")
         if self.trainer.is_global_zero:
             # Calibration counts as training time too.
             assert self.run.record.trained is not None

@@ -67,7 +67,7 @@ class HymbaModule(pl.LightningModule):
             optimizer: Muon and Adam, their rates and the warmdown.
             ttt: Score-first test-time training, used by `test`.
             budget_seconds: Training seconds the run may take in all, resumed parts included; null leaves the end to
-                trainer.max_steps, trainer.max_time (validations included), or a loader that ends and trainer.max_epochs.
+                trainer.max_steps, trainer.max_time (validations included), or a finite loader and trainer.max_epochs.
             reserve_seconds: Part of the budget held back for the export's calibration on training data.
             average: Average of the weights that is validated and exported: 'ema', exponential; 'uniform', the mean over
                 the end of the run; 'none', the trained weights themselves.
@@ -137,7 +137,7 @@ class HymbaModule(pl.LightningModule):
         return Run.of(self.trainer)
 
     def setup(self, stage: str) -> None:
-        self.run.start_stage()
+        self.run.start_stage(getattr(datamodule_of(self.trainer), "opened_in", 0.0))
         self.run.net = self.net
         self.run.schedules = [self.set_schedule]
         check_options(self.trainer)
