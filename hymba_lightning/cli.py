@@ -21,6 +21,7 @@ from hymba_lightning.callbacks.export import ExportArtifact
 from hymba_lightning.callbacks.progress import BudgetProgressBar
 from hymba_lightning.callbacks.summary import RunSummary
 from hymba_lightning.data.datamodule import HymbaDataModule
+from hymba_lightning.errors import UsageError
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import HymbaConfig
 from hymba_lightning.options import check_config_files
@@ -54,10 +55,9 @@ class RunConfig(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False, **kwargs)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """A fit writes at its start, when nothing can be refused any more; one that goes on, with its first step."""
+        """Written at the start of a stage, when nothing can be refused any more; of a fit that goes on, with its first
+        step."""
         self._pending = False
-        if stage != "fit":
-            self._write(trainer, f"{TrainerFn(stage).value}_config.yaml")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         run = Run.of(trainer)
@@ -67,6 +67,13 @@ class RunConfig(SaveConfigCallback):
             return
         run.before_finish = []
         self._write(trainer, "config.yaml")
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._write(trainer, "validate_config.yaml")
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._write(trainer, "test_config.yaml")
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         self._write_once(trainer)
@@ -150,6 +157,16 @@ class HymbaCLI(LightningCLI):
         """LightningCLI would let a checkpoint's hyper-parameters override explicit flags; here flags win, and
         HymbaModule.on_load_checkpoint refuses a checkpoint that does not fit them."""
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """
+        Raises:
+            UsageError: the arguments cannot be understood, or the seed is none.
+        """
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config["subcommand"]].get("seed_everything")
+        if isinstance(seed, int) and not 0 <= seed < 1 << 32:
+            raise UsageError(f"--seed_everything is {seed}; it must lie in 0 … 2^32 - 1")
+
     def before_instantiate_classes(self) -> None:
         """Names the run's folder, and sends the loggers there that were not sent elsewhere."""
         folder = self._get(self.config, "run_dir")
@@ -173,11 +190,24 @@ class HymbaCLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
-        """A progress bar of the user's takes the place of ours."""
+        """A progress bar of the user's takes the place of ours; without checkpoints nothing is kept to go on from.
+
+        Raises:
+            ValueError: `barebones`, which takes away what a run is made of.
+        """
+        if config.get("barebones"):
+            raise ValueError(
+                "trainer.barebones leaves out what a run is made of: use --trainer.logger false, "
+                "--trainer.enable_progress_bar false, --trainer.limit_val_batches 0 as you need them"
+            )
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        if any(isinstance(callback, ProgressBar) for callback in given):
-            callbacks = [callback for callback in callbacks if not isinstance(callback, BudgetProgressBar)]
+        not_ours: tuple[type[Callback], ...] = ()
+        if config.get("enable_progress_bar") is False or any(isinstance(callback, ProgressBar) for callback in given):
+            not_ours = (BudgetProgressBar,)
+        if config.get("enable_checkpointing") is False:
+            not_ours = (*not_ours, TrainingCheckpoint)
+        callbacks = [callback for callback in callbacks if not isinstance(callback, not_ours)]
         return super()._instantiate_trainer(config, callbacks)
 
     # What the subcommands do beyond Trainer.fit/validate/test --------------------------------------------------------
@@ -223,7 +253,8 @@ class HymbaCLI(LightningCLI):
     def _last(self) -> str:
         if not self.folder.checkpoint.is_file():
             raise FileNotFoundError(
-                f"{self.folder.checkpoint} does not exist: --ckpt_path last needs the --run_dir of a run"
+                f"{self.folder.checkpoint} does not exist: --ckpt_path last needs the --run_dir of a run that has "
+                "saved its state; one that was ended before starts again without --ckpt_path"
             )
         return str(self.folder.checkpoint)
 

@@ -176,15 +176,24 @@ def after_stop(args: Sequence[str], signal_name: str, saved: Saved | None) -> st
     """The last words of a command that a signal ended."""
     if args[0] != "fit":
         return f"stopped by {signal_name} before it was done; to do it again: hymba {shlex.join(args)}"
+    if saved is None and any(arg.partition("=")[0] == "--ckpt_path" for arg in args):
+        again = shlex.join(without_options(args, ("--overwrite",)))
+        return (
+            f"stopped by {signal_name} before it made a step; the checkpoint that it was to go on from is as it was. "
+            f"To go on: hymba {again}"
+        )
     if saved is None:
         return f"stopped by {signal_name} before anything was saved; to start again: hymba {shlex.join(args)}"
     return f"stopped by {signal_name}; {saved.path} holds step {saved.step}. To go on: {resume_command(args, saved)}"
 
 
 def after_fit(run_dir: Path, artifact: Path | None) -> str:
-    """What a finished run is good for, as commands."""
+    """What a finished run is good for, as commands. `artifact`: None where there is only the checkpoint, or nothing."""
     run = shlex.quote(str(run_dir))
-    weights = shlex.quote(str(artifact or run_dir / "checkpoints" / "last.ckpt"))
+    file = artifact or run_dir / "checkpoints" / "last.ckpt"
+    if not file.is_file():
+        return f"next: hymba report {run}"
+    weights = shlex.quote(str(file))
     config = shlex.quote(str(run_dir / "config.yaml"))
     return (
         f"next: hymba test --config {config} --run_dir {run} --ckpt_path {weights}\n"

@@ -16,6 +16,19 @@ from hymba_lightning.report.runs import STAGES, Run, differences, load_runs
 from hymba_lightning.report.style import CSS
 from hymba_lightning.text import as_html, printable
 
+# As short as a place under a bar is narrow.
+PHASE_NAMES = {
+    "start": "start",
+    "data": "data",
+    "warm_up": "warm-up",
+    "training": "training",
+    "validation": "validat.",
+    "checkpoints": "checkp.",
+    "scoring": "scoring",
+    "calibration": "calibr.",
+    "export": "export",
+    "summary": "summary",
+}
 # Where a run was written says nothing about what it was.
 IGNORED_OPTIONS = ("run_dir", "overwrite", "ckpt_path", "config")
 
@@ -118,6 +131,7 @@ def build_charts(runs: Sequence[Run]) -> list[Chart]:
             log_x=True,
             note=f"Bins of at least {MIN_TOKENS} tokens.",
         ),
+        _phases(numbered),
         Chart(
             "step_time",
             "Time of a step",
@@ -183,6 +197,29 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
 def _key(color: int, count: int) -> str:
     """A run's colour, and its number where there are several: what stands for its name where that is too long."""
     return f'<i class="bg{color % len(charts.COLORS)}"></i>' + (f"<b>{color + 1}</b>" if count > 1 else "")
+
+
+def _phases(numbered: Sequence[tuple[int, Run]]) -> Chart:
+    """Where each run's wall clock went; what took no run a hundredth of its time is left out."""
+    shares = [
+        {name: seconds / max(sum(run.phases.values()), 1e-9) for name, seconds in run.phases.items()}
+        for _, run in numbered
+    ]
+    names = [name for name in PHASE_NAMES if any(share.get(name, 0.0) >= 0.01 for share in shares)]
+    return Chart(
+        "phases",
+        "Where the wall clock went",
+        "",
+        "seconds",
+        [
+            Series(run.name, [(float(place), run.phases.get(name, 0.0)) for place, name in enumerate(names)], color)
+            for color, run in numbered
+            if run.phases
+        ],
+        categories=tuple(PHASE_NAMES[name] for name in names),
+        bars=True,
+        note="From the start of the command to its last file.",
+    )
 
 
 def _figure(chart: Chart, keys: str) -> str:

@@ -59,6 +59,8 @@ class Run:
     test: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     """Options of the fit, flat: model.net.window → 512."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Wall-clock seconds of the fit by phase."""
     train: list[dict[str, float]] = field(default_factory=list)
     val: list[dict[str, float]] = field(default_factory=list)
     artifact: ArtifactReport | None = None
@@ -199,6 +201,8 @@ def _take_summary(run: Run, recorded: bool) -> None:
         run.notes.append(f"summary.json has other scores than {RECORD}, and is left out")
         content = {}
     run.summary = take_numbers(content, SUMMARY_NUMBERS, "summary.json", run.notes) | {"bpb": scores}
+    phases = content.get("phases")
+    run.phases = take_numbers(phases, list(phases), "summary.json", run.notes) if isinstance(phases, dict) else {}
     run.artifact_sha256 = content.get("artifact_sha256")
     run.summary["environment"] = content["environment"] if isinstance(content.get("environment"), dict) else {}
     trained, artifact = record.trained, record.artifact

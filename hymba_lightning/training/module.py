@@ -27,13 +27,11 @@ from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import Gradients
 from hymba_lightning.run.run import ClockReading, Run, Testing, Validation
 from hymba_lightning.trainer_internals import callbacks_of, datamodule_of, gradient_sync_wanted
+from hymba_lightning.training.checks import check_end, check_monitors, check_options
 from hymba_lightning.training.graphed import average_over_ranks, start_gradients, uses_cuda_graph
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
 
 log = logging.getLogger("hymba_lightning")
-
-# The Trainer's precisions that leave the weights float32, as the optimizer needs them.
-PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class HymbaModule(pl.LightningModule):
@@ -67,8 +65,8 @@ class HymbaModule(pl.LightningModule):
             runtime: How the network is executed: dtype, backends, recomputation.
             optimizer: Muon and Adam, their rates and the warmdown.
             ttt: Score-first test-time training, used by `test`.
-            budget_seconds: Training seconds the run may take in all, resumed parts included; null stops at
-                trainer.max_steps instead.
+            budget_seconds: Training seconds the run may take in all, resumed parts included; null leaves the end to
+                trainer.max_steps, trainer.max_time (validations included), or a finite loader and trainer.max_epochs.
             reserve_seconds: Part of the budget held back for the export's calibration on training data.
             average: Average of the weights that is validated and exported: 'ema', exponential; 'uniform', the mean over
                 the end of the run; 'none', the trained weights themselves.
@@ -140,10 +138,10 @@ class HymbaModule(pl.LightningModule):
         return Run.of(self.trainer)
 
     def setup(self, stage: str) -> None:
-        self.run.start_stage()
+        self.run.start_stage(getattr(datamodule_of(self.trainer), "opened_in", 0.0))
         self.run.net = self.net
         self.run.schedules = [self.set_schedule]
-        self._check_trainer()
+        check_options(self.trainer)
         use_digests(self.trainer)
         data = datamodule_of(self.trainer)
         vocab = getattr(data, "vocab_size", None)
@@ -159,10 +157,8 @@ class HymbaModule(pl.LightningModule):
                 f"{self.net.config.bos_id}: set it to {bos_id}"
             )
         if stage == "fit":
-            if self.trainer.max_steps == 0 or self.trainer.limit_train_batches == 0:
-                raise ValueError("nothing would be trained: trainer.max_steps or trainer.limit_train_batches is 0")
-            if self.budget_seconds is None and self.trainer.max_steps < 0:
-                raise ValueError("nothing ends this run: set model.budget_seconds or trainer.max_steps")
+            check_end(self.trainer, self.budget_seconds)
+            check_monitors(self.trainer, measures_more=type(self) is not HymbaModule)
             if self.compile_net:
                 # Only what trains: an evaluation's last sequence is shorter, and a graph for every length costs more
                 # than it saves. Kept as a function, since a module here would name every weight twice.
@@ -180,14 +176,6 @@ class HymbaModule(pl.LightningModule):
 
     def configure_optimizers(self) -> HymbaOptimizer:
         return build_optimizer(self.net, self.optimizer_config)
-
-    def _check_trainer(self) -> None:
-        """Options of the Trainer that would do something else than what they say."""
-        if self.trainer.precision not in PRECISIONS:
-            raise ValueError(
-                f"trainer.precision is {self.trainer.precision}: leave it at 32-true; the network "
-                "computes in bfloat16 with model.runtime.compute_dtype bfloat16, over float32 weights"
-            )
 
     # Training ----------------------------------------------------------------------------------------------------
 
