@@ -199,29 +199,31 @@ def csv_rows() -> Format:
 
 
 def gzipped() -> Format:
-    """JSON lines in gzip members, which have checksums: anything but what was written is wrong."""
+    """JSON lines in two gzip members, which have checksums: a text that was not written is wrong."""
+
+    def says(content: bytes) -> list[str]:
+        return _says_lines(gzip.decompress(content))
+
     half = len(LINES) // 2
     packed = gzip.compress(LINES[:half], mtime=0) + gzip.compress(LINES[half:], mtime=0)
-    return Format("jsonl.gz", _writes(packed), damage, _reads_texts(None), (SkippedError,), "a.jsonl.gz")
+    return Format("jsonl.gz", _writes(packed), damage, _reads_texts(says, checked=True), (SkippedError,), "a.jsonl.gz")
 
 
 def zstd() -> Format:
-    """JSON lines in zstd frames with checksums (as the command `zstd` writes them)."""
+    """JSON lines in two zstd frames with checksums, as the command `zstd` writes them."""
     half, packer = len(LINES) // 2, zstandard.ZstdCompressor(write_checksum=True)
     packed = packer.compress(LINES[:half]) + packer.compress(LINES[half:])
-    return Format("jsonl.zst", _writes(packed), damage, _reads_texts(None), (SkippedError,), "a.jsonl.zst")
+    return Format(
+        "jsonl.zst", _writes(packed), damage, _reads_texts(_says_zstd, checked=True), (SkippedError,), "a.jsonl.zst"
+    )
 
 
 def zstd_unchecked() -> Format:
     """JSON lines in a zstd frame without a checksum: what its content says."""
 
-    def says(content: bytes) -> list[str]:
-        with zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True) as reader:
-            return _says_lines(reader.read())
-
     packed = zstandard.compress(LINES)
     return Format(
-        "jsonl.zst without checksum", _writes(packed), damage, _reads_texts(says), (SkippedError,), "a.jsonl.zst"
+        "jsonl.zst without checksum", _writes(packed), damage, _reads_texts(_says_zstd), (SkippedError,), "a.jsonl.zst"
     )
 
 
@@ -364,28 +366,32 @@ def _says_lines(content: bytes) -> list[str]:
     return [text for text in texts if text]
 
 
+def _says_zstd(content: bytes) -> list[str]:
+    with zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True) as reader:
+        return _says_lines(reader.read())
+
+
 def _reads_texts(
-    says: Callable[[bytes], list[str]] | None, written: list[str] = TEXTS
+    says: Callable[[bytes], list[str]], written: list[str] = TEXTS, checked: bool = False
 ) -> Callable[[Path, bytes], Reading]:
     """Reads as a preparation does.
 
     Args:
-        says: The texts of a file without a checksum, by another reader, which may raise. None where it has one.
+        says: The texts of a file, by another reader, which may raise.
         written: Those of the true file.
+        checked: The file has checksums, so that no other text may be read. (Whole members may be lost or swapped.)
     """
 
     def read(path: Path, content: bytes) -> Reading:
         reader = DocumentReader([InputFile(path, path.name)], "text", None)
         texts = [document.text for document in reader]
         skipped = reader.skips.state()
-        if says is None and not set(texts) <= set(written):
+        if checked and not set(texts) <= set(written):
             return Reading.WRONG
         if skipped["count"]:
             raise SkippedError(skipped["first"][0])
         if texts == written:
             return Reading.RIGHT
-        if says is None:
-            return Reading.WRONG
         try:
             return Reading.OTHER if texts == says(content) else Reading.WRONG
         except (ValueError, LookupError, TypeError, RecursionError, csv.Error, zstandard.ZstdError):
@@ -439,7 +445,8 @@ def _whole_column(path: Path, tables: ModuleType) -> list[str]:
         pickle.dump(tables.read_table(path, columns=["text"], use_threads=False)["text"].to_pylist(), answers)
 
     with _forked(read) as (answers, _):
-        return [text for text in pickle.load(answers) if text]
+        texts = [text.decode() if isinstance(text, bytes) else text for text in pickle.load(answers)]
+    return [text for text in texts if text]
 
 
 @contextlib.contextmanager
