@@ -65,7 +65,7 @@ def answer(path: str, text_key: str, limit: int, answers: IO[bytes]) -> None:
 def _data_bytes() -> int:
     """What this process has allocated already, as the limit counts it."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
 

@@ -177,7 +177,17 @@ def fuzz(form: Format, n: int, seed: int = 0, progress: Callable[[int], None] | 
             if progress is not None:
                 progress(index + 1)
         grown = max(now - then for now, then in zip(_peaks(), before, strict=True))
-    return Outcome(form.name, n, refused, *counts.values(), slowest, grown / 1024, example)
+    return Outcome(
+        form.name,
+        n,
+        refused,
+        counts[Reading.RIGHT],
+        counts[Reading.OTHER],
+        counts[Reading.WRONG],
+        slowest,
+        grown / 1024,
+        example,
+    )
 
 
 def run(formats: Mapping[str, Callable[[], Format]], names: list[str], n: int, seed: int, out: Path | None) -> str:
