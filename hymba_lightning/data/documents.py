@@ -169,7 +169,6 @@ class DocumentReader:
             if line is None:
                 self._skip(file, "too long", self._too_long("a line"), f":{number}")
                 continue
-            line = line.removeprefix(BOM) if number == 1 else line
             if not line.strip():
                 continue
             try:
@@ -188,7 +187,14 @@ class DocumentReader:
     def _lines(self, file: InputFile, raw: IO[bytes]) -> Iterator[bytes | None]:
         if is_compressed(file.path) and file not in self._whole:
             self._whole[file] = whole_members(file.path, raw)
-        return bounded_lines(read_blocks(file.path, raw, self._whole.get(file)), self.max_bytes)
+        for number, line in enumerate(
+            bounded_lines(read_blocks(file.path, raw, self._whole.get(file)), self.max_bytes), start=1
+        ):
+            if number == 1 and line is not None:
+                if line.startswith(UTF16_BOMS):
+                    raise SourceError("not UTF-8", "not UTF-8 text but UTF-16; convert it")
+                line = line.removeprefix(BOM)
+            yield line
 
     def _csv(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
         delimiter = "\t" if ".tsv" in file.path.name.lower() else ","
@@ -223,7 +229,6 @@ class DocumentReader:
         for number, line in enumerate(self._lines(file, raw), start=1):
             if line is None:
                 raise SourceError("too long", f"line {number}: {self._too_long('a line')}")
-            line = line.removeprefix(BOM) if number == 1 else line
             yield _decoded(line, f"line {number}").removesuffix("\r") + "\n"
 
     def _text_file(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:

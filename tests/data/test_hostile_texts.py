@@ -38,7 +38,7 @@ LINES = json_lines(TEXTS)
         b'{"other": "a"}',
         b'{"text": ' + b"9" * 5000 + b"}",
         b'{"text": "a\0b"}',
-        '{"text": "ü"}'.encode("utf-16"),
+        b"\xff\xfe{",
     ],
     ids=lambda line: line[:20].decode("latin-1"),
 )
@@ -118,6 +118,15 @@ def test_a_text_read_in_pieces_is_the_same_text(tmp_path_factory, text, separato
         assert pieces == whole
     else:
         assert len(skipped["notes"]) == 1
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_utf16_lines_are_one_file_that_is_named_not_a_skip_a_line(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(LINES.decode().encode("utf-16"))
+    texts, skipped = read(path)
+    assert (texts, skipped["count"]) == ([], 1)
+    assert f"a.{suffix}: not UTF-8 text but UTF-16; convert it" in skipped["first"][0]
 
 
 def test_separators_are_understood_as_typed(tmp_path):

@@ -121,3 +121,18 @@ def test_skips_stay_small_however_many_they_are():
     assert lines[0] == "  skipped 5,000:"
     assert "    2,500 × even: file 0; file 2; file 4; …" in lines
     assert skip_lines({"count": 3, "first": ["a", "b"]})[1] == "    3 × could not be read: a; b; …"  # an older manifest
+
+
+@pytest.mark.parametrize("inputs", [[], [""], ["a.jsonl", ""]])
+def test_an_empty_input_is_not_the_current_folder(tmp_path, tokenizer, monkeypatch, inputs):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    with pytest.raises(ValueError, match="an input is empty, or there is none"):
+        run(inputs, tmp_path / "out", tokenizer)
+
+
+def test_an_input_inside_the_folder_that_is_written_is_named(tmp_path, tokenizer):
+    (tmp_path / "out" / "in").mkdir(parents=True)
+    (tmp_path / "out" / "in" / "a.jsonl").write_bytes(LINES)
+    with pytest.raises(ValueError, match=r"in' lies in out=.*, of which nothing is read; choose another folder"):
+        run(tmp_path / "out" / "in", tmp_path / "out", tokenizer)
