@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -118,8 +119,11 @@ class FolderClaim:
         self.release()
 
     def _owner(self) -> str:
-        try:
-            owner = json.loads((self.folder / OWNER).read_text(encoding="utf-8"))
-            return f"{owner['work']} (process {owner['pid']} on {owner['host']}, since {owner['since']})"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "another process, which does not say who it is"
+        # Who has only just taken the folder may still be writing that down, on a slow disk.
+        for wait in (0.05, 0.15, 0.8, 0.0):
+            try:
+                owner = json.loads((self.folder / OWNER).read_text(encoding="utf-8"))
+                return f"{owner['work']} (process {owner['pid']} on {owner['host']}, since {owner['since']})"
+            except (OSError, ValueError, KeyError, TypeError):
+                time.sleep(wait)
+        return "another process, which does not say who it is"
