@@ -1,4 +1,4 @@
-"""The commands that are no part of training: prepare, export, inspect, sample, report, package, import-reference."""
+"""The commands that are no part of training: prepare, export, sample, report, publish, …"""
 
 import dataclasses
 import sys
@@ -15,6 +15,7 @@ def run_command(command: str, args: list[str]) -> None:
         "sample": run_sample,
         "report": run_report,
         "package": run_package,
+        "publish": run_publish,
         "audit": run_audit,
         "import-reference": run_import_reference,
     }[command]
@@ -161,6 +162,19 @@ def run_package(args: list[str]) -> None:
     parser.add_argument("run", type=str, help="Folder of a run that was fitted, exported and tested")
     parser.add_function_arguments(package, skip={"run"})
     print(package(**parser.parse_args(args).as_dict()))
+
+
+def run_publish(args: list[str]) -> None:
+    """A run → a folder for Hugging Face's libraries, and onto the hub."""
+    from hymba_lightning.package.publish import publish
+
+    parser = CommandParser(
+        prog="hymba publish",
+        description="Write a run's network, tokenizer and model card as Hugging Face's libraries know them.",
+    )
+    parser.add_argument("path", type=str, help="Folder of a run, an artifact, or a checkpoint of `hymba fit`")
+    parser.add_function_arguments(publish, skip={"path"})
+    print(publish(**parser.parse_args(args).as_dict()))
 
 
 def run_audit(args: list[str]) -> None:

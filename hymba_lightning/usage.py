@@ -22,6 +22,7 @@ COMMANDS = {
     "sample": "let a checkpoint or an artifact continue a text",
     "report": "one HTML page on one or more runs",
     "package": "the challenge's folder for a run, scored there as a referee would",
+    "publish": "a run's network for Hugging Face's libraries, and onto the hub",
     "audit": "do the rules of the score hold? an artifact, or a folder of package",
     "import-reference": "take over the public reference run's checkpoint or quantized file",
 }
@@ -44,6 +45,8 @@ OTHER_NAMES = {
     "show": "inspect",
     "plot": "report",
     "submit": "package",
+    "upload": "publish",
+    "push": "publish",
     "submission": "package",
 }
 MISSING = {

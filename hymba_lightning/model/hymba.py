@@ -5,7 +5,9 @@ B batch, T sequence, D d_model, V vocab_size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,11 @@ from hymba_lightning.model.init import initialise
 from hymba_lightning.model.layers import Embedding, Linear, rms_norm
 from hymba_lightning.model.mixer import LayerState
 from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
+
+
+def _pretrained() -> Any:
+    # Above this layer, where artifacts are read; and nothing of it belongs to the code that a score is made with.
+    return importlib.import_module("hymba_lightning.interop.pretrained")
 
 
 class HymbaState(NamedTuple):
@@ -67,6 +74,19 @@ class Hymba(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear) and module.qat_bits:
                 module.qat_strength.fill_(strength)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Writes config.json and weights for Hugging Face's libraries: `interop.pretrained.save_pretrained`."""
+        return _pretrained().save_pretrained(self, folder, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Hymba:
+        """The network of a folder or a repository of the hub: `interop.pretrained.from_pretrained`."""
+        return _pretrained().from_pretrained(name, **options)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Saves and uploads it as owner/name, and returns the URL: `interop.pretrained.push_network`."""
+        return _pretrained().push_network(self, repository, **options)
 
     def forward(
         self,
