@@ -172,6 +172,6 @@ def after_fit(run_dir: Path, artifact: Path | None) -> str:
     config = shlex.quote(str(run_dir / "config.yaml"))
     return (
         f"next: hymba test --config {config} --run_dir {run} --ckpt_path {weights}\n"
-        f'      hymba sample --ckpt_path {weights} --prompt "Once"\n'
+        f'      hymba sample {weights} "Once"\n'
         f"      hymba report {run}"
     )

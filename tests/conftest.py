@@ -17,7 +17,7 @@ for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Under HYMBA_NO_SKIPS=1 a skipped test counts as failed: a job that installs an extra must run all of its tests."""
+    """Under HYMBA_NO_SKIPS=1 a skipped test counts as failed: a job that installs an extra must run its tests."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("HYMBA_NO_SKIPS") == "1" and reporter is not None and reporter.stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -92,7 +92,7 @@ def find_tokenizer(weights: str | Path, given: str | None, fingerprint: str | No
 
     Raises FileNotFoundError where none is found, ValueError where it is not the one that the weights were made for.
     """
-    path = Path(given).expanduser() if given else _tokenizer_beside(local_path(weights))
+    path = Path(given).expanduser() if given else _tokenizer_beside(weights)
     if path is None or not path.is_file():
         found = "no config.yaml of a run lies beside the weights" if path is None else f"{path} does not exist"
         raise FileNotFoundError(f"which tokenizer? {found}: give --tokenizer MODEL")
@@ -104,7 +104,8 @@ def find_tokenizer(weights: str | Path, given: str | None, fingerprint: str | No
     return path
 
 
-def _tokenizer_beside(weights: Path) -> Path | None:
+def _tokenizer_beside(weights: str | Path) -> Path | None:
+    weights = local_path(weights) if str(weights).startswith(HUB) else Path(weights).expanduser()
     if is_folder(weights.parent) or weights.is_dir():
         return (weights if weights.is_dir() else weights.parent) / TOKENIZER_FILE
     for folder in (weights.parent, weights.parent.parent):

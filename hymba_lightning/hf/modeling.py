@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,8 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         """As of every transformers model. Where the folder has our artifact and no safetensors file, or with
         weights="artifact", the artifact's weights are read."""
         weights = kwargs.pop("weights", None)
-        local = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        hub = ("revision", "token", "cache_dir", "local_files_only")
+        local: dict[str, Any] = {key: kwargs[key] for key in hub if key in kwargs}
         if weights is None and not _only_an_artifact(pretrained_model_name_or_path, local):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         found = load_pretrained(pretrained_model_name_or_path, weights=weights, **local)
@@ -140,21 +141,20 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, HymbaState | None]:
         """Hidden vectors (B, T, D), 0 for padding, and the state of all rows after their last token."""
         ragged = state is not None and isinstance(state.position, Tensor) and ids_BT.size(1) > 1
-        if ragged and mask_BT is None:
-            mask_BT = torch.ones_like(ids_BT)
         if not ragged and (mask_BT is None or bool(mask_BT.all())):
             return self._in_pieces(ids_BT, state) if keep_state else self.net.hidden(ids_BT, state)
+        real_BT = torch.ones_like(ids_BT).bool() if mask_BT is None else mask_BT.bool()
         if state is None and not keep_state:
             # Each row's tokens first: causal as the network is, what follows changes nothing before it.
-            order_BT = (mask_BT == 0).byte().argsort(dim=1, stable=True)
+            order_BT = real_BT.logical_not().byte().argsort(dim=1, stable=True)
             hidden_BTD = self.net.hidden(ids_BT.gather(1, order_BT))[0]
             hidden_BTD = hidden_BTD.take_along_dim(order_BT.argsort(dim=1)[..., None], 1)
-            return hidden_BTD * (mask_BT != 0)[..., None].to(hidden_BTD.dtype), None
-        return self._by_rows(ids_BT, mask_BT != 0, state)
+            return hidden_BTD * real_BT[..., None].to(hidden_BTD.dtype), None
+        return self._by_rows(ids_BT, real_BT, state)
 
     def _by_rows(self, ids_BT: Tensor, real_BT: Tensor, state: HymbaState | None) -> tuple[Tensor, HymbaState]:
         """Each row's tokens by themselves."""
-        before = [None] * ids_BT.size(0) if state is None else split(state)
+        before: list[HymbaState | None] = [None] * ids_BT.size(0) if state is None else [*split(state)]
         hidden, after = [], []
         for row_T, real_T, own in zip(ids_BT, real_BT, before, strict=True):
             if not real_T.any():
@@ -166,12 +166,12 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.stack(hidden), join(after)
 
     def _in_pieces(self, ids_BT: Tensor, state: HymbaState | None) -> tuple[Tensor, HymbaState]:
-        hidden = []
+        hidden, after = [], state
         for piece_BT in ids_BT.split(PIECE_TOKENS, dim=1):
-            hidden_BTD, state = self.net.hidden(piece_BT, state, return_state=True)
-            state = compact(self.net, state)
+            hidden_BTD, new = self.net.hidden(piece_BT, after, return_state=True)
+            after = compact(self.net, cast(HymbaState, new))
             hidden.append(hidden_BTD)
-        return torch.cat(hidden, dim=1), state
+        return torch.cat(hidden, dim=1), cast(HymbaState, after)
 
     def prepare_inputs_for_generation(
         self,

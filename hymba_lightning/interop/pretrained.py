@@ -251,8 +251,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
         kind = content.get("model_type") if isinstance(content, dict) else None
         raise PretrainedError(f"{path} is that of another kind of model ({kind!r} where {MODEL_TYPE!r} is needed)")
+    if not isinstance(content.get("net"), dict):
+        raise PretrainedError(f"{path} has no network's config under 'net'")
     try:
-        HymbaConfig.from_dict(content.get("net"))
+        HymbaConfig.from_dict(content["net"])
     except ValueError as error:
         raise PretrainedError(f"{path}: {error}") from error
     return content

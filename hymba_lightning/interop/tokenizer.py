@@ -8,6 +8,7 @@ SentencePiece decides by rounding, stay with SentencePiece: `hymba_lightning.hf.
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def write_tokenizer(model_file: str | Path, folder: Path) -> None:
         "unk_token": processor.unk_id(),
         "pad_token": processor.pad_id(),
     }
-    config = {name: processor.id_to_piece(token) for name, token in special.items() if token >= 0}
+    config: dict[str, Any] = {name: processor.id_to_piece(token) for name, token in special.items() if token >= 0}
     config.setdefault("pad_token", config["bos_token"])
     config |= {
         "tokenizer_class": "PreTrainedTokenizerFast" if fast else "HymbaTokenizer",
@@ -105,11 +106,9 @@ def write_tokenizer(model_file: str | Path, folder: Path) -> None:
 
 
 def _read(model_file: str | Path) -> Any:
-    from sentencepiece import sentencepiece_model_pb2
-
     # Raises what is wrong with the file.
     load_tokenizer(model_file)
-    model = sentencepiece_model_pb2.ModelProto()
+    model = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
     model.ParseFromString(Path(model_file).read_bytes())
     return model
 

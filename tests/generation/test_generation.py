@@ -261,4 +261,5 @@ def test_the_command_ends_with_one_line_on_bad_input():
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (2, "hymba sample: --ckpt_path nowhere does not exist\n")
+    expected = "hymba sample: nowhere does not exist: give an artifact, a checkpoint or a folder of save_pretrained\n"
+    assert (done.returncode, done.stderr) == (2, expected)

@@ -123,7 +123,7 @@ def test_integers_for_weights_are_refused(folder):
         ({"net": NET | {"d_model": 64}}, r"does not fit config\.json: its config has a token table of \[1024, 64\]"),
         ({"net": NET | {"d_state": 8}}, r"does not fit config\.json: its tensor .* has the shape"),
         ({"net": NET | {"windows": 3}}, "fields this version does not know: windows"),
-        ({"net": None}, "no dictionary"),
+        ({"net": None}, "no network's config under 'net'"),
         ({"model_type": "hymba"}, r"another kind of model \('hymba' where 'hymba_lightning' is needed\)"),
     ],
 )
