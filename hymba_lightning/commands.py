@@ -13,6 +13,7 @@ def run_command(command: str, args: list[str]) -> None:
         "export": run_export,
         "inspect": run_inspect,
         "sample": run_sample,
+        "bpb": run_bpb,
         "report": run_report,
         "package": run_package,
         "publish": run_publish,
@@ -171,6 +172,41 @@ def run_sample(args: list[str]) -> None:
         converse(typed_lines(), *common)
     else:
         sample(gather_prompts(texts, options["prompt_file"]), *common)
+
+
+def run_bpb(args: list[str]) -> None:
+    """Bits per byte of each document of files or a data set."""
+    from jsonargparse import set_parsing_settings
+
+    from hymba_lightning.evaluation.documents import print_scores, read_texts, score_texts
+    from hymba_lightning.generation.sample import load
+    from hymba_lightning.model import RuntimeConfig
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = CommandParser(
+        prog="hymba bpb",
+        description="Score texts document by document: each from an empty state, read whole, over its own UTF-8 bytes.",
+    )
+    parser.add_argument(
+        "weights", type=str, help="Artifact, checkpoint of `hymba fit`, folder of `hymba publish`, hf:OWNER/NAME"
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        help="Files, folders, glob patterns, hf:NAME[:SPLIT[:CONFIG]], as `hymba prepare` takes them",
+    )
+    parser.add_argument("--text_key", type=str, default="text", help="Field of a JSON line, or column, with the text")
+    parser.add_argument("--separator", type=str | None, default=None, help="Cut text files into documents there")
+    parser.add_argument("--json", action="store_true", help="A JSON object for each document, and one for all")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="Most tokens that are read in one forward pass")
+    parser.add_argument("--tokenizer", type=str | None, default=None, help="SentencePiece model (default: the run's)")
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto")
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing", "qat_bits"})
+    options = parser.parse_args(positionals_first(parser, args))
+    runtime = RuntimeConfig(**options.runtime.as_dict())
+    net, processor = load(options.weights, options.tokenizer, options.device, runtime)
+    texts = read_texts(options.inputs, options.text_key, options.separator)
+    print_scores(score_texts(net, processor, texts, options.batch_tokens), options.json)
 
 
 def run_report(args: list[str]) -> None:

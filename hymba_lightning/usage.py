@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "a checkpoint → an artifact, by any scheme and limit",
     "inspect": "what an artifact holds and where its bytes are",
     "sample": "let a checkpoint or an artifact continue a text",
+    "bpb": "bits per byte of each document of any files",
     "report": "one HTML page on one or more runs",
     "package": "the challenge's folder for a run, scored there as a referee would",
     "publish": "a run's network for Hugging Face's libraries, and onto the hub",

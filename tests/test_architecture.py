@@ -140,7 +140,7 @@ def test_files_stay_readable_in_one_go():
 
 
 # Extras, by the only places that may import them when they are imported themselves.
-EXTRAS = {"transformers": "hf", "huggingface_hub": "hf", "safetensors": "hf", "tokenizers": "hf", "lm_eval": "hf"}
+EXTRAS = {"transformers": "hf", "huggingface_hub": "hf", "safetensors": "hf", "tokenizers": "hf", "lm_eval": "interop"}
 
 
 def _at_import(tree: ast.AST) -> list[str]:
