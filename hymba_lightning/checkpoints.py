@@ -16,10 +16,12 @@ import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from hymba_lightning.files import write_atomic
 from hymba_lightning.text import printable
@@ -78,6 +80,16 @@ def write_checkpoint(path: str | os.PathLike[str], values: dict[str, Any]) -> st
     # Serialized first: torch's own writer turns a full disk into other errors than OSError.
     write_atomic(Path(path), buffer.getvalue())
     return digest
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, whatever device they are on and order they are in."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_checkpoint(

@@ -20,10 +20,12 @@ from hymba_lightning.callbacks.checkpoint import TrainingCheckpoint
 from hymba_lightning.callbacks.export import ExportArtifact
 from hymba_lightning.callbacks.progress import BudgetProgressBar
 from hymba_lightning.callbacks.summary import RunSummary
+from hymba_lightning.checkpoints import check_tokenizer
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.errors import UsageError
 from hymba_lightning.files import write_atomic
-from hymba_lightning.model import HymbaConfig
+from hymba_lightning.generation.loading import load_network
+from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.options import check_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.run import Run, RunFolder
@@ -133,6 +135,13 @@ class HymbaCLI(LightningCLI):
             "--overwrite", type=bool, default=False, help="Let fit start anew in a folder that holds a run already"
         )
         parser.add_argument(
+            "--start_from",
+            type=str | None,
+            default=None,
+            help="Let fit train on these weights, of an artifact, a checkpoint, a folder of `hymba publish` or "
+            "hf:OWNER/NAME, with a clock and an optimizer of its own; model.net is theirs then",
+        )
+        parser.add_argument(
             "--check_memory",
             type=bool,
             default=True,
@@ -169,6 +178,7 @@ class HymbaCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Names the run's folder, and sends the loggers there that were not sent elsewhere."""
+        self._start = self._read_start()
         folder = self._get(self.config, "run_dir")
         # Ranks of one run may name it differently here; rank 0's name counts from the moment they can talk.
         overwrite = bool(self._get(self.config, "overwrite", default=False))
@@ -177,6 +187,15 @@ class HymbaCLI(LightningCLI):
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, Namespace) and "class_path" in logger:
                 send_logger(logger, self.folder.path)
+
+    def _read_start(self) -> tuple[Hymba, str | None] | None:
+        """The network of --start_from and its tokenizer's SHA-256; its config becomes the run's."""
+        path = self._get(self.config, "start_from")
+        if path is None:
+            return None
+        net, fingerprint = load_network(path)
+        self._get(self.config, "model").net = Namespace(net.config.to_dict())
+        return net, fingerprint
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer_config = self._get(self.config_init, "trainer", default={})
@@ -224,6 +243,10 @@ class HymbaCLI(LightningCLI):
                 "from a checkpoint, e.g. --ckpt_path last"
             )
         self.folder.check(ckpt_path)
+        if self._start is not None and ckpt_path is None:
+            net, fingerprint = self._start
+            check_tokenizer(self._get(self.config_init, "start_from"), fingerprint, datamodule.tokenizer_fingerprint())
+            model.net.load_state_dict(net.state_dict())
         if self._get(self.config_init, "check_memory") and self.trainer.strategy.root_device.type == "cpu":
             estimate = estimate_memory(
                 model.net.config, model.net.runtime, datamodule.seq_len, datamodule.micro_batch_size

@@ -74,6 +74,26 @@ class CommandParser(OneSentence, ArgumentParser):
     """The parser of a command that is no subcommand of Lightning's."""
 
 
+def positionals_first(parser: CommandParser, args: list[str]) -> list[str]:
+    """`args` with what belongs to no option in front: argparse wants positionals to stand together."""
+    in_front: list[str] = []
+    behind: list[str] = []
+    takes: int | float = 0
+    for arg in args:
+        if arg.startswith("--") and len(arg) > 2:
+            name, _, value = arg.partition("=")
+            action = parser._option_string_actions.get(name)
+            nargs = getattr(action, "nargs", None)
+            takes = 0 if value or nargs == 0 else float("inf") if nargs in ("+", "*") else 1
+            behind.append(arg)
+        elif takes:
+            takes -= 1
+            behind.append(arg)
+        else:
+            in_front.append(arg)
+    return [*in_front, *behind]
+
+
 def check_config_files(args: list[str]) -> None:
     """
     Raises:

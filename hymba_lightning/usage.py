@@ -21,8 +21,10 @@ COMMANDS = {
     "export": "a checkpoint → an artifact, by any scheme and limit",
     "inspect": "what an artifact holds and where its bytes are",
     "sample": "let a checkpoint or an artifact continue a text",
+    "bpb": "bits per byte of each document of any files",
     "report": "one HTML page on one or more runs",
     "package": "the challenge's folder for a run, scored there as a referee would",
+    "publish": "a run's network for Hugging Face's libraries, and onto the hub",
     "audit": "do the rules of the score hold? an artifact, or a folder of package",
     "import-reference": "take over the public reference run's checkpoint or quantized file",
 }
@@ -45,6 +47,8 @@ OTHER_NAMES = {
     "show": "inspect",
     "plot": "report",
     "submit": "package",
+    "upload": "publish",
+    "push": "publish",
     "submission": "package",
 }
 _QAT = "late quantization-aware training made artifacts no better at 4 or 6 bits; leave it out"
@@ -197,6 +201,6 @@ def after_fit(run_dir: Path, artifact: Path | None) -> str:
     config = shlex.quote(str(run_dir / "config.yaml"))
     return (
         f"next: hymba test --config {config} --run_dir {run} --ckpt_path {weights}\n"
-        f'      hymba sample --ckpt_path {weights} --prompt "Once"\n'
+        f'      hymba sample {weights} "Once"\n'
         f"      hymba report {run}"
     )

@@ -9,12 +9,13 @@ import lightning.pytorch as pl
 
 from hymba_lightning.callbacks.export import end_run, expect_end
 from hymba_lightning.callbacks.owner import FolderOwner
+from hymba_lightning.checkpoints import weights_sha256
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.audit import StreamAudit, describe_context
 from hymba_lightning.files import write_atomic
 from hymba_lightning.plots import plot_context, plot_ttt
-from hymba_lightning.run.record import DataIdentity, ScoreRecord, weights_sha256
+from hymba_lightning.run.record import DataIdentity, ScoreRecord
 from hymba_lightning.run.run import Run, settings_of
 from hymba_lightning.run.summary import environment, print_table, score_as_dict
 from hymba_lightning.run.tensorboard import FINAL, log_picture

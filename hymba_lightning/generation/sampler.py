@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,14 +69,19 @@ def draw(logits_V: Tensor, config: SamplingConfig, generator: torch.Generator) -
 
 @torch.no_grad()
 def generate(
-    net: Hymba, prompts: list[list[int]] | Tensor, config: SamplingConfig, mask: Tensor | None = None
+    net: Hymba,
+    prompts: list[list[int]] | Tensor,
+    config: SamplingConfig,
+    mask: Tensor | None = None,
+    ended: Container[int] = (),
 ) -> Iterator[list[int | None]]:
     """Continues B prompts of token ids, which may differ in length, each with at least one token.
 
     The prompts are lists, or a tensor (B, T) whose rows may be padded on the left or on the right: `mask` (B, T) is
     then 0 where padding stands. Each row gets what it would get alone. Yields a list a step: each row's new token, or
     None after its text has ended (a stop token is yielded, as the row's last); rows that ended are computed no more.
-    Raises ValueError for an empty prompt, or a mask with more than padding on one side.
+    `ended` is looked at after each step: rows that are in it then have ended too. Raises ValueError for an empty
+    prompt, or a mask with more than padding on one side.
     """
     if isinstance(prompts, Tensor):
         prompts = without_padding(prompts, torch.ones_like(prompts) if mask is None else mask)
@@ -89,13 +94,18 @@ def generate(
     try:
         ids = [torch.tensor(prompt, device=device) for prompt in prompts]
         logits_BV, states = read_rows(net, ids, [None] * len(prompts), config.prefill_tokens)
-        yield from _draw_on(net, logits_BV, join(states), config, generators)
+        yield from _draw_on(net, logits_BV, join(states), config, generators, ended)
     finally:
         net.train(was_training)
 
 
 def _draw_on(
-    net: Hymba, logits_BV: Tensor, state: HymbaState, config: SamplingConfig, generators: list[torch.Generator]
+    net: Hymba,
+    logits_BV: Tensor,
+    state: HymbaState,
+    config: SamplingConfig,
+    generators: list[torch.Generator],
+    ended: Container[int],
 ) -> Iterator[list[int | None]]:
     live = list(range(len(generators)))
     for step in range(config.max_new_tokens):
@@ -106,7 +116,9 @@ def _draw_on(
         for row, token in zip(live, drawn, strict=True):
             new[row] = token
         yield new
-        goes_on = [place for place, token in enumerate(drawn) if token not in config.stop_ids]
+        goes_on = [
+            place for place, token in enumerate(drawn) if token not in config.stop_ids and live[place] not in ended
+        ]
         if not goes_on or step + 1 == config.max_new_tokens:
             return
         if len(goes_on) < len(live):

@@ -5,7 +5,9 @@ B batch, T sequence, D d_model, V vocab_size.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,11 @@ from hymba_lightning.model.layers import Embedding, Linear, rms_norm
 from hymba_lightning.model.mixer import LayerState, own
 from hymba_lightning.model.roles import Module, Role, parameter
 from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
+
+
+def _pretrained() -> Any:
+    # Above this layer, where artifacts are read; and nothing of it belongs to the code that a score is made with.
+    return importlib.import_module("hymba_lightning.interop.pretrained")
 
 
 class HymbaState(NamedTuple):
@@ -78,6 +85,19 @@ class Hymba(Module):
         shift = state.position if int(torch.as_tensor(state.position).max()) >= rebase_at else 0
         layers = [block.attn.compact(layer, shift) for block, layer in zip(self.layers, state.layers, strict=True)]
         return HymbaState(layers, own(state.last_id), own(state.last_vector), state.position - shift)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Writes config.json and weights for Hugging Face's libraries: `interop.pretrained.save_pretrained`."""
+        return _pretrained().save_pretrained(self, folder, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Hymba:
+        """The network of a folder or a repository of the hub: `interop.pretrained.from_pretrained`."""
+        return _pretrained().from_pretrained(name, **options)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Saves and uploads it as owner/name, and returns the URL: `interop.pretrained.push_network`."""
+        return _pretrained().push_network(self, repository, **options)
 
     def forward(
         self,

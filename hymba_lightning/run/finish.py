@@ -20,6 +20,7 @@ import lightning.pytorch as pl
 import torch
 
 from hymba_lightning import __version__
+from hymba_lightning.checkpoints import weights_sha256
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.batches import score_batches
@@ -35,7 +36,7 @@ from hymba_lightning.quantization import (
     save_artifact,
 )
 from hymba_lightning.quantization.calibration import Calibration, calibrate
-from hymba_lightning.run.record import ArtifactRecord, DataIdentity, ScoreRecord, Trained, weights_sha256
+from hymba_lightning.run.record import ArtifactRecord, DataIdentity, ScoreRecord, Trained
 from hymba_lightning.run.run import Run, require_clock, settings_of
 from hymba_lightning.run.summary import environment, print_table, write_fit_summary
 from hymba_lightning.run.tensorboard import FINAL, log_final_scores

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_generation import lively
-from tiny import NET
+from tiny import NET, lively
 
 from hymba_lightning.evaluation import carried
 from hymba_lightning.generation.rows import join, read_rows, row_lengths, select, split, without_padding
