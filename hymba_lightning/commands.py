@@ -18,6 +18,7 @@ def run_command(command: str, args: list[str]) -> None:
         "package": run_package,
         "publish": run_publish,
         "audit": run_audit,
+        "probe": run_probe,
         "import-reference": run_import_reference,
     }[command]
     runner(args)
@@ -269,6 +270,26 @@ def run_audit(args: list[str]) -> None:
     except RuleBrokenError as broken:
         print(broken, file=sys.stderr)
         sys.exit(1)
+
+
+def run_probe(args: list[str]) -> None:
+    """What a network's context is worth: probe.json, probe.png and a table."""
+    from jsonargparse import set_parsing_settings
+
+    from hymba_lightning.model import RuntimeConfig
+    from hymba_lightning.probes.probe import probe
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = CommandParser(
+        prog="hymba probe",
+        description="Measure what a trained network's context is worth: loss by position with parts of its memory "
+        "taken away, copying and recall by distance, and how long its states last.",
+    )
+    parser.add_argument("file", type=str, help="Artifact, or checkpoint of `hymba fit`")
+    parser.add_function_arguments(probe, skip={"file", "runtime"})
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing"})
+    options = parser.parse_args(args).as_dict()
+    print(probe(runtime=RuntimeConfig(**options.pop("runtime")), **options))
 
 
 def run_import_reference(args: list[str]) -> None:

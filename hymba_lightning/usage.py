@@ -25,6 +25,7 @@ COMMANDS = {
     "report": "one HTML page on one or more runs",
     "package": "the challenge's folder for a run, scored there as a referee would",
     "publish": "a run's network for Hugging Face's libraries, and onto the hub",
+    "probe": "what is the context worth? loss, copying and recall by distance, without this or that",
     "audit": "do the rules of the score hold? an artifact, or a folder of package",
     "import-reference": "take over the public reference run's checkpoint or quantized file",
 }

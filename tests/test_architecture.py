@@ -30,6 +30,7 @@ LEVELS = {
     "interop": 2,
     "metrics": 2,
     "plots": 2,
+    "probes": 4,
     "trainer_internals": 2,
     "run": 3,
     "hf": 3,

@@ -127,6 +127,11 @@ class HybridMixer(Module):
         """Numbers a token that a backward pass keeps, estimated."""
         raise NotImplementedError
 
+    def decay_times(self, x_BTD: Tensor) -> Tensor | None:
+        """Tokens in which each part of the branch's state falls to 1/e, any shape, with time steps averaged over the
+        mixer's input (B, T, D); None where the branch has no such thing."""
+        return None
+
     def joined(self) -> list[Linear]:
         """Linears that multiply this module's input as one matrix, without being called: calibration asks for them."""
         return [self.c_q, self.kv_proj, self.mamba_proj]

@@ -72,6 +72,17 @@ class Mixer(HybridMixer):
         y_BTE, *new_scan = scanned if isinstance(scanned, tuple) else (scanned,)
         return y_BTE, (*new_conv, *new_scan)
 
+    def decay_times(self, x_BTD: Tensor) -> Tensor:
+        """(E, N) for each channel and state."""
+        u_BTE = self.mamba_proj(x_BTD).split(self.widths, dim=-1)[0]
+        convolved_BTE = causal_conv1d(u_BTE, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu")
+        assert isinstance(convolved_BTE, Tensor)
+        dt_low_BTR = self.x_proj(convolved_BTE)[..., : self.dt_proj.weight.size(1)]
+        if self.config.dynamics_norm:
+            dt_low_BTR = rms_norm(dt_low_BTR)
+        dt_BTE = F.softplus(F.linear(dt_low_BTR.float(), self.dt_proj.weight.float()) + self.dt_proj.bias)
+        return 1 / (dt_BTE.mean((0, 1))[:, None] * self.A_log.float().exp())
+
     def branch_flops(self) -> float:
         """The recurrence and its read-out, about 9 for each channel and state."""
         return 9 * self.config.d_inner * self.config.d_state

@@ -80,6 +80,11 @@ class Mixer(HybridMixer):
         y_BTHP, *new_ssd = passed if isinstance(passed, tuple) else (passed,)
         return rms_norm(y_BTHP.flatten(-2) * F.silu(z_BTE)), (*new_conv, *new_ssd)
 
+    def decay_times(self, x_BTD: Tensor) -> Tensor:
+        """(H,) for each head."""
+        dt_BTH = F.softplus(F.linear(x_BTD.float(), self.dt_proj.weight.float()) + self.dt_proj.bias)
+        return 1 / (dt_BTH.mean((0, 1)) * self.A_log.float().exp())
+
     def branch_flops(self) -> float:
         """Within a chunk the scores and what they weigh; the states' making and reading."""
         e, n = self.config.d_inner, self.config.d_state
