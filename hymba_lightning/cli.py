@@ -22,7 +22,7 @@ from hymba_lightning.callbacks.summary import RunSummary
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import HymbaConfig
-from hymba_lightning.options import check_config_files
+from hymba_lightning.options import with_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.run import Run, RunFolder
 from hymba_lightning.run.run import new_folder
@@ -273,7 +273,7 @@ def send_logger(logger: Namespace, folder: Path) -> None:
 
 def run(args: list[str], started: float | None = None) -> HymbaCLI:
     """Runs one of LightningCLI's subcommands. `started`: time.monotonic() when the command began."""
-    check_config_files(args)
+    args = with_config_files(args)
     make_folders_optional()
     return HymbaCLI(
         HymbaModule,
