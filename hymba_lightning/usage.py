@@ -48,7 +48,8 @@ OTHER_NAMES = {
 }
 MISSING = {
     "fit": "nothing says what to train on and what ends the run: give --config with a file, such as "
-    "configs/demo.yaml (which comes with the package), or --data.data_dir and one of --model.budget_seconds and --trainer.max_steps",
+    "demo.yaml, which comes with the package, or --data.data_dir and one of --model.budget_seconds and "
+    "--trainer.max_steps",
     "validate": "nothing to score: give --ckpt_path with an artifact or a checkpoint, and the --config of its run",
     "test": "nothing to score: give --ckpt_path with an artifact or a checkpoint, and the --config of its run",
 }

@@ -115,7 +115,7 @@ def draw_block() -> None:
     picture.word(
         505,
         302,
-        "The last keys and values, and the scan's state, are all that a layer remembers: a sequence can be cut anywhere.",
+        "A layer remembers its last keys and values and the scan's state, no more: a sequence can be cut anywhere.",
         colour=FAINT,
     )
     picture.save("block.svg")
