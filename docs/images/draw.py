@@ -1,6 +1,6 @@
-"""Draws block.svg and run.svg beside this file: `python docs/images/draw.py`.
+"""Draws block.svg, run.svg and way.svg beside this file: `python docs/images/draw.py`.
 
-Both have a light ground of their own, so that they read on light and dark pages.
+All have a light ground of their own, so that they read on light and dark pages.
 """
 
 from __future__ import annotations
@@ -122,31 +122,70 @@ def draw_block() -> None:
 
 
 def draw_run() -> None:
-    """The way from text to a score, in two rows, with the command of each part."""
-    picture = Picture(1010, 310, "A run: prepare, fit, test")
-    rows = [
-        (60, [(GREY, "text", "any folder of it"), (GREY, "shards", "tokens"),
-              (BLUE, "batches", "32,768-token spans"), (BLUE, "network", "Hymba blocks"),
-              (BLUE, "optimizer", "Muon, Adam"), (BLUE, "clock, average", "ends in time")]),
-        (200, [(VIOLET, "weights scored", "raw, averaged"), (VIOLET, "artifact", "6 bits, zstd, < 16 MB"),
-               (VIOLET, "reloaded, scored", "bits per byte"), (ORANGE, "score a chunk", "before any update"),
-               (ORANGE, "train on it", "a few steps"), (ORANGE, "record, report", "numbers, pictures")]),
-    ]  # fmt: skip
-    for y, boxes in rows:
-        for column, (colour, *lines) in enumerate(boxes):
+    """The way from text to a score, with the command of each part."""
+    draw_way(
+        "run.svg",
+        "A run: prepare, fit, test",
+        ("any folder of it", "tokens", "32,768-token spans", "Hymba blocks", "Muon, Adam", "ends in time"),
+        (
+            "raw, averaged",
+            "6 bits, zstd, < 16 MB",
+            "bits per byte",
+            "before any update",
+            "a few steps",
+            "numbers, pictures",
+        ),
+        ("hymba prepare", "hymba fit: the budget", "hymba fit: after the budget", "hymba test"),
+    )
+
+
+def draw_architecture() -> None:
+    """The same, with the folder of each part."""
+    draw_way(
+        "way.svg",
+        "The data's way through the code",
+        ("data/prepare.py", "data/shards.py", "data/datamodule.py", "model/ on ops/", "training/", "callbacks/"),
+        (
+            "run/finish.py",
+            "quantization/",
+            "evaluation/",
+            "evaluation/score.py",
+            "evaluation/adapt.py",
+            "run/, report/",
+        ),
+        ("data", "training", "the end of a run", "test-time training"),
+    )
+
+
+def draw_way(
+    file: str, title: str, first: tuple[str, ...], second: tuple[str, ...], headings: tuple[str, str, str, str]
+) -> None:
+    """Twelve boxes in two rows, a word beneath the name of each."""
+    picture = Picture(1010, 310, title)
+    rows = (
+        (60, ("text", "shards", "batches", "network", "optimizer", "clock, average"), first, [GREY] * 2 + [BLUE] * 4),
+        (
+            200,
+            ("weights scored", "artifact", "reloaded, scored", "score a chunk", "train on it", "record, report"),
+            second,
+            [VIOLET] * 3 + [ORANGE] * 3,
+        ),
+    )
+    for y, names, words, colours in rows:
+        for column, (name, word, colour) in enumerate(zip(names, words, colours, strict=True)):
             x = 14 + 167 * column
-            picture.box(x, y, 147, 62, colour, *lines)
+            picture.box(x, y, 147, 62, colour, name, word)
             if column:
                 picture.arrow((x - 20, y + 31), (x - 1, y + 31))
     picture.arrow((922, 122), (922, 161), (87, 161), (87, 199))
     picture.arrow((755, 262), (755, 284), (588, 284), (588, 263))
     picture.word(671, 298, "next chunk", colour=FAINT, size=13)
-    for x, y, command in ((87, 34, "hymba prepare"), (588, 34, "hymba fit: the budget"),
-                          (254, 180, "hymba fit: after the budget"), (671, 180, "hymba test")):  # fmt: skip
-        picture.word(x if command != "hymba prepare" else 171, y, command, bold=True, colour=FAINT)
-    picture.save("run.svg")
+    for heading, x, y in zip(headings, (171, 588, 254, 671), (34, 34, 180, 180), strict=True):
+        picture.word(x, y, heading, bold=True, colour=FAINT)
+    picture.save(file)
 
 
 if __name__ == "__main__":
     draw_block()
     draw_run()
+    draw_architecture()
