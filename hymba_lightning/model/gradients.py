@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 # Calls with a shape before it is recorded: they compile, tune and load whatever the graph will hold.
@@ -36,7 +35,7 @@ class _Graph:
 class Gradients:
     """Sums gradients of micro-batches in one flat buffer, of which every parameter's `grad` is a view.
 
-    No hook of autograd is run, so neither is DDP's: `average_over_ranks` does its work, in one all-reduce.
+    No hook of autograd is run, so neither is DDP's: ranks share `flat` themselves, in one all-reduce.
 
     Args:
         forward: (inputs, targets), both (B, T) int64, to a scalar loss.
@@ -95,11 +94,10 @@ class Gradients:
         recorded.graph.replay()
         return recorded.loss.clone()
 
-    def average_over_ranks(self) -> None:
-        """Makes the sums the mean over the ranks of the process group, where there is one."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self._flat)
-            self._flat.div_(dist.get_world_size())
+    @property
+    def flat(self) -> Tensor:
+        """All sums, one after the other, (all elements,): what is written into it is what every `grad` then holds."""
+        return self._flat
 
     @property
     def shapes_recorded(self) -> list[tuple[int, ...]]:

@@ -26,7 +26,8 @@ from hymba_lightning.metrics import BitsPerByte
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import Gradients
 from hymba_lightning.run.run import ClockReading, Run, Testing, Validation
-from hymba_lightning.trainer_internals import callbacks_of, datamodule_of, gradient_sync_wanted, graph_obstacle
+from hymba_lightning.trainer_internals import callbacks_of, datamodule_of, gradient_sync_wanted
+from hymba_lightning.training.graphed import average_over_ranks, start_gradients, uses_cuda_graph
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
 
 log = logging.getLogger("hymba_lightning")
@@ -219,41 +220,24 @@ class HymbaModule(pl.LightningModule):
         batch = as_batch(batch)
         run = self.run
         run.batch_tokens, run.batch_seq_len = batch.targets.numel(), batch.targets.size(1)
-        if self._gradients is None and self._uses_cuda_graph():
-            self._gradients = self._start_gradients()
+        forward = self._compiled_forward or self.net
+        if self._gradients is None and uses_cuda_graph(self.trainer, self.cuda_graph, self.compile_net):
+            self._gradients = start_gradients(self.trainer, forward, list(self.net.parameters()))
         if self._gradients is None:
-            loss = (self._compiled_forward or self.net)(batch.inputs, batch.targets)
+            loss = forward(batch.inputs, batch.targets)
         else:
             loss = self._gradients.add(batch.inputs, batch.targets, 1 / self.trainer.accumulate_grad_batches)
         if not run.warming_up:
             run.losses.add(loss)
         return loss
 
-    def _uses_cuda_graph(self) -> bool:
-        """
-        Raises:
-            ValueError: a graph is wanted where there can be none.
-        """
-        obstacle = graph_obstacle(self.trainer)
-        if self.cuda_graph and obstacle:
-            raise ValueError(f"model.cuda_graph is true, but {obstacle}: leave it at null")
-        return obstacle is None and (self.compile_net if self.cuda_graph is None else self.cuda_graph)
-
-    def _start_gradients(self) -> Gradients:
-        forward = self._compiled_forward or self.net
-        gradients = Gradients(forward, list(self.net.parameters()), record=self.device.type == "cuda")
-        for optimizer in self.trainer.optimizers:
-            optimizer.register_step_post_hook(lambda *_: gradients.clear())
-        return gradients
-
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if self._gradients is None:
             super().backward(loss, *args, **kwargs)
         elif gradient_sync_wanted(self.trainer):
-            self._gradients.average_over_ranks()
+            average_over_ranks(self._gradients.flat)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
-        # Called between training_step, which has made the gradients already, and backward.
         if self._gradients is None:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 

@@ -6,8 +6,6 @@ import torch
 from fit_process import finish, start_ranks, write_config
 from tiny import tiny_data, tiny_module, tiny_trainer, write_data
 
-from hymba_lightning.training.module import HymbaModule
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -19,7 +17,7 @@ def buffered(monkeypatch):
     """Has every fit make its gradients in one buffer; nothing is recorded on a CPU."""
 
     def switch(on: bool) -> None:
-        monkeypatch.setattr(HymbaModule, "_uses_cuda_graph", lambda self: on)
+        monkeypatch.setattr("hymba_lightning.training.module.uses_cuda_graph", lambda *_: on)
 
     return switch
 
