@@ -26,7 +26,7 @@ from hymba_lightning.errors import UsageError
 from hymba_lightning.files import write_atomic
 from hymba_lightning.generation.loading import load_network
 from hymba_lightning.model import Hymba, HymbaConfig
-from hymba_lightning.options import check_config_files
+from hymba_lightning.options import with_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.run import Run, RunFolder
 from hymba_lightning.run.run import new_folder
@@ -329,7 +329,7 @@ def send_logger(logger: Namespace, folder: Path) -> None:
 
 def run(args: list[str], started: float | None = None) -> HymbaCLI:
     """Runs one of LightningCLI's subcommands. `started`: time.monotonic() when the command began."""
-    check_config_files(args)
+    args = with_config_files(args)
     read = get_loader("yaml")
     set_loader("yaml", lambda text: without_removed(read(text)), (yaml.YAMLError,))
     make_folders_optional()

@@ -94,33 +94,56 @@ def positionals_first(parser: CommandParser, args: list[str]) -> list[str]:
     return [*in_front, *behind]
 
 
-def check_config_files(args: list[str]) -> None:
-    """
+def with_config_files(args: list[str]) -> list[str]:
+    """The arguments with each --config as a file: one that is none is looked for among those that are shipped.
+
     Raises:
         UsageError: a file that is given with --config is missing, no YAML, or no mapping of names to values.
     """
-    pairs = [
-        arg.split("=", 1) if "=" in arg else [arg, value] for arg, value in zip(args, [*args[1:], ""], strict=True)
-    ]
-    for name in (value for option, value in pairs if option in ("-c", "--config")):
-        if not name or name.startswith("--"):
-            raise UsageError("--config needs a file, such as configs/demo.yaml")
-        try:
-            content = yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UsageError(f"--config {name} does not exist") from None
-        except UnicodeDecodeError as error:
-            raise UsageError(f"--config {name} is no UTF-8 text: {error.reason} at byte {error.start}") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            reason = getattr(error, "problem", None) or "it cannot be parsed"
-            raise UsageError(f"--config {name}{where}: this is no YAML: {reason}") from None
-        if content is not None and not isinstance(content, dict):
-            raise UsageError(
-                f"--config {name} holds a {type(content).__name__}; names with values are needed, such as "
-                "model: {budget_seconds: 90}"
-            )
+    found = list(args)
+    for index, arg in enumerate(args):
+        option, sign, name = arg.partition("=")
+        if option not in ("-c", "--config"):
+            continue
+        if sign:
+            found[index] = f"{option}={_config_file(name)}"
+        else:
+            found[index + 1 : index + 2] = [_config_file(args[index + 1] if index + 1 < len(args) else "")]
+    return found
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Name → file of the configs that come with the package: inside it once installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    folder = next((path for path in (package / "configs", package.parent / "configs") if path.is_dir()), package)
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _config_file(name: str) -> str:
+    """A file with settings, checked; `best`, `best.yaml` and `configs/best.yaml` name a shipped one."""
+    if not name or name.startswith("--"):
+        raise UsageError("--config needs a file, such as configs/demo.yaml")
+    path, shipped = Path(name).expanduser(), shipped_configs()
+    if not path.exists() and path.parent.as_posix() in (".", "configs"):
+        path = shipped.get(path.name.removesuffix(".yaml"), path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = f"; the shipped ones are {', '.join(shipped)}" if shipped else ""
+        raise UsageError(f"--config {name} does not exist{known}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {name} is no UTF-8 text: {error.reason} at byte {error.start}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "it cannot be parsed"
+        raise UsageError(f"--config {name}{where}: this is no YAML: {reason}") from None
+    if content is not None and not isinstance(content, dict):
+        raise UsageError(
+            f"--config {name} holds a {type(content).__name__}; names with values are needed, such as "
+            "model: {budget_seconds: 90}"
+        )
+    return str(path)
 
 
 def _check_groups(parser: Any, config: Any) -> None:

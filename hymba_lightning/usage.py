@@ -58,7 +58,8 @@ _QAT = "late quantization-aware training made artifacts no better at 4 or 6 bits
 REMOVED: dict[str, tuple[Any, str]] = {"model.qat_start": (1.0, _QAT), "model.runtime.qat_bits": (0, _QAT)}
 MISSING = {
     "fit": "nothing says what to train on and what ends the run: give --config with a file, such as "
-    "configs/demo.yaml, or --data.data_dir and one of --model.budget_seconds and --trainer.max_steps",
+    "demo.yaml, which comes with the package, or --data.data_dir and one of --model.budget_seconds and "
+    "--trainer.max_steps",
     "validate": "nothing to score: give --ckpt_path with an artifact or a checkpoint, and the --config of its run",
     "test": "nothing to score: give --ckpt_path with an artifact or a checkpoint, and the --config of its run",
 }

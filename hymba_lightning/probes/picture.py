@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -30,7 +30,17 @@ def draw(
     path: Path,
 ) -> Path:
     """Writes a PNG of the panels that there is something for; distances go up to 2^log_length tokens."""
-    panels = [(_draw_worse, curves), (_draw_copies, copies), (_draw_recalls, recalls), (_draw_memory, memory)]
+    panels: list[tuple[Callable[[Axes, Any], None], Sequence[Any]]] = [
+        (_draw_worse, curves),
+        (_draw_copies, copies),
+        (_draw_recalls, recalls),
+        (_draw_memory, memory),
+    ]
+        (_draw_worse, curves),
+        (_draw_copies, copies),
+        (_draw_recalls, recalls),
+        (_draw_memory, memory),
+    ]
     wanted = [(drawer, rows) for drawer, rows in panels if rows]
     figure = Figure(figsize=(8.2, 3.3 * len(wanted)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)

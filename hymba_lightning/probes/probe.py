@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hymba_lightning.checkpoints import weights_sha256
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.files import write_atomic
 from hymba_lightning.generation.loading import find_tokenizer, load_network
@@ -23,7 +24,6 @@ from hymba_lightning.probes.decay import QUANTILES, Memory, decay_times
 from hymba_lightning.probes.picture import draw
 from hymba_lightning.probes.positions import Curve, by_position
 from hymba_lightning.probes.recall import Recall, recall
-from hymba_lightning.run.record import weights_sha256
 from hymba_lightning.text import printable
 
 log = logging.getLogger("hymba_lightning")
