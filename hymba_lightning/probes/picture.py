@@ -36,11 +36,6 @@ def draw(
         (_draw_recalls, recalls),
         (_draw_memory, memory),
     ]
-        (_draw_worse, curves),
-        (_draw_copies, copies),
-        (_draw_recalls, recalls),
-        (_draw_memory, memory),
-    ]
     wanted = [(drawer, rows) for drawer, rows in panels if rows]
     figure = Figure(figsize=(8.2, 3.3 * len(wanted)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
