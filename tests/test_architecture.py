@@ -37,6 +37,7 @@ LEVELS = {
     "package": 5,
     "training": 5,
     "options": 6,
+    "plain": 6,
     "training_options": 6,
     "studies": 6,
     "cli": 6,
