@@ -118,6 +118,17 @@ def time_limit(trainer: pl.Trainer) -> Timer | None:
     return next((timer for timer in timers if timer.time_remaining() is not None), None)
 
 
+def log_evaluations_by_step(trainer: pl.Trainer) -> None:
+    """Sends what an evaluation logs to the loggers without the epoch, which TensorBoard would show first of all."""
+    connector = trainer._logger_connector
+
+    def log(metrics: dict[str, Any]) -> None:
+        if not trainer.sanity_checking:
+            connector.log_metrics(metrics, step=trainer.global_step)
+
+    connector.log_eval_end_metrics = log  # type: ignore[method-assign]
+
+
 def end_where_nothing_is_left(trainer: pl.Trainer) -> None:
     """Has `on_train_end` called for a resumed run whose steps or epochs are all done: Lightning would leave it out.
 

@@ -1,6 +1,7 @@
 """The `hymba` command as a user runs it: configs, help, fit, resume, test of artifacts, clear refusals."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -110,10 +111,16 @@ def test_tensorboard_has_the_documented_tags(fitted):
     } <= tags
 
 
-def test_tensorboard_shows_training_and_validation_first(fitted):
+def test_tensorboard_shows_training_and_validation_first_after_a_validation_and_a_test_too(work, fitted, tmp_path):
     """It orders groups by name."""
-    groups = sorted({tag.partition("/")[0] for tag in events_of(fitted).Tags()["scalars"]} - {"epoch", "hp_metric"})
-    assert groups[:2] == ["train", "val"]
+    folder = tmp_path / "run"
+    shutil.copytree(fitted, folder)
+    for command in ("validate", "test"):
+        hymba(work, command, str(folder), "--ckpt_path", str(folder / "artifact.hymba"))
+    tags = events_of(folder).Tags()["scalars"]
+    groups = sorted({tag.partition("/")[0] for tag in tags})
+    assert groups == ["train", "val", "val_by_tokens", "val_final", "val_ttt", "wall_clock", "weights_lr"]
+    assert {"val_ttt/running_bpb", "val_ttt/chunk_bpb", "val_final/ttt_bpb"} <= set(tags)
 
 
 def test_tensorboard_has_the_hyper_parameters_with_the_final_scores(fitted):

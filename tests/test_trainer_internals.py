@@ -53,6 +53,19 @@ def test_the_broadcast_of_signals_is_there_and_comes_back(folder, tmp_path):
     assert before == after != inside
 
 
+def test_evaluations_are_logged_without_the_epoch(folder, tmp_path):
+    logger = CSVLogger(tmp_path)
+    trainer = tiny_trainer(tmp_path, max_steps=2, val_check_interval=2, logger=logger, num_sanity_val_steps=1)
+    module, data = tiny_module(), tiny_data(folder)
+    trainer.fit(module, data)
+    results = [trainer.validate(module, data, verbose=False)[0], trainer.test(module, data, verbose=False)[0]]
+    assert [set(result) for result in results] == [{"val/bpb", "val/loss"}, {"val_ttt/bpb", "val_ttt/loss"}]
+    logger.save()
+    names = set((tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().partition("\n")[0].split(","))
+    assert {"val/bpb", "val_ttt/bpb", "train/loss"} <= names
+    assert "epoch" not in names
+
+
 def test_a_batch_is_moved_and_gradients_flow_inside_a_block(folder, tmp_path):
     def look(trainer, module):
         batch = internals.moved_to_device(trainer, module, trainer.datamodule.train_batch(0))

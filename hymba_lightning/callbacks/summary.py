@@ -18,7 +18,7 @@ from hymba_lightning.plots import plot_context, plot_ttt
 from hymba_lightning.run.record import DataIdentity, ScoreRecord
 from hymba_lightning.run.run import Run, settings_of
 from hymba_lightning.run.summary import environment, print_table, score_as_dict
-from hymba_lightning.run.tensorboard import FINAL, log_picture
+from hymba_lightning.run.tensorboard import FINAL, TEST, log_picture
 from hymba_lightning.trainer_internals import datamodule_of
 
 
@@ -83,7 +83,7 @@ class RunSummary(FolderOwner):
         self._audit.add(batch, testing.chunk)
         for logger in trainer.loggers:
             logger.log_metrics(
-                {"ttt/running_bpb": total.bpb, "ttt/chunk_bpb": testing.scores[-1].bpb}, step=total.n_tokens
+                {f"{TEST}running_bpb": total.bpb, f"{TEST}chunk_bpb": testing.scores[-1].bpb}, step=total.n_tokens
             )
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

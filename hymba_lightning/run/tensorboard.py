@@ -14,7 +14,7 @@ from hymba_lightning.run.record import RunRecord
 from hymba_lightning.trainer_internals import datamodule_of
 
 # TensorBoard orders groups by name: these stand after train/ and val/, of which they are the last word.
-FINAL = "val_final/"
+FINAL, TEST = "val_final/", "val_ttt/"
 
 
 def log_final_scores(trainer: pl.Trainer, module: pl.LightningModule, record: RunRecord) -> None:

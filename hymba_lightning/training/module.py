@@ -26,7 +26,12 @@ from hymba_lightning.metrics import BitsPerByte
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import Gradients
 from hymba_lightning.run.run import ClockReading, Run, Testing, Validation
+<<<<<<< HEAD
 from hymba_lightning.trainer_internals import callbacks_of, datamodule_of, gradient_sync_wanted
+=======
+from hymba_lightning.run.tensorboard import TEST
+from hymba_lightning.trainer_internals import callbacks_of, datamodule_of, log_evaluations_by_step
+>>>>>>> refs/heads/run
 from hymba_lightning.training.checks import check_end, check_monitors, check_options
 from hymba_lightning.training.graphed import average_over_ranks, start_gradients, uses_cuda_graph
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
@@ -143,6 +148,7 @@ class HymbaModule(pl.LightningModule):
         self.run.schedules = [self.set_schedule]
         check_options(self.trainer)
         use_digests(self.trainer)
+        log_evaluations_by_step(self.trainer)
         data = datamodule_of(self.trainer)
         vocab = getattr(data, "vocab_size", None)
         if vocab is not None and vocab != self.net.config.vocab_size:
@@ -309,7 +315,7 @@ class HymbaModule(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         total = self.testing.total()
-        self.log_dict({"ttt/bpb": total.bpb, "ttt/loss": total.loss}, rank_zero_only=True)
+        self.log_dict({f"{TEST}bpb": total.bpb, f"{TEST}loss": total.loss}, rank_zero_only=True)
 
     def on_test_end(self) -> None:
         """Puts the weights back: a tested module is the one that was handed in, not the adapted one."""

@@ -78,7 +78,7 @@ def test_tensorboard_has_the_curves(folder, tmp_path):
     _, summary = run_test(folder, tmp_path, {"epochs": 0})
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert events.Scalars("ttt/running_bpb")[-1].value == pytest.approx(summary["ttt_bpb"], rel=1e-6)
+    assert events.Scalars("val_ttt/running_bpb")[-1].value == pytest.approx(summary["ttt_bpb"], rel=1e-6)
     assert events.Scalars("val_final/ttt_bpb")[-1].value == pytest.approx(summary["ttt_bpb"], rel=1e-6)
     # A curve over contexts is no course over steps, which TensorBoard would smooth: it is a picture.
     assert not any("context" in tag for tag in events.Tags()["scalars"])

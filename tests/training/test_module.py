@@ -88,7 +88,9 @@ def test_test_scores_the_stream_adapts_and_gives_the_weights_back(fitted):
     assert module.testing.scores[0].nats == pytest.approx(float(cold.sum()), rel=1e-6)
     assert module.testing.chunk.nats.numel() == 699 - 3 * 192
     assert module.testing.ttt.n_adapted == 4
-    assert result["ttt/loss"] != pytest.approx(plain, rel=1e-7)  # chunks of 192 = 3 sequences: only adaptation differs
+    assert result["val_ttt/loss"] != pytest.approx(
+        plain, rel=1e-7
+    )  # chunks of 192 = 3 sequences: only adaptation differs
     for name, parameter in module.net.named_parameters():
         assert torch.equal(parameter, before[name]), name
 
