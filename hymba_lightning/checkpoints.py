@@ -212,10 +212,10 @@ def check_tokenizer(path: str | os.PathLike[str], recorded: Any, expected: str) 
 def _reason(error: Exception) -> str:
     """What torch.load says is wrong, without its advice to load the file all the same, which would run its code."""
     text = str(error)
-    if found := re.search(r"Unsupported (?:global|class|operand|type)[^\n]*?(?=\.\s|\.?$|, add)", text, re.MULTILINE):
-        return printable(found[0], 200)
-    first = next(iter(text.splitlines()), "").partition(". ")[0]
-    return printable(first, 200) or type(error).__name__
+    if text.startswith("Weights only load failed"):
+        found = re.search(r"GLOBAL ([\w.]+)", text)
+        return f"it holds {found[1] if found else 'other objects'}"
+    return printable(text.partition("\n")[0].partition(". ")[0], 200) or type(error).__name__
 
 
 def _is_seconds(value: Any) -> bool:
