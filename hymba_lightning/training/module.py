@@ -26,12 +26,13 @@ from hymba_lightning.metrics import BitsPerByte
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import Gradients
 from hymba_lightning.run.run import ClockReading, Run, Testing, Validation
-<<<<<<< HEAD
-from hymba_lightning.trainer_internals import callbacks_of, datamodule_of, gradient_sync_wanted
-=======
 from hymba_lightning.run.tensorboard import TEST
-from hymba_lightning.trainer_internals import callbacks_of, datamodule_of, log_evaluations_by_step
->>>>>>> refs/heads/run
+from hymba_lightning.trainer_internals import (
+    callbacks_of,
+    datamodule_of,
+    gradient_sync_wanted,
+    log_evaluations_by_step,
+)
 from hymba_lightning.training.checks import check_end, check_monitors, check_options
 from hymba_lightning.training.graphed import average_over_ranks, start_gradients, uses_cuda_graph
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
