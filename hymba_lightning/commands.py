@@ -18,6 +18,7 @@ def run_command(command: str, args: list[str]) -> None:
         "package": run_package,
         "publish": run_publish,
         "audit": run_audit,
+        "probe": run_probe,
         "import-reference": run_import_reference,
     }[command]
     runner(args)
@@ -77,7 +78,7 @@ def run_export(args: list[str]) -> None:
     )
     parser.add_function_arguments(export, skip={"quantization", "runtime"})
     parser.add_class_arguments(QuantizationConfig, "quantization", skip={"scheme", "limit_bytes", "gptq"})
-    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing", "qat_bits"})
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing"})
     options = parser.parse_args(args).as_dict()
     scheme, limit, gptq = (options.pop(key) for key in ("scheme", "limit", "gptq"))
     if gptq is None:
@@ -147,7 +148,7 @@ def run_sample(args: list[str]) -> None:
     parser.add_argument("--data.tokenizer", type=str | None, default=None, help="The same, as `hymba test` calls it")
     parser.add_class_arguments(SamplingConfig, skip={"stop_ids"})
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto")
-    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing", "qat_bits"})
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing"})
     options = parser.parse_args(positionals_first(parser, args)).as_dict()
     weights, texts = options["weights"], [*options["texts"], *options["prompt"]]
     if options["ckpt_path"] is not None:
@@ -201,7 +202,7 @@ def run_bpb(args: list[str]) -> None:
     parser.add_argument("--batch_tokens", type=int, default=8192, help="Most tokens that are read in one forward pass")
     parser.add_argument("--tokenizer", type=str | None, default=None, help="SentencePiece model (default: the run's)")
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto")
-    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing", "qat_bits"})
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing"})
     options = parser.parse_args(positionals_first(parser, args))
     runtime = RuntimeConfig(**options.runtime.as_dict())
     net, processor = load(options.weights, options.tokenizer, options.device, runtime)
@@ -269,6 +270,26 @@ def run_audit(args: list[str]) -> None:
     except RuleBrokenError as broken:
         print(broken, file=sys.stderr)
         sys.exit(1)
+
+
+def run_probe(args: list[str]) -> None:
+    """What a network's context is worth: probe.json, probe.png and a table."""
+    from jsonargparse import set_parsing_settings
+
+    from hymba_lightning.model import RuntimeConfig
+    from hymba_lightning.probes.probe import probe
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = CommandParser(
+        prog="hymba probe",
+        description="Measure what a trained network's context is worth: loss by position with parts of its memory "
+        "taken away, copying and recall by distance, and how long its states last.",
+    )
+    parser.add_argument("file", type=str, help="Artifact, or checkpoint of `hymba fit`")
+    parser.add_function_arguments(probe, skip={"file", "runtime"})
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing"})
+    options = parser.parse_args(args).as_dict()
+    print(probe(runtime=RuntimeConfig(**options.pop("runtime")), **options))
 
 
 def run_import_reference(args: list[str]) -> None:

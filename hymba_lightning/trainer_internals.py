@@ -9,12 +9,17 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from hymba_lightning import signals
+
+# A loader of as many batches has no end; this package's says that it has 2^40.
+ENDLESS = 1 << 39
 
 
 def is_trial(trainer: pl.Trainer) -> bool:
@@ -53,6 +58,22 @@ def gradient_sync_blocked(trainer: pl.Trainer, block: bool) -> AbstractContextMa
     return _block_parallel_sync_behavior(trainer.strategy, block=block)
 
 
+def gradient_sync_wanted(trainer: pl.Trainer) -> bool:
+    """Whether the micro-batch at hand is the one after which ranks share their gradients."""
+    return bool(getattr(trainer.strategy.model, "require_backward_grad_sync", False))
+
+
+def graph_obstacle(trainer: pl.Trainer) -> str | None:
+    """What in the Trainer keeps a step from being recorded as a CUDA graph, None where nothing does."""
+    if trainer.strategy.root_device.type != "cuda":
+        return f"the network is on {trainer.strategy.root_device}"
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        return f"the strategy is {type(trainer.strategy).__name__}, where one device or DDP is needed"
+    if trainer.precision != "32-true":
+        return f"trainer.precision is {trainer.precision}, where 32-true is needed"
+    return None
+
+
 def moved_to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
     """A batch as the training loop hands it to `training_step`."""
     return trainer.strategy.batch_to_device(module._on_before_batch_transfer(batch, dataloader_idx=0))
@@ -72,6 +93,29 @@ def rewind_to_accumulation_window(trainer: pl.Trainer) -> None:
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is not None:
         fetcher.fetched -= surplus
+
+
+def step_limit(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps after which `max_steps`, or `max_epochs` over so many batches, ends a fit; None for no end.
+
+    To be asked when the loaders are there. A loader that is not to end says so by a length out of reach.
+    """
+    limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if epochs is not None and epochs >= 0 and batches < ENDLESS:
+        limits.append(-(-int(batches) // trainer.accumulate_grad_batches) * epochs)
+    return min(limits, default=None)
+
+
+def is_ending(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer step just made is the last one."""
+    return trainer.should_stop or trainer.global_step == step_limit(trainer)
+
+
+def time_limit(trainer: pl.Trainer) -> Timer | None:
+    """The timer of `max_time`, or one of the user's, that ends a fit; None for none."""
+    timers = (callback for callback in callbacks_of(trainer) if isinstance(callback, Timer))
+    return next((timer for timer in timers if timer.time_remaining() is not None), None)
 
 
 def end_where_nothing_is_left(trainer: pl.Trainer) -> None:

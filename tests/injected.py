@@ -12,6 +12,7 @@ from pathlib import Path
 from hymba_lightning.callbacks.rank_watch import RankWatch
 from hymba_lightning.data.shards import Shard
 from hymba_lightning.run.finish import _Ending
+from hymba_lightning.training import module
 from hymba_lightning.training.module import HymbaModule
 
 
@@ -164,3 +165,8 @@ def a_fault_in_the_program(rank: int) -> None:
         raise ZeroDivisionError("the cooling failed")
 
     _at_step(2, fail)
+
+
+def buffered_gradients(rank: int) -> None:
+    """Gradients are made in one buffer, as on a GPU; nothing is recorded."""
+    module.uses_cuda_graph = lambda *_: True

@@ -57,8 +57,7 @@ def test_a_small_net_goes_through_every_stage_of_the_best_recipe(tmp_path):
     assert summary["steps"] == 8
     assert set(summary["bpb"]) == {"raw", "artifact"}
     artifact = load_artifact(tmp_path / "run" / "artifact.hymba")
-    assert artifact.config["branch_gate"] == 12
-    assert any(name.endswith("branch_gate") for name in artifact.state_dict)
+    assert not any(name.startswith("bigram") for name in artifact.state_dict)
     run(["test", *common, "--ckpt_path", str(tmp_path / "run" / "artifact.hymba")])
     tested = json.loads((tmp_path / "run" / "test_summary.json").read_text())
     assert tested["tokens"] == 699
@@ -71,7 +70,8 @@ def test_it_is_the_seeds_network_but_for_what_it_names():
     assert net.to_dict().items() - HymbaConfig().to_dict().items() == {
         ("vocab_size", 8192),
         ("bigram_hash", False),
-        ("branch_gate", 12),
+        ("window", 1024),
+        ("d_state", 4),
     }
     OptimizerConfig(**values["optimizer"])
 

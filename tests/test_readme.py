@@ -12,6 +12,7 @@ README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_notebooks_run_beats_the_unigram_model_by_half_a_bit(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}

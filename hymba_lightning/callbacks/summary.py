@@ -62,6 +62,7 @@ class RunSummary(FolderOwner):
     # Test --------------------------------------------------------------------------------------------------------
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_test_start(trainer, pl_module)
         run, keep = Run.of(trainer), self.per_token_nats and trainer.is_global_zero
         self._audit = StreamAudit(run.folder_of(trainer).path, run.net.config.bos_id, keep)
         self._weights = _weights(run) if trainer.is_global_zero else ""

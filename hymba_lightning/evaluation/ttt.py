@@ -20,6 +20,7 @@ from hymba_lightning.evaluation.clock import EvaluationClock
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.score import Score, WindowScorer, world
 from hymba_lightning.model import Hymba
+from hymba_lightning.model.gradients import Gradients
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class ScoreFirstTTT:
         self.stream = stream
         self._position = 0  # in the stream, of the last token scored
         self._last: Chunk | None = None  # with tokens of our own, which nobody can change
+        self._gradients: Gradients | None = None
         self.epochs_done: list[int] = []
         """Epochs trained on each chunk so far."""
 
@@ -110,7 +112,11 @@ class ScoreFirstTTT:
                 f"chunk {chunk.index} cannot be trained on now: {self.n_scored} chunks were scored and "
                 f"{self.n_adapted} adapted to; score first, adapt once"
             )
-        if not torch.equal(chunk.tokens, self._last.tokens) or chunk.n_chunks != self._last.n_chunks:
+        if (
+            self._last is None
+            or not torch.equal(chunk.tokens, self._last.tokens)
+            or chunk.n_chunks != self._last.n_chunks
+        ):
             raise ValueError(f"chunk {chunk.index} has other tokens now than when it was scored")
         self.n_adapted += 1
         self.epochs_done.append(0)
@@ -169,6 +175,7 @@ class ScoreFirstTTT:
         starts = (tokens == self.net.config.bos_id).nonzero()
         if not starts.numel():
             return tokens
+        assert self.adapter is not None
         self.adapter.reset()
         self.scorer.weights_changed()
         return tokens[int(starts[-1]) :]
@@ -203,14 +210,19 @@ class ScoreFirstTTT:
         rank, size = world()
         mine = sequences[len(sequences) * rank // size : len(sequences) * (rank + 1) // size]
         n_tokens = sum(s.numel() - 1 for s in sequences)
+        assert self.adapter is not None
         self.adapter.clear_gradients()
+        if self._gradients is None:
+            self._gradients = Gradients(self._total_nats, self.adapter.weights, record=self.device.type == "cuda")
+        self._gradients.clear()
         total = torch.zeros((), device=self.device)
         for same_length in group_equal(mine):
             batch = torch.stack(same_length)
-            loss = self.net(batch[:, :-1], batch[:, 1:], reduction="sum") / n_tokens
-            loss.backward()
-            total += loss.detach()
+            total += self._gradients.add(batch[:, :-1], batch[:, 1:], weight=1 / n_tokens) / n_tokens
         return self.adapter.update(lr, total)
+
+    def _total_nats(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.net(inputs, targets, reduction="sum")
 
 
 def cut_sequences(tokens: Tensor, seq_len: int, drop_partial: bool) -> list[Tensor]:

@@ -118,8 +118,7 @@ def _join_layer(layers: list[LayerState]) -> LayerState:
     return LayerState(
         torch.cat([_padded(layer.keys, most) for layer in layers]),
         torch.cat([_padded(layer.values, most) for layer in layers]),
-        torch.cat([layer.conv for layer in layers]),
-        torch.cat([layer.scan for layer in layers]),
+        tuple(torch.cat(parts) for parts in zip(*(layer.recurrent for layer in layers), strict=True)),
         hidden,
     )
 
@@ -146,4 +145,4 @@ def _select_layer(layer: LayerState, index: Tensor) -> LayerState:
         keys, values, hidden = keys[:, spare:], values[:, spare:], hidden - spare
         if not hidden.any():
             hidden = None
-    return LayerState(keys, values, layer.conv[index], layer.scan[index], hidden)
+    return LayerState(keys, values, tuple(tensor[index] for tensor in layer.recurrent), hidden)

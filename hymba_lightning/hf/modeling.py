@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hymba_lightning.evaluation.carried import compact
+from hymba_lightning.evaluation.carried import REBASE_AT
 from hymba_lightning.generation.rows import join, split
 from hymba_lightning.hf.cache import HymbaCache
 from hymba_lightning.hf.configuration import HymbaPretrainedConfig
@@ -169,7 +169,7 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         hidden, after = [], state
         for piece_BT in ids_BT.split(PIECE_TOKENS, dim=1):
             hidden_BTD, new = self.net.hidden(piece_BT, after, return_state=True)
-            after = compact(self.net, cast(HymbaState, new))
+            after = self.net.compact(cast(HymbaState, new), REBASE_AT)
             hidden.append(hidden_BTD)
         return torch.cat(hidden, dim=1), cast(HymbaState, after)
 

@@ -13,9 +13,11 @@ from hymba_lightning.ops.sliding_window import sliding_window_attention
 
 
 def rope_table(first: int, length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of positions first … first+length-1 (RoPE, arXiv:2104.09864), float32: what `rotate` takes as cos and sin.
+    """The cosines and sines by which `rotate` turns heads at the positions first … first + length - 1 (RoPE,
+    arXiv:2104.09864), float32.
 
-    Cosines (T, 1, 1, K/2), and sines (T, 1, 2, K/2) with their sign in the first and in the second half of a head.
+    Returns the cosines (T, 1, 1, K/2), and the sines (T, 1, 2, K/2): as they are for the first half of a head, negated
+    for the second.
     """
     return rope_table_op(first, length, head_dim, base, torch.empty(0, device=device))
 
@@ -33,7 +35,7 @@ def rope_table_of_rows(first_B: Tensor, length: int, head_dim: int, base: float)
 # and powers into every kernel that rotates, and computes them anew for each head and layer.
 @torch.library.custom_op("hymba::rope_table", mutates_args=())
 def rope_table_op(first: int, length: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The two tables, on the device of `like`."""
+    """`rope_table` as an operator; the tables are made on the device of `like`."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
     position = torch.arange(first, first + length, dtype=torch.float32, device=like.device)
     angle = torch.outer(position, 1.0 / base**exponent)[:, None, :]
@@ -84,6 +86,17 @@ class RotaryNorm(torch.autograd.Function):
             scale = scale * gain_H[:, None]
             g_gain = along_BTH1.sum((0, 1, 3)).to(gain_H.dtype)
         return (scale * (g_normed - normed * (along_BTH1 / x.size(-1)))).to(x_BTHK.dtype), g_gain, None, None
+
+
+def turn_back(keys_BPGK: Tensor, shift: int | Tensor, base: float) -> Tensor:
+    """Rotated keys (B, P, G, K) as if their positions were `shift` lower, (B,) where that differs by row."""
+    head_dim = keys_BPGK.size(-1)
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=keys_BPGK.device) / head_dim
+    turns = shift[:, None, None, None] if isinstance(shift, Tensor) else shift
+    angle = -turns * (1.0 / base**exponent).double()
+    cos, sin = angle.cos(), angle.sin()
+    x1, x2 = keys_BPGK.double().chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(keys_BPGK.dtype)
 
 
 def attention_branch(

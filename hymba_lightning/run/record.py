@@ -77,7 +77,7 @@ class Trained:
     parameters: int
     data: DataIdentity | None
     ended_by: str
-    """budget, max_steps, epochs, or another reason."""
+    """budget, max_steps, max_time, epochs, or callback, such as one that stops early."""
 
 
 @dataclass

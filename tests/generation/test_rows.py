@@ -59,8 +59,10 @@ def test_rows_taken_from_a_joined_state_are_the_rows(net, rows):
         assert taken.position == own.position
         for layer, got in zip(own.layers, taken.layers, strict=True):
             assert got.hidden is None
-            for name in ("keys", "values", "conv", "scan"):
-                assert torch.equal(getattr(layer, name), getattr(got, name)), name
+            for mine, theirs in zip(
+                (layer.keys, layer.values, *layer.recurrent), (got.keys, got.values, *got.recurrent), strict=True
+            ):
+                assert torch.equal(mine, theirs)
     twice = select(join(states), [2, 0, 2])
     assert twice.layers[0].keys.size(1) == states[2].layers[0].keys.size(1)
     again = join([twice, states[1]])
@@ -82,7 +84,7 @@ def test_far_positions_are_turned_back_by_row(rows, monkeypatch):
     _, states = read_rows(net, rows, [None] * len(rows), 64)
     expected, _ = carried.read(net, torch.ones(len(rows), 1, dtype=torch.int64), join(states), 64)
     monkeypatch.setattr(carried, "REBASE_AT", 20)
-    turned = carried.compact(net, join(states))
+    turned = net.compact(join(states), carried.REBASE_AT)
     assert turned.position.tolist() == [0] * len(rows)
     got, _ = carried.read(net, torch.ones(len(rows), 1, dtype=torch.int64), turned, 64)
     assert torch.allclose(got, expected, rtol=0, atol=2e-5)

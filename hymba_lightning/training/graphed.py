@@ -1,0 +1,43 @@
+"""Forward and backward of the training step as a CUDA graph, under Lightning's automatic optimization.
+
+`training_step` makes the gradients already, so that Lightning's `zero_grad`, which comes after it, must not clear them,
+and its `backward` has nothing left to do but to share them among the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from torch import Tensor
+
+from hymba_lightning.model.gradients import Gradients
+from hymba_lightning.trainer_internals import graph_obstacle
+
+
+def uses_cuda_graph(trainer: pl.Trainer, wanted: bool | None, compiled: bool) -> bool:
+    """Whether a run's step is recorded: as `wanted` says, or, where that is None, if it is compiled and can be.
+
+    Raises:
+        ValueError: a graph is wanted where there can be none.
+    """
+    obstacle = graph_obstacle(trainer)
+    if wanted and obstacle:
+        raise ValueError(f"model.cuda_graph is true, but {obstacle}: leave it at null")
+    return obstacle is None and (compiled if wanted is None else wanted)
+
+
+def start_gradients(trainer: pl.Trainer, forward: Callable[..., Tensor], parameters: list[Tensor]) -> Gradients:
+    """The gradients of a run, cleared after every step of its optimizers; recorded on a GPU only."""
+    gradients = Gradients(forward, parameters, record=trainer.strategy.root_device.type == "cuda")
+    for optimizer in trainer.optimizers:
+        optimizer.register_step_post_hook(lambda *_: gradients.clear())
+    return gradients
+
+
+def average_over_ranks(flat: Tensor) -> None:
+    """The mean over the ranks of the process group, where there is one, in place."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flat)
+        flat.div_(dist.get_world_size())

@@ -1,0 +1,47 @@
+"""The configs that come with the package are found by name."""
+
+from pathlib import Path
+
+import pytest
+
+from hymba_lightning import options
+from hymba_lightning.errors import UsageError
+from hymba_lightning.options import shipped_configs, with_config_files
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.mark.parametrize("name", ["demo", "demo.yaml", "configs/demo.yaml", "./demo.yaml"])
+def test_a_config_that_is_no_file_is_one_of_the_shipped(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert with_config_files(["fit", "--config", name, "--run_dir", "demo"]) == [
+        "fit",
+        "--config",
+        str(CONFIGS / "demo.yaml"),
+        "--run_dir",
+        "demo",
+    ]
+    assert with_config_files([f"--config={name}"]) == [f"--config={CONFIGS / 'demo.yaml'}"]
+
+
+def test_a_file_goes_before_a_shipped_config_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("demo.yaml").write_text("model: {budget_seconds: 1}\n")
+    assert with_config_files(["--config", "demo.yaml"]) == ["--config", "demo.yaml"]
+
+
+@pytest.mark.parametrize("name", ["nothing.yaml", "elsewhere/demo.yaml", "/nowhere/configs/demo.yaml"])
+def test_an_unknown_config_is_refused_with_the_names_there_are(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=rf"--config {name} does not exist; the shipped ones are best, demo, "):
+        with_config_files(["--config", name])
+
+
+def test_installed_configs_lie_in_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "hymba_lightning"
+    (package / "configs").mkdir(parents=True)
+    (package / "configs" / "small.yaml").write_text("{}\n")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "stray.yaml").write_text("{}\n")
+    monkeypatch.setattr(options, "__file__", str(package / "options.py"))
+    assert shipped_configs() == {"small": package / "configs" / "small.yaml"}
