@@ -13,7 +13,7 @@ from hymba_lightning.help_text import quick_help
 from hymba_lightning.terminal import set_up_messages, take_over_lightnings_messages
 
 # Nothing but their output: when nobody reads it, they end.
-FILTERS = ("inspect", "sample")
+FILTERS = ("bpb", "inspect", "sample")
 OF_LIGHTNING = ("fit", "validate", "test")
 
 

@@ -13,14 +13,18 @@ import logging
 import math
 import os
 import pickle
+import re
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from hymba_lightning.files import write_atomic
+from hymba_lightning.text import printable
 
 log = logging.getLogger("hymba_lightning")
 
@@ -78,6 +82,16 @@ def write_checkpoint(path: str | os.PathLike[str], values: dict[str, Any]) -> st
     return digest
 
 
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, whatever device they are on and order they are in."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def read_checkpoint(
     path: str | os.PathLike[str], *, allow_undigested: bool = False, mmap: bool = False
 ) -> dict[str, Any]:
@@ -101,7 +115,7 @@ def read_checkpoint(
             file.seek(0)
             values = torch.load(str(path) if mmap else file, map_location="cpu", weights_only=True, mmap=mmap or None)
         except READ_ERRORS as error:
-            reason = str(error).split("\n")[0]
+            reason = _reason(error)
             raise CheckpointError(
                 f"{path} is no checkpoint: it holds more than tensors and plain values, or is no "
                 f"file of torch.save ({reason}). {ANOTHER}"
@@ -193,6 +207,15 @@ def check_tokenizer(path: str | os.PathLike[str], recorded: Any, expected: str) 
         f"{path} was made for another tokenizer (sha256 {str(recorded)[:DIGITS]}) than the data's "
         f"({expected}): give --data.tokenizer the right one"
     )
+
+
+def _reason(error: Exception) -> str:
+    """What torch.load says is wrong, without its advice to load the file all the same, which would run its code."""
+    text = str(error)
+    if found := re.search(r"Unsupported (?:global|class|operand|type)[^\n]*?(?=\.\s|\.?$|, add)", text, re.MULTILINE):
+        return printable(found[0], 200)
+    first = next(iter(text.splitlines()), "").partition(". ")[0]
+    return printable(first, 200) or type(error).__name__
 
 
 def _is_seconds(value: Any) -> bool:

@@ -7,6 +7,8 @@ import datetime
 import json
 import os
 import socket
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +23,11 @@ class FolderInUseError(OSError):
     """Another process writes to the folder."""
 
 
+def missing_folders(folder: Path) -> list[Path]:
+    """`folder` and those around it, as far as they do not exist."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
 class FolderClaim:
     """The right to write to a folder, held by one process at a time.
 
@@ -31,15 +38,18 @@ class FolderClaim:
     Args:
         folder: Made if it does not exist.
         work: What the holder does, such as "hymba fit"; shown to others.
+        made: Folders, the claimed one first, that were made for it already.
 
     Raises:
         OSError: the folder cannot be made or written to.
     """
 
-    def __init__(self, folder: str | Path, work: str) -> None:
+    def __init__(self, folder: str | Path, work: str, made: Sequence[Path] = ()) -> None:
         self.folder = Path(folder)
         self.work = work
         self._lock = FileLock(self.folder / LOCK, timeout=0)
+        self._made = list(made)
+        """Folders that did not exist before, the claimed one first."""
 
     @property
     def held(self) -> bool:
@@ -51,13 +61,20 @@ class FolderClaim:
         Raises:
             FolderInUseError: another process, or another claim in this one, holds the folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise FolderInUseError(
-                f"{self.folder} is in use by {self._owner()}: wait for its end, or choose another folder"
-            ) from None
+        for attempt in range(3):
+            self._make()
+            try:
+                self._lock.acquire()
+                break
+            except (Timeout, FileNotFoundError) as error:
+                # Whoever made the folder and left nothing in it takes it away again, lock and all, perhaps just now.
+                if attempt < 2 and not (self.folder / LOCK).exists():
+                    continue
+                if isinstance(error, FileNotFoundError):
+                    raise
+                raise FolderInUseError(
+                    f"{self.folder} is in use by {self._owner()}: wait for its end, or choose another folder"
+                ) from None
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         owner = {"work": self.work, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
         # Only for the message to others: the lock holds without it, also on a full disk.
@@ -65,10 +82,32 @@ class FolderClaim:
             write_atomic(self.folder / OWNER, json.dumps(owner) + "\n")
 
     def release(self) -> None:
-        """Lets others write; nothing happens where it is not held."""
+        """Lets others write; nothing happens where it is not held. A folder that was made for the claim and holds
+        nothing else is taken away."""
         if self.held:
             (self.folder / OWNER).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._unmake()
             self._lock.release()
+
+    def _make(self) -> None:
+        missing = missing_folders(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            file = next((path for path in (self.folder, *self.folder.parents) if path.is_file()), None)
+            why = error.strerror if file is None else f"{file} is a file"
+            raise NotADirectoryError(f"the folder {self.folder} cannot be made: {why}") from error
+        except OSError as error:
+            raise type(error)(error.errno, f"the folder cannot be made: {error.strerror}", str(self.folder)) from error
+        self._made = missing or self._made
+
+    def _unmake(self) -> None:
+        if self._made and {path.name for path in self.folder.iterdir()} == {LOCK}:
+            (self.folder / LOCK).unlink()
+            for folder in self._made:
+                folder.rmdir()
+            self._made = []
 
     def __enter__(self) -> FolderClaim:
         self.take()
@@ -80,8 +119,11 @@ class FolderClaim:
         self.release()
 
     def _owner(self) -> str:
-        try:
-            owner = json.loads((self.folder / OWNER).read_text(encoding="utf-8"))
-            return f"{owner['work']} (process {owner['pid']} on {owner['host']}, since {owner['since']})"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "another process, which does not say who it is"
+        # Who has only just taken the folder may still be writing that down, on a slow disk.
+        for wait in (0.05, 0.15, 0.8, 0.0):
+            try:
+                owner = json.loads((self.folder / OWNER).read_text(encoding="utf-8"))
+                return f"{owner['work']} (process {owner['pid']} on {owner['host']}, since {owner['since']})"
+            except (OSError, ValueError, KeyError, TypeError):
+                time.sleep(wait)
+        return "another process, which does not say who it is"

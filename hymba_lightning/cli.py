@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, set_parsing_settings
+import yaml
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,9 +20,12 @@ from hymba_lightning.callbacks.checkpoint import TrainingCheckpoint
 from hymba_lightning.callbacks.export import ExportArtifact
 from hymba_lightning.callbacks.progress import BudgetProgressBar
 from hymba_lightning.callbacks.summary import RunSummary
+from hymba_lightning.checkpoints import check_tokenizer
 from hymba_lightning.data.datamodule import HymbaDataModule
+from hymba_lightning.errors import UsageError
 from hymba_lightning.files import write_atomic
-from hymba_lightning.model import HymbaConfig
+from hymba_lightning.generation.loading import load_network
+from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.options import with_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.run import Run, RunFolder
@@ -30,6 +34,7 @@ from hymba_lightning.trainer_internals import leave_signals_to_us, make_folders_
 from hymba_lightning.training.memory import check_memory, estimate_memory, free_memory
 from hymba_lightning.training.module import HymbaModule
 from hymba_lightning.training_options import TrainingParser
+from hymba_lightning.usage import without_removed
 
 log = logging.getLogger("hymba_lightning")
 
@@ -52,10 +57,9 @@ class RunConfig(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False, **kwargs)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """A fit writes at its start, when nothing can be refused any more; one that goes on, with its first step."""
+        """Written at the start of a stage, when nothing can be refused any more; of a fit that goes on, with its first
+        step."""
         self._pending = False
-        if stage != "fit":
-            self._write(trainer, f"{TrainerFn(stage).value}_config.yaml")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         run = Run.of(trainer)
@@ -65,6 +69,13 @@ class RunConfig(SaveConfigCallback):
             return
         run.before_finish = []
         self._write(trainer, "config.yaml")
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._write(trainer, "validate_config.yaml")
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        self._write(trainer, "test_config.yaml")
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         self._write_once(trainer)
@@ -124,6 +135,13 @@ class HymbaCLI(LightningCLI):
             "--overwrite", type=bool, default=False, help="Let fit start anew in a folder that holds a run already"
         )
         parser.add_argument(
+            "--start_from",
+            type=str | None,
+            default=None,
+            help="Let fit train on these weights, of an artifact, a checkpoint, a folder of `hymba publish` or "
+            "hf:OWNER/NAME, with a clock and an optimizer of its own; model.net is theirs then",
+        )
+        parser.add_argument(
             "--check_memory",
             type=bool,
             default=True,
@@ -148,8 +166,19 @@ class HymbaCLI(LightningCLI):
         """LightningCLI would let a checkpoint's hyper-parameters override explicit flags; here flags win, and
         HymbaModule.on_load_checkpoint refuses a checkpoint that does not fit them."""
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """
+        Raises:
+            UsageError: the arguments cannot be understood, or the seed is none.
+        """
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config["subcommand"]].get("seed_everything")
+        if isinstance(seed, int) and not 0 <= seed < 1 << 32:
+            raise UsageError(f"--seed_everything is {seed}; it must lie in 0 … 2^32 - 1")
+
     def before_instantiate_classes(self) -> None:
         """Names the run's folder, and sends the loggers there that were not sent elsewhere."""
+        self._start = self._read_start()
         folder = self._get(self.config, "run_dir")
         # Ranks of one run may name it differently here; rank 0's name counts from the moment they can talk.
         overwrite = bool(self._get(self.config, "overwrite", default=False))
@@ -158,6 +187,15 @@ class HymbaCLI(LightningCLI):
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             if isinstance(logger, Namespace) and "class_path" in logger:
                 send_logger(logger, self.folder.path)
+
+    def _read_start(self) -> tuple[Hymba, str | None] | None:
+        """The network of --start_from and its tokenizer's SHA-256; its config becomes the run's."""
+        path = self._get(self.config, "start_from")
+        if path is None:
+            return None
+        net, fingerprint = load_network(path)
+        self._get(self.config, "model").net = Namespace(net.config.to_dict())
+        return net, fingerprint
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         trainer_config = self._get(self.config_init, "trainer", default={})
@@ -171,11 +209,24 @@ class HymbaCLI(LightningCLI):
         return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Any:
-        """A progress bar of the user's takes the place of ours."""
+        """A progress bar of the user's takes the place of ours; without checkpoints nothing is kept to go on from.
+
+        Raises:
+            ValueError: `barebones`, which takes away what a run is made of.
+        """
+        if config.get("barebones"):
+            raise ValueError(
+                "trainer.barebones leaves out what a run is made of: use --trainer.logger false, "
+                "--trainer.enable_progress_bar false, --trainer.limit_val_batches 0 as you need them"
+            )
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        if any(isinstance(callback, ProgressBar) for callback in given):
-            callbacks = [callback for callback in callbacks if not isinstance(callback, BudgetProgressBar)]
+        not_ours: tuple[type[Callback], ...] = ()
+        if config.get("enable_progress_bar") is False or any(isinstance(callback, ProgressBar) for callback in given):
+            not_ours = (BudgetProgressBar,)
+        if config.get("enable_checkpointing") is False:
+            not_ours = (*not_ours, TrainingCheckpoint)
+        callbacks = [callback for callback in callbacks if not isinstance(callback, not_ours)]
         return super()._instantiate_trainer(config, callbacks)
 
     # What the subcommands do beyond Trainer.fit/validate/test --------------------------------------------------------
@@ -192,6 +243,10 @@ class HymbaCLI(LightningCLI):
                 "from a checkpoint, e.g. --ckpt_path last"
             )
         self.folder.check(ckpt_path)
+        if self._start is not None and ckpt_path is None:
+            net, fingerprint = self._start
+            check_tokenizer(self._get(self.config_init, "start_from"), fingerprint, datamodule.tokenizer_fingerprint())
+            model.net.load_state_dict(net.state_dict())
         if self._get(self.config_init, "check_memory") and self.trainer.strategy.root_device.type == "cpu":
             estimate = estimate_memory(
                 model.net.config, model.net.runtime, datamodule.seq_len, datamodule.micro_batch_size
@@ -221,7 +276,8 @@ class HymbaCLI(LightningCLI):
     def _last(self) -> str:
         if not self.folder.checkpoint.is_file():
             raise FileNotFoundError(
-                f"{self.folder.checkpoint} does not exist: --ckpt_path last needs the --run_dir of a run"
+                f"{self.folder.checkpoint} does not exist: --ckpt_path last needs the --run_dir of a run that has "
+                "saved its state; one that was ended before starts again without --ckpt_path"
             )
         return str(self.folder.checkpoint)
 
@@ -274,6 +330,8 @@ def send_logger(logger: Namespace, folder: Path) -> None:
 def run(args: list[str], started: float | None = None) -> HymbaCLI:
     """Runs one of LightningCLI's subcommands. `started`: time.monotonic() when the command began."""
     args = with_config_files(args)
+    read = get_loader("yaml")
+    set_loader("yaml", lambda text: without_removed(read(text)), (yaml.YAMLError,))
     make_folders_optional()
     return HymbaCLI(
         HymbaModule,

@@ -10,15 +10,17 @@ import hymba_lightning
 ROOT = Path(hymba_lightning.__file__).parent
 
 
-def needed_files(module: str) -> list[Path]:
-    """Files of the package that importing `module`, and calling into it, may import; relative to the package's parent.
+def needed_files(*modules: str) -> list[Path]:
+    """Files of the package that importing `modules`, and calling into them, may import; relative to the package's
+    parent.
 
     Raises ValueError where there is no such module.
     """
-    if _file(module) is None:
-        raise ValueError(f"there is no module {module}")
+    for module in modules:
+        if _file(module) is None:
+            raise ValueError(f"there is no module {module}")
     found: dict[str, Path] = {}
-    waiting = [module]
+    waiting = list(modules)
     while waiting:
         name = waiting.pop()
         file = _file(name)

@@ -1,9 +1,9 @@
-"""The commands that are no part of training: prepare, export, inspect, sample, report, package, import-reference."""
+"""The commands that are no part of training: prepare, export, sample, report, publish, …"""
 
 import dataclasses
 import sys
 
-from hymba_lightning.options import CommandParser
+from hymba_lightning.options import CommandParser, positionals_first
 
 
 def run_command(command: str, args: list[str]) -> None:
@@ -13,9 +13,12 @@ def run_command(command: str, args: list[str]) -> None:
         "export": run_export,
         "inspect": run_inspect,
         "sample": run_sample,
+        "bpb": run_bpb,
         "report": run_report,
         "package": run_package,
+        "publish": run_publish,
         "audit": run_audit,
+        "probe": run_probe,
         "import-reference": run_import_reference,
     }[command]
     runner(args)
@@ -75,7 +78,7 @@ def run_export(args: list[str]) -> None:
     )
     parser.add_function_arguments(export, skip={"quantization", "runtime"})
     parser.add_class_arguments(QuantizationConfig, "quantization", skip={"scheme", "limit_bytes", "gptq"})
-    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing", "qat_bits"})
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing"})
     options = parser.parse_args(args).as_dict()
     scheme, limit, gptq = (options.pop(key) for key in ("scheme", "limit", "gptq"))
     if gptq is None:
@@ -102,7 +105,8 @@ def run_sample(args: list[str]) -> None:
     """A trained network continues texts."""
     from jsonargparse import set_parsing_settings
 
-    from hymba_lightning.generation.sample import sample
+    from hymba_lightning.errors import UsageError
+    from hymba_lightning.generation.sample import OutputConfig, converse, gather_prompts, sample, typed_lines
     from hymba_lightning.generation.sampler import SamplingConfig
     from hymba_lightning.model import RuntimeConfig
 
@@ -110,34 +114,100 @@ def run_sample(args: list[str]) -> None:
     parser = CommandParser(
         prog="hymba sample", description="Let a trained network continue texts, at constant memory and time per token."
     )
-    parser.add_argument("--ckpt_path", type=str, required=True, help="Artifact, or checkpoint of `hymba fit`")
+    parser.add_argument(
+        "weights",
+        type=str,
+        nargs="?",
+        help="Artifact, checkpoint of `hymba fit`, folder of `hymba publish`, hf:OWNER/NAME",
+    )
+    parser.add_argument("texts", type=str, nargs="*", help="Texts to continue, as --prompt")
+    parser.add_argument("--ckpt_path", type=str | None, default=None, help="The weights, as `hymba test` calls them")
     parser.add_argument(
         "--prompt",
         type=str,
         nargs="+",
-        default=[""],
-        help="Texts to continue; several are drawn together. Without one a document starts from nothing",
+        default=[],
+        help="Texts to continue, - for stdin's; several are drawn together. Without one, what is piped in; without "
+        "that, a document starts from nothing",
     )
+    parser.add_argument("--prompt_file", type=str, nargs="+", default=[], help="Files whose texts are continued")
+    parser.add_argument(
+        "--interactive",
+        action="store_true",
+        help="Each line of stdin is added to the text, and continued; an empty one goes on. The state is kept between",
+    )
+    parser.add_argument("--stop", type=str, nargs="+", default=[], help="Texts that end a continuation, left out of it")
+    parser.add_argument("--json", action="store_true", help="One JSON object a line and text, instead of the text")
+    parser.add_argument("--verbose", action="store_true", help="Tokens and seconds on stderr")
     parser.add_argument(
         "--tokenizer",
         type=str | None,
         default=None,
-        help="SentencePiece model (default: the one of the run whose config.yaml lies beside the weights)",
+        help="SentencePiece model (default: the one beside the weights, or of the run whose config.yaml lies there)",
     )
     parser.add_argument("--data.tokenizer", type=str | None, default=None, help="The same, as `hymba test` calls it")
     parser.add_class_arguments(SamplingConfig, skip={"stop_ids"})
     parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto")
-    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing", "qat_bits"})
-    options = parser.parse_args(args).as_dict()
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing"})
+    options = parser.parse_args(positionals_first(parser, args)).as_dict()
+    weights, texts = options["weights"], [*options["texts"], *options["prompt"]]
+    if options["ckpt_path"] is not None:
+        # With both, what stands first is a text.
+        texts, weights = ([] if weights is None else [weights]) + texts, options["ckpt_path"]
+    if weights is None:
+        raise UsageError(
+            "nothing to sample from: give an artifact, a checkpoint or a folder, such as runs/demo/artifact.hymba"
+        )
+    if options["interactive"] and (texts or options["prompt_file"]):
+        raise UsageError("--interactive reads its texts from stdin: leave the prompts out")
     keys = [field.name for field in dataclasses.fields(SamplingConfig) if field.name != "stop_ids"]
-    sample(
-        options["prompt"],
-        options["ckpt_path"],
+    common = (
+        weights,
         options["tokenizer"] or options["data"]["tokenizer"],
         SamplingConfig(**{key: options[key] for key in keys}),
+        OutputConfig(options["stop"], options["json"], options["verbose"]),
         options["device"],
         RuntimeConfig(**options["runtime"]),
     )
+    if options["interactive"]:
+        converse(typed_lines(), *common)
+    else:
+        sample(gather_prompts(texts, options["prompt_file"]), *common)
+
+
+def run_bpb(args: list[str]) -> None:
+    """Bits per byte of each document of files or a data set."""
+    from jsonargparse import set_parsing_settings
+
+    from hymba_lightning.evaluation.documents import print_scores, read_texts, score_texts
+    from hymba_lightning.generation.sample import load
+    from hymba_lightning.model import RuntimeConfig
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = CommandParser(
+        prog="hymba bpb",
+        description="Score texts document by document: each from an empty state, read whole, over its own UTF-8 bytes.",
+    )
+    parser.add_argument(
+        "weights", type=str, help="Artifact, checkpoint of `hymba fit`, folder of `hymba publish`, hf:OWNER/NAME"
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        help="Files, folders, glob patterns, hf:NAME[:SPLIT[:CONFIG]], as `hymba prepare` takes them",
+    )
+    parser.add_argument("--text_key", type=str, default="text", help="Field of a JSON line, or column, with the text")
+    parser.add_argument("--separator", type=str | None, default=None, help="Cut text files into documents there")
+    parser.add_argument("--json", action="store_true", help="A JSON object for each document, and one for all")
+    parser.add_argument("--batch_tokens", type=int, default=8192, help="Most tokens that are read in one forward pass")
+    parser.add_argument("--tokenizer", type=str | None, default=None, help="SentencePiece model (default: the run's)")
+    parser.add_argument("--device", type=str, default="auto", help="cpu, cuda, or auto")
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing"})
+    options = parser.parse_args(positionals_first(parser, args))
+    runtime = RuntimeConfig(**options.runtime.as_dict())
+    net, processor = load(options.weights, options.tokenizer, options.device, runtime)
+    texts = read_texts(options.inputs, options.text_key, options.separator)
+    print_scores(score_texts(net, processor, texts, options.batch_tokens), options.json)
 
 
 def run_report(args: list[str]) -> None:
@@ -161,6 +231,19 @@ def run_package(args: list[str]) -> None:
     parser.add_argument("run", type=str, help="Folder of a run that was fitted, exported and tested")
     parser.add_function_arguments(package, skip={"run"})
     print(package(**parser.parse_args(args).as_dict()))
+
+
+def run_publish(args: list[str]) -> None:
+    """A run → a folder for Hugging Face's libraries, and onto the hub."""
+    from hymba_lightning.package.publish import publish
+
+    parser = CommandParser(
+        prog="hymba publish",
+        description="Write a run's network, tokenizer and model card as Hugging Face's libraries know them.",
+    )
+    parser.add_argument("path", type=str, help="Folder of a run, an artifact, or a checkpoint of `hymba fit`")
+    parser.add_function_arguments(publish, skip={"path"})
+    print(publish(**parser.parse_args(args).as_dict()))
 
 
 def run_audit(args: list[str]) -> None:
@@ -187,6 +270,26 @@ def run_audit(args: list[str]) -> None:
     except RuleBrokenError as broken:
         print(broken, file=sys.stderr)
         sys.exit(1)
+
+
+def run_probe(args: list[str]) -> None:
+    """What a network's context is worth: probe.json, probe.png and a table."""
+    from jsonargparse import set_parsing_settings
+
+    from hymba_lightning.model import RuntimeConfig
+    from hymba_lightning.probes.probe import probe
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = CommandParser(
+        prog="hymba probe",
+        description="Measure what a trained network's context is worth: loss by position with parts of its memory "
+        "taken away, copying and recall by distance, and how long its states last.",
+    )
+    parser.add_argument("file", type=str, help="Artifact, or checkpoint of `hymba fit`")
+    parser.add_function_arguments(probe, skip={"file", "runtime"})
+    parser.add_class_arguments(RuntimeConfig, "runtime", skip={"activation_checkpointing"})
+    options = parser.parse_args(args).as_dict()
+    print(probe(runtime=RuntimeConfig(**options.pop("runtime")), **options))
 
 
 def run_import_reference(args: list[str]) -> None:

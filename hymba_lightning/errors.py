@@ -45,6 +45,7 @@ CHECKS = (
     "lightning.pytorch.trainer",
     "lightning.pytorch.cli",
     "lightning.pytorch.accelerators",
+    "lightning.pytorch.callbacks",
     "lightning.pytorch.strategies",
     "lightning.pytorch.loggers",
     "lightning.pytorch.profilers",
@@ -83,7 +84,7 @@ def is_user_error(error: BaseException) -> bool:
         return False
     if isinstance(error, REFUSALS) and _inside(module, OWN):
         return True
-    return isinstance(error, (*REFUSALS, TypeError)) and _inside(module, CHECKS)
+    return isinstance(error, (*REFUSALS, TypeError, RuntimeError)) and _inside(module, CHECKS)
 
 
 def sentence(error: BaseException) -> str:

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from hymba_lightning.errors import UsageError
+from hymba_lightning.plain import OBJECT, refusal
 from hymba_lightning.usage import unknown
 
-# jsonargparse's words for types, and ours.
-TYPES = (
-    ("a <class 'int'>", "a whole number"),
-    ("a <class 'float'>", "a number"),
-    ("<class 'null'>", "null"),
-    ("a <class 'bool'>", "true or false"),
-    ("a <class 'str'>", "text"),
-    ("a typing.Literal", "one of "),
-    ("<class 'int'>", "a whole number"),
-    ("<class 'float'>", "a number"),
-    ("<class 'bool'>", "true or false"),
-    ("<class 'str'>", "text"),
-    ("typing.", ""),
-    ("NoneType", "null"),
-)
+# Options that are text to work on, whatever it looks like.
+TEXTS = ("prompt",)
 
 
 class OneSentence:
-    """Mixed into a parser: errors are raised as UsageError, with the near misses of an unknown name."""
+    """Mixed into a parser: errors are raised as UsageError, with the near misses of an unknown name.
+
+    Options have to be written out, and a path that begins with ~ lies in the user's folder.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviation would mean something else as soon as an option is added.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """
@@ -50,11 +46,52 @@ class OneSentence:
         if group or key:
             name = ".".join(group.groups()) if group else key[1] if key else ""
             raise unknown("key", name, _names(parser), command) from ex
-        raise UsageError(_plain(message)) from ex
+        raise UsageError(refusal(message, ex, parser)) from ex
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Raises:
+            UsageError: the arguments cannot be understood.
+        """
+        config = super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        _check_groups(self, config)
+        return _at_home(config)
+
+    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Raises:
+            UsageError: an object cannot be made of what was given for it.
+        """
+        try:
+            return super().instantiate_classes(*args, **kwargs)  # type: ignore[misc]
+        except ValueError as error:
+            if str(error).startswith(OBJECT):
+                raise UsageError(refusal(str(error), error, self)) from error
+            raise
 
 
 class CommandParser(OneSentence, ArgumentParser):
     """The parser of a command that is no subcommand of Lightning's."""
+
+
+def positionals_first(parser: CommandParser, args: list[str]) -> list[str]:
+    """`args` with what belongs to no option in front: argparse wants positionals to stand together."""
+    in_front: list[str] = []
+    behind: list[str] = []
+    takes: int | float = 0
+    for arg in args:
+        if arg.startswith("--") and len(arg) > 2:
+            name, _, value = arg.partition("=")
+            action = parser._option_string_actions.get(name)
+            nargs = getattr(action, "nargs", None)
+            takes = 0 if value or nargs == 0 else float("inf") if nargs in ("+", "*") else 1
+            behind.append(arg)
+        elif takes:
+            takes -= 1
+            behind.append(arg)
+        else:
+            in_front.append(arg)
+    return [*in_front, *behind]
 
 
 def with_config_files(args: list[str]) -> list[str]:
@@ -70,8 +107,8 @@ def with_config_files(args: list[str]) -> list[str]:
             continue
         if sign:
             found[index] = f"{option}={_config_file(name)}"
-        elif index + 1 < len(args):
-            found[index + 1] = _config_file(args[index + 1])
+        else:
+            found[index + 1 : index + 2] = [_config_file(args[index + 1] if index + 1 < len(args) else "")]
     return found
 
 
@@ -84,7 +121,9 @@ def shipped_configs() -> dict[str, Path]:
 
 def _config_file(name: str) -> str:
     """A file with settings, checked; `best`, `best.yaml` and `configs/best.yaml` name a shipped one."""
-    path, shipped = Path(name), shipped_configs()
+    if not name or name.startswith("--"):
+        raise UsageError("--config needs a file, such as configs/demo.yaml")
+    path, shipped = Path(name).expanduser(), shipped_configs()
     if not path.exists() and path.parent.as_posix() in (".", "configs"):
         path = shipped.get(path.name.removesuffix(".yaml"), path)
     try:
@@ -107,31 +146,44 @@ def _config_file(name: str) -> str:
     return str(path)
 
 
+def _check_groups(parser: Any, config: Any) -> None:
+    """
+    Raises:
+        UsageError: a group of options, such as `trainer`, was given something that holds no options.
+    """
+    dests = [action.dest for action in parser._actions if not action.dest.endswith(".help")]
+    own = {action.dest for action in parser._actions if hasattr(action, "_typehint")}
+    groups = {".".join(parts[:end]) for parts in (dest.split(".") for dest in dests) for end in range(1, len(parts))}
+    for group in sorted(groups - own):
+        value = config.get(group, {})
+        if not isinstance(value, Namespace | dict):
+            example = next(dest for dest in dests if dest.startswith(f"{group}."))
+            given = "null" if value is None else value
+            raise UsageError(f"{group} is {given!r}, and has to be a mapping of options, such as {example}, to values")
+    for action in parser._actions:
+        for name, inner in (getattr(action, "_name_parser_map", None) or {}).items():
+            if name in config:
+                _check_groups(inner, config[name])
+
+
+def _at_home(value: Any) -> Any:
+    """The same with every text that begins as a path in a user's folder written out: shells do so only at the start of
+    a word, which the value in `--run_dir=~/a` or in a file is not."""
+    if isinstance(value, Namespace):
+        for key, inner in vars(value).items():
+            if key not in TEXTS:
+                setattr(value, key, _at_home(inner))
+        return value
+    if isinstance(value, dict):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_at_home(inner) for inner in value]
+    return os.path.expanduser(value) if isinstance(value, str) and re.match(r"~[\w-]*(/|$)", value) else value
+
+
 def _names(parser: Any) -> list[str]:
     names = [name for name in parser._option_string_actions if name.startswith("--")]
     for action in parser._actions:  # a parser of subcommands knows none of their options
         for inner in (getattr(action, "_name_parser_map", None) or {}).values():
             names += _names(inner)
     return [name for name in names if not name.endswith((".help", "+"))]
-
-
-def _plain(message: str) -> str:
-    """jsonargparse's text on one line, with the option in front and types in plain words."""
-    text = " ".join(message.split())
-    for theirs, ours in TYPES:
-        text = text.replace(theirs, ours)
-    found = re.fullmatch(r'Parser key "([^"]+)": (.*)', text)
-    if found is None:
-        return text
-    name, text = found.groups()
-    # The alternatives of a union, with the reason against each, say no more than what was given.
-    text = re.sub(
-        r"Does not validate against any of the Union subtypes.*? Subtypes: \[?(.*?)\]? Errors:.*? "
-        r"Given value type: .*? Given value: (.*)",
-        r"Expected one of \1. Got value: \2",
-        text,
-    )
-    simple = re.fullmatch(r"Expected (.*?)\. Got value: (.*)", text)
-    if simple:
-        text = f"expected {simple[1]}, got {simple[2]!r}"
-    return f"--{name}: {text[:1].lower()}{text[1:]}"

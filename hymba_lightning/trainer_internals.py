@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -16,6 +17,9 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from hymba_lightning import signals
+
+# A loader of as many batches has no end; this package's says that it has 2^40.
+ENDLESS = 1 << 39
 
 
 def is_trial(trainer: pl.Trainer) -> bool:
@@ -89,6 +93,29 @@ def rewind_to_accumulation_window(trainer: pl.Trainer) -> None:
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is not None:
         fetcher.fetched -= surplus
+
+
+def step_limit(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps after which `max_steps`, or `max_epochs` over so many batches, ends a fit; None for no end.
+
+    To be asked when the loaders are there. A loader that is not to end says so by a length out of reach.
+    """
+    limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if epochs is not None and epochs >= 0 and batches < ENDLESS:
+        limits.append(-(-int(batches) // trainer.accumulate_grad_batches) * epochs)
+    return min(limits, default=None)
+
+
+def is_ending(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer step just made is the last one."""
+    return trainer.should_stop or trainer.global_step == step_limit(trainer)
+
+
+def time_limit(trainer: pl.Trainer) -> Timer | None:
+    """The timer of `max_time`, or one of the user's, that ends a fit; None for none."""
+    timers = (callback for callback in callbacks_of(trainer) if isinstance(callback, Timer))
+    return next((timer for timer in timers if timer.time_remaining() is not None), None)
 
 
 def end_where_nothing_is_left(trainer: pl.Trainer) -> None:

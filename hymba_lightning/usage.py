@@ -7,6 +7,7 @@ import importlib.metadata
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hymba_lightning import __version__
 from hymba_lightning.errors import UsageError
@@ -20,8 +21,11 @@ COMMANDS = {
     "export": "a checkpoint → an artifact, by any scheme and limit",
     "inspect": "what an artifact holds and where its bytes are",
     "sample": "let a checkpoint or an artifact continue a text",
+    "bpb": "bits per byte of each document of any files",
     "report": "one HTML page on one or more runs",
     "package": "the challenge's folder for a run, scored there as a referee would",
+    "publish": "a run's network for Hugging Face's libraries, and onto the hub",
+    "probe": "what is the context worth? loss, copying and recall by distance, without this or that",
     "audit": "do the rules of the score hold? an artifact, or a folder of package",
     "import-reference": "take over the public reference run's checkpoint or quantized file",
 }
@@ -44,8 +48,14 @@ OTHER_NAMES = {
     "show": "inspect",
     "plot": "report",
     "submit": "package",
+    "upload": "publish",
+    "push": "publish",
     "submission": "package",
 }
+_QAT = "late quantization-aware training made artifacts no better at 4 or 6 bits; leave it out"
+# Options of earlier versions: the value that did nothing, with which the config of an old run is still taken, and why
+# they are gone.
+REMOVED: dict[str, tuple[Any, str]] = {"model.qat_start": (1.0, _QAT), "model.runtime.qat_bits": (0, _QAT)}
 MISSING = {
     "fit": "nothing says what to train on and what ends the run: give --config with a file, such as "
     "demo.yaml, which comes with the package, or --data.data_dir and one of --model.budget_seconds and "
@@ -116,12 +126,26 @@ def near_misses(name: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 
 def unknown(kind: str, name: str, known: Iterable[str], command: str) -> UsageError:
-    """The error for an option or a key of a config that does not exist."""
+    """The error for an option or a key of a config that does not exist, or no longer."""
+    if name.lstrip("-") in REMOVED:
+        return UsageError(f"{kind} {name} was removed: {REMOVED[name.lstrip('-')][1]}")
     near = near_misses(name, known) if kind != "argument" else []
     if kind != "option":
         near = [option.lstrip("-") for option in near]
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     return UsageError(f"unknown {kind} {name}{hint}; `{command} --help` lists them all")
+
+
+def without_removed(value: Any) -> Any:
+    """A config's values without removed options that did nothing; every run once wrote them into its config.yaml."""
+    for name, (idle, _) in REMOVED.items():
+        *groups, last = name.split(".")
+        inner = value
+        for group in groups:
+            inner = inner.get(group) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and last in inner and inner[last] == idle:
+            del inner[last]
+    return value
 
 
 def without_options(args: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -158,18 +182,27 @@ def after_stop(args: Sequence[str], signal_name: str, saved: Saved | None) -> st
     """The last words of a command that a signal ended."""
     if args[0] != "fit":
         return f"stopped by {signal_name} before it was done; to do it again: hymba {shlex.join(args)}"
+    if saved is None and any(arg.partition("=")[0] == "--ckpt_path" for arg in args):
+        again = shlex.join(without_options(args, ("--overwrite",)))
+        return (
+            f"stopped by {signal_name} before it made a step; the checkpoint that it was to go on from is as it was. "
+            f"To go on: hymba {again}"
+        )
     if saved is None:
         return f"stopped by {signal_name} before anything was saved; to start again: hymba {shlex.join(args)}"
     return f"stopped by {signal_name}; {saved.path} holds step {saved.step}. To go on: {resume_command(args, saved)}"
 
 
 def after_fit(run_dir: Path, artifact: Path | None) -> str:
-    """What a finished run is good for, as commands."""
+    """What a finished run is good for, as commands. `artifact`: None where there is only the checkpoint, or nothing."""
     run = shlex.quote(str(run_dir))
-    weights = shlex.quote(str(artifact or run_dir / "checkpoints" / "last.ckpt"))
+    file = artifact or run_dir / "checkpoints" / "last.ckpt"
+    if not file.is_file():
+        return f"next: hymba report {run}"
+    weights = shlex.quote(str(file))
     config = shlex.quote(str(run_dir / "config.yaml"))
     return (
         f"next: hymba test --config {config} --run_dir {run} --ckpt_path {weights}\n"
-        f'      hymba sample --ckpt_path {weights} --prompt "Once"\n'
+        f'      hymba sample {weights} "Once"\n'
         f"      hymba report {run}"
     )

@@ -30,13 +30,16 @@ LEVELS = {
     "interop": 2,
     "metrics": 2,
     "plots": 2,
+    "probes": 4,
     "trainer_internals": 2,
     "run": 3,
+    "hf": 3,
     "report": 4,
     "callbacks": 4,
     "package": 5,
     "training": 5,
     "options": 6,
+    "plain": 6,
     "training_options": 6,
     "studies": 6,
     "cli": 6,
@@ -136,3 +139,30 @@ def test_text_files_are_utf_8_whatever_the_locale(path):
 def test_files_stay_readable_in_one_go():
     long = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in FILES}
     assert {name: lines for name, lines in long.items() if lines > 400} == {}
+
+
+# Extras, by the only places that may import them when they are imported themselves.
+EXTRAS = {"transformers": "hf", "huggingface_hub": "hf", "safetensors": "hf", "tokenizers": "hf", "lm_eval": "interop"}
+
+
+def _at_import(tree: ast.AST) -> list[str]:
+    """Packages imported outside of functions, so as soon as the module is."""
+    names, waiting = [], list(ast.iter_child_nodes(tree))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            names += [alias.name.split(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module.split(".")[0])
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_extras_are_imported_by_their_own_package_alone(path):
+    home = path.relative_to(PACKAGE).parts[0]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert [name for name in _at_import(tree) if EXTRAS.get(name, home) != home] == []
+    for name in imported(path):
+        assert home == "hf" or not name.startswith("hymba_lightning.hf"), f"{path.name} imports {name}"

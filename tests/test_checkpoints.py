@@ -8,6 +8,7 @@ import math
 import random
 import struct
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +165,13 @@ def test_nothing_in_a_file_is_executed_and_bombs_are_refused(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="more than tensors and plain values"):
         read_checkpoint(path)
     assert "executed" not in capsys.readouterr().out
+    for values, named in (({"a": Malicious()}, "builtins.print"), ({"a": Path("x")}, "pathlib")):
+        write_checkpoint(path, values)
+        with pytest.raises(CheckpointError, match=named) as refused:
+            read_checkpoint(path)
+        # torch advises to load the file all the same, in bold letters.
+        assert "weights_only" not in str(refused.value)
+        assert str(refused.value).isprintable()
     write_checkpoint(path, [1, 2])
     with pytest.raises(CheckpointError, match="no dictionary"):
         read_checkpoint(path)

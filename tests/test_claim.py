@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -47,7 +48,17 @@ def test_a_claim_of_another_process_ends_when_it_is_killed(tmp_path):
     pytest.fail("the claim outlived its process")
 
 
-def test_a_claim_whose_owner_is_not_written_down_yet_still_refuses(tmp_path):
+def test_an_owner_that_is_written_down_a_moment_later_is_waited_for(tmp_path):
+    claim = FolderClaim(tmp_path, "hymba prepare")
+    claim.take()
+    (tmp_path / ".owner.json").rename(tmp_path / "later")
+    threading.Timer(0.1, lambda: (tmp_path / "later").rename(tmp_path / ".owner.json")).start()
+    with pytest.raises(FolderInUseError, match=f"process {os.getpid()} on "):
+        FolderClaim(tmp_path, "hymba fit").take()
+    claim.release()
+
+
+def test_a_claim_whose_owner_is_never_written_down_still_refuses(tmp_path):
     claim = FolderClaim(tmp_path, "hymba prepare")
     claim.take()
     (tmp_path / ".owner.json").write_text("{")

@@ -52,6 +52,22 @@ def test_outside_the_training_loop_a_signal_ends_fit_at_once(tmp_path, config, p
         assert "before anything was saved" in last_line(log)
 
 
+@pytest.mark.parametrize("phase", ["setup", "warm-up"])
+def test_a_run_that_was_to_go_on_still_has_what_it_goes_on_from(tmp_path, config, phase):
+    log, run = tmp_path / "log", tmp_path / "run"
+    fit = ["fit", "--config", str(config), "--run_dir", str(run)]
+    assert finish([start([*fit, "--trainer.max_steps", "2"], log)]) == [0], log_of(log)
+    process = start([*fit, "--ckpt_path", "last", "--trainer.max_steps", "4"], log, hook=PHASES[phase])
+    wait_for(lambda: waits(log))
+    os.kill(process.pid, signal.SIGTERM)
+    assert finish([process], timeout=20) == [143], log_of(log)
+    assert "anything was saved" not in last_line(log)
+    assert "is as it was" in last_line(log) if phase == "setup" else "last.ckpt holds step 2" in last_line(log)
+    command = shlex.split(last_line(log).partition("o go on: ")[2])
+    assert finish([start(command[1:], log)]) == [0], log_of(log)
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 def test_the_last_line_is_the_command_that_goes_on(tmp_path, config, signum):
     log, run = tmp_path / "log", tmp_path / "a run"

@@ -29,9 +29,16 @@ def work(tmp_path_factory):
     for name, text in {
         "key": "model:\n  net:\n    widnow: 3\n",
         "section": "modle:\n  budget_seconds: 3\n",
+        "idle": "model:\n  qat_start: 1.0\n  runtime:\n    qat_bits: 0\n",
+        "removed": "model:\n  runtime:\n    qat_bits: 4\n",
         "type": "model:\n  net:\n    window: abc\n",
         "list": "[1, 2]\n",
         "yaml": "model: {net: [\n",
+        "trainer": "trainer: 3\n",
+        "net": "model: {net: [1, 2]}\n",
+        "no_net": "model: {net: null}\n",
+        "callbacks": "trainer: {callbacks: 3}\n",
+        "monitor": "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/nope}}]}\n",
     }.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     (folder / "latin.yaml").write_bytes("# é\n".encode("latin-1"))
@@ -57,6 +64,11 @@ FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
         ((*FIT, "--budget_seconds=3"), ["option --budget_seconds", "--model.budget_seconds?"]),
         ((*FIT, "--config", "{}/key.yaml"), ["key model.net.widnow", "model.net.window?"]),
         ((*FIT, "--config", "{}/section.yaml"), ["key modle", "did you mean model"]),
+        # The first file is that of an old run, whose options did nothing; the second one meant it.
+        (
+            (*FIT, "--config", "{}/idle.yaml", "--config", "{}/removed.yaml"),
+            ["key model.runtime.qat_bits was removed: late quantization-aware training", "leave it out"],
+        ),
         ((*FIT, "--config", "{}/type.yaml"), ["--model.net.window: expected a whole number, got 'abc'"]),
         ((*FIT, "--config", "{}/list.yaml"), ["list.yaml holds a list"]),
         ((*FIT, "--config", "{}/yaml.yaml"), ["yaml.yaml, line 2", "no YAML"]),
@@ -72,6 +84,48 @@ FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
         ((*FIT, "--trainer.devices", "0"), ["devices", "0"]),
         ((*FIT, "--trainer.strategy", "luck"), ["luck"]),
         ((*FIT, "stray"), ["argument stray"]),
+        ((*FIT, "--config", "{}/trainer.yaml"), ["trainer is 3", "mapping of options, such as trainer."]),
+        ((*FIT, "--config", "{}/net.yaml"), ["model.net is [1, 2]", "mapping of options, such as model.net."]),
+        ((*FIT, "--config", "{}/no_net.yaml"), ["model.net is", "null", "mapping of options"]),
+        (
+            (*FIT, "--config", "{}/callbacks.yaml"),
+            ["--trainer.callbacks: expected a list, a Callback or null, got '3'"],
+        ),
+        ((*FIT, "--config", "{}/monitor.yaml"), ["EarlyStopping monitors 'val/nope'", "use val/bpb or val/loss"]),
+        ((*FIT, "--config"), ["--config needs a file"]),
+        ((*FIT, "--model.net", "3"), ["--model.net: '3' is no YAML file, and no mapping of options"]),
+        ((*FIT, "--model.net", '{"window": "x"}'), ["--model.net.window: expected a whole number, got 'x'"]),
+        ((*FIT, "--model.net.window", "null"), ["--model.net.window: expected a whole number, got null"]),
+        ((*FIT, "--trainer.max_steps"), ["--trainer.max_steps needs a value"]),
+        ((*FIT, "--trainer.max_step", "3"), ["option --trainer.max_step ", "--trainer.max_steps?"]),
+        ((*FIT, "--run_di", "x"), ["option --run_di ", "--run_dir?"]),
+        ((*FIT, "--trainer.precision", "bf17"), ["--trainer.precision: expected 64, 32, 16, ", "or null, got 'bf17'"]),
+        ((*FIT, "--trainer.logger", "CsvLogger"), ["there is no Logger 'CsvLogger' (did you mean CSVLogger?)"]),
+        ((*FIT, "--trainer.logger", "os.path"), ["--trainer.logger: there is no Logger 'os.path'"]),
+        (
+            (*FIT, "--trainer.logger", "CometLogger"),
+            ["CometLogger needs the package comet-ml", "not installed: pip install 'comet-ml"],
+        ),
+        ((*FIT, "--trainer.logger.save_dir", "x"), ["--trainer.logger.save_dir: say first which Logger"]),
+        (
+            (*FIT, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dirr", "x"),
+            ["--trainer.logger: unknown key save_dirr (did you mean save_dir?)"],
+        ),
+        ((*FIT, "--trainer.callbacks+", "EarlyStopping"), ["--trainer.callbacks needs --trainer.callbacks.monitor"]),
+        (
+            (*FIT, "--trainer.callbacks+", "EarlyStopping", "--trainer.callbacks.patience", "x"),
+            ["--trainer.callbacks.patience: expected a whole number, got 'x'"],
+        ),
+        (
+            (*FIT, "--trainer.callbacks+", "ModelCheckpoint", "--trainer.callbacks.save_top_k", "-3"),
+            ["--trainer.callbacks: Invalid value for save_top_k=-3"],
+        ),
+        ((*FIT, "--trainer.accumulate_grad_batches", "0"), ["trainer.accumulate_grad_batches is 0"]),
+        ((*FIT, "--trainer.max_steps", "-1"), ["nothing ends this run", "trainer.max_time"]),
+        ((*FIT, "--trainer.max_epochs", "0"), ["nothing would be trained: trainer.max_epochs is 0"]),
+        ((*FIT, "--trainer.barebones", "true"), ["trainer.barebones"]),
+        ((*FIT, "--seed_everything", "-1"), ["--seed_everything is -1", "2^32"]),
+        (("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/tiny.yaml"), ["tiny.yaml cannot be made", "is a file"]),
         (("fit",), ["--config", "--data.data_dir"]),
         (("test", "--config", "{}/tiny.yaml"), ["give --ckpt_path"]),
         (("validate",), ["give --ckpt_path"]),
@@ -93,7 +147,29 @@ def test_bad_input_is_answered_in_one_sentence(work, args, parts):
     assert text.count("\n") == 1, text
     for part in parts:
         assert part in text
-    assert not (work / "run" / "checkpoints").exists()
+    for jargon in ("NestedArg", "<class", "Union", "Parser key", "Namespace("):
+        assert jargon not in text
+    assert not (work / "run").exists(), "what is refused leaves no folder"
+
+
+def test_a_path_may_lie_in_the_users_folder_wherever_it_is_written(work, monkeypatch):
+    """No shell writes out the ~ in `--run_dir=~/a`, nor in a file."""
+    home = work / "home"
+    home.mkdir()
+    (home / "more.yaml").write_text("checkpoint: {dirpath: ~/kept}\nexport: {enabled: true, filename: ~/small.hymba}\n")
+    monkeypatch.chdir(home)  # where a folder named ~ would be made
+    environment = {"HOME": str(home)}
+    log = work / "log.home"
+    args = ["fit", "--config", str(work / "tiny.yaml"), "--config=~/more.yaml", "--run_dir=~/run"]
+    args += ["--trainer.max_steps", "2", "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir=~/logs"]
+    assert finish([start(args, log, environment)]) == [0], log_of(log)
+    assert finish(
+        [
+            start(["inspect", "~/small.hymba"], log, environment),
+            start(["report", "~/run", "--out=~/page"], log, environment),
+        ]
+    ) == [0, 0], log_of(log)
+    assert {path.name for path in home.iterdir()} == {"more.yaml", "kept", "small.hymba", "run", "logs", "page"}
 
 
 def test_debug_shows_where_an_error_comes_from(work):
@@ -257,6 +333,15 @@ def test_near_misses(name, expected):
         "--run_dir",
     ]
     assert usage.near_misses(name, known)[:1] == ([expected] if expected else [])
+
+
+def test_the_config_of_an_old_run_loses_only_what_did_nothing():
+    idle = {"model": {"qat_start": 1.0, "compile": False, "runtime": {"qat_bits": 0, "loss_backend": "auto"}}}
+    assert usage.without_removed(idle) == {"model": {"compile": False, "runtime": {"loss_backend": "auto"}}}
+    used = {"model": {"qat_start": 0.85, "runtime": {"qat_bits": 4}}}
+    assert usage.without_removed(used) == {"model": {"qat_start": 0.85, "runtime": {"qat_bits": 4}}}
+    assert usage.without_removed({"model": None}) == {"model": None}
+    assert usage.without_removed("text") == "text"
 
 
 def test_the_command_that_goes_on_keeps_what_was_asked_for():

@@ -8,10 +8,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.shards import write_shard
-from hymba_lightning.model import HymbaConfig, RuntimeConfig
+from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.training.module import HymbaModule
 from hymba_lightning.training.optim import OptimizerConfig
 
@@ -28,6 +29,16 @@ NET = {
     "bigram_dim": 8,
     "mlp_mult": 2,
 }
+
+
+def lively(config: HymbaConfig) -> Hymba:
+    """A network whose zero-initialised parts say something."""
+    torch.manual_seed(3)
+    net = Hymba(config)
+    for parameter in net.parameters():
+        if not parameter.detach().any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return net
 
 
 def write_data(folder: Path, n_train: int = 20_000, n_val: int = 700) -> Path:

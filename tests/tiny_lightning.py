@@ -15,21 +15,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from hymba_lightning.model.roles import Module, Role, declare, parameter
 from hymba_lightning.run.run import ClockReading, Run
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
 
 VOCAB, WIDTH = 16, 8
 
 
-class TinyMixer(nn.Module):
+class TinyMixer(Module):
     def __init__(self) -> None:
         super().__init__()
         self.c_q = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
         self.proj = nn.Linear(2 * WIDTH, WIDTH, bias=False)
         self.conv1d = nn.Conv1d(WIDTH, WIDTH, 2, groups=WIDTH)
         self.dt_proj = nn.Linear(2, WIDTH)
-        self.A_log = nn.Parameter(torch.zeros(WIDTH, 3))
-        self.D = nn.Parameter(torch.ones(WIDTH))
+        self.A_log = parameter(torch.zeros(WIDTH, 3), Role.DYNAMICS)
+        self.D = parameter(torch.ones(WIDTH), Role.CONTROL)
+        for linear in (self.c_q, self.proj):
+            declare(linear, weight=Role.MATRIX)
+        declare(self.conv1d, weight=Role.CONVOLUTION, bias=Role.SCALAR)
+        declare(self.dt_proj, weight=Role.DYNAMICS_MATRIX, bias=Role.DYNAMICS)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = self.proj(F.silu(self.c_q(x_BTD)))
@@ -38,11 +43,11 @@ class TinyMixer(nn.Module):
         return self.D * conv_BTD + dt_BTD * torch.exp(-self.A_log.exp()).sum(-1)
 
 
-class TinyBlock(nn.Module):
+class TinyBlock(Module):
     def __init__(self) -> None:
         super().__init__()
         self.attn = TinyMixer()
-        self.attn_scale = nn.Parameter(torch.ones(WIDTH))
+        self.attn_scale = parameter(torch.ones(WIDTH), Role.CONTROL)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return x_BTD + self.attn_scale * self.attn(x_BTD)
@@ -54,6 +59,7 @@ class TinyNet(nn.Module):
     def __init__(self, dropout: float = 0.1) -> None:
         super().__init__()
         self.tok_emb = nn.Embedding(VOCAB, WIDTH)
+        declare(self.tok_emb, weight=Role.EMBEDDING)
         self.blocks = nn.ModuleList([TinyBlock(), TinyBlock()])
         self.blocks[1].attn.c_q = self.blocks[0].attn.c_q
         self.dropout = nn.Dropout(dropout)
@@ -84,7 +90,7 @@ class TinyModule(pl.LightningModule):
         self.test_weights: list[Tensor] = []
 
     def configure_optimizers(self) -> HymbaOptimizer:
-        return build_optimizer(self.net.named_parameters(), self.optimizer_config, tied=True)
+        return build_optimizer(self.net, self.optimizer_config)
 
     def setup(self, stage: str) -> None:
         Run.of(self.trainer).schedules = [self.on_clock]

@@ -1,5 +1,6 @@
 """Checkpoints to resume from: whole or absent, never at the budget's cost, always between two optimizer steps."""
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
@@ -11,6 +12,7 @@ from weakref import proxy
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hymba_lightning import signals
@@ -18,7 +20,7 @@ from hymba_lightning.callbacks.owner import FolderOwner, settle
 from hymba_lightning.callbacks.random_state import random_states, restore_random_states
 from hymba_lightning.checkpoints import write_checkpoint
 from hymba_lightning.run.run import Run, require_clock
-from hymba_lightning.trainer_internals import dump_checkpoint, is_trial, signals_not_broadcast
+from hymba_lightning.trainer_internals import dump_checkpoint, is_ending, is_trial, signals_not_broadcast
 
 
 class CheckpointWriteError(OSError):
@@ -60,7 +62,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
             raise ValueError(f"checkpoint.every_n_steps is {every_n_steps}; it must be 1 or more, or null for none")
         # The interval only tells the base class not to save at the end of an epoch; this class decides by itself.
         super().__init__(
-            dirpath=dirpath,
+            dirpath=None if dirpath is None else os.path.expanduser(dirpath),
             save_last=True,
             save_top_k=0,
             train_time_interval=timedelta(days=365),
@@ -130,8 +132,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
         code = 0 if clock is None else clock.stop_code
         # The end of training is saved here, not in on_train_end: there Lightning counts the epoch as finished, and a
         # resumed run with a larger budget would have nothing left to do.
-        ending = trainer.should_stop or trainer.global_step == trainer.max_steps
-        if ending or self._due(trainer):
+        if is_ending(trainer) or self._due(trainer):
             self._save(trainer, must_succeed=bool(code))
         if code in signals.HANDLED:
             raise signals.Stopped(code)
@@ -186,6 +187,8 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._path.is_file() and trainer.ckpt_path and Path(trainer.ckpt_path).resolve() == self._path.resolve():
             self._last_global_step_saved = checkpoint["global_step"]
+            if trainer.state.fn == TrainerFn.FITTING:
+                signals.note_saved(self._path, checkpoint["global_step"])
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "random_states": random_states()}
@@ -208,7 +211,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
         if is_trial(trainer) or trainer.sanity_checking:
             return
         clock = Run.of(trainer).clock
-        with nullcontext() if clock is None else clock.paused():
+        with nullcontext() if clock is None else clock.paused(), Run.of(trainer).phases.inside("checkpoints"):
             path = self._path
             # Part of the state that is saved.
             self.last_model_path = self.best_model_path = str(path)

@@ -67,7 +67,11 @@ class CompileWarmup(Callback):
             )
             return
         rank_zero_info(f"warming up: {self.steps} steps that are undone before training starts")
-        with everything_restored(pl_module, trainer.optimizers), self._unlogged(trainer, pl_module):
+        with (
+            Run.of(trainer).phases.inside("warm_up"),
+            everything_restored(pl_module, trainer.optimizers),
+            self._unlogged(trainer, pl_module),
+        ):
             for step in range(self.steps):
                 self._run_step(trainer, pl_module, step)
             if pl_module.device.type == "cuda":

@@ -1,8 +1,10 @@
 """After training: weights → artifact on disk → reloaded → scored, each stage's bits per byte by itself."""
 
+import os
+
 import lightning.pytorch as pl
 
-from hymba_lightning.callbacks.owner import FolderOwner
+from hymba_lightning.callbacks.owner import FolderOwner, settle
 from hymba_lightning.quantization import QuantizationConfig
 from hymba_lightning.run.finish import ExportSettings, finish, rehearse
 from hymba_lightning.run.folder import ARTIFACT, RunFolder
@@ -41,6 +43,7 @@ class ExportArtifact(FolderOwner):
             raise ValueError(f"export.calibration_batches is {calibration_batches}; it must be at least 1")
         if not filename or filename.endswith("/"):
             raise ValueError(f"export.filename is {filename!r}; it must name a file, e.g. artifact.hymba")
+        filename = os.path.expanduser(filename)
         self.settings = ExportSettings(enabled, filename, quantization, calibration_batches, score_stages)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -68,7 +71,8 @@ class ExportArtifact(FolderOwner):
         """On a GPU, calibrates once before the clock starts: what that compiles would not fit into the reserve."""
         wanted = self.settings.enabled and self.settings.quantization.calibrated and not is_trial(trainer)
         if wanted and pl_module.device.type == "cuda":
-            rehearse(trainer, pl_module, self.settings)
+            with Run.of(trainer).phases.inside("warm_up"):
+                rehearse(trainer, pl_module, self.settings)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         end_run(trainer, pl_module)
@@ -93,6 +97,7 @@ def end_run(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     if run.ended or is_trial(trainer) or require_clock(run).stop_code:
         return
     run.ended, run.ends = True, False
+    settle(trainer)
     for prepare in run.before_end:
         prepare()
     finish(trainer, pl_module, run.export or ExportSettings(enabled=False, score_stages=False), run.plots)

@@ -1,9 +1,11 @@
 """For callbacks that write to the run's folder: claim it, clear what an old run left, let go of it."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from hymba_lightning.run.record import RunRecord
@@ -25,6 +27,7 @@ class FolderOwner(pl.Callback):
         folder = run.folder_of(trainer)
 
         def claim() -> None:
+            folder.log_dirs = [Path(path) for logger in trainer.loggers if (path := getattr(logger, "log_dir", None))]
             folder.claim(f"hymba {TrainerFn(trainer.state.fn).value}")
             if stage != "fit":
                 run.record = RunRecord.load(folder.path)
@@ -54,6 +57,15 @@ class FolderOwner(pl.Callback):
     ) -> None:
         """With its first step a run has begun for good."""
         settle(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Weights and data were taken: nothing is refused any more."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            Run.of(trainer).settled = True
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As `on_validation_start`."""
+        Run.of(trainer).settled = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
@@ -85,10 +97,18 @@ def settle(trainer: pl.Trainer) -> None:
             run.folder.settle()
 
 
+def _flush(trainer: pl.Trainer) -> None:
+    """TensorBoard's writer opens its file for each write: none may come after the file is gone."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.flush()
+
+
 def _close(trainer: pl.Trainer) -> None:
     run = Run.of(trainer)
     if run.folder is not None and run.folder.is_open:
-        if run.started_fit and not run.settled and trainer.is_global_zero:
+        if not run.settled and trainer.is_global_zero:
+            _flush(trainer)
             run.folder.restore()
         run.folder.close()
     run.started_fit = run.settled = False

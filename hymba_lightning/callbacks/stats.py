@@ -9,8 +9,10 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from hymba_lightning.evaluation.score import sum_over_ranks, world
+from hymba_lightning.model.costs import train_flops_per_token
 from hymba_lightning.run.history import TrainRow
 from hymba_lightning.run.run import Run, require_clock
+from hymba_lightning.trainer_internals import is_ending
 
 # Dense bfloat16 peak in TFLOP/s by the vendors' datasheets, looked up by a part of the device's name.
 PEAK_TFLOPS = {
@@ -85,8 +87,7 @@ class TrainingStats(pl.Callback):
         # Every rank's micro-batches are of one size.
         run.history.tokens += self._tokens * world()[1]
         self._tokens = 0
-        ending = trainer.should_stop or step == trainer.max_steps
-        if step > 1 and step % self.every_n_steps and not ending:
+        if step > 1 and step % self.every_n_steps and not is_ending(trainer):
             return
         mean = run.losses.take()
         if mean is None:
@@ -105,27 +106,42 @@ class TrainingStats(pl.Callback):
         }
         for group in trainer.optimizers[0].param_groups:
             values[f"weights_lr/{group['name']}"] = group["lr"]
-            if group["algorithm"] == "muon":
+            if group.get("momentum"):
                 values["weights_lr/muon_momentum"] = group["momentum"]
         if rate:
             values["wall_clock/tokens_per_s"] = rate
             if self.peak_tflops:
-                flops = rate * run.net.config.train_flops_per_token(run.batch_seq_len)
+                flops = rate * train_flops_per_token(run.net, run.batch_seq_len)
                 values["wall_clock/mfu"] = flops / (self.peak_tflops * 1e12 * world()[1])
         values["wall_clock/peak_memory_gb"] = peak_memory_gb(pl_module.device)
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        Run.of(trainer).phases.begin("training")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            Run.of(trainer).phases.enter("validation")
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # While it validates, a fitting trainer is not `training`.
         run = Run.of(trainer)
-        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            run.phases.leave()
+        fitting = fitting and not trainer.sanity_checking
         if fitting and run.validation is not None and run.validation.step == trainer.global_step:
             run.note_validation(trainer, run.validation.score)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._run is None else self._run.history.state_dict()
+        if self._run is None:
+            return {}
+        return self._run.history.state_dict() | {"phases": self._run.phases.seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._run is not None:
             self._run.history.load_state_dict(state_dict)
+            self._run.phases.add(state_dict.get("phases", {}))

@@ -9,12 +9,13 @@ import lightning.pytorch as pl
 
 from hymba_lightning.callbacks.export import end_run, expect_end
 from hymba_lightning.callbacks.owner import FolderOwner
+from hymba_lightning.checkpoints import weights_sha256
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.audit import StreamAudit, describe_context
 from hymba_lightning.files import write_atomic
 from hymba_lightning.plots import plot_context, plot_ttt
-from hymba_lightning.run.record import DataIdentity, ScoreRecord, weights_sha256
+from hymba_lightning.run.record import DataIdentity, ScoreRecord
 from hymba_lightning.run.run import Run, settings_of
 from hymba_lightning.run.summary import environment, print_table, score_as_dict
 from hymba_lightning.run.tensorboard import FINAL, log_picture
@@ -61,6 +62,7 @@ class RunSummary(FolderOwner):
     # Test --------------------------------------------------------------------------------------------------------
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_test_start(trainer, pl_module)
         run, keep = Run.of(trainer), self.per_token_nats and trainer.is_global_zero
         self._audit = StreamAudit(run.folder_of(trainer).path, run.net.config.bos_id, keep)
         self._weights = _weights(run) if trainer.is_global_zero else ""

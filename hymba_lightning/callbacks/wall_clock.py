@@ -13,13 +13,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hymba_lightning.callbacks.stopwatch import Stopwatch
 from hymba_lightning.checkpoints import check_clock_state
 from hymba_lightning.run.run import ClockReading, Run
+from hymba_lightning.trainer_internals import step_limit, time_limit
+
+NO_END = (
+    "nothing ends this run: set model.budget_seconds, trainer.max_steps, trainer.max_time, or trainer.max_epochs for a "
+    "loader that ends"
+)
 
 
 class WallClock(Callback):
@@ -79,6 +85,10 @@ class WallClock(Callback):
         self._seen_step = 0
         self._inside_step = False
         self._requested_code = 0
+        self._timer: Timer | None = None
+        """Lightning's, of trainer.max_time."""
+        self._time_done = 0.0
+        """Rank 0's share of max_time that is over."""
         self._group: dist.ProcessGroup | None = None
         self._event: torch.cuda.Event | None = None
 
@@ -158,14 +168,19 @@ class WallClock(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """
         Raises:
-            ValueError: the Trainer has a lower limit on steps or epochs, against which no budget can be kept.
+            ValueError: the Trainer has a lower limit on steps or epochs, against which no budget can be kept, or
+                nothing ends the run.
         """
+        self._timer = time_limit(trainer)
+        if self.budget_seconds is None and self._timer is None and step_limit(trainer) is None:
+            raise ValueError(NO_END)
         if self.budget_seconds is not None and (trainer.min_steps or trainer.min_epochs):
             raise ValueError(
                 "a budget cannot be kept together with Trainer(min_steps=…) or Trainer(min_epochs=…); leave those out"
             )
         self._seen_step = trainer.global_step
         spent = self._boundary = self.elapsed()
+        self._time_done = trainer.strategy.broadcast(self._share_of_time()) if self._timer is not None else 0.0
         self._reading = self._read(trainer, spent)
         usable = self.usable_seconds
         if usable is not None and spent + (self._predicted_step() if self._recent else 0.0) >= usable:
@@ -242,11 +257,13 @@ class WallClock(Callback):
         self._recent.extend(state_dict["recent"])
 
     def _read(self, trainer: Trainer, elapsed: float) -> ClockReading:
-        max_steps = trainer.max_steps if trainer.max_steps > 0 else None
+        max_steps = step_limit(trainer) or None
         usable = self.usable_seconds
-        shares = [0.0]
+        shares = [self._time_done]
         if usable is not None:
             shares.append(elapsed / usable)
+        elif self._timer is not None and self._time_done > 0.0:
+            usable = elapsed / self._time_done
         if max_steps is not None:
             shares.append(trainer.global_step / max_steps)
         return ClockReading(
@@ -284,13 +301,21 @@ class WallClock(Callback):
     def _agree(self) -> tuple[float, int]:
         """Rank 0's elapsed seconds, and the highest code that any rank asked to stop with, else 0."""
         if self._group is None:
+            self._time_done = self._share_of_time()
             return self.elapsed(), self._requested_code
-        own = self.elapsed() if dist.get_rank() == 0 else 0.0
-        message = torch.tensor([own, float(self._requested_code)], dtype=torch.float64)
+        own = (self.elapsed(), self._share_of_time()) if dist.get_rank() == 0 else (0.0, 0.0)
+        message = torch.tensor([*own, float(self._requested_code)], dtype=torch.float64)
         dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self._group)
-        elapsed, code = message.tolist()
+        elapsed, self._time_done, code = message.tolist()
         self.watch.set_elapsed(elapsed)
         return elapsed, int(code)
+
+    def _share_of_time(self) -> float:
+        """Of max_time, which counts validations too: this rank's."""
+        if self._timer is None:
+            return 0.0
+        done, left = self._timer.time_elapsed(), self._timer.time_remaining() or 0.0
+        return min(done / max(done + left, 1e-9), 1.0)
 
     def _stop(self, trainer: Trainer, reason: str) -> None:
         self.watch.stop()

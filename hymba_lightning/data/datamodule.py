@@ -5,6 +5,7 @@ B is the micro-batch of one rank, T = seq_len, W the number of ranks.
 
 import hashlib
 import logging
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import count, cycle
@@ -93,6 +94,8 @@ class HymbaDataModule(pl.LightningDataModule):
         self._position = ReadPosition()
         self._delivered_span: int | None = None
         self._resuming = False
+        self.opened_in = 0.0
+        """Seconds that the last `setup` took."""
 
     # What the tokenizer says --------------------------------------------------------------------------------------
 
@@ -149,6 +152,7 @@ class HymbaDataModule(pl.LightningDataModule):
             ValueError: A damaged shard, ids beyond the tokenizer's vocabulary, data shorter than seq_len, a tokenizer
                 other than the one that made the shards, a file for both training and validation.
         """
+        started = time.monotonic()
         manifest = read_manifest(self.data_dir)
         val_paths = find_shards(self.val_files, self.data_dir)
         train_paths = find_shards(self.train_files, self.data_dir) if stage == "fit" else []
@@ -167,6 +171,7 @@ class HymbaDataModule(pl.LightningDataModule):
             self._check_training_size()
         if read_manifest(self.data_dir) != manifest:
             raise ValueError(f"the data in {self.data_dir} were replaced while they were opened; start again")
+        self.opened_in = time.monotonic() - started
 
     def _check_training_size(self) -> None:
         n_tokens, rank_spans = self.train_spans.stream.n_tokens, self._rank_and_world()[1] * self.micro_batch_size

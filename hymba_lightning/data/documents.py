@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple
 from hymba_lightning.data.inputs import CSV_SUFFIXES, JSONL_SUFFIXES, PARQUET_SUFFIXES, InputFile
 from hymba_lightning.data.skips import Skips, shown
 from hymba_lightning.data.sources import Row, hub_rows, parquet_rows, row_of
-from hymba_lightning.data.streams import SourceError, bounded_lines, read_blocks
+from hymba_lightning.data.streams import SourceError, Whole, bounded_lines, is_compressed, read_blocks, whole_members
 
 # A longer line or row is left out, a longer text file is cut: what one document takes bounds the memory.
 MAX_DOCUMENT_BYTES = 1 << 25
@@ -93,6 +93,7 @@ class DocumentReader:
         self._skips_before_all = self._skips_before = self.skips.state()
         self._file, self._document = 0, 0
         self._resume_at = (0, 0)
+        self._whole: dict[InputFile, Whole] = {}
 
     def of(self, files: Sequence[InputFile]) -> DocumentReader:
         """The same of other files, with a count of its own."""
@@ -164,11 +165,10 @@ class DocumentReader:
                 yield row.text, row.share
 
     def _json_lines(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
-        for number, line in enumerate(bounded_lines(read_blocks(file.path, raw), self.max_bytes), start=1):
+        for number, line in enumerate(self._lines(file, raw), start=1):
             if line is None:
                 self._skip(file, "too long", self._too_long("a line"), f":{number}")
                 continue
-            line = line.removeprefix(BOM) if number == 1 else line
             if not line.strip():
                 continue
             try:
@@ -183,6 +183,18 @@ class DocumentReader:
                 self._skip(file, row.kind, row.cause, f":{number}")
             else:
                 yield row.text
+
+    def _lines(self, file: InputFile, raw: IO[bytes]) -> Iterator[bytes | None]:
+        if is_compressed(file.path) and file not in self._whole:
+            self._whole[file] = whole_members(file.path, raw)
+        for number, line in enumerate(
+            bounded_lines(read_blocks(file.path, raw, self._whole.get(file)), self.max_bytes), start=1
+        ):
+            if number == 1 and line is not None:
+                if line.startswith(UTF16_BOMS):
+                    raise SourceError("not UTF-8", "not UTF-8 text but UTF-16; convert it")
+                line = line.removeprefix(BOM)
+            yield line
 
     def _csv(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
         delimiter = "\t" if ".tsv" in file.path.name.lower() else ","
@@ -214,10 +226,9 @@ class DocumentReader:
                 yield row[header.index(self.text_key)]
 
     def _csv_lines(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
-        for number, line in enumerate(bounded_lines(read_blocks(file.path, raw), self.max_bytes), start=1):
+        for number, line in enumerate(self._lines(file, raw), start=1):
             if line is None:
                 raise SourceError("too long", f"line {number}: {self._too_long('a line')}")
-            line = line.removeprefix(BOM) if number == 1 else line
             yield _decoded(line, f"line {number}").removesuffix("\r") + "\n"
 
     def _text_file(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:

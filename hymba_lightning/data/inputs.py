@@ -93,6 +93,9 @@ def find_inputs(
     found: dict[Path, InputFile] = {}
     target = out.resolve()
     known = ", ".join(KNOWN_SUFFIXES)
+    if not inputs or not all(inputs):
+        # An empty path would be the current folder: what a shell makes of a variable that is not set.
+        raise ValueError("an input is empty, or there is none; name files, folders or patterns to read")
     for given in inputs:
         if given.startswith(HUB_PREFIX):
             found.setdefault(Path(given), InputFile(Path(given), given))
@@ -108,9 +111,13 @@ def find_inputs(
         for file in files:
             if not file.is_of(KNOWN_SUFFIXES):
                 raise ValueError(f"{shown(file.path)} is of no known kind ({known}); rename it or leave it out")
-            resolved = file.path.resolve()
-            if target not in resolved.parents:
-                found.setdefault(resolved, file)
+        resolved = {file.path.resolve(): file for file in reversed(files)}
+        outside = {place: file for place, file in resolved.items() if target not in place.parents}
+        if not outside:
+            raise ValueError(
+                f"input {given!r} lies in out={out}, of which nothing is read; choose another folder for out"
+            )
+        found = outside | found
     return sorted(found.values(), key=lambda file: (_digest(f"{seed}/{file.key}".encode()), file.key))
 
 

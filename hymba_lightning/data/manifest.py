@@ -265,7 +265,7 @@ def _check_form(manifest: dict[str, Any]) -> None:
     need(isinstance(manifest["arguments"], dict), "arguments")
     need(set(manifest["splits"]) == set(SPLITS), "splits")
     for split in manifest["splits"].values():
-        need(all(is_count(split[key]) for key in ("documents", "text_bytes", "tokens")), "counts")
+        need(all(is_count(split[key]) for key in ("documents", "text_bytes", "tokens")) and split["tokens"], "counts")
         for shard in split["shards"]:
             check_file(shard)
             need(is_count(shard["bytes"]), f"bytes of {shard['file']}")
@@ -274,7 +274,12 @@ def _check_form(manifest: dict[str, Any]) -> None:
     check_file(tokenizer)
     need(is_count(tokenizer["vocab_size"]) and isinstance(tokenizer["origin"], str), "tokenizer")
     need(all(is_count(count) for count in manifest["train_token_counts"]), "counts of tokens")
-    need(type(manifest["unigram_bpb"]) in (float, int, type(None)), "unigram_bpb")
-    need(is_count(manifest["skipped"]["count"]) and isinstance(manifest["skipped"]["first"], list), "skipped")
+    bpb = manifest["unigram_bpb"]
+    need(bpb is None or (type(bpb) in (float, int) and 0 <= bpb < 1e6), "unigram_bpb")
+    skipped = manifest["skipped"]
+    kinds = [entry for part in ("kinds", "notes") for entry in skipped.get(part, {}).values()]
+    for entry in [skipped, *kinds]:
+        need(is_count(entry["count"]) and isinstance(entry["first"], list), "skipped")
+        need(all(isinstance(first, str) for first in entry["first"]), "skipped")
     if "sha256" in manifest:
         need(manifest["sha256"] == _own_digest(manifest), "SHA-256 of the manifest itself: it was changed")

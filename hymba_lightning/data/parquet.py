@@ -9,7 +9,8 @@ import pickle
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -21,16 +22,31 @@ MEMORY_BYTES = 2 << 30
 
 
 def main(arguments: list[str]) -> None:
-    """Writes pickled ("rows", rows), …, and ("end", None) or ("error", (kind, cause)), to standard output."""
+    """Path, text_key and limit → `answer` on standard output."""
     path, text_key, limit = arguments[0], arguments[1], int(arguments[2])
     threading.Thread(target=_end_with_input, daemon=True).start()
     answers = sys.stdout.buffer
     # What libraries print must not get among the answers.
     sys.stdout = sys.stderr
+    answer(path, text_key, limit, answers)
+
+
+def answer(path: str, text_key: str, limit: int, answers: IO[bytes]) -> None:
+    """Writes pickled ("rows", rows), …, and ("end", None) or ("error", (kind, cause)).
+
+    The process must do nothing else: its memory is limited from here on, and a damaged file may crash it.
+
+    Args:
+        path: The file.
+        text_key: The column.
+        limit: Most bytes of a text.
+        answers: Where to write.
+    """
     os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"
     with contextlib.suppress(ImportError, ValueError, OSError):
         resource = importlib.import_module("resource")
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+        most = MEMORY_BYTES + _data_bytes()
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     try:
         for rows in _rows(path, text_key, limit):
             pickle.dump(("rows", [tuple(row) for row in rows]), answers, pickle.HIGHEST_PROTOCOL)
@@ -44,6 +60,14 @@ def main(arguments: list[str]) -> None:
         last = ("error", ("corrupt Parquet", f"no Parquet file, or a damaged one ({first})"))
     pickle.dump(last, answers, pickle.HIGHEST_PROTOCOL)
     answers.flush()
+
+
+def _data_bytes() -> int:
+    """What this process has allocated already, as the limit counts it."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _end_with_input() -> None:

@@ -157,6 +157,9 @@ def prepare(
     _check_arguments(
         name,
         val_fraction,
+        separator,
+        seed,
+        character_coverage,
         shard_tokens=shard_tokens,
         sample_bytes=sample_bytes,
         workers=workers,
@@ -352,9 +355,17 @@ def _available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check_arguments(name: str, val_fraction: float, **counts: int) -> None:
-    if not re.fullmatch(r"(?!\.)[^/\\\0]+", name) or re.search("_(train|val)_", f"{name}_"):
+def _check_arguments(
+    name: str, val_fraction: float, separator: str | None, seed: int, character_coverage: float, **counts: int
+) -> None:
+    if not re.fullmatch(r"(?!\.)[^/\\]+", name) or not name.isprintable() or re.search("_(train|val)_", f"{name}_"):
         raise ValueError(f"name is {name!r}; it must begin file names, and not look like a split's")
+    if separator == "":
+        raise ValueError("separator is empty; give the text that ends a document, such as \\n\\n")
+    if not 0 < character_coverage <= 1:
+        raise ValueError(f"character_coverage is {character_coverage}; it must lie above 0 and be at most 1")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError("seed is over 64 bits; give a smaller one")
     if not 0 < val_fraction < 1:
         raise ValueError(
             f"val_fraction is {val_fraction}; it must lie between 0 and 1, both excluded: for validation "

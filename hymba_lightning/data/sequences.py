@@ -46,6 +46,25 @@ class Chunk(NamedTuple):
     """Position of tokens[0] in the stream; None where it is not known."""
 
 
+# What a loader may give: this package's batches, or pairs (inputs, targets) of (B, T) token ids.
+AnyBatch = Batch | tuple[Tensor, ...] | list[Tensor]
+
+
+def as_batch(batch: AnyBatch) -> Batch:
+    """(inputs, targets) of any loader as a `Batch`, whose bytes of text are unknown.
+
+    Raises:
+        TypeError: it is no pair of (B, T) tensors.
+    """
+    if isinstance(batch, Batch):
+        return batch
+    if isinstance(batch, list | tuple) and len(batch) in (2, 3) and all(isinstance(part, Tensor) for part in batch):
+        inputs, targets, *more = batch
+        if inputs.dim() == 2 and inputs.shape == targets.shape:
+            return Batch(inputs, targets, more[0] if more else torch.empty(0, dtype=torch.int16))
+    raise TypeError(f"a batch is a pair (inputs, targets) of (B, T) int64 token ids, not {type(batch).__name__}")
+
+
 class TokenStream:
     """Several shards read as one sequence of tokens, nothing loaded before it is asked for.
 

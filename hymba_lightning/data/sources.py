@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pickle
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NamedTuple, cast
@@ -71,25 +71,38 @@ def parquet_rows(path: Path, text_key: str, limit: int) -> Iterator[Row]:
     )
     answers = cast(IO[bytes], process.stdout)
     try:
-        while True:
-            try:
-                kind, content = pickle.load(answers)  # type: ignore[arg-type]
-            except (EOFError, pickle.UnpicklingError) as error:
-                raise SourceError(
-                    "corrupt Parquet",
-                    f"reading the Parquet file ended with status {process.wait()}; "
-                    "it is damaged, or a row group needs too much memory",
-                ) from error
-            if kind == "end":
-                return
-            if kind == "error":
-                raise SourceError(*content)
-            yield from (Row(*row) for row in content)
+        yield from answered_rows(answers, process.wait)
     finally:
         process.kill()
         process.wait()
         answers.close()
         cast(IO[bytes], process.stdin).close()
+
+
+def answered_rows(answers: IO[bytes], ended: Callable[[], int]) -> Iterator[Row]:
+    """The rows that `parquet.answer` writes.
+
+    Args:
+        answers: Where it writes them.
+        ended: Waits for the process that writes; its status.
+
+    Raises:
+        SourceError: As `parquet_rows`.
+    """
+    while True:
+        try:
+            kind, content = pickle.load(answers)  # type: ignore[arg-type]
+        except (EOFError, pickle.UnpicklingError) as error:
+            raise SourceError(
+                "corrupt Parquet",
+                f"reading the Parquet file ended with status {ended()}; "
+                "it is damaged, or a row group needs too much memory",
+            ) from error
+        if kind == "end":
+            return
+        if kind == "error":
+            raise SourceError(*content)
+        yield from (Row(*row) for row in content)
 
 
 def hub_rows(name: str, text_key: str, limit: int) -> Iterator[Row]:

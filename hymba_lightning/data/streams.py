@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import gzip
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import zstandard
 
 BLOCK_BYTES = 1 << 20
 # A zstd block of 4 bytes can stand for 128 KiB: what is fed at once bounds what comes out, here by 32 MiB.
 ZSTD_FEED_BYTES = 1 << 10
+GZIP_FEED_BYTES = 1 << 16
+# What a zstd file may ask for that is not given: part of the library's error, and what to do.
+ZSTD_OPTIONS = (
+    (
+        "too much memory",
+        "zstd window too large",
+        "decompress it with `zstd -d --long=31`, and compress it without --long",
+    ),
+    ("Dictionary mismatch", "zstd dictionary needed", "decompress it with its dictionary first"),
+)
 
 
 class SourceError(ValueError):
@@ -28,16 +37,67 @@ class SourceError(ValueError):
         self.kind = kind
 
 
-def read_blocks(path: Path, raw: IO[bytes]) -> Iterator[bytes]:
+class Whole(NamedTuple):
+    """How much of a compressed file can be trusted."""
+
+    n_bytes: int
+    """Content of the members (frames) that are whole and whose checksums, where they have any, are right."""
+    error: SourceError | None
+    """What is the matter with the rest; None where there is none."""
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the name says so: .gz, .zst."""
+    return path.suffix.lower() in _MEMBERS
+
+
+def whole_members(path: Path, raw: IO[bytes]) -> Whole:
+    """Decompresses an open file from its start to its end, keeping nothing; about a gigabyte of content a second.
+
+    What a damaged stream gives before the damage shows may be wrong already: the checksum comes last.
+    """
+    n_bytes = n_whole = 0
+    try:
+        for block in _MEMBERS[path.suffix.lower()](raw):
+            if block is None:
+                n_whole = n_bytes
+            else:
+                n_bytes += len(block)
+    except SourceError as error:
+        read = f"the {n_whole:,} bytes of its whole members are read" if n_whole else "nothing of it is read"
+        return Whole(n_whole, SourceError(error.kind, f"{error}; {read}"))
+    return Whole(n_whole, None)
+
+
+def read_blocks(path: Path, raw: IO[bytes], whole: Whole | None = None) -> Iterator[bytes]:
     """The content of an open file, decompressed by its name (.gz, .zst: all members, all frames), in blocks.
 
+    Args:
+        path: Its name.
+        raw: The file, read from its start where it is compressed.
+        whole: What `whole_members` said of it before, so that it need not be asked again.
+
     Raises:
-        SourceError: It ends early, or its compression is damaged; what came before has been given.
+        SourceError: It ends early, or its compression is damaged; the members that are whole have been given.
     """
-    suffix = path.suffix.lower()
-    if suffix == ".zst":
-        return _zstd_blocks(raw)
-    return _gzip_blocks(raw) if suffix == ".gz" else _blocks(raw)
+    if not is_compressed(path):
+        yield from iter(lambda: raw.read(BLOCK_BYTES), b"")
+        return
+    if whole is None:
+        raw.seek(0)
+        whole = whole_members(path, raw)
+    raw.seek(0)
+    left = whole.n_bytes
+    for block in _MEMBERS[path.suffix.lower()](raw) if left else ():
+        if block:
+            yield block[:left]
+            left -= len(block)
+        if left <= 0:
+            break
+    if left > 0:
+        raise SourceError("changed while it was read", "it was changed while it was read; prepare again")
+    if whole.error is not None:
+        raise whole.error
 
 
 def bounded_lines(blocks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
@@ -60,62 +120,68 @@ def bounded_lines(blocks: Iterable[bytes], limit: int) -> Iterator[bytes | None]
         yield None if too_long else bytes(rest)
 
 
-def _blocks(raw: IO[bytes]) -> Iterator[bytes]:
-    return iter(lambda: raw.read(BLOCK_BYTES), b"")
+def _gzip_members(raw: IO[bytes]) -> Iterator[bytes | None]:
+    """Blocks of content, None at the end of each whole member. Raises SourceError."""
+    n_bytes, member, n_members = 0, None, 0
+    try:
+        while fed := raw.read(GZIP_FEED_BYTES):
+            while fed:
+                if member is None:
+                    # Members may be followed by zeros.
+                    fed = fed.lstrip(b"\0") if n_members else fed
+                    if not fed:
+                        break
+                    member, n_members = zlib.decompressobj(wbits=31), n_members + 1
+                content = member.decompress(fed, BLOCK_BYTES)
+                n_bytes += len(content)
+                if content:
+                    yield content
+                fed = member.unconsumed_tail
+                if member.eof:
+                    yield None
+                    fed, member = member.unused_data, None
+    except zlib.error as error:
+        cause = " ".join(str(error).split())
+        raise SourceError(
+            "corrupt compression",
+            f"the gzip stream is damaged after {n_bytes:,} bytes of content ({cause}); copy it again",
+        ) from error
+    if member is not None or n_members == 0:
+        raise SourceError(
+            "truncated", f"truncated: the gzip stream ends early, after {n_bytes:,} bytes of content; copy it again"
+        )
 
 
-def _gzip_blocks(raw: IO[bytes]) -> Iterator[bytes]:
-    n_bytes = 0
-    with gzip.GzipFile(fileobj=raw, mode="rb") as file:
-        try:
-            # read1 gives what lies before a damage; a whole block would be lost with it.
-            while block := file.read1(BLOCK_BYTES):
-                n_bytes += len(block)
-                yield block
-        except EOFError as error:
-            raise SourceError(
-                "truncated",
-                f"truncated: the gzip stream ends early, after {n_bytes:,} bytes of content; copy the file again",
-            ) from error
-        except (OSError, zlib.error) as error:
-            raise SourceError(
-                "corrupt compression",
-                f"the gzip stream is damaged after {n_bytes:,} bytes of content ({error}); copy the file again",
-            ) from error
-    if raw.tell() == 0:
-        raise SourceError("truncated", "truncated: the gzip file is empty; copy the file again")
-
-
-def _zstd_blocks(raw: IO[bytes]) -> Iterator[bytes]:
-    n_bytes, waiting, size = 0, [], 0
+def _zstd_members(raw: IO[bytes]) -> Iterator[bytes | None]:
+    """Blocks of content, None at the end of each whole frame. Raises SourceError."""
+    n_bytes, frame, n_frames = 0, None, 0
     decompressor = zstandard.ZstdDecompressor()
-    frame, n_frames = None, 0
     try:
         while fed := raw.read(ZSTD_FEED_BYTES):
             while fed:
                 if frame is None:
                     frame, n_frames = decompressor.decompressobj(), n_frames + 1
                 content = frame.decompress(fed)
+                n_bytes += len(content)
+                if content:
+                    yield content
                 fed = b""
                 if frame.eof:
+                    yield None
                     fed, frame = frame.unused_data, None
-                waiting.append(content)
-                size += len(content)
-                n_bytes += len(content)
-                if size >= BLOCK_BYTES:
-                    yield b"".join(waiting)
-                    waiting, size = [], 0
     except zstandard.ZstdError as error:
-        if waiting:
-            yield b"".join(waiting)
+        cause = str(error).removeprefix("zstd decompressor error: ").removeprefix("zstd decompress error: ")
+        for sign, kind, remedy in ZSTD_OPTIONS:
+            if sign in cause:
+                raise SourceError(kind, f"{cause}: {remedy}") from error
         raise SourceError(
             "corrupt compression",
-            f"the zstd stream is damaged after {n_bytes:,} bytes of content ({error}); copy the file again",
+            f"the zstd stream is damaged after {n_bytes:,} bytes of content ({cause}); copy it again",
         ) from error
-    if waiting:
-        yield b"".join(waiting)
     if frame is not None or n_frames == 0:
         raise SourceError(
-            "truncated",
-            f"truncated: the zstd stream ends early, after {n_bytes:,} bytes of content; copy the file again",
+            "truncated", f"truncated: the zstd stream ends early, after {n_bytes:,} bytes of content; copy it again"
         )
+
+
+_MEMBERS = {".gz": _gzip_members, ".zst": _zstd_members}

@@ -10,6 +10,8 @@ from typing import Any
 
 import sentencepiece
 
+from hymba_lightning.text import printable
+
 SPACE = "▁"
 TOKENIZER_FILE = "tokenizer.model"
 
@@ -32,9 +34,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> sentencepiece.SentencePieceP
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.load(os.fspath(path))
-    except (RuntimeError, OSError) as error:
+        # A damaged piece that is no text is found only when it is asked for.
+        processor.id_to_piece(list(range(processor.get_piece_size())))
+    except (RuntimeError, OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is not a SentencePiece model ({error}); set the tokenizer to a .model file"
+            f"{path} is not a SentencePiece model ({printable(str(error))}); set the tokenizer to a .model file"
         ) from error
     if processor.bos_id() < 0:
         raise ValueError(f"{path} has no BOS piece, which must begin every document; use a tokenizer with bos_id ≥ 0")

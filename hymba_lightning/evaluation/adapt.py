@@ -11,39 +11,33 @@ from torch import Tensor, nn
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.score import sum_over_ranks, world
 from hymba_lightning.model import Hymba
-from hymba_lightning.model.layers import Embedding, Linear
+from hymba_lightning.model.roles import Role, roles_of
 
 # Factors start the same on every rank and in every run.
 FACTOR_SEED = 0
+# What ttt.parameters calls scalars: all that is no matrix and no table.
+SCALARS = (Role.CONVOLUTION, Role.DYNAMICS, Role.CONTROL, Role.SCALAR)
 
 
-def matrix_names(net: Hymba) -> set[str]:
-    """Names of the parameters that belong to linears of the blocks."""
-    return {f"blocks.{name}.weight" for name, module in net.blocks.named_modules() if isinstance(module, Linear)}
-
-
-def scalar_names(net: Hymba) -> set[str]:
-    """Names of the parameters that are no matrix and no table: gates, scales, convolutions, A_log, D, dt bias."""
-    matrices = {f"{name}.weight" for name, module in net.named_modules() if isinstance(module, Linear | Embedding)}
-    return {
-        name
-        for name, _ in net.named_parameters()
-        if name not in matrices and not name.endswith("dt_proj.weight") and name != "meta_tokens"
-    }
+def matrices_of(module: nn.Module) -> set[int]:
+    """Ids of the parameters of `module` that are matrices."""
+    roles = roles_of(module)
+    return {id(p) for name, p in module.named_parameters() if roles[name] is Role.MATRIX}
 
 
 def select_parameters(net: Hymba, config: TTTConfig) -> list[nn.Parameter]:
     """The parameters that `config` lets adapt. Raises ValueError when none is left."""
     if config.parameters == "scalars":
-        chosen = scalar_names(net)
+        roles = roles_of(net)
+        chosen = {id(p) for name, p in net.named_parameters() if roles[name] in SCALARS}
+    elif config.parameters == "mlp":
+        chosen = {matrix for block in net.layers for matrix in matrices_of(block.mlp)}
     elif config.parameters == "low_rank" or (config.optimizer == "muon" and not config.rest_lr):
-        chosen = matrix_names(net)
+        chosen = matrices_of(net.blocks)
     else:
-        chosen = {name for name, _ in net.named_parameters()}
-    if config.parameters == "mlp":
-        chosen = {name for name in chosen if ".mlp." in name and not name.endswith("mlp_scale")}
-    frozen = tuple(f"blocks.{i}." for i in range(config.freeze_blocks))
-    params = [p for name, p in net.named_parameters() if name in chosen and not name.startswith(frozen)]
+        chosen = {id(p) for p in net.parameters()}
+    frozen = {id(p) for block in net.layers[: config.freeze_blocks] for p in block.parameters()}
+    params = [p for p in net.parameters() if id(p) in chosen - frozen]
     if not params:
         raise ValueError("no parameter is left to adapt: lower ttt.freeze_blocks or set ttt.epochs to 0")
     return params
@@ -59,7 +53,7 @@ class Adapter:
     def __init__(self, net: Hymba, config: TTTConfig) -> None:
         self.config = config
         self.weights = select_parameters(net, config)
-        self._matrices = {id(p) for name, p in net.named_parameters() if name in matrix_names(net)}
+        self._matrices = matrices_of(net.blocks)
         self._start = [p.detach().clone() for p in self.weights] if self._remembers_start else []
         self._make_trainable()
 
@@ -76,8 +70,8 @@ class Adapter:
                 rank = min(config.rank, *p.shape)
                 a = torch.randn(rank, p.size(1), generator=generator) / p.size(1) ** 0.5
                 self.factors.append((p.new_zeros(p.size(0), rank), a.to(p)))
-        trainable = [f for pair in self.factors for f in pair] or self.weights
-        self.trainable: list[Tensor] = trainable
+        trainable: list[Tensor] = [f for pair in self.factors for f in pair] or [*self.weights]
+        self.trainable = trainable
         self.optimizers: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon":
             matrices = [p for p in trainable if id(p) in self._matrices]

@@ -172,7 +172,11 @@ def _another_future(rng: random.Random, tokens: Tensor, k: int, vocab_size: int)
 
 
 def _scores(evaluate: Evaluator, stream: Tensor) -> Tensor:
-    nats = torch.as_tensor(evaluate(stream.clone())).detach().cpu().double()
+    given = evaluate(stream.clone())
+    try:
+        nats = torch.as_tensor(given).detach().cpu().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RuleBrokenError(EVERY_TOKEN, f"the scores are no numbers, but {type(given).__name__}") from error
     n = stream.numel()
     if nats.shape != (n - 1,):
         raise RuleBrokenError(

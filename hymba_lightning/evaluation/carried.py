@@ -1,6 +1,6 @@
 """Carried evaluation: the stream is one sequence, read in pieces that hand the network's state on.
 
-n targets, T tokens of a piece, P kept keys, G key/value heads, K head_dim.
+B prompts, n targets, T tokens of a piece, V vocab_size.
 """
 
 from __future__ import annotations
@@ -15,37 +15,8 @@ from hymba_lightning.model import Hymba
 from hymba_lightning.model.hymba import HymbaState
 
 # Rotary angles are float32: past this position the state is turned back to 0, so that they keep their digits at any
-# length of text. Attention sees differences of positions only.
+# length of text.
 REBASE_AT = 1 << 16
-
-
-def compact(net: Hymba, state: HymbaState) -> HymbaState:
-    """The same state without what it only keeps alive: views become copies, and a far position becomes 0."""
-    shift = state.position if state.position >= REBASE_AT else 0
-    layers = [
-        layer._replace(
-            keys=_turn_back(layer.keys, shift, net.config.rope_base) if shift else _own(layer.keys),
-            values=_own(layer.values),
-            conv=_own(layer.conv),
-        )
-        for layer in state.layers
-    ]
-    return HymbaState(layers, _own(state.last_id), _own(state.last_vector), state.position - shift)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """`tensor`, copied if it is a small part of what it keeps in memory."""
-    return tensor.clone() if tensor.untyped_storage().nbytes() > 2 * tensor.nbytes else tensor
-
-
-def _turn_back(keys_BPGK: Tensor, shift: int, base: float) -> Tensor:
-    """Rotated keys (B, P, G, K) as if their positions were `shift` lower."""
-    head_dim = keys_BPGK.size(-1)
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=keys_BPGK.device) / head_dim
-    angle = -shift * (1.0 / base**exponent).double()
-    cos, sin = angle.cos(), angle.sin()
-    x1, x2 = keys_BPGK.double().chunk(2, dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(keys_BPGK.dtype)
 
 
 @torch.no_grad()
@@ -55,8 +26,10 @@ def read(net: Hymba, tokens: Tensor, state: HymbaState | None, piece_tokens: int
     Returns the last tokens' logits (B, V) and the state after them.
     """
     for piece in tokens.split(piece_tokens, dim=1):
-        hidden_BTD, state = net.hidden(piece, state, return_state=True)
-        state = compact(net, state)
+        hidden_BTD, after = net.hidden(piece, state, return_state=True)
+        assert after is not None
+        state = net.compact(after, REBASE_AT)
+    assert state is not None
     return net.logits(hidden_BTD[:, -1:])[:, 0], state
 
 
@@ -69,7 +42,7 @@ def score_onward(
     for inputs, targets in zip(tokens[:-1].split(piece_tokens), tokens[1:].split(piece_tokens), strict=True):
         if inputs.numel():
             nats_BT, state = net(inputs[None], targets[None], state=state, return_state=True, reduction="none")
-            state = compact(net, state)
+            state = net.compact(state, REBASE_AT)
             nats.append(nats_BT[0])
     return torch.cat(nats), state
 

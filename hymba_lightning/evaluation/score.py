@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hymba_lightning.data.sequences import Batch
 from hymba_lightning.model import Hymba
 
 
@@ -58,28 +57,6 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if world()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-@torch.no_grad()
-def score_batches(net: Hymba, batches: Iterator[Batch], device: torch.device) -> Score:
-    """Scores this rank's batches and adds up over all ranks. Every rank must call it, with however many batches."""
-    was_training = net.training
-    net.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for batch in batches:
-        if not batch.inputs.numel():
-            continue
-        nats_BT = net(batch.inputs.to(device), batch.targets.to(device), reduction="none")
-        sums += torch.stack(
-            [
-                nats_BT.double().sum(),
-                torch.tensor(float(nats_BT.numel()), device=device).double(),
-                batch.target_bytes.to(device).double().sum(),
-            ]
-        )
-    net.train(was_training)
-    nats, n_tokens, n_bytes = sum_over_ranks(sums).tolist()
-    return Score(nats, int(n_tokens), int(n_bytes))
 
 
 @dataclass(frozen=True)

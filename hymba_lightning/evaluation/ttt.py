@@ -112,7 +112,11 @@ class ScoreFirstTTT:
                 f"chunk {chunk.index} cannot be trained on now: {self.n_scored} chunks were scored and "
                 f"{self.n_adapted} adapted to; score first, adapt once"
             )
-        if not torch.equal(chunk.tokens, self._last.tokens) or chunk.n_chunks != self._last.n_chunks:
+        if (
+            self._last is None
+            or not torch.equal(chunk.tokens, self._last.tokens)
+            or chunk.n_chunks != self._last.n_chunks
+        ):
             raise ValueError(f"chunk {chunk.index} has other tokens now than when it was scored")
         self.n_adapted += 1
         self.epochs_done.append(0)
@@ -171,6 +175,7 @@ class ScoreFirstTTT:
         starts = (tokens == self.net.config.bos_id).nonzero()
         if not starts.numel():
             return tokens
+        assert self.adapter is not None
         self.adapter.reset()
         self.scorer.weights_changed()
         return tokens[int(starts[-1]) :]
@@ -205,6 +210,7 @@ class ScoreFirstTTT:
         rank, size = world()
         mine = sequences[len(sequences) * rank // size : len(sequences) * (rank + 1) // size]
         n_tokens = sum(s.numel() - 1 for s in sequences)
+        assert self.adapter is not None
         self.adapter.clear_gradients()
         if self._gradients is None:
             self._gradients = Gradients(self._total_nats, self.adapter.weights, record=self.device.type == "cuda")

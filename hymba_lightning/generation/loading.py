@@ -1,4 +1,4 @@
-"""A network and its tokenizer from an artifact or a Lightning checkpoint, without running anything a file brings."""
+"""A network and its tokenizer from an artifact, a checkpoint or a folder of `save_pretrained`; nothing there is run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import yaml
 
 from hymba_lightning.checkpoints import ANOTHER, TOKENIZER_KEY, CheckpointError, read_checkpoint
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
+from hymba_lightning.interop.pretrained import find_folder, is_folder, load_pretrained
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.quantization.artifact import check_shapes
@@ -17,6 +18,7 @@ from hymba_lightning.quantization.parts import MAX_MESSAGE
 from hymba_lightning.text import printable
 
 PREFIX = "net."
+HUB = "hf:"
 
 
 def load_network(
@@ -28,15 +30,17 @@ def load_network(
 ) -> tuple[Hymba, str | None]:
     """The network, ready to run, and the SHA-256 of the tokenizer it was made for (None where the file has none).
 
-    Of a checkpoint the averaged weights are taken, as in validation and export; one without a digest, which something
-    else than `hymba fit` wrote, needs `allow_undigested`. Raises FileNotFoundError, or ValueError naming the file and
-    what is wrong with it.
+    `path` is an artifact, a checkpoint, a folder that `save_pretrained` wrote, or hf:owner/name for a repository of the
+    hub. Of a checkpoint the averaged weights are taken, as in validation and export; one without a digest, which
+    something else than `hymba fit` wrote, needs `allow_undigested`. Raises FileNotFoundError, or ValueError naming the
+    file and what is wrong with it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"--ckpt_path {path} does not exist")
+    path = local_path(path)
     fingerprint = None
-    if is_artifact(path):
+    if path.is_dir():
+        found = load_pretrained(path)
+        config, weights, fingerprint = found.config, found.weights, found.tokenizer_sha256
+    elif is_artifact(path):
         artifact = load_artifact(path)
         config, weights, fingerprint = artifact.config, artifact.state_dict, artifact.tokenizer.get("sha256")
     else:
@@ -44,6 +48,16 @@ def load_network(
     net = Hymba(HymbaConfig.from_dict(config), runtime)
     net.load_state_dict(weights)
     return net.to(device).eval(), fingerprint
+
+
+def local_path(name: str | Path) -> Path:
+    """The file or folder; of a repository, that in the cache of huggingface_hub. Raises FileNotFoundError."""
+    if str(name).startswith(HUB):
+        return find_folder(str(name).removeprefix(HUB))
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{name} does not exist: give an artifact, a checkpoint or a folder of save_pretrained")
+    return path
 
 
 def _of_checkpoint(path: Path, checkpoint: dict[str, Any]) -> tuple[dict, dict[str, torch.Tensor], str | None]:
@@ -73,12 +87,12 @@ def _of_checkpoint(path: Path, checkpoint: dict[str, Any]) -> tuple[dict, dict[s
     return parameters["net"], weights, fingerprint if isinstance(fingerprint, str) else None
 
 
-def find_tokenizer(weights: Path, given: str | None, fingerprint: str | None) -> Path:
-    """The SentencePiece model for `weights`: the given one, else the one that the run's config.yaml names.
+def find_tokenizer(weights: str | Path, given: str | None, fingerprint: str | None) -> Path:
+    """The SentencePiece model for `weights`: the given one, else the one beside, or that the run's config.yaml names.
 
     Raises FileNotFoundError where none is found, ValueError where it is not the one that the weights were made for.
     """
-    path = Path(given).expanduser() if given else _tokenizer_of_run(weights)
+    path = Path(given).expanduser() if given else _tokenizer_beside(weights)
     if path is None or not path.is_file():
         found = "no config.yaml of a run lies beside the weights" if path is None else f"{path} does not exist"
         raise FileNotFoundError(f"which tokenizer? {found}: give --tokenizer MODEL")
@@ -90,7 +104,10 @@ def find_tokenizer(weights: Path, given: str | None, fingerprint: str | None) ->
     return path
 
 
-def _tokenizer_of_run(weights: Path) -> Path | None:
+def _tokenizer_beside(weights: str | Path) -> Path | None:
+    weights = local_path(weights) if str(weights).startswith(HUB) else Path(weights).expanduser()
+    if is_folder(weights.parent) or weights.is_dir():
+        return (weights if weights.is_dir() else weights.parent) / TOKENIZER_FILE
     for folder in (weights.parent, weights.parent.parent):
         config = folder / "config.yaml"
         if config.is_file():

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hymba_lightning.evaluation.carried import read
+from hymba_lightning.generation.rows import join, read_rows, select, without_padding
 from hymba_lightning.model import Hymba
+from hymba_lightning.model.hymba import HymbaState
 
 
 @dataclass(frozen=True)
@@ -66,42 +68,60 @@ def draw(logits_V: Tensor, config: SamplingConfig, generator: torch.Generator) -
 
 
 @torch.no_grad()
-def generate(net: Hymba, prompts: list[list[int]], config: SamplingConfig) -> Iterator[list[int | None]]:
+def generate(
+    net: Hymba,
+    prompts: list[list[int]] | Tensor,
+    config: SamplingConfig,
+    mask: Tensor | None = None,
+    ended: Container[int] = (),
+) -> Iterator[list[int | None]]:
     """Continues B prompts of token ids, which may differ in length, each with at least one token.
 
-    Yields a list per position after the shortest prompt: each row's new token, or None while the row still reads its
-    prompt and after its text has ended (a stop token is yielded, as the row's last). All rows are at the same position,
-    so that one state serves them; a row that ended is fed on, unheard. Raises ValueError for an empty prompt.
+    The prompts are lists, or a tensor (B, T) whose rows may be padded on the left or on the right: `mask` (B, T) is
+    then 0 where padding stands. Each row gets what it would get alone. Yields a list a step: each row's new token, or
+    None after its text has ended (a stop token is yielded, as the row's last); rows that ended are computed no more.
+    `ended` is looked at after each step: rows that are in it then have ended too. Raises ValueError for an empty
+    prompt, or a mask with more than padding on one side.
     """
+    if isinstance(prompts, Tensor):
+        prompts = without_padding(prompts, torch.ones_like(prompts) if mask is None else mask)
     if not prompts or not all(prompts):
         raise ValueError("each prompt needs at least one token: begin with the document start (BOS)")
     device = net.tok_emb.weight.device
     generators = [torch.Generator().manual_seed(config.seed + row) for row in range(len(prompts))]
-    left = [config.max_new_tokens] * len(prompts)
     was_training = net.training
     net.eval()
-    position = min(map(len, prompts))
-    inputs_BT = torch.tensor([prompt[:position] for prompt in prompts], device=device)
-    state = None
     try:
-        while True:
-            logits_BV, state = read(net, inputs_BT, state, config.prefill_tokens)
-            # One copy to the CPU for all rows.
-            logits_BV = logits_BV.float().cpu()
-            fed, new = [], []
-            for row, prompt in enumerate(prompts):
-                reading = position < len(prompt)
-                token = None
-                if not reading and left[row]:
-                    token = draw(logits_BV[row], config, generators[row])
-                    left[row] = 0 if token in config.stop_ids else left[row] - 1
-                new.append(token)
-                fed.append(prompt[position] if reading else token or 0)
-            if any(token is not None for token in new):
-                yield new
-            position += 1
-            if not any(left):
-                return
-            inputs_BT = torch.tensor(fed, device=device)[:, None]
+        ids = [torch.tensor(prompt, device=device) for prompt in prompts]
+        logits_BV, states = read_rows(net, ids, [None] * len(prompts), config.prefill_tokens)
+        yield from _draw_on(net, logits_BV, join(states), config, generators, ended)
     finally:
         net.train(was_training)
+
+
+def _draw_on(
+    net: Hymba,
+    logits_BV: Tensor,
+    state: HymbaState,
+    config: SamplingConfig,
+    generators: list[torch.Generator],
+    ended: Container[int],
+) -> Iterator[list[int | None]]:
+    live = list(range(len(generators)))
+    for step in range(config.max_new_tokens):
+        # One copy to the CPU for all rows.
+        on_cpu = logits_BV.float().cpu()
+        drawn = [draw(on_cpu[place], config, generators[row]) for place, row in enumerate(live)]
+        new: list[int | None] = [None] * len(generators)
+        for row, token in zip(live, drawn, strict=True):
+            new[row] = token
+        yield new
+        goes_on = [
+            place for place, token in enumerate(drawn) if token not in config.stop_ids and live[place] not in ended
+        ]
+        if not goes_on or step + 1 == config.max_new_tokens:
+            return
+        if len(goes_on) < len(live):
+            live, state = [live[place] for place in goes_on], select(state, goes_on)
+        fed_B1 = torch.tensor([[drawn[place]] for place in goes_on], device=logits_BV.device)
+        logits_BV, state = read(net, fed_B1, state, config.prefill_tokens)

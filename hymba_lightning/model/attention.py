@@ -13,18 +13,29 @@ from hymba_lightning.ops.sliding_window import sliding_window_attention
 
 
 def rope_table(first: int, length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of positions first … first+length-1 (RoPE, arXiv:2104.09864), float32: what `rotate` takes as cos and sin.
+    """The cosines and sines by which `rotate` turns heads at the positions first … first + length - 1 (RoPE,
+    arXiv:2104.09864), float32.
 
-    Cosines (T, 1, 1, K/2), and sines (T, 1, 2, K/2) with their sign in the first and in the second half of a head.
+    Returns the cosines (T, 1, 1, K/2), and the sines (T, 1, 2, K/2): as they are for the first half of a head, negated
+    for the second.
     """
     return rope_table_op(first, length, head_dim, base, torch.empty(0, device=device))
+
+
+def rope_table_of_rows(first_B: Tensor, length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """`rope_table` of rows that stand at positions of their own: (B, T, 1, 1, K/2) and (B, T, 1, 2, K/2)."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=first_B.device) / head_dim
+    position_BT = first_B[:, None] + torch.arange(length, device=first_B.device)
+    angle = position_BT[:, :, None, None, None].float() * (1.0 / base**exponent)
+    sin = angle.sin()
+    return angle.cos(), torch.cat((sin, -sin), dim=-2)
 
 
 # An operator, so that a compiled graph makes the table once: as plain expressions the compiler writes sines, cosines
 # and powers into every kernel that rotates, and computes them anew for each head and layer.
 @torch.library.custom_op("hymba::rope_table", mutates_args=())
 def rope_table_op(first: int, length: int, head_dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The two tables, on the device of `like`."""
+    """`rope_table` as an operator; the tables are made on the device of `like`."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=like.device) / head_dim
     position = torch.arange(first, first + length, dtype=torch.float32, device=like.device)
     angle = torch.outer(position, 1.0 / base**exponent)[:, None, :]
@@ -77,6 +88,17 @@ class RotaryNorm(torch.autograd.Function):
         return (scale * (g_normed - normed * (along_BTH1 / x.size(-1)))).to(x_BTHK.dtype), g_gain, None, None
 
 
+def turn_back(keys_BPGK: Tensor, shift: int | Tensor, base: float) -> Tensor:
+    """Rotated keys (B, P, G, K) as if their positions were `shift` lower, (B,) where that differs by row."""
+    head_dim = keys_BPGK.size(-1)
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=keys_BPGK.device) / head_dim
+    turns = shift[:, None, None, None] if isinstance(shift, Tensor) else shift
+    angle = -turns * (1.0 / base**exponent).double()
+    cos, sin = angle.cos(), angle.sin()
+    x1, x2 = keys_BPGK.double().chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1).to(keys_BPGK.dtype)
+
+
 def attention_branch(
     q_BTD: Tensor,
     k_BTC: Tensor,
@@ -86,23 +108,26 @@ def attention_branch(
     *,
     head_dim: int,
     window: int | None,
-    past: tuple[Tensor, Tensor] | None,
+    past: tuple[Tensor, Tensor, Tensor | None] | None,
     backend: str,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
     """Normalised, rotated, gained grouped-query attention.
 
-    q (B, T, H*K), k and v (B, T, G*K); `past` holds the keys and values (B, P, G, K) of earlier tokens. Returns the
-    branch's output (B, T, H*K) and the keys and values that the next piece of the sequence needs: the last window-1 of
-    them, or all in a global layer (window None).
+    q (B, T, H*K), k and v (B, T, G*K); `past` holds the keys and values (B, P, G, K) of earlier tokens and how many of
+    each row's first ones are padding (B,), None without any. Returns the branch's output (B, T, H*K) and the same for
+    the next piece of the sequence: the last window-1 keys and values, or all in a global layer (window None).
     """
     batch, length, _ = q_BTD.shape
     q_BTHK = RotaryNorm.apply(q_BTD.view(batch, length, -1, head_dim), q_gain_H, *rope)
     k_BSGK = RotaryNorm.apply(k_BTC.view(batch, length, -1, head_dim), None, *rope)
     v_BSGK = v_BTC.view(batch, length, -1, head_dim)
+    hidden_B = None
     if past is not None:
+        hidden_B = past[2]
         k_BSGK = torch.cat([past[0], k_BSGK], dim=1)
         v_BSGK = torch.cat([past[1], v_BSGK], dim=1)
-    out_BTHK = sliding_window_attention(q_BTHK, k_BSGK, v_BSGK, window=window, backend=backend)
+    out_BTHK = sliding_window_attention(q_BTHK, k_BSGK, v_BSGK, window=window, hidden_B=hidden_B, backend=backend)
     keep = k_BSGK.size(1) if window is None else min(window - 1, k_BSGK.size(1))
     first = k_BSGK.size(1) - keep
-    return out_BTHK.reshape(batch, length, -1), (k_BSGK[:, first:], v_BSGK[:, first:])
+    hidden_B = None if hidden_B is None else (hidden_B - first).clamp_min(0)
+    return out_BTHK.reshape(batch, length, -1), (k_BSGK[:, first:], v_BSGK[:, first:], hidden_B)

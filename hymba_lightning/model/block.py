@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
 from hymba_lightning.model.layers import Linear, rms_norm
-from hymba_lightning.model.mixer import HybridMixer, LayerState
+from hymba_lightning.model.mixer import LayerState
+from hymba_lightning.model.mixers import mixer_class
+from hymba_lightning.model.roles import Module, Role, parameter
 from hymba_lightning.ops.leaky_square_mlp import leaky_square_mlp
 
 
-class MLP(nn.Module):
+class MLP(Module):
     """W_2 (leaky_relu(W_1 x))², hidden width mlp_mult * d_model, W_2 zero-initialised."""
 
-    def __init__(self, d_model: int, mult: int, slope: float, qat_bits: int, backend: str = "auto") -> None:
+    part = "mlp"
+
+    def __init__(self, d_model: int, mult: int, slope: float, backend: str = "auto") -> None:
         super().__init__()
         self.slope, self.backend = slope, backend
-        self.fc = Linear(d_model, mult * d_model, qat_bits=qat_bits)
-        self.proj = Linear(mult * d_model, d_model, zero_init=True, qat_bits=qat_bits)
+        self.fc = Linear(d_model, mult * d_model)
+        self.proj = Linear(mult * d_model, d_model, zero_init=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -29,7 +33,7 @@ class MLP(nn.Module):
         return self.proj(F.leaky_relu(self.fc(x_BTD), self.slope).square())
 
 
-class Block(nn.Module):
+class Block(Module):
     """x ← mix₀·x + mix₁·x0; x ← x + attn_scale·mixer(norm x); x ← x + mlp_scale·mlp(norm x)."""
 
     def __init__(
@@ -37,11 +41,11 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         d = config.d_model
-        self.attn = HybridMixer(config, runtime, window, shared_kv)
-        self.mlp = MLP(d, config.mlp_mult, config.mlp_slope, runtime.qat_bits, runtime.mlp_backend)
-        self.attn_scale = nn.Parameter(torch.ones(d))
-        self.mlp_scale = nn.Parameter(torch.ones(d))
-        self.resid_mix = nn.Parameter(torch.stack([torch.ones(d), torch.zeros(d)]))
+        self.attn = mixer_class(config.mixer)(config, runtime, window, shared_kv)
+        self.mlp = MLP(d, config.mlp_mult, config.mlp_slope, runtime.mlp_backend)
+        self.attn_scale = parameter(torch.ones(d), Role.CONTROL)
+        self.mlp_scale = parameter(torch.ones(d), Role.CONTROL)
+        self.resid_mix = parameter(torch.stack([torch.ones(d), torch.zeros(d)]), Role.CONTROL)
 
     def forward(
         self, x_BTD: Tensor, x0_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None, return_state: bool

@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from hymba_lightning.model.mixers import MIXERS
+
 # Far beyond any network, and sizes made of a few such numbers still fit into 64 bits for the most part.
 MAX_INTEGER = 2**31 - 1
 
@@ -33,14 +35,18 @@ class HymbaConfig:
     """Hidden width of the MLP as a multiple of d_model."""
     mlp_slope: float = 0.9
     """Negative slope of the MLP's leaky ReLU, whose output is squared."""
+    mixer: str = "mamba"
+    """The recurrent branch beside attention, by the name of its file in model/mixers."""
+    mixer_options: dict[str, int | float] | None = None
+    """What a mixer has beyond these fields, by name; its file says what."""
     expand: int = 1
-    """Width of the Mamba branch as a multiple of d_model: d_inner = expand * d_model."""
+    """Width of the recurrent branch as a multiple of d_model: d_inner = expand * d_model."""
     d_state: int = 8
-    """State size N of the selective scan, per channel."""
+    """State size N of the recurrence, per channel."""
     d_conv: int = 4
-    """Taps of the causal depthwise convolution in front of the scan."""
+    """Taps of the causal depthwise convolution in front of the recurrence."""
     dt_rank: int = 0
-    """Rank of the time-step projection; 0 means max(d_model // 16, 1)."""
+    """Rank of Mamba's time-step projection; 0 means max(d_model // 16, 1)."""
     tie_embeddings: bool = True
     """Use the token table as the output head; otherwise a separate zero-initialised head."""
     tied_embed_std: float = 0.005
@@ -126,8 +132,8 @@ class HymbaConfig:
             raise ValueError(f"dt_rank={self.dt_rank} and meta_tokens={self.meta_tokens} must not be negative")
         if not 0 <= self.branch_gate <= self.d_model:
             raise ValueError(f"branch_gate={self.branch_gate} must be 0 (no gates) to d_model={self.d_model}")
-        if self.d_state > 64:
-            raise ValueError(f"d_state={self.d_state} is over 64, the most that the scan's kernels hold in registers")
+        if self.mixer not in MIXERS:
+            raise ValueError(f"mixer={self.mixer!r} is unknown: choose from {', '.join(MIXERS)}")
         for name, allowed in (
             ("dt_init", ("mamba", "linear")),
             ("merge", ("scalar", "channel", "concat")),
@@ -162,7 +168,7 @@ class HymbaConfig:
 
     @property
     def d_inner(self) -> int:
-        """Channels E of the Mamba branch."""
+        """Channels E of the recurrent branch."""
         return self.expand * self.d_model
 
     @property
@@ -197,8 +203,9 @@ class HymbaConfig:
         return self.n_heads + (self.d_inner if self.merge == "concat" else self.d_model) // self.head_dim
 
     def to_dict(self) -> dict:
-        """Plain values, for checkpoints and artifacts."""
-        return dataclasses.asdict(self)
+        """Plain values, for checkpoints and artifacts; readable by versions before the mixers where it has none."""
+        plain = {"mixer": "mamba", "mixer_options": None}
+        return {name: value for name, value in dataclasses.asdict(self).items() if plain.get(name, self) != value}
 
     @classmethod
     def from_dict(cls, values: dict) -> "HymbaConfig":
@@ -213,33 +220,13 @@ class HymbaConfig:
         if unknown:
             raise ValueError(f"the network's config has fields this version does not know: {', '.join(unknown)}")
         for name, value in values.items():
-            if not (_is_of(kinds[name], value) or (name == "global_layers" and _is_list_of_layers(value))):
+            fits = LISTS.get(name, lambda value: False)
+            if not (_is_of(kinds[name], value) or fits(value)):
                 raise ValueError(
                     f"{name}={str(value)[:40]!r} is {type(value).__name__}, where "
                     f"{kinds[name].__name__} within ±{MAX_INTEGER} is needed"
                 )
         return cls(**values)
-
-    def matmul_params(self) -> int:
-        """Weights that every token is multiplied with, the head included (the N of the 6·N FLOP rule)."""
-        d, e, r, n = self.d_model, self.d_inner, self.resolved_dt_rank, self.d_state
-        kv = 2 * self.n_kv_heads * self.head_dim
-        mixer = d * d + d * kv + d * 2 * e + e * (r + 2 * n) + r * e + e * d + d * d
-        mlp = 2 * self.mlp_mult * d * d
-        bigram = self.bigram_dim * d if self.bigram_hash else 0
-        return self.n_layers * (mixer + mlp) + bigram + d * self.vocab_size
-
-    def train_flops_per_token(self, seq_len: int) -> float:
-        """Floating-point operations a training token needs, forward and backward, without recomputation.
-
-        Matrix products 6·N, attention 12·D·(mean keys seen), the scan's recurrence and read-out about 3·9·E·N_state.
-        """
-        keys = 0.0
-        for layer in range(self.n_layers):
-            span = min(self.window_of(layer) or seq_len, seq_len)
-            keys += span - span * (span - 1) / (2 * seq_len)
-        scan = 27 * self.d_inner * self.d_state * self.n_layers
-        return 6 * self.matmul_params() + 12 * self.d_model * keys + scan
 
 
 def _is_of(kind: type, value: Any) -> bool:
@@ -249,8 +236,16 @@ def _is_of(kind: type, value: Any) -> bool:
     return type(value) is kind
 
 
-def _is_list_of_layers(value: Any) -> bool:
-    return type(value) is list and all(_is_of(int, layer) for layer in value)
+def _is_list(value: Any) -> bool:
+    return type(value) is list and all(_is_of(int, number) for number in value)
+
+
+def _is_options(value: Any) -> bool:
+    return type(value) is dict and all(type(name) is str and _is_of(float, value[name]) for name in value)
+
+
+# What fields may be beyond the type of their default.
+LISTS = {"global_layers": _is_list, "layer_windows": _is_list, "mixer_options": _is_options}
 
 
 @dataclass(frozen=True)
@@ -272,12 +267,13 @@ class RuntimeConfig:
     """MLP with the squared leaky ReLU, where a gradient is wanted: auto, torch or triton."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
-    qat_bits: int = 0
-    """Fake-quantize the large matrices to this many bits once quantization-aware training is on; 0 leaves it out of
-    the graph."""
 
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={self.compute_dtype!r} is unknown: choose float32 or bfloat16")
-        if self.qat_bits and not 2 <= self.qat_bits <= 8:
-            raise ValueError(f"qat_bits must be 0 (off) or 2 to 8, got {self.qat_bits}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RuntimeConfig":
+        """From a file's values; fields of other versions are left out, since none changes what is computed."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hymba_lightning.model.layers import Embedding, Linear
+from hymba_lightning.model.roles import Module, Role, parameter
 
 # Multiplier of the bigram hash: row = (previous id * 92821 + id) mod buckets.
 BIGRAM_MULTIPLIER = 92821
 
 
-class BigramHash(nn.Module):
+class BigramHash(Module):
     """Embedding of the pair (previous id, id) through a hashed table and a zero-initialised projection."""
+
+    part = "embedding"
 
     def __init__(self, buckets: int, width: int, d_model: int) -> None:
         super().__init__()
@@ -25,12 +28,14 @@ class BigramHash(nn.Module):
         return self.proj(self.table(rows_BT, dtype))
 
 
-class SmearGate(nn.Module):
+class SmearGate(Module):
     """g * x_t + (1 - g) * x_{t-1} with g = sigmoid(gate), one gate per channel, starting at 3."""
+
+    part = "embedding"
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.full((d_model,), 3.0))
+        self.gate = parameter(torch.full((d_model,), 3.0), Role.CONTROL)
 
     def forward(self, x_BTD: Tensor, previous_BTD: Tensor) -> Tensor:
         gate_D = torch.sigmoid(self.gate).to(x_BTD.dtype)

@@ -5,21 +5,29 @@ B batch, T sequence, D d_model, V vocab_size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hymba_lightning.model.attention import rope_table
+from hymba_lightning.model.attention import rope_table, rope_table_of_rows
 from hymba_lightning.model.block import Block
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
 from hymba_lightning.model.embedding import BigramHash, SmearGate, embed_tokens
 from hymba_lightning.model.init import initialise
 from hymba_lightning.model.layers import Embedding, Linear, rms_norm
-from hymba_lightning.model.mixer import LayerState
+from hymba_lightning.model.mixer import LayerState, own
+from hymba_lightning.model.roles import Module, Role, parameter
 from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
+
+
+def _pretrained() -> Any:
+    # Above this layer, where artifacts are read; and nothing of it belongs to the code that a score is made with.
+    return importlib.import_module("hymba_lightning.interop.pretrained")
 
 
 class HymbaState(NamedTuple):
@@ -28,45 +36,68 @@ class HymbaState(NamedTuple):
     layers: list[LayerState]
     last_id: Tensor  # (B, 1) the last token, for the bigram hash
     last_vector: Tensor  # (B, 1, D) its embedding before smearing
-    position: int  # rotary position of the next token
+    position: int | Tensor  # rotary position of the next token, (B,) int64 where it differs by row
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of it, those of a layer one after another; each has the batch first."""
+        own = [tensor for layer in self.layers for tensor in (layer.keys, layer.values, *layer.recurrent, layer.hidden)]
+        return [tensor for tensor in (*own, self.last_id, self.last_vector) if tensor is not None]
 
 
-class Hymba(nn.Module):
-    """A Hymba language model (attention and Mamba in parallel in every block)."""
+class Hymba(Module):
+    """A Hymba language model. Raises ValueError where its mixer does not have the sizes or options of the config."""
 
     def __init__(self, config: HymbaConfig, runtime: RuntimeConfig | None = None) -> None:
         super().__init__()
         self.config = config
         self.runtime = runtime or RuntimeConfig()
         d, n_layers = config.d_model, config.n_layers
-        self.tok_emb = Embedding(config.vocab_size, d, std=config.tied_embed_std if config.tie_embeddings else 1.0)
+        std = config.tied_embed_std if config.tie_embeddings else 1.0
+        self.tok_emb = Embedding(config.vocab_size, d, std, Role.EMBEDDING)
         self.bigram_hash = BigramHash(config.bigram_buckets, config.bigram_dim, d) if config.bigram_hash else None
         self.smeargate = SmearGate(d) if config.smear_gate else None
         self.n_skips = n_layers // 2
-        self.skip_weights = nn.Parameter(torch.ones(1, self.n_skips, d))
+        self.skip_weights = parameter(torch.ones(1, self.n_skips, d), Role.CONTROL)
         if config.meta_tokens:
-            self.meta_tokens = nn.Parameter(torch.randn(1, config.meta_tokens, d) * 0.02)
+            self.meta_tokens = parameter(torch.randn(1, config.meta_tokens, d) * 0.02, Role.TABLE)
         blocks: list[Block] = []
         for layer in range(n_layers):
             leader = layer - layer % config.kv_share_every
             shared = blocks[leader].attn.kv_proj if leader != layer else None
             blocks.append(Block(config, self.runtime, config.window_of(layer), shared))
         self.blocks = nn.ModuleList(blocks)
-        self.lm_head = None if config.tie_embeddings else Linear(d, config.vocab_size, zero_init=True)
+        self.lm_head = None if config.tie_embeddings else Linear(d, config.vocab_size, zero_init=True, role=Role.HEAD)
         initialise(self, config)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The blocks."""
+        return cast("list[Block]", list(self.blocks))
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the activations."""
         return getattr(torch, self.runtime.compute_dtype)
 
-    def set_qat_strength(self, strength: float) -> None:
-        """Turns quantization-aware training on (1) or off (0). Raises ValueError if it was not built in."""
-        if not self.runtime.qat_bits:
-            raise ValueError("this network has no fake quantization in its graph: set runtime.qat_bits to 2..8")
-        for module in self.modules():
-            if isinstance(module, Linear) and module.qat_bits:
-                module.qat_strength.fill_(strength)
+    def compact(self, state: HymbaState, rebase_at: int) -> HymbaState:
+        """The same state without memory that it only keeps alive; from position `rebase_at` on as if it stood at 0:
+        attention sees differences of positions only."""
+        shift = state.position if int(torch.as_tensor(state.position).max()) >= rebase_at else 0
+        layers = [block.attn.compact(layer, shift) for block, layer in zip(self.layers, state.layers, strict=True)]
+        return HymbaState(layers, own(state.last_id), own(state.last_vector), state.position - shift)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
+        """Writes config.json and weights for Hugging Face's libraries: `interop.pretrained.save_pretrained`."""
+        return _pretrained().save_pretrained(self, folder, **options)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Hymba:
+        """The network of a folder or a repository of the hub: `interop.pretrained.from_pretrained`."""
+        return _pretrained().from_pretrained(name, **options)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Saves and uploads it as owner/name, and returns the URL: `interop.pretrained.push_network`."""
+        return _pretrained().push_network(self, repository, **options)
 
     def forward(
         self,
@@ -95,7 +126,7 @@ class Hymba(nn.Module):
                 backend=self.runtime.loss_backend,
             )
             out = nats_N.view_as(targets) if reduction == "none" else getattr(nats_N, reduction)()
-        return (out, new_state) if return_state else out
+        return out if new_state is None else (out, new_state)
 
     def raw_logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits (B, T, V) of the last block's output (B, T, D) before the softcap, in the compute dtype."""
@@ -130,7 +161,11 @@ class Hymba(nn.Module):
         if n_meta:
             x_BTD = torch.cat([self.meta_tokens.to(x_BTD.dtype).expand(x_BTD.size(0), -1, -1), x_BTD], dim=1)
         first = 0 if state is None else state.position
-        rope = rope_table(first, x_BTD.size(1), self.config.head_dim, self.config.rope_base, x_BTD.device)
+        head_dim, base = self.config.head_dim, self.config.rope_base
+        if isinstance(first, Tensor):
+            rope = rope_table_of_rows(first, x_BTD.size(1), head_dim, base)
+        else:
+            rope = rope_table(first, x_BTD.size(1), head_dim, base, x_BTD.device)
         x_BTD, layers = self.run_blocks(x_BTD, rope, state, return_state)
         if n_meta:
             x_BTD = x_BTD[:, n_meta:]
@@ -142,7 +177,9 @@ class Hymba(nn.Module):
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: HymbaState | None, return_state: bool
     ) -> tuple[Tensor, list[LayerState]]:
         """Runs all blocks; each block of the second half first adds the weighted output of its mirror in the first."""
-        x0_BTD, skips, new_layers = x_BTD, [], []
+        x0_BTD = x_BTD
+        skips: list[Tensor] = []
+        new_layers = []
         recompute = self.runtime.activation_checkpointing and self.training and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             if index >= self.n_skips and skips:
@@ -155,3 +192,9 @@ class Hymba(nn.Module):
             if return_state:
                 new_layers.append(new_layer)
         return x_BTD, new_layers
+
+
+def outline(config: HymbaConfig) -> Hymba:
+    """The network of a config without memory for its weights: names, shapes, roles. Leaves the random state alone."""
+    with torch.device("meta"):
+        return Hymba(config)

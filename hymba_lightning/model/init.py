@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from hymba_lightning.model.config import HymbaConfig
-from hymba_lightning.model.layers import Linear
-from hymba_lightning.model.mamba import TimeStepProjection
+from hymba_lightning.model.layers import Linear, TimeStepProjection
+from hymba_lightning.model.roles import Role, roles_of
 
 # Smaller matrices keep the uniform start: too few rows or columns for an orthogonal one to mean much.
 ORTHO_MIN_SIDE = 16
@@ -28,6 +28,7 @@ def initialise(net: nn.Module, config: HymbaConfig) -> None:
         if isinstance(module, TimeStepProjection) and config.dt_init == "mamba":
             module.draw_bias(config.dt_min, config.dt_max)
     if config.dynamics_dtype == "bfloat16":
+        roles = roles_of(net)
         for name, parameter in net.named_parameters():
-            if name.endswith(("A_log", "dt_proj.weight")):
+            if roles[name] in (Role.DYNAMICS, Role.DYNAMICS_MATRIX) and parameter.ndim == 2:
                 parameter.data = parameter.data.to(torch.bfloat16)

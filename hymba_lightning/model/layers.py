@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hymba_lightning.model.roles import Module, Role, parameter
+
 # The machine epsilon of float32, whatever dtype the activations have: bfloat16's own (0.008) would swamp the
 # embeddings, whose variance starts at 2.5e-5.
 RMS_EPS = 1.1920928955078125e-07
-# Matrices up to this size are stored as float16 in the artifact, so quantization-aware training leaves them alone.
-QAT_MIN_NUMEL = 65_536
 # Up to so many tokens projections of the same input are multiplied one after the other.
 FEW_ROWS = 16
 
@@ -20,52 +22,66 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
-def fake_quantize(weight: Tensor, bits: int) -> Tensor:
-    """`weight` (rows, cols) rounded to `bits` bits per row, symmetric, scale = max|row| / (2^(bits-1) - 1)."""
-    q_max = 2 ** (bits - 1) - 1
-    scale = (weight.abs().amax(dim=1, keepdim=True) / q_max).clamp_min(torch.finfo(torch.float32).tiny)
-    return (weight / scale).round().clamp(-q_max, q_max) * scale
-
-
-class Linear(nn.Module):
+class Linear(Module):
     """A matrix without bias, float32 in storage, cast to the activations' dtype where it is used.
 
-    `zero_init` marks it for a zero start. With `qat_bits`, `qat_strength` (a 0-dim tensor, 0 or 1) blends in the
-    fake-quantized weight with a straight-through gradient: a tensor, not a Python flag, so that turning it on acts
-    inside a graph that is already compiled.
+    `zero_init` marks it for a zero start.
     """
 
-    def __init__(self, d_in: int, d_out: int, *, zero_init: bool = False, qat_bits: int = 0) -> None:
+    def __init__(self, d_in: int, d_out: int, *, zero_init: bool = False, role: Role = Role.MATRIX) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.weight = parameter(torch.empty(d_out, d_in), role)
         self.zero_init = zero_init
-        self.qat_bits = qat_bits if d_in * d_out > QAT_MIN_NUMEL else 0
-        if self.qat_bits:
-            self.register_buffer("qat_strength", torch.zeros(()), persistent=False)
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
 
     def cast_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight (d_out, d_in) as the product uses it: fake-quantized where that is on, in `dtype`."""
-        weight = self.weight
-        if self.qat_bits:
-            rounded = fake_quantize(weight.detach(), self.qat_bits)
-            weight = weight + self.qat_strength * (rounded - weight.detach())
-        return weight.to(dtype)
+        """The weight (d_out, d_in) as the product uses it, in `dtype`."""
+        return self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.cast_weight(x.dtype))
 
 
-class Embedding(nn.Module):
+class Embedding(Module):
     """A table (rows, width) looked up by id, output in `dtype`."""
 
-    def __init__(self, rows: int, width: int, std: float) -> None:
+    part = "embedding"
+
+    def __init__(self, rows: int, width: int, std: float, role: Role = Role.TABLE) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, width))
+        self.weight = parameter(torch.empty(rows, width), role)
         nn.init.normal_(self.weight, std=std)
 
     def forward(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(ids_BT, self.weight).to(dtype)
+
+
+class DepthwiseConv(Module):
+    """Parameters of the causal depthwise convolution: weight (E, 1, W), bias (E,), in torch's Conv1d layout."""
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(taps)
+        self.weight = parameter(torch.empty(channels, 1, taps).uniform_(-bound, bound), Role.CONVOLUTION)
+        self.bias = parameter(torch.empty(channels).uniform_(-bound, bound), Role.SCALAR)
+
+
+class TimeStepProjection(Module):
+    """Parameters of dt = softplus(W dt_low + bias): weight (E, R) and bias (E,), which a scan adds in float32."""
+
+    def __init__(self, rank: int, channels: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(rank)
+        self.weight = parameter(torch.empty(channels, rank).uniform_(-bound, bound), Role.DYNAMICS_MATRIX)
+        self.bias = parameter(torch.empty(channels).uniform_(-bound, bound), Role.DYNAMICS)
+
+    def draw_bias(self, dt_min: float, dt_max: float) -> None:
+        """Sets the bias so that softplus(bias) is log-uniform in [dt_min, dt_max] (Mamba, section 3.6)."""
+        with torch.no_grad():
+            log_dt = torch.rand_like(self.bias) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
+            dt = log_dt.exp()
+            # Inverse of softplus, log(exp(dt) - 1), written so that small dt keeps its digits.
+            self.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
 def fused_linear(x: Tensor, linears: list[Linear], sizes: list[int], unit: int) -> list[Tensor]:

@@ -1,27 +1,31 @@
-"""The hybrid mixer: attention and Mamba in parallel on the same input (Hymba, arXiv:2411.13676)."""
+"""The hybrid mixer: attention and a recurrent branch in parallel on the same input (Hymba, arXiv:2411.13676).
+
+B batch, T sequence, D d_model, E d_inner, P kept tokens, G key/value heads, K head_dim.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from hymba_lightning.model.attention import attention_branch
+from hymba_lightning.model.attention import attention_branch, turn_back
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
 from hymba_lightning.model.layers import Linear, fused_linear, rms_norm
-from hymba_lightning.model.mamba import DepthwiseConv, TimeStepProjection, mamba_branch
+from hymba_lightning.model.roles import Module, Role, parameter
 
 
 class LayerState(NamedTuple):
-    """What one layer remembers of the tokens before: enough to cut a sequence anywhere."""
+    """What one layer remembers of the tokens before: enough to cut a sequence anywhere. Every tensor has the batch
+    first, and a row of it is that sequence's alone."""
 
     keys: Tensor  # (B, P, G, K), rotated; P <= window - 1, or all tokens in a global layer
     values: Tensor  # (B, P, G, K)
-    conv: Tensor  # (B, E, W-1) last inputs of the convolution
-    scan: Tensor  # (B, E, N) float32
+    recurrent: tuple[Tensor, ...]  # the branch's own, of a size that does not grow
+    hidden: Tensor | None = None  # (B,) int64: so many of a row's first keys are padding; None: none of any row
 
 
 class Merge(torch.autograd.Function):
@@ -50,63 +54,110 @@ class Merge(torch.autograd.Function):
         return weight * g_BTD, (1 - weight) * g_BTD, (gate * (1 - gate) * total).to(alpha.dtype), None
 
 
-class HybridMixer(nn.Module):
-    """sigmoid(α)·attention + (1-sigmoid(α))·mamba, then the zero-initialised output projection; or, under merge
+class HybridMixer(Module):
+    """sigmoid(α)·attention + (1-sigmoid(α))·branch, then the zero-initialised output projection; or, under merge
     'concat', that projection of both side by side.
 
     Under `branch_gate` both are first multiplied by gates that few channels of the input open (a "sparse" gate on each
-    head's output: modded-nanogpt, 2025).
+    head's output: modded-nanogpt, 2025). `shared_kv` is another layer's key/value projection to use instead of an own
+    one. A file in mixers/ has a subclass `Mixer` that gives what is not implemented here.
 
-    `shared_kv` is another layer's key/value projection to use instead of an own one.
+    Raises:
+        ValueError: config.mixer_options has a name or a value that the mixer does not take.
     """
+
+    part = "attention"
+    options: ClassVar[dict[str, int | float]] = {}
+    """What config.mixer_options may set, with the defaults."""
 
     def __init__(
         self, config: HymbaConfig, runtime: RuntimeConfig, window: int | None, shared_kv: Linear | None = None
     ) -> None:
         super().__init__()
-        d, e, n, rank = config.d_model, config.d_inner, config.d_state, config.resolved_dt_rank
-        bits = runtime.qat_bits
-        self.head_dim, self.window, self.runtime = config.head_dim, window, runtime
-        self.branch_norm, self.value_gate, self.dynamics_norm = (
-            config.branch_norm,
-            config.value_gate,
-            config.dynamics_norm,
-        )
-        self.c_q = Linear(d, d, qat_bits=bits)
-        own_kv = Linear(d, 2 * config.n_kv_heads * config.head_dim, qat_bits=bits) if shared_kv is None else shared_kv
+        d, e = config.d_model, config.d_inner
+        self.config, self.window, self.runtime = config, window, runtime
+        self.head_dim = config.head_dim
+        given = config.mixer_options or {}
+        unknown = sorted(set(given) - set(self.options))
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise ValueError(f"mixer_options has {', '.join(unknown)}, and {config.mixer!r} takes {known}")
+        self.widths = self.input_widths(self.options | given)
+        self.c_q = Linear(d, d)
+        own_kv = Linear(d, 2 * config.n_kv_heads * config.head_dim) if shared_kv is None else shared_kv
         self.kv_proj = own_kv
-        self.mamba_proj = Linear(d, 2 * e, qat_bits=bits)
-        self.conv1d = DepthwiseConv(e, config.d_conv)
-        self.x_proj = Linear(e, rank + 2 * n, qat_bits=bits)
-        self.dt_proj = TimeStepProjection(rank, e)
-        self.A_log = nn.Parameter(torch.arange(1, n + 1, dtype=torch.float32).log().repeat(e, 1))
-        self.D = nn.Parameter(torch.ones(e))
+        before = {*self._parameters, *self._modules}
+        self.mamba_proj = Linear(d, sum(self.widths))
+        self.make_branch()
         concat = config.merge == "concat"
-        self.mamba_out_proj = None if concat else Linear(e, d, qat_bits=bits)
-        self.proj = Linear(d + e if concat else d, d, zero_init=True, qat_bits=bits)
-        self.q_gain = nn.Parameter(torch.full((config.n_heads,), float(config.qk_gain)))
-        self.merge_alpha = None if concat else nn.Parameter(torch.zeros(1 if config.merge == "scalar" else d))
-        # Rows: one for each head_dim channels of attention's output, then of the scan's.
-        self.branch_gate = (
-            nn.Parameter(torch.zeros(config.gate_groups, config.branch_gate)) if config.branch_gate else None
+        self.mamba_out_proj = None if concat else Linear(e, d)
+        # Of the parameters and modules here those of the branch.
+        self.branch_names = {*self._parameters, *self._modules} - before
+        self.proj = Linear(d + e if concat else d, d, zero_init=True)
+        self.q_gain = parameter(torch.full((config.n_heads,), float(config.qk_gain)), Role.CONTROL)
+        self.merge_alpha = (
+            None if concat else parameter(torch.zeros(1 if config.merge == "scalar" else d), Role.CONTROL)
         )
+        # Rows: one for each head_dim channels of attention's output, then of the branch's.
+        self.branch_gate = (
+            parameter(torch.zeros(config.gate_groups, config.branch_gate), Role.SCALAR) if config.branch_gate else None
+        )
+
+    def input_widths(self, options: dict[str, int | float]) -> list[int]:
+        """Columns of each projection of the input that the branch takes; called first, with all `options`. Raises
+        ValueError for sizes that it does not have."""
+        raise NotImplementedError
+
+    def make_branch(self) -> None:
+        """Makes the branch's parameters, beside its projections of the mixer's input and to its output."""
+        raise NotImplementedError
+
+    def branch(
+        self, x_BTD: Tensor, inputs: list[Tensor], state: tuple[Tensor, ...] | None, return_state: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The mixer's input, its projections (B, T, width) and the state before (None: no tokens) → (B, T, E), and with
+        `return_state` the state after these tokens."""
+        raise NotImplementedError
+
+    def branch_flops(self) -> float:
+        """Floating-point operations a token, forward, beyond products with whole matrices."""
+        raise NotImplementedError
+
+    def branch_activations(self) -> float:
+        """Numbers a token that a backward pass keeps, estimated."""
+        raise NotImplementedError
+
+    def decay_times(self, x_BTD: Tensor) -> Tensor | None:
+        """Tokens in which each part of the branch's state falls to 1/e, any shape, with time steps averaged over the
+        mixer's input (B, T, D); None where the branch has no such thing."""
+        return None
+
+    def joined(self) -> list[Linear]:
+        """Linears that multiply this module's input as one matrix, without being called: calibration asks for them."""
+        return [self.c_q, self.kv_proj, self.mamba_proj]
+
+    def compact(self, state: LayerState, shift: int | Tensor) -> LayerState:
+        """The same state without memory that it only keeps alive, as if its tokens stood `shift` positions lower, (B,)
+        where that differs by row."""
+        turn = isinstance(shift, Tensor) or shift > 0
+        keys = turn_back(state.keys, shift, self.config.rope_base) if turn else own(state.keys)
+        return LayerState(keys, own(state.values), tuple(own(tensor) for tensor in state.recurrent), state.hidden)
 
     def forward(
         self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None, return_state: bool
     ) -> tuple[Tensor, LayerState | None]:
         """x (B, T, D) → (B, T, D), and the layer's new state when asked."""
-        width = self.A_log.size(0)
         kv = self.kv_proj.weight.size(0) // 2
-        q_BTD, k_BTC, v_BTC, u_BTE, z_BTE = fused_linear(
+        q_BTD, k_BTC, v_BTC, *inputs = fused_linear(
             x_BTD,
-            [self.c_q, self.kv_proj, self.mamba_proj],
-            [self.c_q.weight.size(0), kv, kv, width, width],
-            unit=math.gcd(self.head_dim, width),
+            self.joined(),
+            [self.c_q.weight.size(0), kv, kv, *self.widths],
+            unit=math.gcd(self.head_dim, *self.widths),
         )
-        if self.value_gate:
+        if self.config.value_gate:
             v_BTC = F.silu(v_BTC)
-        past = None if state is None else (state.keys, state.values)
-        attended_BTD, kept = attention_branch(
+        past = None if state is None else (state.keys, state.values, state.hidden)
+        attended_BTD, (keys, values, hidden) = attention_branch(
             q_BTD,
             k_BTC,
             v_BTC,
@@ -117,23 +168,9 @@ class HybridMixer(nn.Module):
             past=past,
             backend=self.runtime.attention_backend,
         )
-        y_BTE, conv_state, scan_state = mamba_branch(
-            u_BTE,
-            z_BTE,
-            self.conv1d,
-            self.x_proj,
-            self.dt_proj,
-            self.A_log,
-            self.D,
-            conv_state=None if state is None else state.conv,
-            scan_state=None if state is None else state.scan,
-            normalise=self.dynamics_norm,
-            return_state=return_state,
-            conv_backend=self.runtime.conv_backend,
-            scan_backend=self.runtime.scan_backend,
-        )
+        y_BTE, recurrent = self.branch(x_BTD, inputs, None if state is None else state.recurrent, return_state)
         scanned_BTD = y_BTE if self.mamba_out_proj is None else self.mamba_out_proj(y_BTE)
-        if self.branch_norm:
+        if self.config.branch_norm:
             attended_BTD, scanned_BTD = rms_norm(attended_BTD), rms_norm(scanned_BTD)
         if self.branch_gate is not None:
             attended_BTD, scanned_BTD = self.gated(x_BTD, attended_BTD, scanned_BTD)
@@ -141,11 +178,12 @@ class HybridMixer(nn.Module):
             out_BTD = self.proj(torch.cat([attended_BTD, scanned_BTD], dim=-1))
         else:
             out_BTD = self.proj(Merge.apply(attended_BTD, scanned_BTD, self.merge_alpha, self.head_dim))
-        return out_BTD, LayerState(*kept, conv_state, scan_state) if return_state else None
+        return out_BTD, LayerState(keys, values, recurrent, hidden) if return_state else None
 
     def gated(self, x_BTD: Tensor, attended_BTD: Tensor, scanned_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Both branches' outputs (B, T, D), the scan's (B, T, E) under 'concat', times the gates that the first
-        channels of x (B, T, D) open."""
+        """Both branches' outputs (B, T, D), the recurrent one's (B, T, E) under 'concat', times the gates that the
+        first channels of x (B, T, D) open."""
+        assert self.branch_gate is not None
         weight = self.branch_gate.to(x_BTD.dtype)
         gate_BTG1 = 2 * torch.sigmoid(F.linear(x_BTD[..., : weight.size(1)], weight))[..., None]
         heads = attended_BTD.size(-1) // self.head_dim
@@ -154,3 +192,8 @@ class HybridMixer(nn.Module):
             (attended_BTD.unflatten(-1, (-1, self.head_dim)) * attention_gate).flatten(-2),
             (scanned_BTD.unflatten(-1, (-1, self.head_dim)) * scan_gate).flatten(-2),
         )
+
+
+def own(tensor: Tensor) -> Tensor:
+    """`tensor`, copied if it is a small part of what it keeps in memory."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > 2 * tensor.nbytes else tensor

@@ -40,7 +40,7 @@ VAL_FILES = "*_val_*.bin"
 WORKER = """
 import json, sys
 from pathlib import Path
-folder, tokenizer, device = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+folder, device = Path(sys.argv[1]), sys.argv[2]
 sys.path.insert(0, str(folder))
 import numpy, torch
 from hymba_lightning.package.referee import evaluate
@@ -48,7 +48,7 @@ answer = sys.stdout
 sys.stdout = sys.stderr
 for line in sys.stdin:
     data = Path(line.rstrip("\\n"))
-    result = evaluate(folder, data, tokenizer, torch.device(device))
+    result = evaluate(folder, data, data / "tokenizer.model", torch.device(device))
     numpy.save(data / "nats.npy", result["nats"].numpy())
     answer.write(json.dumps({key: result[key] for key in ("val_bpb", "tokens", "bytes")}) + "\\n")
     answer.flush()
@@ -160,7 +160,7 @@ def _folder_evaluator(
         if not (source / name).is_file():
             raise FileNotFoundError(f"{source} is no folder of `hymba package`: it lacks {name}")
     load_artifact(source / ARTIFACT)
-    with tempfile.TemporaryDirectory(prefix="hymba-audit-") as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve() / "submission"
         shutil.copytree(source, folder)
         settings = _settings(source)
@@ -171,7 +171,7 @@ def _folder_evaluator(
         with (
             open(Path(temporary) / "errors", "w+b") as errors,
             subprocess.Popen(
-                [sys.executable, "-I", "-c", WORKER, str(folder), str(tokenizer.resolve()), device],
+                [sys.executable, "-I", "-c", WORKER, str(folder), device],
                 cwd=temporary,
                 env=environment,
                 stdin=subprocess.PIPE,
@@ -182,7 +182,7 @@ def _folder_evaluator(
         ):
 
             def evaluate(tokens: Tensor) -> Tensor:
-                with _shard_of(tokens) as data:
+                with _data_of(tokens, tokenizer) as data:
                     try:
                         print(data, file=worker.stdin, flush=True)
                         result = json.loads(worker.stdout.readline())  # type: ignore[union-attr]
@@ -227,7 +227,9 @@ def _check_sum(result: dict[str, Any], tokens: Tensor, nats: Tensor, token_bytes
 
 
 @contextlib.contextmanager
-def _shard_of(tokens: Tensor) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="hymba-stream-") as folder:
+def _data_of(tokens: Tensor, tokenizer: Path) -> Iterator[Path]:
+    """A folder as a referee's: from nothing in it can the code find the true stream, whose future it could look up."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copyfile(tokenizer, Path(folder) / "tokenizer.model")
         write_shard(Path(folder) / "text_val_000000.bin", tokens.numpy().astype(np.uint16))
         yield Path(folder)

@@ -75,6 +75,10 @@ def verify_folder(folder: Path) -> dict[str, Any]:
     endings = tuple(importlib.machinery.all_suffixes())
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise DigestError(
+                f"{name} in {folder} is a link, behind which may be code: a submission holds its files itself"
+            )
         if name.endswith(endings) and name not in files:
             raise DigestError(f"{name} in {folder} was not packaged: delete this code, which has no digest")
     return digests

@@ -128,7 +128,7 @@ def export(
         scheme=quantization,
         **calibration._asdict(),
     )
-    code_bytes = evaluation_code_bytes()
+    code_bytes = evaluation_code_bytes(source.net.config.mixer)
     check_limit(report.bytes, code_bytes, quantization.limit_bytes, report)
     return Exported(Path(out), report, code_bytes, quantization.limit_bytes, source.weights, time.monotonic() - started)
 

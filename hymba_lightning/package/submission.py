@@ -17,7 +17,8 @@ from typing import Any
 
 from hymba_lightning.closure import ROOT, needed_files
 from hymba_lightning.files import write_atomic
-from hymba_lightning.model import RuntimeConfig
+from hymba_lightning.model import HymbaConfig, RuntimeConfig
+from hymba_lightning.model.mixers import MIXERS
 from hymba_lightning.package.digests import (
     ARTIFACT,
     DIGESTS,
@@ -32,6 +33,8 @@ from hymba_lightning.package.digests import (
 )
 from hymba_lightning.package.texts import LIMIT_BYTES, copy_logs, readme, train_log
 from hymba_lightning.quantization import inspect_artifact
+from hymba_lightning.quantization.limit import REFEREE
+from hymba_lightning.quantization.parts import read_parts
 from hymba_lightning.report.reading import read_json, read_yaml
 from hymba_lightning.report.runs import Run, flatten, load_runs
 from hymba_lightning.run.record import FILE as RECORD
@@ -225,9 +228,9 @@ def _lay_out(folder: Path, run: Run, tested: ScoreRecord, options: dict[str, Any
     Raises:
         SubmissionError: artifact and code exceed the limit.
     """
-    code = _copy_code(folder)
     recorded = run.record.artifact
     shutil.copyfile(run.folder / (recorded.file if recorded else ARTIFACT), folder / ARTIFACT)
+    code = _copy_code(folder)
     copy_logs(run, folder / "logs")
     write_atomic(folder / "train.log", train_log(run))
     write_atomic(folder / SETTINGS, json.dumps(_settings(tested, options), indent=1) + "\n")
@@ -317,8 +320,9 @@ def run_referee(folder: Path, data: Path, tokenizer: Path, world_size: int = 1) 
 
 
 def _copy_code(folder: Path) -> list[Path]:
-    """Writes evaluate.py and the modules that it needs; their paths in the folder."""
-    files = needed_files("hymba_lightning.package.referee")
+    """Writes evaluate.py and the modules that it needs for the folder's artifact; their paths in the folder."""
+    config = HymbaConfig.from_dict(read_parts(folder / ARTIFACT).header["config"])
+    files = needed_files(REFEREE, MIXERS[config.mixer])
     for file in files:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT.parent / file, folder / file)

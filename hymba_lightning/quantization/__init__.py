@@ -8,9 +8,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hymba_lightning.quantization.artifact import Artifact, inspect_artifact, load_artifact
+    from hymba_lightning.quantization.artifact import Artifact, load_artifact
     from hymba_lightning.quantization.config import QuantizationConfig
     from hymba_lightning.quantization.container import ArtifactError, is_artifact
+    from hymba_lightning.quantization.inspection import inspect_artifact
     from hymba_lightning.quantization.limit import ArtifactTooLargeError, check_limit, evaluation_code_bytes
     from hymba_lightning.quantization.report import ArtifactReport
     from hymba_lightning.quantization.writing import save_artifact
@@ -29,9 +30,10 @@ __all__ = [
     "save_artifact",
 ]
 MODULES = {
-    "artifact": ("Artifact", "inspect_artifact", "load_artifact"),
+    "artifact": ("Artifact", "load_artifact"),
     "config": ("QuantizationConfig",),
     "container": ("ArtifactError", "is_artifact"),
+    "inspection": ("inspect_artifact",),
     "limit": ("ArtifactTooLargeError", "check_limit", "evaluation_code_bytes"),
     "report": ("ArtifactReport",),
     "writing": ("save_artifact",),

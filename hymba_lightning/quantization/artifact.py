@@ -7,18 +7,16 @@ frame, layout.py the order of the weights.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.model.config import HymbaConfig
+from hymba_lightning.model.hymba import outline
 from hymba_lightning.quantization.container import ArtifactError
 from hymba_lightning.quantization.layout import Entry, split_streams
 from hymba_lightning.quantization.parts import Check, Parts, check_anchors, check_header, naming, read_parts
 from hymba_lightning.quantization.payload import decode_tensor
-from hymba_lightning.quantization.report import ArtifactReport, build_report
 
 
 class Artifact(NamedTuple):
@@ -36,12 +34,6 @@ def load_artifact(path: str | os.PathLike) -> Artifact:
     return decode_file(path)[0]
 
 
-def inspect_artifact(path: str | os.PathLike) -> tuple[Artifact, ArtifactReport]:
-    """An artifact and where its bytes are. Raises as `load_artifact` does."""
-    artifact, parts = decode_file(path)
-    return artifact, build_report(Path(path).stat().st_size, parts)
-
-
 def check_network(header: dict, table: list[Entry]) -> None:
     """Refuses a file whose tensors are not, by name and shape, exactly those of the network that its config describes.
 
@@ -55,8 +47,7 @@ def check_shapes(config: dict, stored: dict[str, list[int]]) -> None:
     """The comparison of tensors' shapes with a config's network, for checkpoints too. Raises ArtifactError."""
     check_anchors(config, stored)
     try:
-        with torch.device("meta"):
-            net = Hymba(HymbaConfig.from_dict(config))
+        net = outline(HymbaConfig.from_dict(config))
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise ArtifactError(f"its config is that of no network ({error})") from error
     expected = {name: list(tensor.shape) or [1] for name, tensor in net.state_dict().items()}

@@ -1,10 +1,14 @@
 """What the export does with each tensor: the settings and the rules by name and size. No numbers are made here."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hymba_lightning.model.roles import Role
 
 SCHEMES = ("int6", "gptq", "mixed", "reference")
-CONTROL_NAMES = ("attn_scale", "mlp_scale", "resid_mix", "q_gain", "skip_weights", "smeargate", "merge_alpha")
-DYNAMICS_NAMES = ("A_log", ".D", "dt_proj.bias")
+# Roles, by their values, of what stays float.
+FLOAT32_ROLES, FLOAT16_ROLES = ("control", "dynamics"), ("embedding",)
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,11 @@ class QuantizationConfig:
     """Quantiles tried, evenly spaced from clip_quantile to 1."""
     keep_float_numel: int = 65_536
     """Tensors with at most this many entries stay float16."""
-    float32_names: list[str] = field(default_factory=lambda: [*CONTROL_NAMES, *DYNAMICS_NAMES])
-    """Tensors whose name contains one of these stay float32: control vectors and the dynamics of the state space. The
-    reference keeps only the control vectors so."""
-    float16_names: list[str] = field(default_factory=lambda: ["tok_emb"])
-    """Tensors whose name contains one of these stay float16 whatever their size."""
+    float32_names: list[str] | None = None
+    """Tensors whose name contains one of these stay float32; null for the network's control vectors and what sets the
+    decay of its states. The reference keeps only the control vectors so."""
+    float16_names: list[str] | None = None
+    """Tensors whose name contains one of these stay float16 whatever their size; null for the token table."""
     name_bits: dict[str, int] = field(default_factory=dict)
     """Bits for tensors whose name contains the key, whatever the other rules say; the first key that fits wins.
     {tok_emb: 8} quantizes the token table to 8 bits."""
@@ -77,13 +81,17 @@ class QuantizationConfig:
         """Whether it needs what calibration on training batches gives."""
         return self.gptq or self.scheme == "gptq"
 
-    def storage_of(self, name: str, numel: int) -> tuple[str, int]:
-        """How the tensor `name` of `numel` entries is kept: ('float32', 32), ('float16', 16) or ('int', bits)."""
+    def storage_of(self, name: str, numel: int, role: "Role") -> tuple[str, int]:
+        """How a tensor of `numel` entries is kept: ('float32', 32), ('float16', 16) or ('int', bits)."""
         for pattern, bits in self.name_bits.items():
             if pattern in name:
                 return "int", bits
-        if any(pattern in name for pattern in self.float32_names):
+        if _chosen(self.float32_names, name, FLOAT32_ROLES, role):
             return "float32", 32
-        if any(pattern in name for pattern in self.float16_names) or numel <= self.keep_float_numel:
+        if _chosen(self.float16_names, name, FLOAT16_ROLES, role) or numel <= self.keep_float_numel:
             return "float16", 16
         return "int", self.bits
+
+
+def _chosen(patterns: list[str] | None, name: str, values: tuple[str, ...], role: "Role") -> bool:
+    return role.value in values if patterns is None else any(pattern in name for pattern in patterns)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
+from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.gptq import quantize_with_hessians
 from hymba_lightning.quantization.int6 import (
@@ -18,7 +20,7 @@ from hymba_lightning.quantization.int6 import (
     quantize_rows,
 )
 from hymba_lightning.quantization.layout import Encoded
-from hymba_lightning.quantization.limit import Measure, evaluation_code_bytes, fit_to_limit
+from hymba_lightning.quantization.limit import Measure, fit_to_limit
 from hymba_lightning.quantization.mixed import encode_mixed
 from hymba_lightning.quantization.payload import check_tensor, encode_tensor
 
@@ -32,12 +34,15 @@ def encode_state_dict(
     hessians: dict[str, Tensor] | None,
     sensitivities: dict[str, Tensor] | None,
     measure: Measure,
+    roles: Mapping[str, Role],
+    code_bytes: int,
 ) -> tuple[list[Encoded], QuantizationConfig]:
     """Every tensor in the form that is stored, and `scheme` with the coarsening that its limit needed.
 
     `quantized` are tensors rounded elsewhere, kept as they are; `hessians` (for GPTQ) are those of `collect_hessians`,
     `sensitivities` (for 'mixed') of `collect_sensitivities`, without which all tensors count alike; `measure` gives
-    the bytes of a file. Raises ValueError naming a tensor that cannot be stored, or for Hessians or sensitivities
+    the bytes of a file. `roles` are the tensors' and `code_bytes` what the evaluation's code takes of the limit. Raises
+    ValueError naming a tensor that cannot be stored, or for Hessians or sensitivities
     missing or unasked for.
     """
     unknown = sorted(set(quantized) - set(state_dict))
@@ -52,28 +57,27 @@ def encode_state_dict(
         raise ValueError(f"the scheme {scheme.scheme!r} takes no sensitivities: they are for 'mixed'")
     for name, tensor in state_dict.items():
         check_tensor(name, tensor)
-    budget = scheme.limit_bytes - evaluation_code_bytes()
+    budget = scheme.limit_bytes - code_bytes
     if scheme.scheme == "mixed":
         named = {
-            name: round_nearest(name, tensor, scheme)
+            name: round_nearest(name, tensor, scheme, roles[name])
             for name, tensor in state_dict.items()
             if any(pattern in name for pattern in scheme.name_bits)
         }
         fixed = {
             name: encode_tensor(name, state_dict[name], "int", rounded) for name, rounded in (named | quantized).items()
         }
-        return encode_mixed(state_dict, sensitivities, hessians or {}, fixed, measure, budget), scheme
+        return encode_mixed(state_dict, sensitivities, hessians or {}, fixed, measure, budget, roles), scheme
+    storage = {name: scheme.storage_of(name, tensor.numel(), roles[name])[0] for name, tensor in state_dict.items()}
     base = {
-        name: round_nearest(name, tensor, scheme)
+        name: round_nearest(name, tensor, scheme, roles[name])
         for name, tensor in state_dict.items()
-        if name not in quantized and scheme.storage_of(name, tensor.numel())[0] == "int"
+        if name not in quantized and storage[name] == "int"
     }
 
     def encode(rounded: dict[str, QuantizedTensor]) -> list[Encoded]:
         return [
-            encode_tensor(
-                name, tensor, scheme.storage_of(name, tensor.numel())[0], quantized.get(name, rounded.get(name))
-            )
+            encode_tensor(name, tensor, storage[name], quantized.get(name, rounded.get(name)))
             for name, tensor in state_dict.items()
         ]
 
@@ -89,7 +93,7 @@ def encode_state_dict(
         wanted = {name: state_dict[name] for name in base}
         return encode(
             {name: coarsen_rows(state_dict[name], tensor, factor) for name, tensor in base.items()}
-            | quantize_with_hessians(wanted, hessians or {}, coarse)
+            | quantize_with_hessians(wanted, hessians or {}, coarse, roles)
         )
 
     final = nearest if hessians is None else by_gptq
@@ -110,9 +114,9 @@ def encode_state_dict(
     return encoded, dataclasses.replace(scheme, coarsen=scheme.coarsen * factor)
 
 
-def round_nearest(name: str, tensor: Tensor, scheme: QuantizationConfig) -> QuantizedTensor:
+def round_nearest(name: str, tensor: Tensor, scheme: QuantizationConfig, role: Role) -> QuantizedTensor:
     """`tensor` as integers by the scheme, each entry on its own."""
-    bits = scheme.storage_of(name, tensor.numel())[1]
+    bits = scheme.storage_of(name, tensor.numel(), role)[1]
     if scheme.scheme == "reference":
         return quantize_reference(tensor, bits, name=name)
     rounded = quantize_rows(tensor, bits, clip_quantile=scheme.clip_quantile, clip_steps=scheme.clip_steps, name=name)

@@ -8,15 +8,16 @@ remaining columns move by -e_j * U_j,rest / U_jj, with U the upper Cholesky fact
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hymba_lightning.model.hymba import Hymba
 from hymba_lightning.model.layers import Linear, rms_norm
 from hymba_lightning.model.mixer import HybridMixer
+from hymba_lightning.model.roles import Role
 from hymba_lightning.ops.threads import spread_torch
 from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.int6 import (
@@ -130,9 +131,8 @@ def collect_hessians(net: Hymba, batches: Iterable[Tensor]) -> dict[str, Tensor]
             sums[id(linear)] = x_NC.new_zeros(x_NC.shape[1], x_NC.shape[1])
         sums[id(linear)].addmm_(x_NC.T, x_NC)
 
-    def before_mixer(mixer: nn.Module, arguments: tuple) -> None:
-        # The mixer multiplies these three as one matrix, without calling them.
-        for linear in (mixer.c_q, mixer.kv_proj, mixer.mamba_proj):
+    def before_mixer(mixer: HybridMixer, arguments: tuple) -> None:
+        for linear in mixer.joined():
             add(linear, arguments[0])
 
     handles = []
@@ -158,17 +158,20 @@ def collect_hessians(net: Hymba, batches: Iterable[Tensor]) -> dict[str, Tensor]
 
 
 def quantize_with_hessians(
-    state_dict: dict[str, Tensor], hessians: dict[str, Tensor], config: QuantizationConfig
+    state_dict: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+    config: QuantizationConfig,
+    roles: Mapping[str, Role],
 ) -> dict[str, QuantizedTensor]:
     """GPTQ for every matrix that `config` quantizes and that has a Hessian; for `save_artifact(quantized=...)`.
 
     A matrix whose Hessian is singular is rounded to nearest, with a warning that names it.
     """
-    wanted = [
-        (name, weight, hessians[name], config.storage_of(name, weight.numel())[1])
-        for name, weight in state_dict.items()
-        if name in hessians and config.storage_of(name, weight.numel())[0] == "int"
-    ]
+    wanted = []
+    for name, weight in state_dict.items():
+        storage, bits = config.storage_of(name, weight.numel(), roles[name])
+        if name in hessians and storage == "int":
+            wanted.append((name, weight, hessians[name], bits))
     # Sharers of one weight have one Hessian. Columns are rounded in small steps: a thread a weight, not a step.
     shared = list({id(hessian): item for item in wanted for hessian in [item[2]]}.values())
     done: dict[int, QuantizedTensor] = {}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from hymba_lightning.closure import ROOT, needed_files
+from hymba_lightning.model.mixers import MIXERS
 from hymba_lightning.quantization.layout import Encoded
 from hymba_lightning.quantization.report import ArtifactReport
 
@@ -29,9 +30,10 @@ class ArtifactTooLargeError(ValueError):
     """Artifact and evaluation code together exceed the limit."""
 
 
-def evaluation_code_bytes() -> int:
-    """Bytes of the code that an evaluation of the artifact needs: the referee's module and all that it imports."""
-    return sum((ROOT.parent / file).stat().st_size for file in needed_files(REFEREE))
+def evaluation_code_bytes(mixer: str = "mamba") -> int:
+    """Bytes of the code that an evaluation of an artifact needs: the referee's module, its network's mixer, and all
+    that they import."""
+    return sum((ROOT.parent / file).stat().st_size for file in needed_files(REFEREE, MIXERS[mixer]))
 
 
 def check_limit(artifact_bytes: int, code_bytes: int, limit: int, report: ArtifactReport | None = None) -> None:

@@ -28,7 +28,7 @@ def list_artifact(path: str | os.PathLike) -> dict[str, Any]:
     limit = parts.header["quantization"].get("limit_bytes")
     if type(limit) is not int or limit < 1:
         limit = QuantizationConfig().limit_bytes
-    code_bytes = evaluation_code_bytes()
+    code_bytes = evaluation_code_bytes(parts.header["config"].get("mixer", "mamba"))
     tensors = [
         {
             "name": tensor.name,

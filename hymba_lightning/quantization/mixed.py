@@ -13,12 +13,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
+from hymba_lightning.model.roles import Role
 from hymba_lightning.ops.threads import spread_torch
 from hymba_lightning.quantization import container
 from hymba_lightning.quantization.allocation import Option, allocate
@@ -46,10 +47,10 @@ AIM, CLOSE = 0.9995, 0.999  # of the budget: where to go, and what is near enoug
 class Candidate:
     """A tensor with its options: its rows on a ladder of steps as integers, float16, float32."""
 
-    def __init__(self, name: str, tensor: Tensor, sensitivity: Tensor, hessian: Tensor | None) -> None:
+    def __init__(self, name: str, tensor: Tensor, sensitivity: Tensor, hessian: Tensor | None, role: Role) -> None:
         self.name, self.tensor, self.hessian = name, tensor.detach().float(), hessian
         self.rows_RC = as_rows(self.tensor)
-        self.sensitivity_RC = as_rows(sensitivity + LEAST * plain_sensitivity(name, tensor)).to(self.rows_RC)
+        self.sensitivity_RC = as_rows(sensitivity + LEAST * plain_sensitivity(role, tensor)).to(self.rows_RC)
         mean_R = self.sensitivity_RC.double().mean(dim=1)
         self.step_R = (mean_R + SMOOTHING * mean_R.mean()).rsqrt()
         self.finest_R, self.coarsest_R = self._finest(), 2.01 * self.rows_RC.abs().amax(dim=1).double()
@@ -151,12 +152,13 @@ def encode_mixed(
     fixed: dict[str, Encoded],
     measure: Measure,
     budget: int,
+    roles: Mapping[str, Role],
 ) -> list[Encoded]:
     """Every tensor encoded, in a file of at most `budget` bytes where that is possible.
 
     `sensitivities` has a tensor for every name (None: plain ones), `hessians` those of linears to be rounded by GPTQ,
-    `fixed` tensors that are encoded already, `measure` gives the bytes of the whole file. Raises ValueError naming a
-    tensor of no or unusable sensitivity.
+    `fixed` tensors that are encoded already, `measure` gives the bytes of the whole file, `roles` are the tensors'.
+    Raises ValueError naming a tensor of no or unusable sensitivity.
     """
     for name, tensor in state_dict.items() if sensitivities is not None else ():
         given = sensitivities.get(name) if sensitivities else None
@@ -175,8 +177,8 @@ def encode_mixed(
     # Everything here is small steps one after the other: a thread for each tensor, not for each step.
     def consider(item: int) -> None:
         name, tensor = names[item], state_dict[names[item]]
-        sensitivity = plain_sensitivity(name, tensor) if sensitivities is None else sensitivities[name]
-        candidates[name] = Candidate(name, tensor, sensitivity, hessians.get(name))
+        sensitivity = plain_sensitivity(roles[name], tensor) if sensitivities is None else sensitivities[name]
+        candidates[name] = Candidate(name, tensor, sensitivity, hessians.get(name), roles[name])
         options[name] = candidates[name].options()
 
     def encode(by_gptq: bool, choice: dict[str, Option]) -> list[Encoded]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hymba_lightning.model.config import HymbaConfig
 from hymba_lightning.model.hymba import Hymba
+from hymba_lightning.model.roles import Role
 
 # A sequence gives one sample however long it is.
 SPAN = 2048
@@ -62,9 +63,9 @@ def random_batches(config: HymbaConfig, n: int = 16, length: int = 1024, seed: i
         yield ids
 
 
-def plain_sensitivity(name: str, weight: Tensor) -> Tensor:
+def plain_sensitivity(role: Role, weight: Tensor) -> Tensor:
     """A stand-in where nothing was measured: every tensor's relative squared error counts the same, 100 times as much
     that of the token table and the head, which every prediction passes through."""
-    importance = 100.0 if "tok_emb" in name or "lm_head" in name else 1.0
+    importance = 100.0 if role in (Role.EMBEDDING, Role.HEAD) else 1.0
     energy = float(weight.detach().double().square().sum())
     return torch.full_like(weight, importance / max(energy, 1e-30), dtype=torch.float32)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -51,6 +53,8 @@ class Chart:
     note: str = ""
     categories: tuple[str, ...] = ()
     """Names of the places 0, 1, … on the x axis."""
+    bars: bool = False
+    """Draw amounts as bars from zero at those places, a group of all series at each."""
 
     @property
     def empty(self) -> bool:
@@ -88,6 +92,8 @@ def _limits(chart: Chart) -> tuple[float, float, float, float]:
     if len(ys) > 40:
         # The first steps of a loss curve would press everything else flat.
         y_high = min(y_high, sorted(ys)[int(0.985 * (len(ys) - 1))])
+    if chart.bars:
+        return -0.5, len(chart.categories) - 0.5, 0.0, 1.06 * max(y_high, 1e-9)
     margin = 0.06 * (y_high - y_low) or 0.05 * abs(y_high) or 1.0
     if chart.categories:
         return -0.3, len(chart.categories) - 0.7, y_low - margin, y_high + margin
@@ -131,6 +137,15 @@ def to_svg(chart: Chart) -> str:
         f"{as_html(chart.x_label)}</text>"
         f'<text class="label" x="2" y="12">{as_html(chart.y_label)}</text>'
     )
+    if chart.bars:
+        for series, x, y in _bars(chart):
+            (left, top), (right, bottom) = place(x, y), place(x + _bar_width(chart), 0.0)
+            parts.append(
+                f'<rect class="dot c{series.color % len(COLORS)}" x="{left}" y="{top}" '
+                f'width="{round(right - left, 1)}" height="{round(bottom - top, 1)}"><title>'
+                f"{as_html(series.label)}: {short(y)}</title></rect>"
+            )
+        return "".join(parts) + "</svg>"
     for series in chart.series:
         placed = [place(x, y) for x, y in series.finite()]
         style = f'class="line c{series.color % len(COLORS)}{" faint" if series.faint else ""}"'
@@ -144,6 +159,17 @@ def to_svg(chart: Chart) -> str:
                     f"{as_html(series.label)}: {raw_y:.4f} at {short(raw_x)}</title></circle>"
                 )
     return "".join(parts) + "</svg>"
+
+
+def _bar_width(chart: Chart) -> float:
+    return 0.8 / len(chart.series)
+
+
+def _bars(chart: Chart) -> Iterator[tuple[Series, float, float]]:
+    """Each bar's series, left side and height."""
+    for index, series in enumerate(chart.series):
+        for x, y in series.finite():
+            yield series, x - 0.4 + index * _bar_width(chart), y
 
 
 def _x_ticks(chart: Chart, low: float, high: float) -> list[float]:
@@ -162,8 +188,13 @@ def to_png(chart: Chart, path: Path) -> Path:
     figure = Figure(figsize=(8.2, 4.8), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    lines = []
-    for series in chart.series:
+    lines: list[Any] = []
+    if chart.bars:
+        for series in chart.series:
+            lefts, heights = zip(*[(x, y) for own, x, y in _bars(chart) if own is series] or [(0.0, 0.0)], strict=True)
+            color = COLORS[series.color % len(COLORS)]
+            lines.append(axis.bar(lefts, heights, _bar_width(chart), align="edge", color=color))
+    for series in () if chart.bars else chart.series:
         points = series.finite()
         lines += axis.plot(
             [x for x, _ in points],

@@ -16,6 +16,19 @@ from hymba_lightning.report.runs import STAGES, Run, differences, load_runs
 from hymba_lightning.report.style import CSS
 from hymba_lightning.text import as_html, printable
 
+# As short as a place under a bar is narrow.
+PHASE_NAMES = {
+    "start": "start",
+    "data": "data",
+    "warm_up": "warm-up",
+    "training": "training",
+    "validation": "validat.",
+    "checkpoints": "checkp.",
+    "scoring": "scoring",
+    "calibration": "calibr.",
+    "export": "export",
+    "summary": "summary",
+}
 # Where a run was written says nothing about what it was.
 IGNORED_OPTIONS = ("run_dir", "overwrite", "ckpt_path", "config")
 
@@ -41,9 +54,8 @@ def write_report(run: Sequence[str], out: str = "report") -> Path:
         charts.to_png(chart, folder / f"{chart.name}.png")
     for index, one in enumerate(runs):
         if one.artifact:
-            treemap.to_png(
-                one.artifact, f"Artifact of {one.name}: {one.artifact.bytes:,} bytes", folder / f"artifact-{index}.png"
-            )
+            title = f"Artifact of {one.name}: {one.artifact.bytes:,} bytes"
+            treemap.to_png(one.artifact, one.artifact_config, title, folder / f"artifact-{index}.png")
     path = folder / "report.html"
     write_atomic(path, build_page(runs, drawn))
     return path
@@ -119,6 +131,7 @@ def build_charts(runs: Sequence[Run]) -> list[Chart]:
             log_x=True,
             note=f"Bins of at least {MIN_TOKENS} tokens.",
         ),
+        _phases(numbered),
         Chart(
             "step_time",
             "Time of a step",
@@ -157,7 +170,7 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
     )
     keys = "".join(f'<span class="key">{_key(color, len(runs))}</span>' for color in range(len(runs)))
     figures = "".join(_figure(chart, keys if len(runs) > 1 else "") for chart in drawn)
-    maps = "".join(_map(run.name, run.artifact) for run in runs if run.artifact)
+    maps = "".join(_map(run.name, run.artifact, run.artifact_config) for run in runs if run.artifact)
     notes = "".join(f"<li><b>{as_html(run.name)}</b>: {as_html(note)}</li>" for run in runs for note in run.notes)
     environment = _environment(runs)
     sections = [
@@ -186,6 +199,29 @@ def _key(color: int, count: int) -> str:
     return f'<i class="bg{color % len(charts.COLORS)}"></i>' + (f"<b>{color + 1}</b>" if count > 1 else "")
 
 
+def _phases(numbered: Sequence[tuple[int, Run]]) -> Chart:
+    """Where each run's wall clock went; what took no run a hundredth of its time is left out."""
+    shares = [
+        {name: seconds / max(sum(run.phases.values()), 1e-9) for name, seconds in run.phases.items()}
+        for _, run in numbered
+    ]
+    names = [name for name in PHASE_NAMES if any(share.get(name, 0.0) >= 0.01 for share in shares)]
+    return Chart(
+        "phases",
+        "Where the wall clock went",
+        "",
+        "seconds",
+        [
+            Series(run.name, [(float(place), run.phases.get(name, 0.0)) for place, name in enumerate(names)], color)
+            for color, run in numbered
+            if run.phases
+        ],
+        categories=tuple(PHASE_NAMES[name] for name in names),
+        bars=True,
+        note="From the start of the command to its last file.",
+    )
+
+
 def _figure(chart: Chart, keys: str) -> str:
     note = f" <span class=muted>{as_html(chart.note)}</span>" if chart.note else ""
     return (
@@ -194,7 +230,7 @@ def _figure(chart: Chart, keys: str) -> str:
     )
 
 
-def _map(name: str, report: ArtifactReport) -> str:
+def _map(name: str, report: ArtifactReport, config: dict) -> str:
     largest = _table(
         ["tensor", "stored as", "bytes"],
         [[tensor.name, tensor.storage, f"{tensor.bytes:,}"] for tensor in report.largest(8)],
@@ -202,7 +238,7 @@ def _map(name: str, report: ArtifactReport) -> str:
     )
     return (
         f"<figure><figcaption><b>{as_html(name)}</b> <span class=muted>{report.bytes:,} bytes</span>"
-        f"</figcaption>{treemap.to_svg(report, name)}<details><summary>Largest tensors</summary>{largest}"
+        f"</figcaption>{treemap.to_svg(report, config, name)}<details><summary>Largest tensors</summary>{largest}"
         "</details></figure>"
     )
 

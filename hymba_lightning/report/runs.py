@@ -59,9 +59,13 @@ class Run:
     test: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     """Options of the fit, flat: model.net.window → 512."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Wall-clock seconds of the fit by phase."""
     train: list[dict[str, float]] = field(default_factory=list)
     val: list[dict[str, float]] = field(default_factory=list)
     artifact: ArtifactReport | None = None
+    artifact_config: dict[str, Any] = field(default_factory=dict)
+    """Of the network in the artifact."""
     notes: list[str] = field(default_factory=list)
     """What is missing or could not be read, and why."""
 
@@ -197,6 +201,8 @@ def _take_summary(run: Run, recorded: bool) -> None:
         run.notes.append(f"summary.json has other scores than {RECORD}, and is left out")
         content = {}
     run.summary = take_numbers(content, SUMMARY_NUMBERS, "summary.json", run.notes) | {"bpb": scores}
+    phases = content.get("phases")
+    run.phases = take_numbers(phases, list(phases), "summary.json", run.notes) if isinstance(phases, dict) else {}
     run.artifact_sha256 = content.get("artifact_sha256")
     run.summary["environment"] = content["environment"] if isinstance(content.get("environment"), dict) else {}
     trained, artifact = record.trained, record.artifact
@@ -264,9 +270,9 @@ def _take_artifact(run: Run) -> None:
     if not path.is_file():
         return
     try:
-        report = inspect_artifact(path)[1]
+        artifact, report = inspect_artifact(path)
         if recorded is None or file_sha256(path) == recorded.sha256:
-            run.artifact = report
+            run.artifact, run.artifact_config = report, artifact.config
         else:
             run.notes.append(f"{path.name} is not the file that the fit exported: what it holds is left out")
     except (ArtifactError, OSError) as error:

@@ -9,14 +9,19 @@ from typing import NamedTuple
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from torch import nn
 
+from hymba_lightning.model import HymbaConfig
+from hymba_lightning.model.hymba import outline
+from hymba_lightning.model.mixer import HybridMixer
+from hymba_lightning.model.roles import roles_of
 from hymba_lightning.plots import save_figure
 from hymba_lightning.quantization import ArtifactReport
 from hymba_lightning.report.charts import COLORS
 from hymba_lightning.text import as_html, printable
 
 WIDTH, HEIGHT = 460.0, 300.0
-GROUPS = ("embedding", "attention", "mamba", "mlp", "other")
+GROUPS = ("embedding", "attention", "recurrent", "mlp", "other")
 
 
 class Tile(NamedTuple):
@@ -32,23 +37,31 @@ class Tile(NamedTuple):
     height: float
 
 
-def group_of(name: str) -> int:
-    """Index in GROUPS."""
-    if re.match(r"tok_emb|lm_head|bigram|smear|meta", name):
-        return 0
-    if re.search(r"c_q|kv_proj|attn\.proj|q_gain", name):
-        return 1
-    if re.search(r"mamba|conv1d|x_proj|dt_proj|A_log|attn\.D$", name):
-        return 2
-    return 3 if ".mlp." in name else 4
+def parts_of(config: dict) -> dict[str, str]:
+    """Name → one of GROUPS, for every parameter of a config's network: the part that the innermost module with one
+    belongs to."""
+    net = outline(HymbaConfig.from_dict(config))
+    parts = {}
+    for name in roles_of(net):
+        module: nn.Module = net
+        part = ""
+        for piece in name.split("."):
+            part = getattr(module, "part", "") or part
+            if isinstance(module, HybridMixer) and piece in module.branch_names:
+                part = "recurrent"
+            module = getattr(module, piece)
+        parts[name] = part or "other"
+    return parts
 
 
-def tiles(report: ArtifactReport) -> list[Tile]:
-    """Squarified layout (Bruls, Huizing and van Wijk, 2000), first of the groups, then of the tensors in each."""
+def tiles(report: ArtifactReport, config: dict) -> list[Tile]:
+    """Squarified layout (Bruls, Huizing and van Wijk, 2000), first of the groups, then of the tensors in each. `config`
+    is that of the artifact's network."""
+    parts = parts_of(config)
     members: dict[int, list] = {}
     for tensor in report.tensors:
         if tensor.bytes > 0:
-            members.setdefault(group_of(tensor.name), []).append(tensor)
+            members.setdefault(GROUPS.index(parts[tensor.name]), []).append(tensor)
     order = sorted(members, key=lambda group: -sum(tensor.bytes for tensor in members[group]))
     outer = squarify([sum(tensor.bytes for tensor in members[group]) for group in order], 0.0, 0.0, WIDTH, HEIGHT)
     result = []
@@ -89,14 +102,13 @@ def _worst(row: list[float], side: float) -> float:
 
 
 def _label(name: str) -> str:
-    short = re.sub(r"^blocks\.(\d+)\.(attn\.|mlp\.)?(mamba_)?", r"\1 ", name).removesuffix(".weight")
-    return short.replace("bigram_hash", "bigram")
+    return re.sub(r"^\w+\.(\d+)\.(\w+\.)?", r"\1 ", name.removesuffix(".weight"))
 
 
-def to_svg(report: ArtifactReport, title: str) -> str:
+def to_svg(report: ArtifactReport, config: dict, title: str) -> str:
     """The map as an <svg> element."""
     parts = [f'<svg viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{as_html(title)}">']
-    for tile in tiles(report):
+    for tile in tiles(report, config):
         parts.append(
             f'<g><rect class="tile g{tile.group}" x="{tile.x:.1f}" y="{tile.y:.1f}" '
             f'width="{tile.width:.1f}" height="{tile.height:.1f}"/>'
@@ -109,12 +121,12 @@ def to_svg(report: ArtifactReport, title: str) -> str:
     return "".join(parts) + "</svg>"
 
 
-def to_png(report: ArtifactReport, title: str, path: Path) -> Path:
+def to_png(report: ArtifactReport, config: dict, title: str, path: Path) -> Path:
     """The map as a PNG file."""
     figure = Figure(figsize=(8.2, 5.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    for tile in tiles(report):
+    for tile in tiles(report, config):
         axis.add_patch(
             Rectangle(
                 (tile.x, tile.y),
@@ -128,7 +140,7 @@ def to_png(report: ArtifactReport, title: str, path: Path) -> Path:
         label = _label(tile.name)
         if tile.height > 12 and tile.width > 5.0 * len(label) + 6:
             axis.text(tile.x + 3, tile.y + 4, printable(label), fontsize=7, color="white", va="top")
-    present = sorted({tile.group for tile in tiles(report)})
+    present = sorted({tile.group for tile in tiles(report, config)})
     axis.legend(
         handles=[Rectangle((0, 0), 1, 1, facecolor=COLORS[group], label=GROUPS[group]) for group in present],
         loc="upper center",

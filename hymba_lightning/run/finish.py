@@ -20,9 +20,11 @@ import lightning.pytorch as pl
 import torch
 
 from hymba_lightning import __version__
+from hymba_lightning.checkpoints import weights_sha256
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
-from hymba_lightning.evaluation.score import score_batches, sum_over_ranks
+from hymba_lightning.evaluation.batches import score_batches
+from hymba_lightning.evaluation.score import sum_over_ranks
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization import (
@@ -34,11 +36,11 @@ from hymba_lightning.quantization import (
     save_artifact,
 )
 from hymba_lightning.quantization.calibration import Calibration, calibrate
-from hymba_lightning.run.record import ArtifactRecord, DataIdentity, ScoreRecord, Trained, weights_sha256
+from hymba_lightning.run.record import ArtifactRecord, DataIdentity, ScoreRecord, Trained
 from hymba_lightning.run.run import Run, require_clock, settings_of
 from hymba_lightning.run.summary import environment, print_table, write_fit_summary
 from hymba_lightning.run.tensorboard import FINAL, log_final_scores
-from hymba_lightning.trainer_internals import datamodule_of
+from hymba_lightning.trainer_internals import datamodule_of, time_limit
 
 log = logging.getLogger("hymba_lightning")
 
@@ -78,6 +80,7 @@ def finish(trainer: pl.Trainer, module: pl.LightningModule, settings: ExportSett
     for note in run.before_finish:
         note()
     run.record.finished = False
+    replaced = run.record.artifact
     ending.note_training()
     if settings.score_stages and ending.val_batches:
         if ending.has_average:
@@ -91,6 +94,7 @@ def finish(trainer: pl.Trainer, module: pl.LightningModule, settings: ExportSett
             ending.write(calibration)
         if settings.score_stages and ending.val_batches:
             ending.score("artifact", ending.reload(), weights=ending.artifact().sha256)
+    ending.remove(replaced)
     ending.summarise(plots)
     if settings.enabled:
         ending.check_limit()
@@ -106,8 +110,6 @@ class _Ending:
         self.path = self.folder / settings.filename
         self.clock = require_clock(run)
         self.clock.end()
-        if self.net.runtime.qat_bits:
-            self.net.set_qat_strength(0.0)
         data = datamodule_of(trainer)
         self.data = data if isinstance(data, HymbaDataModule) else None
         loader = None if self.data is None else self.data.val_dataloader()
@@ -150,7 +152,13 @@ class _Ending:
         trainer, run = self.trainer, self.run
         reason = self.clock.stop_reason
         if reason is None:
-            reason = "max_steps" if trainer.global_step == trainer.max_steps else "epochs"
+            timer = time_limit(trainer)
+            if trainer.global_step == trainer.max_steps:
+                reason = "max_steps"
+            elif timer is not None and (timer.time_remaining() or 0.0) <= 0.0:
+                reason = "max_time"
+            else:
+                reason = "callback" if trainer.should_stop else "epochs"
         run.record.trained = Trained(
             trainer.global_step,
             run.history.tokens,
@@ -171,6 +179,7 @@ class _Ending:
     def score(self, stage: str, net: Hymba, weights: str | None = None, validated: bool = False) -> None:
         """One pass over the validation stream; a validation of these very weights and tokens is not repeated."""
         self.announce(f"scoring {stage} weights")
+        self.run.phases.begin("scoring")
         assert self.data is not None
         started, last = time.monotonic(), self.run.validation
         if validated and last is not None and last.step == self.trainer.global_step:
@@ -207,6 +216,7 @@ class _Ending:
                 "export.quantization.gptq needs training batches, and so a HymbaDataModule: set it to false"
             )
         self.announce("calibrating on training batches")
+        self.run.phases.begin("calibration")
         world_size = self.trainer.world_size
         share = -(-self.settings.calibration_batches // world_size)
         with self.clock.charged():
@@ -227,6 +237,7 @@ class _Ending:
     def write(self, calibration: Calibration) -> None:
         """Only rank 0 writes; its outcome, good or bad, is everyone's, so that no rank waits for a dead one."""
         self.announce("quantizing and compressing")
+        self.run.phases.begin("export")
         outcome: Any = None
         if self.trainer.is_global_zero:
             try:
@@ -263,13 +274,24 @@ class _Ending:
             name,
             file_sha256(self.path),
             report.bytes,
-            evaluation_code_bytes(),
+            evaluation_code_bytes(self.net.config.mixer),
             self.settings.quantization.limit_bytes,
             self.settings.as_dict(),
         )
 
+    def remove(self, replaced: ArtifactRecord | None) -> None:
+        """Takes away the artifact of an earlier end of this run where it is no longer the run's, under its own name or
+        by its content: nothing else would say that it is of other weights."""
+        if replaced is None or not self.trainer.is_global_zero or Path(replaced.file).is_absolute():
+            return
+        path, own = self.folder / replaced.file, self.run.record.artifact
+        if (own is None or own.file != replaced.file) and path.is_file() and file_sha256(path) == replaced.sha256:
+            path.unlink()
+            log.info("removed %s, the artifact that this run had before", path)
+
     def reload(self) -> Hymba:
         """The network that was written."""
+        self.run.phases.begin("export")
         artifact = load_artifact(self.path)
         net = Hymba(HymbaConfig.from_dict(artifact.config), self.net.runtime)
         net.load_state_dict(artifact.state_dict)
@@ -278,6 +300,7 @@ class _Ending:
     def summarise(self, plots: bool) -> None:
         """record.json last: with it the run is finished."""
         self.announce("writing the summary")
+        self.run.phases.begin("summary")
         if self.trainer.is_global_zero:
             # Calibration counts as training time too.
             assert self.run.record.trained is not None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
-from hymba_lightning.claim import LOCK, OWNER, FolderClaim
+from hymba_lightning.claim import LOCK, OWNER, FolderClaim, missing_folders
+from hymba_lightning.files import write_atomic
 from hymba_lightning.run.record import RecordError, RunRecord
 
 ARTIFACT = "artifact.hymba"
+# Names the folders below the run's in which loggers wrote for it.
+LOGGED = ".loggers.json"
 # Everything that a fit, validate or test writes. Logger files are those of loggers that write to the folder itself.
 OURS = (
     "record.json",
@@ -24,14 +29,17 @@ OURS = (
     "ttt.png",
     "context.png",
     "nats.npy",
+    LOGGED,
     ARTIFACT,
     "checkpoints",
 )
-LOGGERS = ("events.out.tfevents.*", "hparams.yaml", "lightning_logs/version_*")
+LOGGERS = ("events.out.tfevents.*", "hparams.yaml", "lightning_logs/version_*", "wandb/*run-*", "mlruns", "mlflow.db")
+# What those write into a folder that they were given a name for.
+LOGGER_FILES = ("events.out.tfevents.*", "hparams.yaml", "metrics.csv")
 # Where an old run lies until the new one in its place has made a step.
 ASIDE = ".before"
-# What shows that a folder holds a run.
-SIGNS = ("record.json", "summary.json", "checkpoints", "config.yaml", ARTIFACT)
+# What a fit alone leaves.
+SIGNS = ("summary.json", ARTIFACT)
 
 
 class RunExistsError(FileExistsError):
@@ -49,10 +57,18 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, overwrite: bool = False, loggers: bool = False) -> None:
-        self.path = Path(path)
-        self._logged = [found for pattern in LOGGERS for found in self.path.glob(pattern)] if loggers else []
+        self.path = Path(path).expanduser()
+        self.log_dirs: list[Path] = []
+        """Where the loggers of the present stage write."""
+        self._loggers = loggers
+        self._logged = self._logger_files() if loggers else []
+        self._made = missing_folders(self.path) if loggers else []
         self.overwrite = overwrite
         self._claim: FolderClaim | None = None
+        self._abandoned = False
+        """Whether the owner before was killed: a clean end takes its note away."""
+        self._before: set[Path] | None = None
+        """What lay here when a new run began that has not made a step."""
 
     def __truediv__(self, name: str | Path) -> Path:
         return self.path / name
@@ -80,13 +96,28 @@ class RunFolder:
         return any(fnmatch(name, pattern) for pattern in (*OURS, *LOGGERS, LOCK, OWNER, ASIDE))
 
     def held(self) -> list[str]:
-        """Names of what shows that a run is in the folder already."""
-        return [name for name in SIGNS if (self.path / name).exists()]
+        """Names of what shows that a fit began here, and would be lost: not the results of a validation or a test, nor
+        the config of a fit that was killed before it saved anything."""
+        held = [name for name in SIGNS if (self.path / name).exists()]
+        if any(not path.name.startswith(".") for path in self.path.glob("checkpoints/*")):
+            held.insert(0, "checkpoints")
+        if (self.path / "record.json").exists():
+            try:
+                record = RunRecord.load(self.path)
+                fitted = record.trained is not None or record.artifact is not None
+            except RecordError:
+                fitted = True
+            held = ["record.json", *held] if fitted else held
+        abandoned = self._abandoned if self.is_open else (self.path / OWNER).is_file()
+        if (self.path / "config.yaml").exists() and (held or not abandoned):
+            held.append("config.yaml")
+        return held
 
     def check(self, resumed_from: str | Path | None = None) -> None:
         """Whether a fit may write here: into a folder without a run, on from its own checkpoint, or to overwrite it.
 
         Raises:
+            FolderInUseError: another process is writing the run that it holds.
             RunExistsError: the folder holds a run that `resumed_from` is no checkpoint of.
         """
         if self.owns(resumed_from):
@@ -94,6 +125,9 @@ class RunFolder:
         held = self.held()
         if not held or self.overwrite:
             return
+        if not self.is_open:
+            with FolderClaim(self.path, "a look at the folder"):
+                pass
         remedy = "go on with --ckpt_path last, choose another --run_dir, or give --overwrite true"
         if resumed_from is not None:
             remedy = f"{resumed_from} is another run's checkpoint; choose another --run_dir, or give --overwrite true"
@@ -107,11 +141,12 @@ class RunFolder:
             OSError: the folder cannot be made.
         """
         if self._claim is None:
-            claim = FolderClaim(self.path, work)
+            claim, abandoned = FolderClaim(self.path, work, self._made), (self.path / OWNER).is_file()
             claim.take()
+            self._abandoned = abandoned
             self._claim = claim
             # What killed writers left half done; nobody else writes here now.
-            self.restore()
+            self._put_back()
             for name in [*OURS, *(path.name for path in self._files())]:
                 for leftover in self.path.glob(f".{name}.????????"):
                     leftover.unlink(missing_ok=True)
@@ -124,18 +159,38 @@ class RunFolder:
         """
         self.check(resumed_from)
         if self.owns(resumed_from):
+            self._note_loggers()
             return
-        for path in [*self._files(), *(path for path in self._logged if path.exists())]:
-            aside = self.path / ASIDE / path.relative_to(self.path)
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, aside)
+        if self.overwrite:
+            for path in dict.fromkeys([*self._files(), *(path for path in self._logged if path.exists())]):
+                aside = self.path / ASIDE / path.relative_to(self.path)
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, aside)
+                _remove_empty(path.parent, self.path)
+        self._before = set(self._files())
+        self._note_loggers()
+        if self._abandoned and not self.held():
+            self._before.discard(self.path / "config.yaml")
 
     def settle(self) -> None:
         """The new run has begun for good: what it took the place of goes."""
+        self._before = None
         shutil.rmtree(self.path / ASIDE, ignore_errors=True)
 
     def restore(self) -> None:
-        """Puts back what a run took the place of that came to nothing; what it wrote itself goes."""
+        """What the present stage wrote goes, since it came to nothing, and what it took the place of comes back."""
+        new = set() if self._before is None else set(self._files()) - self._before
+        if self._loggers:
+            new |= set(self._logger_files()) - set(self._logged)
+        for path in new:
+            _remove(path)
+        for folder in [*(path.parent for path in new), *self.log_dirs]:
+            if self.path in folder.parents:
+                _remove_empty(folder, self.path)
+        self._before = None
+        self._put_back()
+
+    def _put_back(self) -> None:
         if not (self.path / ASIDE).is_dir():
             return
         for path in self._files():
@@ -164,6 +219,37 @@ class RunFolder:
         if named is not None and not Path(named.file).is_absolute() and (self.path / named.file).is_file():
             found.append(self.path / named.file)
         return list(dict.fromkeys(found))
+
+    def _note_loggers(self) -> None:
+        """Writes down where loggers write below this folder, so that a run that takes its place finds it."""
+        names = self._logger_folders()
+        if names:
+            write_atomic(self.path / LOGGED, json.dumps(sorted(names)) + "\n")
+
+    def _logger_files(self) -> list[Path]:
+        """What loggers wrote here of a run."""
+        places = [(self.path, LOGGERS), *((self.path / name, LOGGER_FILES) for name in self._logger_folders())]
+        return [found for folder, patterns in places for pattern in patterns for found in folder.glob(pattern)]
+
+    def _logger_folders(self) -> set[str]:
+        """Paths below the run's folder: of loggers now, and of those that were written down."""
+        root = self.path.resolve()
+        inside = [path.resolve() for path in self.log_dirs if root in path.resolve().parents]
+        try:
+            noted = json.loads((self.path / LOGGED).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            noted = []
+        noted = [name for name in noted if isinstance(name, str)] if isinstance(noted, list) else []
+        noted = [name for name in noted if not {"..", "/"} & set(Path(name).parts)]
+        return {*noted, *(str(path.relative_to(root)) for path in inside)}
+
+
+def _remove_empty(folder: Path, above: Path) -> None:
+    """A folder in which nothing is left, and those around it below `above`."""
+    with contextlib.suppress(OSError):
+        while folder != above:
+            folder.rmdir()
+            folder = folder.parent
 
 
 def _remove(path: Path) -> None:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from hymba_lightning.files import write_atomic
 
@@ -82,7 +77,7 @@ class Trained:
     parameters: int
     data: DataIdentity | None
     ended_by: str
-    """budget, max_steps, epochs, or another reason."""
+    """budget, max_steps, max_time, epochs, or callback, such as one that stops early."""
 
 
 @dataclass
@@ -180,16 +175,6 @@ class RunRecord:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecordError(f"{path} is damaged ({error}): move it away, or run again") from error
-
-
-def weights_sha256(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of named tensors, whatever device they are on and order they are in."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _data(content: dict[str, Any] | None) -> DataIdentity | None:

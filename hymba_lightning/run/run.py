@@ -18,6 +18,7 @@ from hymba_lightning.evaluation.ttt import ChunkScore, ScoreFirstTTT
 from hymba_lightning.model import Hymba
 from hymba_lightning.run.folder import RunFolder
 from hymba_lightning.run.history import History, Losses, ValRow
+from hymba_lightning.run.phases import Phases
 from hymba_lightning.run.record import RunRecord
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ class Run:
         """File that the network under validation or test was loaded from."""
         self.command_started: float | None = None
         """time.monotonic() when the command began that the next stage is run for."""
+        self.phases = Phases()
         self.started = time.monotonic()
         """When the stage in progress began, the command's own start included."""
         self.schedules: list[Callable[[ClockReading], None]] = []
@@ -173,10 +175,17 @@ class Run:
         self.display: Callable[[str, float, float], None] = _no_display
         """Shows (text, done, total) of work that is no loop of the Trainer's."""
 
-    def start_stage(self) -> None:
-        """Another fit, validation or test begins: its time runs from now, or from the start of its command."""
-        self.started = time.monotonic() if self.command_started is None else self.command_started
+    def start_stage(self, data_seconds: float = 0.0) -> None:
+        """Another fit, validation or test begins: its time runs from now, or from the start of its command.
+
+        Args:
+            data_seconds: What opening the data took, just before.
+        """
+        now = time.monotonic()
+        self.started = now if self.command_started is None else self.command_started
         self.command_started = None
+        self.phases = Phases(min(self.started, now - data_seconds))
+        self.phases.move(data_seconds, "data")
 
     @property
     def net(self) -> Hymba:

@@ -55,11 +55,14 @@ def write_fit_summary(run: Run, folder: RunFolder, unigram_bpb: float | None, pl
     record, history = run.record, run.history
     trained, stages = record.trained, record.stages()
     assert trained is not None
+    phases = run.phases.seconds()
     first = next(iter(stages.values()), None)
     summary: dict[str, Any] = {
         "steps": trained.steps,
         "train_seconds": trained.seconds,
         "budget_seconds": trained.budget_seconds,
+        "wall_clock_seconds": sum(phases.values()),
+        "phases": phases,
         "ended_by": trained.ended_by,
         "tokens": trained.tokens,
         "tokens_per_s": trained.tokens / trained.seconds if trained.seconds else None,
@@ -128,6 +131,7 @@ def print_table(title: str, summary: dict[str, Any], folder: RunFolder) -> None:
     row("steps", summary.get("steps"), ",")
     row("training seconds", summary.get("train_seconds"), ".2f")
     row("budget seconds", summary.get("budget_seconds"), ".0f")
+    row("wall-clock seconds, start and end included", summary.get("wall_clock_seconds"), ".1f")
     row("tokens per second", summary.get("tokens_per_s"), ",.0f")
     row("tokens scored", summary.get("tokens" if "ttt_bpb" in summary else "scored_tokens"), ",")
     row("evaluation seconds", summary.get("seconds"), ".1f")

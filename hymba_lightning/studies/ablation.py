@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from hymba_lightning.files import write_atomic
 from hymba_lightning.plots import save_figure
-from hymba_lightning.studies.runs import run_once
+from hymba_lightning.studies.runs import artifact_of, run_once
 from hymba_lightning.studies.seeds import STAGES
 from hymba_lightning.studies.worker import Worker
 
@@ -106,12 +106,13 @@ def run_one(
         ]
     )
     run_once("fit", run_dir, "summary.json", [*arguments, *turn], worker=worker)
-    if study.test and (run_dir / "artifact.hymba").is_file():
+    artifact = artifact_of(run_dir)
+    if study.test and artifact is not None:
         run_once(
             "test",
             run_dir,
             "test_summary.json",
-            [*arguments, "--ckpt_path", str(run_dir / "artifact.hymba")],
+            [*arguments, "--ckpt_path", str(artifact)],
             worker=worker,
         )
     stages = ", ".join(f"{stage} {bpb:.4f}" for stage, bpb in bits_per_byte(run_dir).items())
@@ -174,8 +175,9 @@ class StudyQueue:
     def _done(self, pair: tuple[str, int]) -> bool:
         """Whether an earlier call of the study ended this run, its test included."""
         run_dir = self.folder / f"{pair[0]}-{pair[1]}"
-        untested = self.study.test and (run_dir / "artifact.hymba").is_file()
-        return (run_dir / ("test_summary.json" if untested else "summary.json")).is_file()
+        if not (run_dir / "summary.json").is_file():
+            return False
+        return not (self.study.test and artifact_of(run_dir)) or (run_dir / "test_summary.json").is_file()
 
 
 def run_study(

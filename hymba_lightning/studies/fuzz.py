@@ -1,32 +1,22 @@
 """Files damaged and forged in every way, thousands of them: each must be refused clearly or read rightly.
 
-A format is a maker (true content), a mutator (content, random → other content) and a reader (path, content → whether
-what was read is right; or one of the `refusals`). Anything else that is raised is wrong, and ends the run.
+A format (`studies/fuzz_formats.py`) is a maker (true content), a mutator (content, random → other content) and a reader
+(path, content → what was read, or one of the `refusals`). Anything else that is raised is wrong, and ends the run.
 """
 
 from __future__ import annotations
 
-import io
-import json
+import enum
 import random
 import resource
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hymba_lightning.checkpoints import CheckpointError, read_checkpoint, write_checkpoint
 from hymba_lightning.files import write_atomic
-from hymba_lightning.model import Hymba, HymbaConfig
-from hymba_lightning.quantization import ArtifactError, QuantizationConfig, container, load_artifact, save_artifact
 
-NET = HymbaConfig(
-    vocab_size=60, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_state=4, bigram_buckets=8, bigram_dim=8
-)
 JUNK: list[Any] = [
     None,
     True,
@@ -54,7 +44,22 @@ JUNK: list[Any] = [
     {},
     {"q": 1},
 ]
-HEADER = "| format | tried | refused | right | wrong | slowest (ms) | largest (MB) |\n|---|---|---|---|---|---|---|"
+HEADER = (
+    "| format | tried | refused | right | says otherwise | wrong | slowest (ms) | largest (MB) |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+class Reading(enum.Enum):
+    """What a reader made of a changed file that it did not refuse."""
+
+    RIGHT = "what was written"
+    OTHER = "what the file says now: it is a valid one without a checksum over what was changed"
+    WRONG = "neither"
+
+
+class NotTriedError(Exception):
+    """A format's package is not installed."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +68,14 @@ class Format:
 
     name: str
     make: Callable[[Path], bytes]
-    """Writes a true file at the path; returns its bytes."""
+    """Writes a true file at the path, beside it what belongs to it; returns its bytes."""
     mutate: Callable[[bytes, random.Random], bytes]
-    read: Callable[[Path, bytes], bool]
-    """Reads the file whose bytes are given; whether the outcome is right. True files are read first."""
+    read: Callable[[Path, bytes], Reading]
+    """Reads the file whose bytes are given. True files are read first."""
     refusals: tuple[type[Exception], ...]
+    """What it may raise, in one line that names the file or another of its folder."""
+    file: str = "file"
+    """The file's name."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +86,18 @@ class Outcome:
     tried: int
     refused: int
     right: int
+    other: int
     wrong: int
     slowest: float
-    """Processor's seconds."""
+    """Processor's seconds, of helper processes too."""
     largest: float
-    """MB by which the process grew, as the kernel counts its peak."""
+    """MB by which the process, or a helper, grew, as the kernel counts its peak."""
+    example: str = ""
+    """What was wrong first."""
 
     def row(self) -> str:
         return (
-            f"| {self.name} | {self.tried:,} | {self.refused:,} | {self.right:,} | {self.wrong:,} | "
+            f"| {self.name} | {self.tried:,} | {self.refused:,} | {self.right:,} | {self.other:,} | {self.wrong:,} | "
             f"{1000 * self.slowest:.0f} | {self.largest:.0f} |"
         )
 
@@ -139,145 +150,83 @@ def edit(value: Any, rng: random.Random) -> Any:
 def fuzz(form: Format, n: int, seed: int = 0, progress: Callable[[int], None] | None = None) -> Outcome:
     """Mutates a true file `n` times. Raises what a reader raises besides its refusals; counts what it reads wrongly."""
     rng = random.Random(seed)
-    refused = right = wrong = 0
-    slowest = 0.0
+    refused = 0
+    counts = dict.fromkeys(Reading, 0)
+    slowest, example = 0.0, ""
     with tempfile.TemporaryDirectory(prefix="hymba-fuzz-") as folder:
-        path = Path(folder) / "file"
+        path = Path(folder) / form.file
         true = form.make(path)
-        if not form.read(path, true):
+        if form.read(path, true) != Reading.RIGHT:
             raise ValueError(f"the true {form.name} is not read rightly")
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = _peaks()
         for index in range(n):
             content = form.mutate(true, rng)
             path.write_bytes(content)
-            started = time.process_time()
+            started = _seconds()
+            problem = ""
             try:
-                if form.read(path, content):
-                    right += 1
-                else:
-                    wrong += 1
-            except form.refusals:
-                refused += 1
-            slowest = max(slowest, time.process_time() - started)
+                reading = form.read(path, content)
+                counts[reading] += 1
+                problem = "read as something else" if reading == Reading.WRONG else ""
+            except form.refusals as error:
+                refused += _is_clear(error, path)
+                counts[Reading.WRONG] += not _is_clear(error, path)
+                problem = "" if _is_clear(error, path) else f"refused unclearly: {error!r}"
+            example = example or (problem and f"{form.name}, number {index + 1}: {problem}")
+            slowest = max(slowest, _seconds() - started)
             if progress is not None:
                 progress(index + 1)
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return Outcome(form.name, n, refused, right, wrong, slowest, grown / 1024)
-
-
-def damaged_artifact() -> Format:
-    """An artifact whose bytes are damaged: anything but the true weights is wrong."""
-    return Format("artifact, damaged", _make_artifact, damage, _reads_weights_of(True), (ArtifactError,))
-
-
-def forged_artifact() -> Format:
-    """An artifact that is changed inside and whose checksums are repaired: a network that fits its config is right."""
-    return Format(
-        "artifact, forged, checksums repaired",
-        _make_artifact,
-        _forge_artifact,
-        _reads_weights_of(False),
-        (ArtifactError,),
+        grown = max(now - then for now, then in zip(_peaks(), before, strict=True))
+    return Outcome(
+        form.name,
+        n,
+        refused,
+        counts[Reading.RIGHT],
+        counts[Reading.OTHER],
+        counts[Reading.WRONG],
+        slowest,
+        grown / 1024,
+        example,
     )
 
 
-def checkpoint() -> Format:
-    """A checkpoint of a fit, damaged: anything but the true content is wrong."""
-    true: dict[str, Any] = {}
+def run(formats: Mapping[str, Callable[[], Format]], names: list[str], n: int, seed: int, out: Path | None) -> str:
+    """Fuzzes the formats named, or all; the table (Markdown), which is also written to `out`.
 
-    def make(path: Path) -> bytes:
-        torch.manual_seed(0)
-        true.update(
-            state_dict=dict(Hymba(NET).state_dict()),
-            global_step=12,
-            hyper_parameters={"net": NET.to_dict()},
-            callbacks={"WallClock": {"elapsed": 3.5, "steps": 12, "recent": [0.25] * 12}},
-        )
-        write_checkpoint(path, true)
-        return path.read_bytes()
-
-    def read(path: Path, content: bytes) -> bool:
-        got = read_checkpoint(path)
-        return all(torch.equal(got["state_dict"][name], tensor) for name, tensor in true["state_dict"].items()) and {
-            key: got[key] for key in true if key != "state_dict"
-        } == {key: true[key] for key in true if key != "state_dict"}
-
-    return Format("checkpoint, damaged", make, damage, read, (CheckpointError,))
-
-
-FORMATS: dict[str, Callable[[], Format]] = {
-    "artifact": damaged_artifact,
-    "forged-artifact": forged_artifact,
-    "checkpoint": checkpoint,
-}
-
-
-def run(names: list[str], n: int, seed: int, out: Path | None) -> str:
-    """Fuzzes the formats named; the table (Markdown), which is also written to `out`.
-
-    Raises ValueError for a format that is not known, or where something was read wrongly.
+    Raises ValueError for a format that is not known, or where something was read wrongly; NotTriedError where a package
+    for one that is named is missing. Of all, those are left out, and the table says so.
     """
-    unknown = [name for name in names if name not in FORMATS]
+    unknown = [name for name in names if name not in formats]
     if unknown:
-        raise ValueError(f"unknown format {unknown[0]}: choose from {', '.join(FORMATS)}")
-    outcomes = [fuzz(FORMATS[name](), n, seed) for name in names or FORMATS]
-    table = "\n".join([HEADER, *(outcome.row() for outcome in outcomes)])
+        raise ValueError(f"unknown format {unknown[0]}: choose from {', '.join(formats)}")
+    outcomes, lines = [], [HEADER]
+    for name in names or formats:
+        try:
+            outcomes.append(fuzz(formats[name](), n, seed))
+            lines.append(outcomes[-1].row())
+        except NotTriedError as error:
+            if names:
+                raise
+            lines.append(f"| {name}: not tried, {error} | | | | | | | |")
+    table = "\n".join(lines)
     if out is not None:
         write_atomic(out, table + "\n")
-    if any(outcome.wrong for outcome in outcomes):
-        raise ValueError(f"something was read wrongly:\n{table}")
+    examples = [outcome.example for outcome in outcomes if outcome.wrong]
+    if examples:
+        raise ValueError("\n".join(["something was read wrongly:", *examples, table]))
     return table
 
 
-def _make_artifact(path: Path) -> bytes:
-    torch.manual_seed(0)
-    save_artifact(
-        path,
-        Hymba(NET).state_dict(),
-        config=NET.to_dict(),
-        metadata={"steps": 3, "seq_len": 64},
-        tokenizer={"sha256": "ab" * 32, "vocab_size": 60},
-        scheme=QuantizationConfig(keep_float_numel=500, zstd_level=3),
-    )
-    return path.read_bytes()
+def _is_clear(error: Exception, path: Path) -> bool:
+    text = str(error)
+    return (path.name in text or path.parent.name in text) and len(text.splitlines()) == 1
 
 
-def _forge_artifact(content: bytes, rng: random.Random) -> bytes:
-    header, payload = container.read_sections(io.BytesIO(content), len(content))
-    kind = rng.randrange(4)
-    if kind == 0:
-        header = edit(header, rng)
-    elif kind == 1:
-        header = header | {"config": edit(header["config"], rng)}
-    elif kind == 2:
-        text = damage(json.dumps(header).encode(), rng) or b" "
-        return container.seal(container.frame(text, 1), payload)
-    else:
-        raw_bytes = sum(
-            size * header["streams"][name] for name, size in {"q": 1, "scale": 2, "float16": 2, "float32": 4}.items()
-        )
-        raw = container.decompress(payload, raw_bytes, "payload")
-        payload = container.frame(damage(raw, rng) or b"\0", 1) if rng.random() < 0.7 else damage(payload, rng)
-    text = json.dumps(header).encode()
-    return container.seal(container.frame(text, 1), payload)
+def _peaks() -> list[int]:
+    """Largest resident KiB of this process and of its helpers until now."""
+    return [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 
 
-def _reads_weights_of(exactly: bool) -> Callable[[Path, bytes], bool]:
-    expected: dict[str, torch.Tensor] = {}
-
-    def read(path: Path, content: bytes) -> bool:
-        artifact = load_artifact(path)
-        if not expected:
-            expected.update(artifact.state_dict)
-        if exactly:
-            return all(torch.equal(artifact.state_dict[name], tensor) for name, tensor in expected.items())
-        with torch.device("meta"):
-            shapes = {
-                name: tensor.shape
-                for name, tensor in Hymba(HymbaConfig.from_dict(artifact.config)).state_dict().items()
-            }
-        return {name: tensor.shape for name, tensor in artifact.state_dict.items()} == shapes and all(
-            bool(torch.isfinite(tensor).all()) for tensor in artifact.state_dict.values()
-        )
-
-    return read
+def _seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

@@ -28,8 +28,7 @@ class LengthResult(NamedTuple):
 
 def state_bytes(state: HymbaState) -> int:
     """Memory that a state keeps alive."""
-    tensors = [tensor for layer in state.layers for tensor in layer] + [state.last_id, state.last_vector]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in state.tensors()}.values())
 
 
 def measure(

@@ -120,7 +120,7 @@ def write(
     else:
         scheme = recipe.scheme
         if recipe.share is not None:
-            limit = int(recipe.share * reference_bytes) + evaluation_code_bytes()
+            limit = int(recipe.share * reference_bytes) + evaluation_code_bytes(net.config.mixer)
             scheme = dataclasses.replace(scheme, limit_bytes=limit)
         save_artifact(
             path,

@@ -58,6 +58,12 @@ def run_once(
     return json.loads(path.read_bytes())
 
 
+def artifact_of(run_dir: Path) -> Path | None:
+    """The file that a finished fit exported, whatever its name; None where it exported none."""
+    name = json.loads((run_dir / "summary.json").read_bytes()).get("artifact")
+    return None if name is None or not (run_dir / name).is_file() else run_dir / name
+
+
 def hardware(environment: dict[str, Any]) -> str:
     """A line that says what the numbers were measured on."""
     return (

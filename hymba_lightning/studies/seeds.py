@@ -84,7 +84,7 @@ def run_seeds(
         environment = summary["environment"]
         values = dict(summary["bpb"])
         if test:
-            weights = ["--ckpt_path", str(run_dir / "artifact.hymba")]
+            weights = ["--ckpt_path", str(run_dir / summary.get("artifact", "checkpoints/last.ckpt"))]
             values["ttt"] = run_once("test", run_dir, "test_summary.json", [*options, *weights])["ttt_bpb"]
         rows.append(values | {key: summary.get(key) for key in ("steps", "artifact_bytes")})
     table = f"{hardware(environment)}, n = {len(seeds)}\n\n" + _table(seeds, rows)

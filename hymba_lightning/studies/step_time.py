@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hymba_lightning.callbacks.stats import device_peak_tflops, peak_memory_gb
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.model.costs import train_flops_per_token
 from hymba_lightning.training.optim import OptimizerConfig, build_optimizer
 
 
@@ -41,23 +42,24 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self.marks: list[torch.cuda.Event | float] = []
+        self.events: list[torch.cuda.Event] = []
+        self.seconds: list[float] = []
 
     def mark(self) -> None:
         """The end of one piece and the beginning of the next."""
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-            self.marks.append(event)
+            self.events.append(event)
         else:
-            self.marks.append(time.perf_counter())
+            self.seconds.append(time.perf_counter())
 
     def pieces(self) -> list[float]:
         """Milliseconds between the marks; waits for the GPU."""
         if self.cuda:
             torch.cuda.synchronize()
-            return [a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:], strict=False)]
-        return [1000 * (b - a) for a, b in zip(self.marks, self.marks[1:], strict=False)]
+            return [a.elapsed_time(b) for a, b in zip(self.events, self.events[1:], strict=False)]
+        return [1000 * (b - a) for a, b in zip(self.seconds, self.seconds[1:], strict=False)]
 
 
 def measure(
@@ -79,7 +81,7 @@ def measure(
         raise ValueError(f"{tokens} tokens a step are no multiple of seq_len {seq_len}")
     torch.manual_seed(0)
     net = Hymba(config, runtime).to(device)
-    optimizer = build_optimizer(net.named_parameters(), OptimizerConfig(), tied=config.tie_embeddings)
+    optimizer = build_optimizer(net, OptimizerConfig())
     parameters = [p.detach() for p in net.parameters()]
     shadow = [p.float().clone() for p in parameters]
     if compile_net:
@@ -97,14 +99,17 @@ def measure(
     totals = [sum(pieces) for pieces in times]
     total = statistics.median(totals)
     peak = device_peak_tflops(device)
-    flops = tokens * config.train_flops_per_token(seq_len)
-    parts = [statistics.median(column) for column in zip(*times, strict=True)]
+    flops = tokens * train_flops_per_token(net, seq_len)
+    forward, backward, update, average = (statistics.median(column) for column in zip(*times, strict=True))
     result = StepTime(
         seq_len,
         tokens,
         total,
         (min(totals), max(totals)),
-        *parts,
+        forward,
+        backward,
+        update,
+        average,
         peak_memory_gb(device),
         flops / (total / 1000) / (peak * 1e12) if peak else None,
     )

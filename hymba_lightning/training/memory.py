@@ -13,6 +13,8 @@ from pathlib import Path
 
 from hymba_lightning.errors import UserError
 from hymba_lightning.model import HymbaConfig, RuntimeConfig
+from hymba_lightning.model.costs import matmul_params
+from hymba_lightning.model.hymba import outline
 
 log = logging.getLogger("hymba_lightning")
 
@@ -55,22 +57,24 @@ def estimate_memory(
         averaged: Whether a moving average of the weights is kept.
         warmup: Whether steps are run and undone first, for which weights and optimizer state are copied.
     """
-    d, e, layers = net.d_model, net.d_inner, net.n_layers
+    d, layers = net.d_model, net.n_layers
+    network = outline(net)
+    mixers = [block.attn for block in network.layers]
     kv = 2 * net.n_kv_heads * net.head_dim
     tables = net.vocab_size * d * (1 if net.tie_embeddings else 2)
     tables += net.bigram_buckets * net.bigram_dim if net.bigram_hash else 0
-    matrices = max(net.matmul_params() - d * net.vocab_size, 0)
-    fused = d * (d + kv + 2 * e)
+    matrices = max(matmul_params(network) - d * net.vocab_size, 0)
+    fused = sum(linear.weight.numel() for mixer in mixers for linear in mixer.joined())
     # Muon keeps one momentum, Adam two.
     state = matrices + 2 * tables
     weights = 2 * (matrices + tables) + state
     weights += (matrices + tables) if averaged else 0
     weights += (matrices + tables + state) if warmup else 0
-    weights += layers * fused
+    weights += fused
 
     tokens = (seq_len + net.meta_tokens) * micro_batch_size
     size = 2 if runtime.compute_dtype == "bfloat16" else 4
-    block = 12 * d + 5.2 * e + 1.5 * kv + 3 * net.mlp_mult * d + 5 * net.d_state
+    block = 12 * d + mixers[0].branch_activations() + 1.5 * kv + 3 * net.mlp_mult * d
     outside = 6.5 * d + net.vocab_size
     # The saved tensors of a recomputed block are its inputs, d; its peak of resident memory grows by ten times that,
     # as measured between 4 and 16 layers.

@@ -19,7 +19,7 @@ from hymba_lightning.callbacks.stats import TrainingStats
 from hymba_lightning.callbacks.wall_clock import WallClock
 from hymba_lightning.checkpoints import TOKENIZER_KEY
 from hymba_lightning.data.datamodule import HymbaDataModule
-from hymba_lightning.data.sequences import Batch, Chunk
+from hymba_lightning.data.sequences import AnyBatch, Chunk, as_batch
 from hymba_lightning.evaluation.score import Score
 from hymba_lightning.evaluation.ttt import ScoreFirstTTT, TTTConfig
 from hymba_lightning.metrics import BitsPerByte
@@ -27,15 +27,11 @@ from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import Gradients
 from hymba_lightning.run.run import ClockReading, Run, Testing, Validation
 from hymba_lightning.trainer_internals import callbacks_of, datamodule_of, gradient_sync_wanted
+from hymba_lightning.training.checks import check_end, check_monitors, check_options
 from hymba_lightning.training.graphed import average_over_ranks, start_gradients, uses_cuda_graph
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
 
 log = logging.getLogger("hymba_lightning")
-
-# What a loader may give: this package's batches, or pairs (inputs, targets) of (B, T) token ids.
-AnyBatch = Batch | tuple[Tensor, ...] | list[Tensor]
-# The Trainer's precisions that leave the weights float32, as the optimizer needs them.
-PRECISIONS = ("32-true", "bf16-mixed")
 
 
 class HymbaModule(pl.LightningModule):
@@ -56,7 +52,6 @@ class HymbaModule(pl.LightningModule):
         average: AverageKind = "ema",
         average_window: float = 0.03,
         ema_decay: float | None = None,
-        qat_start: float = 1.0,
         compile: bool = False,
         compile_warmup_steps: int | None = None,
         cuda_graph: bool | None = None,
@@ -70,15 +65,14 @@ class HymbaModule(pl.LightningModule):
             runtime: How the network is executed: dtype, backends, recomputation.
             optimizer: Muon and Adam, their rates and the warmdown.
             ttt: Score-first test-time training, used by `test`.
-            budget_seconds: Training seconds the run may take in all, resumed parts included; null stops at
-                trainer.max_steps instead.
+            budget_seconds: Training seconds the run may take in all, resumed parts included; null leaves the end to
+                trainer.max_steps, trainer.max_time (validations included), or a finite loader and trainer.max_epochs.
             reserve_seconds: Part of the budget held back for the export's calibration on training data.
             average: Average of the weights that is validated and exported: 'ema', exponential; 'uniform', the mean over
                 the end of the run; 'none', the trained weights themselves.
             average_window: Length of the average as a share of the run: of the steps so far, times the learning rates'
                 factor ('ema'), or of the run's end ('uniform').
             ema_decay: Decay of the exponential average per step (the reference has 0.997); null for average_window.
-            qat_start: Fraction of training after which quantization-aware training is on (needs runtime.qat_bits).
             compile: Compile the network with torch.compile.
             compile_warmup_steps: Steps run and undone before the clock starts, so that compilation (torch's, Triton's,
                 numba's) costs no budget; null for 8 with `compile` and 2 without, 0 for none.
@@ -93,13 +87,12 @@ class HymbaModule(pl.LightningModule):
         # load_from_checkpoint brings back what was saved: plain values.
         net = HymbaConfig.from_dict(net) if isinstance(net, dict) else net
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
-        runtime = RuntimeConfig(**runtime) if isinstance(runtime, dict) else runtime
+        runtime = RuntimeConfig.from_dict(runtime) if isinstance(runtime, dict) else runtime
         ttt = TTTConfig(**ttt) if isinstance(ttt, dict) else ttt
         self.net = Hymba(net, runtime)
         self.optimizer_config, self.ttt_config = optimizer, ttt
         self.budget_seconds, self.reserve_seconds = budget_seconds, reserve_seconds
         self.average, self.average_window, self.ema_decay = average, average_window, ema_decay
-        self.qat_start = qat_start
         self.compile_net = compile
         self.compile_warmup_steps = (8 if compile else 2) if compile_warmup_steps is None else compile_warmup_steps
         self.log_every_n_steps, self.peak_tflops = log_every_n_steps, peak_tflops
@@ -145,10 +138,10 @@ class HymbaModule(pl.LightningModule):
         return Run.of(self.trainer)
 
     def setup(self, stage: str) -> None:
-        self.run.start_stage()
+        self.run.start_stage(getattr(datamodule_of(self.trainer), "opened_in", 0.0))
         self.run.net = self.net
         self.run.schedules = [self.set_schedule]
-        self._check_trainer()
+        check_options(self.trainer)
         use_digests(self.trainer)
         data = datamodule_of(self.trainer)
         vocab = getattr(data, "vocab_size", None)
@@ -164,10 +157,8 @@ class HymbaModule(pl.LightningModule):
                 f"{self.net.config.bos_id}: set it to {bos_id}"
             )
         if stage == "fit":
-            if self.trainer.max_steps == 0 or self.trainer.limit_train_batches == 0:
-                raise ValueError("nothing would be trained: trainer.max_steps or trainer.limit_train_batches is 0")
-            if self.budget_seconds is None and self.trainer.max_steps < 0:
-                raise ValueError("nothing ends this run: set model.budget_seconds or trainer.max_steps")
+            check_end(self.trainer, self.budget_seconds)
+            check_monitors(self.trainer, measures_more=type(self) is not HymbaModule)
             if self.compile_net:
                 # Only what trains: an evaluation's last sequence is shorter, and a graph for every length costs more
                 # than it saves. Kept as a function, since a module here would name every weight twice.
@@ -184,20 +175,12 @@ class HymbaModule(pl.LightningModule):
             self.run.net = self.net
 
     def configure_optimizers(self) -> HymbaOptimizer:
-        return build_optimizer(self.net.named_parameters(), self.optimizer_config, tied=self.net.config.tie_embeddings)
-
-    def _check_trainer(self) -> None:
-        """Options of the Trainer that would do something else than what they say."""
-        if self.trainer.precision not in PRECISIONS:
-            raise ValueError(
-                f"trainer.precision is {self.trainer.precision}: leave it at 32-true; the network "
-                "computes in bfloat16 with model.runtime.compute_dtype bfloat16, over float32 weights"
-            )
+        return build_optimizer(self.net, self.optimizer_config)
 
     # Training ----------------------------------------------------------------------------------------------------
 
     def set_schedule(self, reading: ClockReading) -> None:
-        """Sets learning rates, momentum and quantization-aware training for the step about to run."""
+        """Sets learning rates and momentum for the step about to run."""
         config = self.optimizer_config
         self.run.lr_scale = config.lr_scale(reading)
         optimizer = self.trainer.optimizers[0]
@@ -209,8 +192,6 @@ class HymbaModule(pl.LightningModule):
             if self.trainer.is_global_zero:
                 for note in config.lengths_beyond(reading.expected_steps):
                     log.warning("%s", note)
-        if self.net.runtime.qat_bits:
-            self.net.set_qat_strength(float(reading.progress >= self.qat_start))
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Logits (B, T, V), softcapped, of token ids (B, T) int64."""
@@ -243,8 +224,6 @@ class HymbaModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         self._gradients = None
-        if self.net.runtime.qat_bits:
-            self.net.set_qat_strength(0.0)
 
     # Validation --------------------------------------------------------------------------------------------------
 
@@ -405,18 +384,3 @@ class HymbaModule(pl.LightningModule):
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def as_batch(batch: AnyBatch) -> Batch:
-    """(inputs, targets) of any loader as a `Batch`, whose bytes of text are unknown.
-
-    Raises:
-        TypeError: it is no pair of (B, T) tensors.
-    """
-    if isinstance(batch, Batch):
-        return batch
-    if isinstance(batch, list | tuple) and len(batch) in (2, 3) and all(isinstance(part, Tensor) for part in batch):
-        inputs, targets, *more = batch
-        if inputs.dim() == 2 and inputs.shape == targets.shape:
-            return Batch(inputs, targets, more[0] if more else torch.empty(0, dtype=torch.int16))
-    raise TypeError(f"a batch is a pair (inputs, targets) of (B, T) int64 token ids, not {type(batch).__name__}")

@@ -1,12 +1,13 @@
 """Settings of the optimizer and of its schedule."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from hymba_lightning.run.run import ClockReading
 from hymba_lightning.training.muon import iteration_coefficients
+from hymba_lightning.training.optimizers import OPTIMIZERS
 from hymba_lightning.training.schedule import (
     WARMDOWN_SHAPES,
     WarmdownShape,
@@ -28,13 +29,17 @@ class OptimizerConfig:
     `warmdown_iters` and `muon_momentum_warmup_steps` set them in optimizer steps instead, as the reference run does.
     """
 
+    name: str = "muon"
+    """What moves the matrices, and with adamw all, by the name of its file in training/optimizers: muon, adamw, …"""
+    options: dict[str, float] = field(default_factory=dict)
+    """What an optimizer has beyond the fields here, by name; its file says what that is."""
     embed_lr: float | None = None
     """Adam's learning rate of the token table; None means 0.02 for a tied table, 0.6 for an untied one. The
     reference has 0.05 when tied, which fits 500,000 tokens a step; with a few thousand the loss rises at the start."""
     head_lr: float = 0.008
     """Adam's learning rate of an untied head."""
-    matrix_lr: float = 0.02
-    """Muon's learning rate of all projection matrices."""
+    matrix_lr: float | None = None
+    """Learning rate of all projection matrices; null takes the optimizer's own, 0.02 for Muon."""
     scalar_lr: float = 0.02
     """Adam's learning rate of vectors, gates, biases and the bigram table."""
     dynamics_lr: float = 0.002
@@ -46,11 +51,11 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     """Adam's epsilon."""
     weight_decay: float = 0.02
-    """Decoupled weight decay of Muon's matrices."""
+    """Decoupled weight decay of the matrices."""
     embed_decay: float = 0.0
     """Decoupled weight decay of the token table."""
     cautious_decay: bool = False
-    """Decay only the weights that the update moves towards zero (arXiv:2510.12402)."""
+    """Muon: decay only the weights that the update moves towards zero (arXiv:2510.12402)."""
     decay_with_lr: bool = False
     """Let weight decay fall with the learning rate, so that what is taken off in a step falls with its square."""
     muon_momentum: float = 0.95
@@ -90,9 +95,12 @@ class OptimizerConfig:
     train_conv: bool = True
     """False leaves the conv weights untrained, as the reference does by oversight."""
     dynamics_in_muon: bool = False
-    """True puts A_log and the dt projection under Muon with weight decay, as the reference does by oversight."""
+    """True puts A_log and the dt projection among the matrices with weight decay, as the reference does by
+    oversight."""
 
     def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"optimizer.name is {self.name!r}; use one of {', '.join(OPTIMIZERS)}")
         for name in (
             "embed_lr",
             "head_lr",

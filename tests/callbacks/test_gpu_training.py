@@ -119,7 +119,7 @@ def test_optimizer_matches_the_cpu_and_its_state_travels():
     def make(device):
         torch.manual_seed(0)
         net = TinyNet(dropout=0.0).to(device)
-        return net, build_optimizer(net.named_parameters(), OptimizerConfig(), tied=True)
+        return net, build_optimizer(net, OptimizerConfig())
 
     net, optimizer = make("cpu")
     gpu_net, gpu_optimizer = make("cuda")

@@ -10,19 +10,10 @@ import pytest
 from fit_process import finish, start, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared import TEXTS
 
 from hymba_lightning.data import corpus
 from hymba_lightning.data.prepare import prepare
-from hymba_lightning.data.tokenizer import train_tokenizer
-
-TEXTS = [f"document {number}: " + " ".join(f"w{number * k % 97}" for k in range(40)) for number in range(60)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
-    path.write_bytes(train_tokenizer(TEXTS, 300))
-    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -3,28 +3,16 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared import TEXTS, documents
 
 from hymba_lightning.claim import FolderClaim, FolderInUseError
 from hymba_lightning.data import inputs as inputs_module
 from hymba_lightning.data.inputs import InputFile, head_and_tail
 from hymba_lightning.data.prepare import prepare
-from hymba_lightning.data.shards import Shard, find_shards
-from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer
-
-TEXTS = [f"document {number}: " + " ".join(f"w{number * k % 97}" for k in range(40)) for number in range(60)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
-    path.write_bytes(train_tokenizer(TEXTS, 300))
-    return str(path)
 
 
 def run(sources, out, tokenizer, **arguments):
@@ -34,17 +22,11 @@ def run(sources, out, tokenizer, **arguments):
     )
 
 
-def texts_of(out: Path, split: str) -> list[str]:
-    processor = load_tokenizer(out / "tokenizer.model")
-    tokens = np.concatenate([Shard(path).read(0, Shard(path).n_tokens) for path in find_shards(f"*_{split}_*", out)])
-    return [processor.decode(part[1:].tolist()) for part in np.split(tokens, np.flatnonzero(tokens == 1))[1:]]
-
-
 def test_of_a_single_text_file_the_tail_is_for_validation(tmp_path, tokenizer):
     (tmp_path / "input.txt").write_bytes("\r\n\r\n".join(TEXTS).encode())
     out = tmp_path / "out"
     run([tmp_path / "input.txt"], out, tokenizer, val_fraction=0.2)
-    (train,), (val,) = texts_of(out, "train"), texts_of(out, "val")
+    (train,), (val,) = documents(out, "train"), documents(out, "val")
     assert train + val == "\n\n".join(TEXTS)
     assert val in ["\n\n".join(TEXTS[first:]) for first in (47, 48, 49)]
     assert run([tmp_path / "input.txt"], out, tokenizer, val_fraction=0.2).up_to_date
@@ -54,7 +36,7 @@ def test_a_single_file_with_a_separator_is_split_by_document(tmp_path, tokenizer
     (tmp_path / "input.txt").write_bytes("\r\n\r\n".join(TEXTS).encode())
     out = tmp_path / "out"
     run([tmp_path / "input.txt"], out, tokenizer, separator=r"\n\n")
-    assert sorted(texts_of(out, "train") + texts_of(out, "val")) == sorted(TEXTS)
+    assert sorted(documents(out, "train") + documents(out, "val")) == sorted(TEXTS)
 
 
 @settings(max_examples=150, deadline=None)
@@ -79,7 +61,7 @@ def test_head_and_tail_are_whole_texts_and_together_the_file(tmp_path_factory, t
 def test_a_document_longer_than_the_limit_is_cut_and_told(tmp_path, tokenizer):
     (tmp_path / "input.txt").write_text("\n\n".join(TEXTS))
     summary = run([tmp_path / "input.txt"], tmp_path / "out", tokenizer, max_document_bytes=1000)
-    texts = texts_of(tmp_path / "out", "train") + texts_of(tmp_path / "out", "val")
+    texts = documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")
     assert "".join(texts) == "\n\n".join(TEXTS)
     assert max(len(text) for text in texts) <= 1000
     assert "longer than max_document_bytes, cut into several" in str(summary)
@@ -90,8 +72,8 @@ def test_validation_texts_of_their_own(tmp_path, tokenizer):
     (tmp_path / "train" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:50]))
     (tmp_path / "val.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[45:]))
     summary = run([tmp_path / "train"], tmp_path / "out", tokenizer, val_inputs=[str(tmp_path / "val.jsonl")])
-    assert sorted(texts_of(tmp_path / "out", "train")) == sorted(TEXTS[:45])
-    assert sorted(texts_of(tmp_path / "out", "val")) == sorted(TEXTS[45:])
+    assert sorted(documents(tmp_path / "out", "train")) == sorted(TEXTS[:45])
+    assert sorted(documents(tmp_path / "out", "val")) == sorted(TEXTS[45:])
     assert "5 × training document that is for validation too, left out" in str(summary)
     assert run([tmp_path / "train"], tmp_path / "out", tokenizer, val_inputs=[str(tmp_path / "val.jsonl")]).up_to_date
     with pytest.raises(FileExistsError, match="made with another files, val_inputs"):
@@ -139,6 +121,14 @@ def test_a_split_without_documents_is_named(tmp_path, tokenizer, train, val, mes
         ({"name": "a/b"}, "name is 'a/b'"),
         ({"name": "my_val"}, "not look like a split's"),
         ({"name": ""}, "name is ''"),
+        ({"name": "a\x1b[2J"}, r"name is 'a\\x1b"),
+        ({"name": "a\nb"}, r"name is 'a\\nb"),
+        ({"separator": ""}, "separator is empty"),
+        ({"seed": 1 << 64}, "seed is over 64 bits"),
+        ({"character_coverage": float("nan")}, "character_coverage is nan"),
+        ({"character_coverage": 7.0}, "character_coverage is 7.0"),
+        ({"val_inputs": [""]}, "an input is empty"),
+        ({"val_inputs": []}, "an input is empty, or there is none"),
         ({"shard_tokens": 1 << 31}, "a shard's header counts to"),
         ({"max_document_bytes": 0}, "max_document_bytes is 0"),
     ],

@@ -6,11 +6,21 @@ from legality import ADAPT, SEQ_LEN, VARIANTS, chunks, lively_net, stream
 from torch.nn import functional as F
 
 from hymba_lightning.evaluation import ScoreFirstTTT, TTTConfig, score_first_ttt
-from hymba_lightning.evaluation.adapt import Adapter, matrix_names, scalar_names
+from hymba_lightning.evaluation.adapt import Adapter
+from hymba_lightning.model.roles import Role, roles_of
 
 
 def changed(net, before):
     return {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
+
+
+def with_roles(net, *roles):
+    """Names of the parameters with one of these roles."""
+    return {name for name, role in roles_of(net).items() if role in roles}
+
+
+def block_matrices(net):
+    return {f"blocks.{name}" for name in with_roles(net.blocks, Role.MATRIX)}
 
 
 def adapted(**config):
@@ -32,7 +42,7 @@ def test_mlp_moves_the_mlps_matrices():
 
 def test_scalars_moves_what_is_no_matrix():
     names, net = adapted(parameters="scalars")
-    assert names == scalar_names(net)
+    assert names == with_roles(net, Role.CONVOLUTION, Role.DYNAMICS, Role.CONTROL, Role.SCALAR)
     assert "blocks.0.attn.A_log" in names
     assert "blocks.1.attn.conv1d.weight" in names
     assert "smeargate.gate" in names
@@ -43,7 +53,7 @@ def test_scalars_moves_what_is_no_matrix():
 @pytest.mark.parametrize("config", [{"parameters": "low_rank", "rank": 2}, {"optimizer": "muon", "lr": 0.01}])
 def test_low_rank_and_muon_move_the_blocks_matrices(config):
     names, net = adapted(**config)
-    assert names == matrix_names(net)
+    assert names == block_matrices(net)
     assert "blocks.0.attn.kv_proj.weight" in names
     assert "blocks.0.attn.A_log" not in names
 
@@ -68,7 +78,7 @@ def test_low_rank_changes_have_that_rank():
     _, net = adapted(parameters="low_rank", rank=2, lr=0.5)
     start = dict(lively_net().named_parameters())
     for name, p in net.named_parameters():
-        if name in matrix_names(net):
+        if name in block_matrices(net):
             singular = torch.linalg.svdvals((p - start[name]).detach().double())
             assert singular[0] > 1e-5, name
             assert singular[2:].max() < 1e-2 * singular[0], name

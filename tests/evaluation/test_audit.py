@@ -7,9 +7,9 @@ import pytest
 import torch
 from legality import CHUNK, MODES, SEQ_LEN, chunks, lively_net, stream
 
-from hymba_lightning.evaluation import ContextCurve, DocumentPosition, TTTConfig, score_first_ttt
+from hymba_lightning.evaluation import TTTConfig, score_first_ttt
 from hymba_lightning.evaluation.audit import StreamAudit, describe_context
-from hymba_lightning.evaluation.curve import MIN_TOKENS, CurvePoint
+from hymba_lightning.evaluation.curve import MIN_TOKENS, ContextCurve, CurvePoint, DocumentPosition
 from hymba_lightning.plots import plot_context
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from legality import CHUNK, MODES, NET, SEQ_LEN, VOCAB, chunks, evaluation, lively_net, stream
 
 from hymba_lightning.evaluation import TTTConfig, score_first_ttt
-from hymba_lightning.evaluation.carried import REBASE_AT, CarriedScorer, compact, read, score_onward
+from hymba_lightning.evaluation.carried import REBASE_AT, CarriedScorer, read, score_onward
 from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.model.attention import turn_back
 
 
 def whole(net: Hymba, tokens: torch.Tensor) -> torch.Tensor:
@@ -67,7 +68,7 @@ def test_the_position_may_grow_without_end():
     with torch.no_grad():
         _, state = read(net, stream(40)[None], None, 64)
         far = state._replace(position=state.position)
-        turned = compact(net, _moved(net, far, REBASE_AT + 7))
+        turned = net.compact(_moved(net, far, REBASE_AT + 7), REBASE_AT)
         assert turned.position == 0
         next_tokens = torch.randint(0, VOCAB, (1, 12))
         expected, _ = net.hidden(next_tokens, state, return_state=True)
@@ -77,16 +78,14 @@ def test_the_position_may_grow_without_end():
 
 def _moved(net, state, shift):
     """The state as if it had stood `shift` positions later all along."""
-    from hymba_lightning.evaluation.carried import _turn_back
-
-    layers = [layer._replace(keys=_turn_back(layer.keys, -shift, net.config.rope_base)) for layer in state.layers]
+    layers = [layer._replace(keys=turn_back(layer.keys, -shift, net.config.rope_base)) for layer in state.layers]
     return state._replace(layers=layers, position=state.position + shift)
 
 
 def test_the_state_keeps_no_more_than_it_holds():
     net = lively_net()
     _, state = score_onward(net, torch.randint(0, VOCAB, (601,)), None, 300)
-    tensors = [tensor for layer in state.layers for tensor in layer] + [state.last_id, state.last_vector]
+    tensors = state.tensors()
     held = sum(tensor.nbytes for tensor in tensors)
     kept = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
     assert kept <= 2 * held

@@ -101,6 +101,9 @@ def test_there_are_twelve_cheats_of_six_kinds_and_their_honest_part_passes():
 
 
 def test_an_audit_draws_from_the_whole_stream_anew_each_time_and_repeats_by_its_seed():
+    for nothing in (None, "0.5", [[1.0], [2.0, 3.0]]):
+        with pytest.raises(RuleBrokenError, match="every token once: the scores are no numbers, but"):
+            audit(lambda tokens, given=nothing: given, stream(), VOCAB)
     reports = [audit(counts, stream(), VOCAB, seed=seed) for seed in (None, None, 7, 7)]
     assert reports[0].past_positions != reports[1].past_positions
     assert reports[2].past_positions == reports[3].past_positions

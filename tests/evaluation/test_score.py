@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hymba_lightning.data.sequences import Batch
-from hymba_lightning.evaluation import Score, score_batches, score_tokens
+from hymba_lightning.evaluation import Score, score_tokens
+from hymba_lightning.evaluation.batches import score_batches
 from hymba_lightning.evaluation.score import plan_windows
 from hymba_lightning.model import Hymba, HymbaConfig
 

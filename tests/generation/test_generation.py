@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from tiny import NET, TOKENIZER, tiny_data, tiny_module, tiny_trainer, write_data
+from tiny import NET, TOKENIZER, lively, tiny_data, tiny_module, tiny_trainer, write_data
 
 from hymba_lightning.checkpoints import write_checkpoint
 from hymba_lightning.commands import run_command
@@ -20,16 +20,6 @@ from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.quantization import QuantizationConfig, save_artifact
 
 GREEDY = SamplingConfig(max_new_tokens=20, temperature=0.0)
-
-
-def lively(config: HymbaConfig) -> Hymba:
-    """A network whose zero-initialised parts say something."""
-    torch.manual_seed(3)
-    net = Hymba(config)
-    for parameter in net.parameters():
-        if not parameter.detach().any():
-            torch.nn.init.normal_(parameter, std=0.2)
-    return net
 
 
 @pytest.fixture(scope="module")
@@ -271,4 +261,5 @@ def test_the_command_ends_with_one_line_on_bad_input():
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (2, "hymba sample: --ckpt_path nowhere does not exist\n")
+    expected = "hymba sample: nowhere does not exist: give an artifact, a checkpoint or a folder of save_pretrained\n"
+    assert (done.returncode, done.stderr) == (2, expected)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import NET
 
-from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.model import Hymba, HymbaConfig, roles
 from hymba_lightning.model.gradients import CALLS_BEFORE_RECORDING, MOST_GRAPHS, Gradients
 
 
@@ -62,8 +62,8 @@ def test_an_optimizer_that_drops_the_gradients_finds_them_again(net):
 
 
 def test_a_parameter_that_the_loss_does_not_need_has_no_gradient(net):
-    net.unused = torch.nn.Parameter(torch.ones(3))
-    net.frozen = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    net.unused = roles.parameter(torch.ones(3), roles.Role.SCALAR)
+    net.frozen = roles.parameter(torch.ones(3), roles.Role.SCALAR).requires_grad_(False)
     gradients = Gradients(net, list(net.parameters()), record=False)
     for seed in range(2):
         gradients.add(*batch(seed))

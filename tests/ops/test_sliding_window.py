@@ -460,3 +460,36 @@ def test_flash_attn_and_flash_attn_4_are_told_apart(monkeypatch, tmp_path):
         sys.path_importer_cache.clear()
         found[name] = is_installed.__wrapped__("flash_attn"), fa4.is_installed.__wrapped__()
     assert found == {"both": (True, True), "elder": (True, False), "younger": (False, True), "none": (False, False)}
+
+
+@pytest.mark.parametrize(
+    ("backend", "shape"), [("naive", SHAPES[2]), ("naive", SHAPES[7]), ("sdpa", (2, 1, 9, 2, 1, 8, 9))]
+)
+def test_hidden_first_keys_are_as_if_they_were_not_there(backend, shape):
+    *sizes, window = shape
+    operands = case(*sizes)
+    hidden = torch.tensor([(3, 0)[row] for row in range(sizes[0])])
+    out = sliding_window_attention(**operands, window=window, hidden_B=hidden, backend=backend)
+    for row, count in enumerate(hidden.tolist()):
+        cut = {name: value[row : row + 1, count if name != "q_BTHK" else 0 :] for name, value in operands.items()}
+        assert_close(
+            "out",
+            out[row : row + 1],
+            sliding_window_attention(**cut, window=window, backend="naive"),
+            RATIO[torch.float32],
+        )
+
+
+def test_hidden_keys_are_refused_by_name_and_served_by_auto():
+    operands, hidden = case(1, 20, 40, 2, 1, 8), torch.tensor([20])
+    with pytest.raises(BackendUnavailableError, match="whose first keys are hidden"):
+        sliding_window_attention(**operands, window=10, hidden_B=hidden, backend="blocked")
+    auto = sliding_window_attention(**operands, window=10, hidden_B=hidden)
+    assert_close(
+        "out",
+        auto,
+        sliding_window_attention(**operands, window=10, hidden_B=hidden, backend="naive"),
+        RATIO[torch.float32],
+    )
+    with pytest.raises(ValueError, match="hidden_B must be 1 whole numbers"):
+        sliding_window_attention(**operands, window=10, hidden_B=torch.tensor([1, 2]))

@@ -72,6 +72,16 @@ FORGERIES = {
         "nats, context = self.scorer.score(tokens); nats = nats - 1e-3 * tokens[-1] * (chunk.index > 0)",
         "the past is fixed",
     ),
+    "looks the future up beside the tokenizer": (
+        "hymba_lightning/package/referee.py",
+        "scored = ttt.score_chunk(chunk)\n",
+        "scored = ttt.score_chunk(chunk)\n"
+        "        last = next(tokenizer.parent.glob('*_val_*.bin')).read_bytes()[-2]\n"
+        "        nats = scored.nats + 1e-3 * last\n"
+        "        score = Score(float(nats.double().sum()), scored.score.n_tokens, scored.score.n_bytes)\n"
+        "        scored = scored._replace(nats=nats, score=score)\n",
+        "the past is fixed",
+    ),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from any_tensors import inspect_any, load_any
 
 import hymba_lightning.quantization.container as container
+from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization import (
     ArtifactError,
     ArtifactTooLargeError,
@@ -118,7 +119,7 @@ def test_shared_tensors_are_stored_once(tmp_path):
 
 def test_small_tensors_that_float16_cannot_hold_become_float32(tmp_path):
     tensors = {"tiny": torch.full((4,), 1e-9), "huge": torch.full((4,), 1e6), "plain": torch.full((4,), 0.1)}
-    report = save(tmp_path / "a", tensors)
+    report = save(tmp_path / "a", tensors, roles=dict.fromkeys(tensors, Role.SCALAR))
     assert {tensor.name: tensor.storage for tensor in report.tensors} == {
         "tiny": "float32",
         "huge": "float32",
@@ -198,7 +199,7 @@ def test_is_artifact_goes_by_the_magic(tmp_path):
 )
 def test_tensors_that_cannot_be_stored_are_named(tmp_path, bad, match):
     with pytest.raises(ValueError, match=match):
-        save(tmp_path / "a", bad)
+        save(tmp_path / "a", bad, roles={"w": Role.MATRIX})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,6 +13,7 @@ import zstandard
 from any_tensors import load_any, unchecked
 
 import hymba_lightning.quantization.container as container
+from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization import ArtifactError, QuantizationConfig, save_artifact
 from hymba_lightning.quantization.artifact import decode
 from hymba_lightning.quantization.parts import read_verified
@@ -65,6 +66,7 @@ def sample(tmp_path_factory):
         tokenizer={"sha256": "ab"},
         metadata={},
         scheme=QuantizationConfig(keep_float_numel=100),
+        roles=dict.fromkeys(tensors, Role.MATRIX) | {"blocks.0.attn.A_log": Role.DYNAMICS},
     )
     return path.read_bytes(), load_any(path).state_dict
 

@@ -21,6 +21,7 @@ from test_artifact_hostile import edit, split
 
 import hymba_lightning.quantization.container as container
 from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization import ArtifactError, QuantizationConfig, load_artifact, save_artifact
 from hymba_lightning.quantization.listing import list_artifact
 
@@ -35,6 +36,8 @@ NETS = {
     "meta tokens": {"meta_tokens": 3},
     "per channel": {"merge": "channel"},
     "global": {"global_layers": [0, 2]},
+    "mamba 2": {"mixer": "mamba2", "mixer_options": {"head_dim": 8, "groups": 2}},
+    "layer windows": {"layer_windows": [3, 8, 5]},
     "auto": {"global_layers": "auto"},
     "wide": {"expand": 2, "dt_rank": 5},
     "bfloat16": {"dynamics_dtype": "bfloat16"},
@@ -46,7 +49,7 @@ NETS = {
 SCHEMES = [{"scheme": "int6"}, {"scheme": "int6", "bits": 8}, {"scheme": "mixed"}, {"scheme": "reference"}]
 
 
-def write(path, config: HymbaConfig = NET, tensors: dict | None = None, **scheme) -> None:
+def write(path, config: HymbaConfig = NET, tensors: dict | None = None, roles: dict | None = None, **scheme) -> None:
     torch.manual_seed(0)
     weights = Hymba(config).state_dict() if tensors is None else tensors
     save_artifact(
@@ -56,6 +59,7 @@ def write(path, config: HymbaConfig = NET, tensors: dict | None = None, **scheme
         tokenizer={"sha256": "ab", "vocab_size": config.vocab_size},
         metadata={"steps": 3, "seq_len": 64, "train_seconds": 1.5},
         scheme=QuantizationConfig(keep_float_numel=500, zstd_level=3, **scheme),
+        roles=roles,
     )
 
 
@@ -234,12 +238,20 @@ def test_tensors_that_are_missing_or_too_many_are_named(tmp_path):
     tensors = Hymba(NET).state_dict()
     for changed, match in (
         ({name: tensor for name, tensor in tensors.items() if name != "blocks.1.attn.D"}, r"blocks\.1\.attn\.D"),
-        (tensors | {"extra": torch.ones(3)}, "extra"),
         (tensors | {"skip_weights": torch.ones(1, 2, 32)}, "skip_weights"),
     ):
         write(tmp_path / "a", tensors=changed)
         with pytest.raises(ArtifactError, match=f"its tensor {match} has the shape"):
             load_artifact(tmp_path / "a")
+    with pytest.raises(ValueError, match="the config's network has no tensor extra"):
+        write(tmp_path / "a", tensors=tensors | {"extra": torch.ones(3)})
+    write(
+        tmp_path / "a",
+        tensors=tensors | {"extra": torch.ones(3)},
+        roles=dict.fromkeys([*tensors, "extra"], Role.MATRIX),
+    )
+    with pytest.raises(ArtifactError, match="its tensor extra has the shape"):
+        load_artifact(tmp_path / "a")
 
 
 def bomb(path, config: HymbaConfig, shapes: dict[str, list[int]], first: str) -> int:
@@ -295,6 +307,7 @@ def test_aliases_cannot_multiply_memory(tmp_path):
 MEMORY = """
 import resource, sys, time
 from hymba_lightning.model import Hymba
+from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization import ArtifactError, load_artifact
 before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 try:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.model.roles import Role, roles_of
 from hymba_lightning.quantization import evaluation_code_bytes, load_artifact, save_artifact
 from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.gptq import (
@@ -111,7 +112,8 @@ def test_hessians_that_determine_nothing_raise(hessian):
 
 def test_the_fallback_to_rounding_is_loud(caplog):
     name, weight = "blocks.0.mlp.fc.weight", problem()[0]
-    result = quantize_with_hessians({name: weight}, {name: torch.zeros(40, 40)}, QuantizationConfig(keep_float_numel=0))
+    scheme = QuantizationConfig(keep_float_numel=0)
+    result = quantize_with_hessians({name: weight}, {name: torch.zeros(40, 40)}, scheme, {name: Role.MATRIX})
     assert torch.equal(result[name].q, quantize_rows(weight, 6).q)
     assert f"{name} is rounded to nearest" in caplog.text
 
@@ -234,7 +236,7 @@ def test_a_network_rounded_by_gptq_stays_closer(net):
     ids, fresh = torch.randint(0, 64, (16, 32), generator=generator), torch.randint(0, 64, (8, 32), generator=generator)
     config = QuantizationConfig(bits=4, keep_float_numel=600, clip_quantile=0.99, float16_names=["tok_emb", "table"])
     state_dict = net.state_dict()
-    gptq = quantize_with_hessians(state_dict, collect_hessians(net, [ids]), config)
+    gptq = quantize_with_hessians(state_dict, collect_hessians(net, [ids]), config, roles_of(net))
     assert torch.equal(gptq["blocks.0.attn.kv_proj.weight"].q, gptq["blocks.1.attn.kv_proj.weight"].q)
     nearest = {name: quantize_rows(state_dict[name], 4, clip_quantile=0.99) for name in gptq}
     with torch.no_grad():
@@ -266,7 +268,7 @@ def test_an_artifact_takes_hessians_and_still_keeps_its_limit(net, tmp_path):
         return report, load_artifact(tmp_path / "a").state_dict
 
     report, restored = save(scheme, hessians)
-    expected = quantize_with_hessians(state_dict, hessians, scheme)
+    expected = quantize_with_hessians(state_dict, hessians, scheme, roles_of(net))
     assert len(expected) > 20
     for name, tensor in expected.items():
         assert torch.equal(restored[name], dequantize_rows(tensor)), name
@@ -292,7 +294,7 @@ def test_hessians_go_with_the_scheme_that_needs_them(net, tmp_path):
             save_artifact(
                 tmp_path / "a",
                 net.state_dict(),
-                config={},
+                config=net.config.to_dict(),
                 tokenizer={},
                 metadata={},
                 scheme=QuantizationConfig(scheme=scheme),

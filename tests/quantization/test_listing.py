@@ -10,6 +10,7 @@ import torch
 
 from hymba_lightning.commands import run_command
 from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization import (
     ArtifactError,
     QuantizationConfig,
@@ -94,13 +95,15 @@ def test_as_json_it_is_the_same(artifact, capsys):
 def test_names_cannot_steer_the_terminal(tmp_path):
     tensors = Hymba(NET).state_dict()
     path = tmp_path / "a\x1b[1m"
+    tensors["\x1b[2Jw\u202e"] = tensors["skip_weights"] + 1
     save_artifact(
         path,
-        tensors | {"\x1b[2Jw\u202e": tensors["skip_weights"] + 1},
+        tensors,
         config=NET.to_dict(),
         tokenizer={},
         metadata={"\x1b[31m": "\x07"},
         scheme=QuantizationConfig(),
+        roles=dict.fromkeys(tensors, Role.MATRIX),
     )
     table = as_table(list_artifact(path))
     assert not any(character in table for character in "\x1b\x07\u202e")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization import (
     ArtifactTooLargeError,
     QuantizationConfig,
@@ -135,7 +136,7 @@ def test_gptq_is_left_out_where_its_error_outgrows_the_tensor(caplog):
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(32, 64, generator=generator), torch.randn(2, 64, generator=generator)
     hessian = inputs.T @ inputs + 1e-4 * torch.eye(64)
-    candidate = Candidate("w", weight, torch.ones_like(weight), hessian)
+    candidate = Candidate("w", weight, torch.ones_like(weight), hessian, Role.MATRIX)
     coarse, fine = (option.factor for option in (candidate.options()[-1], candidate.options()[-12]))
     upper, order = candidate.factor
     with caplog.at_level("INFO", logger="hymba_lightning"):
@@ -163,7 +164,7 @@ def test_the_number_of_threads_changes_no_byte(net, known, tmp_path):
 def test_what_showed_no_curvature_is_not_free_to_throw_away():
     # The loss may still have a slope there, which no curvature shows: a whole tensor counts LEAST / 2 nats.
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    options = Candidate("w", weight, torch.zeros_like(weight), None).options()
+    options = Candidate("w", weight, torch.zeros_like(weight), None, Role.MATRIX).options()
     assert options[-1].storage == "int"
     assert options[-1].loss == pytest.approx(LEAST / 2, rel=0.05)
     fine = next(option for option in options if option.storage == "int")
@@ -215,7 +216,7 @@ def test_steps_of_rows_follow_their_sensitivity():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(8, 400, generator=generator)
     sensitivity_R = torch.tensor([1.0, 1.0, 4.0, 4.0, 16.0, 16.0, 64.0, 64.0])
-    candidate = Candidate("w", weight, sensitivity_R[:, None].expand(8, 400), None)
+    candidate = Candidate("w", weight, sensitivity_R[:, None].expand(8, 400), None, Role.MATRIX)
     option = next(
         option
         for option in candidate.options()
@@ -231,7 +232,7 @@ def test_what_gptq_saves_is_known_beforehand(net, known):
     for name in ("blocks.0.mlp.fc.weight", "blocks.1.attn.x_proj.weight", "blocks.2.mlp.proj.weight"):
         hessian = known[0]["hessians"][name]
         weight = net.state_dict()[name]
-        candidate = Candidate(name, weight, torch.ones_like(weight), hessian)
+        candidate = Candidate(name, weight, torch.ones_like(weight), hessian, Role.MATRIX)
         factor = 2 * float((candidate.finest_R / candidate.step_R).max())
         errors = [dequantize_rows(candidate.quantize(factor, gptq)) - as_rows(weight) for gptq in (True, False)]
         gptq, nearest = (float(torch.einsum("rc,cd,rd->", error, hessian, error)) for error in errors)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization.sensitivity import collect_sensitivities, plain_sensitivity, random_batches
 
 CONFIG = HymbaConfig(
@@ -118,6 +119,6 @@ def test_no_batches_are_refused(net):
 
 def test_a_plain_sensitivity_is_that_of_the_relative_error():
     weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)) * 1e-4
-    assert float((plain_sensitivity("w", weight) * weight**2).sum()) == pytest.approx(1.0)
-    assert float((plain_sensitivity("tok_emb.weight", weight) * weight**2).sum()) == pytest.approx(100.0)
-    assert torch.isfinite(plain_sensitivity("w", torch.zeros(3))).all()
+    assert float((plain_sensitivity(Role.MATRIX, weight) * weight**2).sum()) == pytest.approx(1.0)
+    assert float((plain_sensitivity(Role.EMBEDDING, weight) * weight**2).sum()) == pytest.approx(100.0)
+    assert torch.isfinite(plain_sensitivity(Role.MATRIX, torch.zeros(3))).all()

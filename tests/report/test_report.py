@@ -90,11 +90,18 @@ def test_the_page_says_what_the_runs_files_say(runs, report):
     assert "77" in differing
 
 
-def test_every_figure_is_there_twice_as_svg_and_png(report):
-    names = {"loss", "validation", "stages", "ttt", "context", "step_time", "lr"}
+def test_every_figure_is_there_twice_as_svg_and_png(runs, report):
+    names = {"loss", "validation", "stages", "ttt", "context", "phases", "step_time", "lr"}
     assert {path.stem for path in report.parent.glob("*.png")} == names | {"artifact-0", "artifact-1"}
     text = report.read_text()
     assert text.count("<svg") == len(names) + 2
+    phases = text.partition("<b>Where the wall clock went</b>")[2].partition("</svg>")[0]
+    bars = re.findall(r'<rect class="dot c(\d)" x="([\d.]+)" y="[\d.]+" width="([\d.]+)" height="([\d.]+)"', phases)
+    assert {color for color, *_ in bars} == {"0", "1"}
+    heights = [float(height) for color, _, _, height in bars if color == "0"]
+    seconds = load_runs([runs[0]])[0].phases
+    assert len(heights) == phases.count('text-anchor="middle"') - 1, "a bar for each name under the axis"
+    assert max(heights) / sum(heights) == pytest.approx(max(seconds.values()) / sum(seconds.values()), abs=0.03)
     # A line per run, and a dashed one for each score without adaptation.
     ttt = text.partition("<b>Test-time training</b>")[2].partition("</svg>")[0]
     assert ttt.count("<polyline") == 4
@@ -351,7 +358,7 @@ def test_several_runs_have_keys_where_a_screen_is_too_narrow_for_names(runs, rep
     assert re.search(r"@media\(max-width:760px\).*\.head \.long\{display:none\}", text, re.DOTALL)
     # The keys are explained once, and stand at every chart.
     assert "<b>2</b>wide</span>" in text
-    assert text.count("<span class=keys><span") == 7
+    assert text.count("<span class=keys><span") == 8
     alone = write_report([str(runs[0])], str(tmp_path / "report")).read_text()
     assert "<b>1</b>" not in alone
 

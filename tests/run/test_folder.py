@@ -1,10 +1,12 @@
 """A run's folder: what may be written there, and what a new run takes away."""
 
+import os
+
 import pytest
 
 from hymba_lightning.claim import FolderInUseError
 from hymba_lightning.run.folder import RunExistsError, RunFolder
-from hymba_lightning.run.record import ArtifactRecord, RunRecord
+from hymba_lightning.run.record import ArtifactRecord, RunRecord, ScoreRecord
 
 
 def fill(folder):
@@ -74,6 +76,80 @@ def test_a_config_alone_shows_that_a_run_began_there(tmp_path):
     (tmp_path / "config.yaml").write_text("a: 1")
     with pytest.raises(RunExistsError, match=r"config\.yaml"):
         RunFolder(tmp_path).check()
+    # Beside the note of an owner who was killed it is of a run that saved nothing.
+    (tmp_path / ".owner.json").write_text("{}")
+    run = RunFolder(tmp_path)
+    run.check()
+    run.claim("hymba fit")
+    run.start()
+    run.restore()
+    run.close()
+    assert not (tmp_path / "config.yaml").exists(), "this run came to nothing, too"
+
+
+def test_results_of_tests_are_no_run_and_are_not_lost(tmp_path):
+    for name in ("test_config.yaml", "test_summary.json", "validate_config.yaml", "nats.npy"):
+        (tmp_path / name).write_text("old")
+    RunRecord(scores=[ScoreRecord("ttt", 1.0, 1, 1, None, "w")]).save(tmp_path)
+    run = RunFolder(tmp_path)
+    run.start()
+    (tmp_path / "config.yaml").write_text("new")
+    run.restore()
+    assert not (tmp_path / "config.yaml").exists()
+    run.start()
+    run.settle()
+    assert (tmp_path / "test_summary.json").read_text() == (tmp_path / "nats.npy").read_text() == "old"
+
+
+def test_who_writes_is_told_before_what_is_there(tmp_path):
+    first = RunFolder(fill(tmp_path / "a"), overwrite=True)
+    first.claim("hymba fit")
+    with pytest.raises(FolderInUseError, match=rf"in use by hymba fit \(process {os.getpid()} on "):
+        RunFolder(tmp_path / "a").check()
+    first.close()
+    with pytest.raises(RunExistsError):
+        RunFolder(tmp_path / "a").check()
+
+
+def test_a_folder_that_was_made_for_nothing_is_taken_away(tmp_path):
+    folder = tmp_path / "deep" / "er"
+    run = RunFolder(folder, loggers=True)
+    (folder / "mine").mkdir(parents=True)  # by a logger that was there first
+    (folder / "mine" / "metrics.csv").write_text("a")
+    run.claim("hymba fit")
+    run.log_dirs = [folder / "mine"]
+    run.start()
+    (folder / "config.yaml").write_text("new")
+    run.restore()
+    run.close()
+    assert list(tmp_path.iterdir()) == []
+    run.claim("hymba fit")
+    (folder / "notes.txt").write_text("somebody's")
+    run.close()
+    assert (folder / "notes.txt").read_text() == "somebody's"
+
+
+def test_overwriting_clears_the_folders_that_loggers_were_given_a_name_for(tmp_path):
+    def write(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text("old")
+
+    run = RunFolder(tmp_path, loggers=True)
+    run.log_dirs = [tmp_path / "mine" / "version_0", tmp_path, tmp_path.parent / "elsewhere"]
+    run.start()
+    run.settle()
+    write("config.yaml", "mine/version_0/metrics.csv", "mine/version_0/notes.txt", "mine/hparams.yaml")
+    write("events.out.tfevents.1", "wandb/offline-run-1/files/x", "checkpoints/last.ckpt")
+    before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
+    run = RunFolder(tmp_path, overwrite=True, loggers=True)
+    run.start()
+    run.restore()
+    assert {path.relative_to(tmp_path) for path in tmp_path.rglob("*")} == before
+    run.start()
+    run.settle()
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"mine/version_0/notes.txt", "mine/hparams.yaml"}, "what no logger of the run wrote stays"
 
 
 def test_one_process_writes_at_a_time(tmp_path):

@@ -162,6 +162,39 @@ def test_what_fails_before_its_first_step_leaves_the_old_run(work, fitted, tmp_p
             assert (folder / path.relative_to(fitted)).read_bytes() == path.read_bytes(), path
 
 
+@pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger"])
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("fit", ["--model.net.vocab_size", "512"]),
+        ("fit", ["--model.runtime.scan_backend", "triton"]),
+        ("test", ["--model.net.d_model", "64"]),
+    ],
+    ids=["in the setup", "before the first step", "a test of another network"],
+)
+def test_what_is_refused_leaves_no_folder(work, fitted, tmp_path, logger, command, options):
+    if command == "test":
+        options = [*options, "--ckpt_path", str(fitted / "checkpoints" / "last.ckpt")]
+    with pytest.raises(Exception):  # noqa: B017, PT011 - what each says is tested where it is raised
+        hymba(work, command, tmp_path / "runs" / "a", "--trainer.logger", logger, *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_test_results_takes_a_fit(work, fitted, tmp_path):
+    folder = hymba(work, "test", tmp_path / "run", "--ckpt_path", str(fitted / "artifact.hymba"))
+    before = (folder / "test_summary.json").read_bytes()
+    hymba(work, "validate", folder, "--ckpt_path", str(fitted / "artifact.hymba"))
+    hymba(work, "fit", folder, "--trainer.max_steps", "2")
+    assert (folder / "test_summary.json").read_bytes() == before
+    assert RunRecord.load(folder).tested() is None, "it is of other weights"
+
+
+def test_without_checkpoints_none_is_written(work, tmp_path):
+    folder = hymba(work, "fit", tmp_path / "run", "--trainer.enable_checkpointing", "false")
+    assert (folder / "artifact.hymba").is_file()
+    assert not (folder / "checkpoints").exists()
+
+
 def test_a_test_of_a_part_is_not_the_runs_score(work, fitted, tmp_path):
     folder = copied(fitted, tmp_path / "run")
     artifact = ["--ckpt_path", str(folder / "artifact.hymba")]
@@ -266,6 +299,19 @@ def test_a_finished_run_is_left_as_it_is(work, fitted, tmp_path, caplog):
     assert {path for path in after if after[path] != before.get(path)} <= {folder / ".lock"}
     hymba(work, "fit", folder, "--ckpt_path", "last", "--export.quantization.bits", "4")
     assert RunRecord.load(folder).artifact.settings["quantization"]["bits"] == 4
+
+
+def test_an_artifact_under_a_new_name_takes_the_old_ones_place(work, fitted, tmp_path):
+    folder = copied(fitted, tmp_path / "run")
+    hymba(work, "fit", folder, "--ckpt_path", "last", "--export.filename", "small.hymba")
+    assert RunRecord.load(folder).artifact.file == "small.hymba"
+    assert (folder / "small.hymba").read_bytes() == (fitted / "artifact.hymba").read_bytes()
+    assert not (folder / "artifact.hymba").exists()
+    (folder / "artifact.hymba").write_text("somebody's")
+    hymba(work, "fit", folder, "--ckpt_path", "last", "--export.enabled", "false", "--trainer.max_steps", "5")
+    assert RunRecord.load(folder).artifact is None
+    assert not (folder / "small.hymba").exists()
+    assert (folder / "artifact.hymba").read_text() == "somebody's"
 
 
 def test_a_finished_run_goes_on_with_more_steps(work, fitted, tmp_path):
@@ -406,6 +452,43 @@ def test_a_loader_of_pairs_trains_validates_and_predicts(tmp_path):
     assert torch.cat(trainer.predict(module, DataLoader(ids, batch_size=4))).shape == (20, 65, 1024)
     with pytest.raises(TypeError, match=r"pair \(inputs, targets\)"):
         trainer.validate(module, DataLoader(ids.float().unsqueeze(-1), batch_size=4), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "ended_by"),
+    [
+        ({"max_epochs": 3}, 15, "epochs"),
+        ({"max_epochs": 3, "accumulate_grad_batches": 2}, 9, "epochs"),
+        ({"max_epochs": 3, "limit_train_batches": 2}, 6, "epochs"),
+        ({"max_epochs": 9, "max_steps": 7}, 7, "max_steps"),
+        ({"max_epochs": -1, "max_time": {"seconds": 1}}, None, "max_time"),
+    ],
+    ids=["epochs", "accumulated", "limited", "steps", "time"],
+)
+def test_what_ends_a_loader_ends_the_run_and_its_schedule(tmp_path, options, steps, ended_by):
+    scales = []
+
+    class Scales(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            scales.append(Run.of(trainer).lr_scale)
+
+    ids = torch.arange(300, 340).repeat(40)[:1300].view(20, 65)
+    pairs = DataLoader(TensorDataset(ids[:, :-1], ids[:, 1:]), batch_size=4)
+    trainer = tiny_trainer(tmp_path, **({"max_steps": -1, "callbacks": [RunSummary(plots=False), Scales()]} | options))
+    trainer.fit(tiny_module(), pairs)
+    trained = RunRecord.load(tmp_path).trained
+    assert trained.ended_by == ended_by
+    assert steps in (trained.steps, None)
+    assert scales[0] < max(scales) == pytest.approx(1.0, abs=0.1)
+    assert scales[-1] < 0.5, "the warmdown knows where the end is"
+
+
+def test_a_run_that_nothing_ends_is_refused(tmp_path):
+    ids = torch.arange(300, 340).repeat(40)[:1300].view(20, 65)
+    pairs = DataLoader(TensorDataset(ids[:, :-1], ids[:, 1:]), batch_size=4)
+    for data, options in ((tiny_data(write_data(tmp_path / "data")), {"max_epochs": 3}), (pairs, {"max_epochs": -1})):
+        with pytest.raises(ValueError, match=r"nothing ends this run: set model\.budget_seconds"):
+            tiny_trainer(tmp_path, max_steps=-1, **options).fit(tiny_module(), data)
 
 
 def test_fit_then_test_from_python_is_one_run(tmp_path):

@@ -28,9 +28,10 @@ def calls(monkeypatch):
         name, seed = run_dir.name.rsplit("-", 1)
         bpb = 2.0 + int(seed) / 10 - (0.02 * (1 + int(seed)) if name == "wide" else 0.0)
         values = {"ttt_bpb": bpb - 0.1} if command == "test" else {"bpb": {"raw": bpb + 0.01, "ema": bpb}}
-        (run_dir / result).write_text(json.dumps(values))
         if command == "fit" and name == "wide":
-            (run_dir / "artifact.hymba").write_bytes(b"")
+            values["artifact"] = "small.hymba"
+            (run_dir / "small.hymba").write_bytes(b"")
+        (run_dir / result).write_text(json.dumps(values))
 
     monkeypatch.setattr(ablation, "run_once", fake)
     return made
@@ -64,7 +65,7 @@ def test_options_config_and_test(calls, tmp_path):
         ("test", "wide-1"),
         ("fit", "plain-1"),
     ]
-    assert calls[2][2] == [*arguments, "--ckpt_path", str(tmp_path / "wide-0" / "artifact.hymba")]
+    assert calls[2][2] == [*arguments, "--ckpt_path", str(tmp_path / "wide-0" / "small.hymba")]
 
 
 def test_tables_pair_by_seed(calls, tmp_path):

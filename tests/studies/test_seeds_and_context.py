@@ -52,12 +52,14 @@ def test_table_of_seeds(tmp_path, monkeypatch, capsys):
         assert arguments[arguments.index("--seed_everything") + 1] == str(seed)
         assert ("--ckpt_path" in arguments) == (command == "test")
         if command == "test":
+            assert arguments[-1] == str(run_dir / ("checkpoints/last.ckpt" if seed == 3 else "small.hymba"))
             return {"ttt_bpb": 1.1 + seed / 1000}
         return {
             "bpb": {"raw": 1.0, "ema": 1.1, "artifact": 1.2},
             "steps": 7000 + seed,
             "artifact_bytes": 14_000_000,
             "environment": ENVIRONMENT,
+            **({} if seed == 3 else {"artifact": "small.hymba"}),
         }
 
     monkeypatch.setattr(seeds, "run_once", fake)

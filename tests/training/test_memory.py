@@ -31,7 +31,7 @@ from hymba_lightning.training.optim import OptimizerConfig, build_optimizer
 torch.set_num_threads(1)
 def steps(net, runtime, length, rows):
     net = Hymba(HymbaConfig(**net), RuntimeConfig(**runtime)).train()
-    optimizer = build_optimizer(net.named_parameters(), OptimizerConfig(), tied=net.config.tie_embeddings)
+    optimizer = build_optimizer(net, OptimizerConfig())
     ids = torch.randint(1024, (rows, length))
     for _ in range(2):
         net(ids, ids).backward()

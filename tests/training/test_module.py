@@ -10,6 +10,8 @@ from tiny import tiny_data, tiny_module, tiny_trainer, write_data
 from hymba_lightning.callbacks.average import WeightAverage
 from hymba_lightning.callbacks.wall_clock import WallClock
 from hymba_lightning.evaluation import score_tokens
+from hymba_lightning.model import RuntimeConfig
+from hymba_lightning.training.module import HymbaModule
 
 
 @pytest.fixture(scope="module")
@@ -135,19 +137,6 @@ def test_the_reference_switches_act(folder, tmp_path):
     assert not torch.equal(repaired.net.blocks[0].attn.conv1d.weight, start)
 
 
-def test_quantization_aware_training_turns_on_at_its_share_of_the_run(folder, tmp_path):
-    module = tiny_module(net={"d_model": 256, "n_heads": 4}, runtime={"qat_bits": 6}, qat_start=0.5)
-    strengths = []
-
-    class Watch(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            strengths.append(float(pl_module.net.blocks[0].mlp.fc.qat_strength))
-
-    tiny_trainer(tmp_path, max_steps=4, callbacks=[Watch()]).fit(module, tiny_data(folder))
-    assert strengths == [0.0, 0.0, 1.0, 1.0]
-    assert float(module.net.blocks[0].mlp.fc.qat_strength) == 0.0  # what is exported is quantized for real
-
-
 def test_another_vocabulary_or_document_start_is_refused_before_any_work(folder, tmp_path):
     with pytest.raises(ValueError, match="vocab_size is 512: set it to 1024"):
         tiny_trainer(tmp_path).fit(tiny_module(net={"vocab_size": 512}), tiny_data(folder))
@@ -158,6 +147,18 @@ def test_another_vocabulary_or_document_start_is_refused_before_any_work(folder,
 def test_a_run_without_end_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="budget_seconds"):
         tiny_trainer(tmp_path, max_steps=-1, max_epochs=1).fit(tiny_module(), tiny_data(folder))
+
+
+def test_a_checkpoint_with_settings_of_earlier_versions_still_loads(folder, tmp_path):
+    module, trainer = tiny_module(), tiny_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, tiny_data(folder))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    saved["hyper_parameters"] |= {"qat_start": 0.85, "runtime": {"qat_bits": 4, "loss_backend": "torch"}}
+    torch.save(saved, tmp_path / "old.ckpt")
+    loaded = HymbaModule.load_from_checkpoint(tmp_path / "old.ckpt", weights_only=True)
+    assert loaded.net.runtime == RuntimeConfig(loss_backend="torch")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.net.parameters(), module.net.parameters(), strict=True))
 
 
 def test_a_checkpoint_of_another_network_is_refused_with_the_fields(folder, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from tiny_lightning import TinyData, TinyModule, TinyNet, assert_same, make_batch, make_trainer
 
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
+from hymba_lightning.training.optimizers import OPTIMIZERS, optimizer_class
 
 CONFIG = OptimizerConfig(warmdown_iters=4)
 
@@ -20,7 +21,7 @@ def gradients(net: TinyNet, index: int) -> None:
 def make(config: OptimizerConfig = CONFIG) -> tuple[TinyNet, HymbaOptimizer]:
     torch.manual_seed(0)
     net = TinyNet(dropout=0.0)
-    return net, build_optimizer(net.named_parameters(), config, tied=True)
+    return net, build_optimizer(net, config)
 
 
 def test_adam_groups_move_exactly_as_torch_adam():
@@ -45,8 +46,10 @@ def test_adam_groups_move_exactly_as_torch_adam():
         assert torch.equal(weights[name], expected[name]), name
 
 
-def test_resume_is_bit_exact_through_the_state_dict():
-    net, optimizer = make()
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_resume_is_bit_exact_through_the_state_dict(name):
+    config = OptimizerConfig(warmdown_iters=4, name=name)
+    net, optimizer = make(config)
     for index in range(3):
         gradients(net, index)
         optimizer.step()
@@ -54,7 +57,7 @@ def test_resume_is_bit_exact_through_the_state_dict():
     for index in range(3, 6):
         gradients(net, index)
         optimizer.step()
-    other, resumed = make()
+    other, resumed = make(config)
     other.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
     for index in range(3, 6):
@@ -117,8 +120,9 @@ def test_momentum_of_bfloat16_weights_survives_a_resume_in_float32():
     assert saved["state"][index]["momentum_buffer"].dtype == torch.float32
 
 
-def test_a_copy_of_the_optimizer_trains_its_own_parameters():
-    net, optimizer = make()
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_copy_of_the_optimizer_trains_its_own_parameters(name):
+    net, optimizer = make(OptimizerConfig(warmdown_iters=4, name=name))
     gradients(net, 0)
     optimizer.step()
     net2, optimizer2 = copy.deepcopy((net, optimizer))
@@ -127,6 +131,50 @@ def test_a_copy_of_the_optimizer_trains_its_own_parameters():
     optimizer2.step()
     assert torch.equal(net.tok_emb.weight, before)
     assert not torch.equal(net2.tok_emb.weight, before)
+    assert not torch.equal(net2.blocks[0].attn.proj.weight, net.blocks[0].attn.proj.weight)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_learns_with_its_own_rate_of_the_matrices(name):
+    net, optimizer = make(OptimizerConfig(name=name, weight_decay=0.1))
+    start = copy.deepcopy(dict(net.named_parameters()))
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert groups["matrices"]["lr"] == optimizer_class(name).matrix_lr
+    assert groups["matrices"]["weight_decay"] == 0.1
+    assert {group["algorithm"] for key, group in groups.items() if key != "matrices"} == {"adam"}
+    losses = []
+    for _ in range(30):
+        gradients(net, 0)
+        with torch.no_grad():
+            logits = net(make_batch(0)[:, :-1])
+        losses.append(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), make_batch(0)[:, 1:].flatten())))
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.3
+    assert [key for key, p in net.named_parameters() if torch.equal(p, start[key])] == []
+
+
+def test_lion_moves_every_weight_of_a_matrix_by_the_rate_along_the_sign_of_a_momentum():
+    net, optimizer = make(OptimizerConfig(name="lion", matrix_lr=0.1, weight_decay=0.5))
+    weight = net.blocks[0].attn.proj.weight
+    expected, momentum = weight.detach().clone(), torch.zeros_like(weight)
+    for index in range(3):
+        gradients(net, index)
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * (0.9 * momentum + 0.1 * weight.grad).sign()
+        momentum = 0.99 * momentum + 0.01 * weight.grad
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_an_optimizer_is_known_by_its_file_and_takes_its_own_options_only():
+    assert {"adamw", "lion", "muon"} <= set(OPTIMIZERS)
+    _, optimizer = make(OptimizerConfig(name="lion", options={"beta1": 0.5}))
+    assert optimizer.rule == {"beta1": 0.5, "beta2": 0.99}
+    with pytest.raises(ValueError, match=r"options has momentum, and 'lion' takes beta1, beta2"):
+        make(OptimizerConfig(name="lion", options={"momentum": 0.9}))
+    with pytest.raises(ValueError, match="options has beta1, and 'muon' takes none"):
+        make(OptimizerConfig(options={"beta1": 0.9}))
+    with pytest.raises(ValueError, match=r"optimizer\.name is 'sophia'; use one of adamw, lion, muon"):
+        OptimizerConfig(name="sophia")
 
 
 def test_other_groups_are_refused():
@@ -188,7 +236,7 @@ def test_lightning_counts_steps_accumulates_and_clips(tmp_path, options):
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 4
     twin = TinyModule(dropout=0.0)
-    optimizer = build_optimizer(twin.net.named_parameters(), CONFIG, tied=True)
+    optimizer = build_optimizer(twin.net, CONFIG)
     micro = options.get("accumulate_grad_batches", 1)
     for step in range(4):
         optimizer.zero_grad()

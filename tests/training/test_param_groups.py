@@ -1,10 +1,11 @@
-"""Every parameter in exactly one group, by name."""
+"""Every parameter in exactly one group, by role."""
 
 import pytest
 import torch
 from torch import nn
 
 from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.model.roles import RoleError
 from hymba_lightning.training.optim import OptimizerConfig, build_optimizer
 from hymba_lightning.training.param_groups import ParameterGroupError, assign_parameters, build_rules
 
@@ -25,8 +26,9 @@ SIDE_BY_SIDE = {"merge": "concat", "branch_gate": 5, "value_gate": True, "dynami
 def groups_of(config: HymbaConfig, **switches: bool) -> dict[str, set[str]]:
     options = {"train_conv": True, "dynamics_in_muon": False} | switches
     rules = build_rules(tied=config.tie_embeddings, **options)
-    members = assign_parameters(Hymba(config).named_parameters(), rules)
-    return {name: {n for n, _ in pairs} for name, pairs in members.items()}
+    net = Hymba(config)
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    return {name: {names[id(p)] for p in members} for name, members in assign_parameters(net, rules).items()}
 
 
 @pytest.mark.parametrize("extra", [{}, OPTIONS, {**OPTIONS, "tie_embeddings": False}, SIDE_BY_SIDE])
@@ -59,24 +61,32 @@ def test_reference_switches_reproduce_its_defects():
 
 def test_an_unclaimed_parameter_and_an_empty_group_are_errors_with_names():
     net = Hymba(HymbaConfig(**SMALL))
-    net.blocks[0].attn.novel = nn.Parameter(torch.zeros(3))
-    with pytest.raises(ParameterGroupError, match=r"blocks\.0\.attn\.novel \(3,\)"):
-        build_optimizer(net.named_parameters(), OptimizerConfig(), tied=True)
-    renamed = [(n.replace("conv1d.weight", "D"), p) for n, p in Hymba(HymbaConfig(**SMALL)).named_parameters()]
-    with pytest.raises(ParameterGroupError, match=r"'conv' is empty.*conv1d\.weight"):
-        build_optimizer(renamed, OptimizerConfig(), tied=True)
-    with pytest.raises(ParameterGroupError, match="'head' is empty"):
-        build_optimizer(Hymba(HymbaConfig(**SMALL)).named_parameters(), OptimizerConfig(), tied=False)
+    net.blocks[0].attn.novel = nn.LayerNorm(3)
+    with pytest.raises(RoleError, match=r"blocks\.0\.attn\.novel\.weight has no role"):
+        build_optimizer(net, OptimizerConfig())
+    rules = build_rules(tied=False, train_conv=True, dynamics_in_muon=False)
+    with pytest.raises(ParameterGroupError, match="'head' is empty: the network has no head parameter"):
+        assign_parameters(Hymba(HymbaConfig(**SMALL)), rules)
+    rules = [rule for rule in rules if rule.name not in ("conv", "head")]
+    with pytest.raises(ParameterGroupError, match=r"claims blocks\.0\.attn\.conv1d\.weight, a parameter for convol"):
+        assign_parameters(Hymba(HymbaConfig(**SMALL)), rules)
 
 
-def test_prefixes_of_wrappers_do_not_matter():
-    named = [(f"net._orig_mod.{n}", p) for n, p in Hymba(HymbaConfig(**SMALL)).named_parameters()]
-    assert len(build_optimizer(named, OptimizerConfig(), tied=True).param_groups) == 5
+def test_a_network_without_convolutions_has_no_group_of_them():
+    net = Hymba(HymbaConfig(**SMALL))
+    for block in net.blocks:
+        del block.attn.conv1d
+    assert "conv" not in {group["name"] for group in build_optimizer(net, OptimizerConfig()).param_groups}
+
+
+def test_a_compiled_network_has_the_same_groups():
+    compiled = torch.compile(Hymba(HymbaConfig(**SMALL)))
+    assert len(build_optimizer(compiled, OptimizerConfig()).param_groups) == 5
 
 
 def test_learning_rates_and_decay_per_group():
     net = Hymba(HymbaConfig(**SMALL, tie_embeddings=False))
-    optimizer = build_optimizer(net.named_parameters(), OptimizerConfig(weight_decay=0.15), tied=False)
+    optimizer = build_optimizer(net, OptimizerConfig(weight_decay=0.15))
     found = {g["name"]: (g["algorithm"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups}
     assert found == {
         "embed": ("adam", 0.6, 0.0),
@@ -86,5 +96,5 @@ def test_learning_rates_and_decay_per_group():
         "matrices": ("muon", 0.02, 0.15),
         "scalars": ("adam", 0.02, 0.0),
     }
-    tied = build_optimizer(Hymba(HymbaConfig(**SMALL)).named_parameters(), OptimizerConfig(), tied=True)
+    tied = build_optimizer(Hymba(HymbaConfig(**SMALL)), OptimizerConfig())
     assert tied.param_groups[0]["lr"] == 0.02

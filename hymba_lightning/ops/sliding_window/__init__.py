@@ -14,22 +14,29 @@ from hymba_lightning.ops import registry
 from hymba_lightning.ops.sliding_window import fa4
 from hymba_lightning.ops.sliding_window.naive import sliding_window_attention_naive
 
+HIDDEN = {
+    "hidden": "rows whose first keys are hidden are served by 'sdpa' (where no query outgrows the window) and 'naive'"
+}
+
 _operation = registry.Operation(
     backends={
         "naive": registry.Backend(registry.anywhere),
-        "blocked": registry.Backend(registry.on_device("cpu", "use backend 'flex' or 'flash'")),
-        "flex": registry.Backend(registry.on_device("cuda", "flex_attention has no backward elsewhere; use 'blocked'")),
+        "blocked": registry.Backend(registry.on_device("cpu", "use backend 'flex' or 'flash'"), HIDDEN),
+        "flex": registry.Backend(
+            registry.on_device("cuda", "flex_attention has no backward elsewhere; use 'blocked'"), HIDDEN
+        ),
         "fa4": registry.Backend(
             fa4.missing,
             {
                 "float32": "flash-attn-4 takes float16 and bfloat16; cast q, k and v, or use backend 'flex'",
                 "head_dim": f"flash-attn-4 takes heads whose width is a multiple of {fa4.HEAD_DIM_STEP} and at most "
                 f"{fa4.MAX_HEAD_DIM}; use backend 'flex'",
+                **HIDDEN,
             },
         ),
         "flash": registry.Backend(
             registry.needs_package("flash_attn", "pip install flash-attn --no-build-isolation", "cuda"),
-            {"float32": "flash-attn takes float16 and bfloat16; cast q, k and v, or use backend 'flex'"},
+            {"float32": "flash-attn takes float16 and bfloat16; cast q, k and v, or use backend 'flex'", **HIDDEN},
         ),
         "sdpa": registry.Backend(
             registry.anywhere,
@@ -39,7 +46,11 @@ _operation = registry.Operation(
             },
         ),
     },
-    order={"cpu": ("sdpa", "blocked"), "cuda": ("fa4", "flash", "sdpa", "flex"), "other": ("sdpa", "naive")},
+    order={
+        "cpu": ("sdpa", "blocked", "naive"),
+        "cuda": ("fa4", "flash", "sdpa", "flex", "naive"),
+        "other": ("sdpa", "naive"),
+    },
 )
 registry.register("sliding_window_attention", _operation)
 
@@ -54,6 +65,7 @@ def sliding_window_attention(
     *,
     window: int | None,
     scale: float | None = None,
+    hidden_B: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(scale q·k) v over the keys 0 <= i-j < window, where query t stands at key position i = S-T+t.
@@ -62,16 +74,21 @@ def sliding_window_attention(
     h // (H/G). `scale` is 1/sqrt(K) unless given. Returns (B, T, H, K) in q's dtype. A sequence may be cut anywhere:
     put the last window-1 keys and values (all of them with None) before those of the next piece.
 
+    `hidden_B`, int64, has of each row how many first keys no query of it sees, at most S-T: what pads rows that kept
+    fewer keys than others.
+
     Raises ValueError for shapes that do not fit, a window below 1 and an unknown backend, BackendUnavailableError for a
     named backend that cannot serve the call.
     """
-    _check(q_BTHK, k_BSGK, v_BSGK, window)
+    _check(q_BTHK, k_BSGK, v_BSGK, window, hidden_B)
     n_queries, n_keys, head_dim = q_BTHK.size(1), k_BSGK.size(1), q_BTHK.size(3)
     device_type = q_BTHK.device.type
     # A window that no query outgrows hides nothing: the cheaper kernels of plain causal attention will do.
     if window is not None and window >= n_keys:
         window = None
     features: tuple[str, ...] = () if window is None else ("window",)
+    if hidden_B is not None:
+        features += ("hidden",)
     if n_keys > n_queries > 1 and device_type == "cpu":
         features += ("offset_on_cpu",)
     if q_BTHK.dtype == torch.float32:
@@ -84,21 +101,21 @@ def sliding_window_attention(
     if name == "sdpa":
         from hymba_lightning.ops.sliding_window.sdpa import causal_attention_sdpa
 
-        return causal_attention_sdpa(q_BTHK, k_BSGK, v_BSGK, scale)
+        return causal_attention_sdpa(q_BTHK, k_BSGK, v_BSGK, scale, hidden_B)
+    if name == "naive":
+        return sliding_window_attention_naive(q_BTHK, k_BSGK, v_BSGK, window, scale, hidden_B)
     if name == "blocked":
         from hymba_lightning.ops.sliding_window.blocked import sliding_window_attention_blocked as attention
     elif name == "flex":
         from hymba_lightning.ops.sliding_window.flex import sliding_window_attention_flex as attention
     elif name == "fa4":
         attention = fa4.sliding_window_attention_fa4
-    elif name == "flash":
-        from hymba_lightning.ops.sliding_window.flash import sliding_window_attention_flash as attention
     else:
-        attention = sliding_window_attention_naive
+        from hymba_lightning.ops.sliding_window.flash import sliding_window_attention_flash as attention
     return attention(q_BTHK, k_BSGK, v_BSGK, window, scale)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, hidden: Tensor | None) -> None:
     batch, n_queries, n_heads, head_dim = q.shape
     if k.dim() != 4 or k.size(0) != batch or k.size(3) != head_dim or k.shape != v.shape:
         raise ValueError(
@@ -111,3 +128,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
         raise ValueError(f"sliding_window_attention: {n_heads} query heads do not share {k.size(2)} kv heads evenly")
     if window is not None and window < 1:
         raise ValueError(f"sliding_window_attention: window must be at least 1 (a query sees itself), not {window}")
+    if hidden is not None and (hidden.shape != (batch,) or hidden.is_floating_point()):
+        raise ValueError(
+            f"sliding_window_attention: hidden_B must be {batch} whole numbers, one a row, not {tuple(hidden.shape)} "
+            f"of {hidden.dtype}"
+        )

@@ -17,15 +17,29 @@ def window_mask(n_queries: int, n_keys: int, window: int | None, device: torch.d
     return seen if window is None else seen & (i - j < window)
 
 
+def mask_of_rows(n_queries: int, n_keys: int, window: int | None, hidden_B: Tensor) -> Tensor:
+    """(B, T, S) bool: `window_mask` without each row's first `hidden_B` keys."""
+    not_hidden_BS = torch.arange(n_keys, device=hidden_B.device) >= hidden_B[:, None]
+    return window_mask(n_queries, n_keys, window, hidden_B.device) & not_hidden_BS[:, None]
+
+
 def sliding_window_attention_naive(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None, scale: float
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    window: int | None,
+    scale: float,
+    hidden_B: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q·k over the keys seen) v in float32; head h reads kv head h // (H/G). Returns q's shape, dtype."""
     batch, n_queries, n_heads, head_dim = q_BTHK.shape
     n_keys, n_kv_heads = k_BSGK.shape[1:3]
     q = q_BTHK.float().view(batch, n_queries, n_kv_heads, n_heads // n_kv_heads, head_dim)
     scores_BGRTS = torch.einsum("btgrk,bsgk->bgrts", q, k_BSGK.float()) * scale
-    seen_TS = window_mask(n_queries, n_keys, window, q.device)
-    weights_BGRTS = scores_BGRTS.masked_fill(~seen_TS, float("-inf")).softmax(-1)
+    if hidden_B is None:
+        seen = window_mask(n_queries, n_keys, window, q.device)
+    else:
+        seen = mask_of_rows(n_queries, n_keys, window, hidden_B)[:, None, None]
+    weights_BGRTS = scores_BGRTS.masked_fill(~seen, float("-inf")).softmax(-1)
     out = torch.einsum("bgrts,bsgk->btgrk", weights_BGRTS, v_BSGK.float())
     return out.reshape(q_BTHK.shape).to(q_BTHK.dtype)

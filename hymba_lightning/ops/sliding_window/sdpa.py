@@ -9,13 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from hymba_lightning.ops.sliding_window.naive import mask_of_rows
 
-def causal_attention_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
-    """softmax(scale q·k over the keys seen) v; the last query sees every key. Returns q's shape and dtype."""
+
+def causal_attention_sdpa(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float, hidden_B: Tensor | None = None
+) -> Tensor:
+    """softmax(scale q·k over the keys seen) v; the last query sees every key but each row's first `hidden_B`.
+
+    Returns q's shape and dtype.
+    """
     n_queries, n_keys = q_BTHK.size(1), k_BSGK.size(1)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     grouped = q.size(1) != k.size(1)
-    if n_queries == n_keys:
+    if hidden_B is not None:
+        mask = mask_of_rows(n_queries, n_keys, None, hidden_B)[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    elif n_queries == n_keys:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     elif n_queries == 1:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)

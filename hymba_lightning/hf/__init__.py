@@ -1,0 +1,25 @@
+"""Hymba for `transformers`: importing this registers the classes with its Auto classes.
+
+    import hymba_lightning.hf
+    from transformers import pipeline
+    print(pipeline("text-generation", "runs/mine/hf")("Once upon a time")[0]["generated_text"])
+
+Raises ImportError with the command that installs transformers where it is missing.
+"""
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError("hymba_lightning.hf needs transformers: pip install 'hymba-lightning[hf]'") from error
+
+from hymba_lightning.hf.cache import HymbaCache
+from hymba_lightning.hf.configuration import HymbaPretrainedConfig
+from hymba_lightning.hf.loading import load
+from hymba_lightning.hf.modeling import HymbaForCausalLM
+from hymba_lightning.hf.tokenization import HymbaTokenizer, tokenizer_of
+
+__all__ = ["HymbaCache", "HymbaForCausalLM", "HymbaPretrainedConfig", "HymbaTokenizer", "load", "tokenizer_of"]
+
+transformers.AutoConfig.register(HymbaPretrainedConfig.model_type, HymbaPretrainedConfig, exist_ok=True)
+transformers.AutoModelForCausalLM.register(HymbaPretrainedConfig, HymbaForCausalLM, exist_ok=True)
+transformers.AutoTokenizer.register(HymbaPretrainedConfig, HymbaTokenizer, exist_ok=True)

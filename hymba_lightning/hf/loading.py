@@ -1,0 +1,44 @@
+"""Any weights of ours, and their tokenizer, as a `transformers` model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from hymba_lightning.data.tokenizer import load_tokenizer
+from hymba_lightning.generation.loading import find_tokenizer, load_network
+from hymba_lightning.hf.configuration import HymbaPretrainedConfig
+from hymba_lightning.hf.modeling import HymbaForCausalLM
+from hymba_lightning.hf.tokenization import tokenizer_of
+from hymba_lightning.interop.pretrained import folder_config, generation_settings
+from hymba_lightning.model import RuntimeConfig
+
+
+def load(
+    weights: str | Path,
+    tokenizer: str | Path | None = None,
+    runtime: RuntimeConfig = RuntimeConfig(),  # noqa: B008 - frozen
+    device: str = "cpu",
+) -> tuple[HymbaForCausalLM, PreTrainedTokenizerBase]:
+    """Model and tokenizer of an artifact, a checkpoint of `hymba fit`, or a folder or repository of `save_pretrained`.
+
+    Args:
+        weights: The file, folder or owner/name.
+        tokenizer: SentencePiece model; by default the one that lies beside, or that the run's config.yaml names.
+        runtime: How the network is executed.
+        device: Where the model is put.
+
+    Raises:
+        FileNotFoundError: weights or tokenizer are not found.
+        ValueError: a file is damaged, or the tokenizer is not that of the weights.
+    """
+    net, fingerprint = load_network(weights, runtime, device)
+    model_file = find_tokenizer(weights, None if tokenizer is None else str(tokenizer), fingerprint)
+    values = folder_config(net.config, load_tokenizer(model_file), fingerprint)
+    config = HymbaPretrainedConfig.from_dict(values | {"runtime": dataclasses.asdict(runtime)})
+    model = HymbaForCausalLM(config)
+    model.net.load_state_dict(net.state_dict())
+    model.generation_config = GenerationConfig(**generation_settings(values))
+    return model.to(device).eval(), tokenizer_of(model_file)

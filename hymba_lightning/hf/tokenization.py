@@ -1,0 +1,115 @@
+"""Our tokenizer for `transformers`: a fast one where that is exact, SentencePiece itself everywhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hymba_lightning.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from hymba_lightning.files import write_atomic
+from hymba_lightning.interop.tokenizer import fast_tokenizer, why_not_fast
+
+
+class HymbaTokenizer(PreTrainedTokenizer):
+    """SentencePiece's own ids, with BOS in front of a text.
+
+    Args:
+        vocab_file: The SentencePiece model.
+        kwargs: Those of every tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no SentencePiece model, or has no BOS.
+    """
+
+    vocab_files_names = {"vocab_file": TOKENIZER_FILE}  # noqa: RUF012 - transformers reads the class's
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+
+    def __init__(self, vocab_file: str, **kwargs: Any) -> None:
+        self.vocab_file = vocab_file
+        self.processor = load_tokenizer(vocab_file)
+        kwargs = special_tokens(self.processor) | kwargs
+        # "<s>" within a text is three characters of it.
+        kwargs["split_special_tokens"] = True
+        kwargs.setdefault("padding_side", "left")
+        kwargs.setdefault("clean_up_tokenization_spaces", False)
+        super().__init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """Pieces."""
+        return self.processor.get_piece_size()
+
+    def get_vocab(self) -> dict[str, int]:
+        """Piece → id."""
+        return {self.processor.id_to_piece(token): token for token in range(self.vocab_size)}
+
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        return self.processor.encode(text, out_type=str)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self.processor.piece_to_id(token)
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.processor.id_to_piece(index)
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of pieces; control pieces are written as they are called."""
+        text, ids = "", []
+        for token in [*tokens, None]:
+            index = None if token is None else self.processor.piece_to_id(token)
+            if index is not None and not self.processor.is_control(index):
+                ids.append(index)
+                continue
+            text += self.processor.decode(ids) + (token or "")
+            ids = []
+        return text
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """BOS in front of each text."""
+        second = [] if token_ids_1 is None else [self.bos_token_id, *token_ids_1]
+        return [self.bos_token_id, *token_ids_0, *second]
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """All 0."""
+        return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Writes the SentencePiece model; returns its path."""
+        name = TOKENIZER_FILE if filename_prefix is None else f"{filename_prefix}-{TOKENIZER_FILE}"
+        path = Path(save_directory) / name
+        write_atomic(path, self.processor.serialized_model_proto())
+        return (str(path),)
+
+
+def special_tokens(processor: Any) -> dict[str, str]:
+    """The special pieces by transformers' names; where there is none for padding, BOS serves."""
+    ids = {
+        "bos_token": processor.bos_id(),
+        "eos_token": processor.eos_id(),
+        "unk_token": processor.unk_id(),
+        "pad_token": processor.pad_id(),
+    }
+    named = {name: processor.id_to_piece(token) for name, token in ids.items() if token >= 0}
+    return {"pad_token": named["bos_token"]} | named
+
+
+def tokenizer_of(model_file: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a SentencePiece model. Raises as `load_tokenizer` does."""
+    processor = load_tokenizer(model_file)
+    if why_not_fast(model_file) is not None:
+        return HymbaTokenizer(str(model_file))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast_tokenizer(model_file),
+        **special_tokens(processor),
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+        model_input_names=["input_ids", "attention_mask"],
+    )

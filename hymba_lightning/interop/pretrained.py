@@ -1,0 +1,317 @@
+"""A network as a folder that `transformers` and the Hugging Face hub know: config.json and model.safetensors.
+
+Our artifact may lie there in place of the safetensors file, or beside it. Only safetensors is needed for it (and
+huggingface_hub for names of the hub): both come with `pip install hymba-lightning[hf]`, and are imported where they are
+used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import hymba_lightning
+from hymba_lightning.checkpoints import weights_sha256
+from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
+from hymba_lightning.files import write_atomic
+from hymba_lightning.interop.tokenizer import write_tokenizer
+from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.quantization import ArtifactError, QuantizationConfig, is_artifact, load_artifact, save_artifact
+from hymba_lightning.quantization.artifact import check_shapes
+
+MODEL_TYPE = "hymba_lightning"
+CONFIG, WEIGHTS, ARTIFACT, CARD = "config.json", "model.safetensors", "artifact.hymba", "README.md"
+# Names of weights in model.safetensors are those of our checkpoints and of the transformers class.
+PREFIX = "net."
+DIGEST = "weights_sha256"
+WHICH = ("safetensors", "artifact", "both")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+INSTALL = "pip install 'hymba-lightning[hf]'"
+
+
+class PretrainedError(ValueError):
+    """A folder, or what a name of the hub stands for, holds no network that can be loaded; says what is wrong."""
+
+
+class Pretrained(NamedTuple):
+    """What a folder holds."""
+
+    config: dict[str, Any]  # of the network, for HymbaConfig.from_dict
+    weights: dict[str, Tensor]
+    tokenizer_sha256: str | None
+    extra: dict[str, Any]  # all of config.json
+
+
+def need(package: str) -> Any:
+    """The optional package. Raises ImportError with the command that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"this needs {package.partition('.')[0]}: {INSTALL}") from error
+
+
+def save_pretrained(
+    net: Hymba,
+    folder: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    weights: str = "safetensors",
+    artifact: str | Path | None = None,
+    card: str | None = None,
+) -> Path:
+    """Writes the network into `folder` and returns it; each file whole or not at all.
+
+    Args:
+        net: The network.
+        folder: Made where it is missing; files of these names in it are replaced.
+        tokenizer: The SentencePiece model that the network was trained with, which is put beside it.
+        weights: safetensors (float32), artifact (ours, about 6 bits a weight), or both.
+        artifact: An artifact of these weights to take, instead of one that is made here.
+        card: Text of README.md.
+
+    Raises:
+        ValueError: `weights` is none of these, the artifact is another network's, or the tokenizer has another size.
+        ImportError: safetensors, or with a tokenizer tokenizers, is not installed.
+    """
+    if weights not in WHICH:
+        raise ValueError(f"weights={weights!r} is unknown: choose from {', '.join(WHICH)}")
+    folder = Path(folder)
+    processor = None if tokenizer is None else load_tokenizer(tokenizer)
+    if processor is not None and processor.get_piece_size() != net.config.vocab_size:
+        raise ValueError(
+            f"{tokenizer} has {processor.get_piece_size()} pieces, and the network's vocab_size is "
+            f"{net.config.vocab_size}: give the tokenizer that it was trained with"
+        )
+    if artifact is not None and load_artifact(artifact).config != net.config.to_dict():
+        raise ValueError(f"{artifact} is another network's artifact: leave it out, and one is made")
+    sha256 = None if tokenizer is None else file_sha256(tokenizer)
+    content = None
+    if weights != "artifact":
+        content = _as_safetensors(net)
+    folder.mkdir(parents=True, exist_ok=True)
+    if content is not None:
+        write_atomic(folder / WEIGHTS, content)
+    if weights != "safetensors" and artifact is not None:
+        write_atomic(folder / ARTIFACT, Path(artifact).read_bytes())
+    elif weights != "safetensors":
+        save_artifact(
+            folder / ARTIFACT,
+            net.state_dict(),
+            config=net.config.to_dict(),
+            tokenizer={} if sha256 is None else {"sha256": sha256, "vocab_size": net.config.vocab_size},
+            metadata={"version": hymba_lightning.__version__},
+            scheme=QuantizationConfig(),
+        )
+    for name, kept in ((WEIGHTS, weights != "artifact"), (ARTIFACT, weights != "safetensors")):
+        if not kept:
+            # The weights of an earlier save are not these.
+            (folder / name).unlink(missing_ok=True)
+    if tokenizer is not None and Path(tokenizer).resolve() != (folder / TOKENIZER_FILE).resolve():
+        write_atomic(folder / TOKENIZER_FILE, Path(tokenizer).read_bytes())
+    if tokenizer is not None:
+        write_tokenizer(tokenizer, folder)
+    config = folder_config(net.config, processor, sha256)
+    write_atomic(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_atomic(folder / "generation_config.json", json.dumps(generation_settings(config), indent=2) + "\n")
+    if card is not None:
+        write_atomic(folder / CARD, card)
+    return folder
+
+
+def folder_config(config: HymbaConfig, processor: Any, tokenizer_sha256: str | None) -> dict[str, Any]:
+    """config.json: the network's own config under "net", and the names that other libraries look for."""
+    bos, eos, pad = (
+        (config.bos_id, None, None)
+        if processor is None
+        else (token if token >= 0 else None for token in (processor.bos_id(), processor.eos_id(), processor.pad_id()))
+    )
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["HymbaForCausalLM"],
+        "net": config.to_dict(),
+        "tokenizer_sha256": tokenizer_sha256,
+        "hymba_lightning_version": hymba_lightning.__version__,
+        "dtype": "float32",
+        "bos_token_id": bos,
+        "eos_token_id": bos if eos is None else eos,
+        "pad_token_id": bos if pad is None else pad,
+    }
+
+
+def load_pretrained(
+    name: str | Path, *, weights: str | None = None, revision: str | None = None, **hub: Any
+) -> Pretrained:
+    """What a folder, or a repository of the hub, holds.
+
+    Args:
+        name: The folder, or owner/name on the hub.
+        weights: safetensors or artifact; by default the safetensors file where there is one.
+        revision: Branch, tag or commit on the hub.
+        hub: Handed to huggingface_hub's `snapshot_download`: token, cache_dir, local_files_only, …
+
+    Raises:
+        FileNotFoundError: there is no such folder, and no such repository.
+        PretrainedError: it is no folder of ours, or a file in it is damaged or does not fit.
+        ImportError: an optional package is not installed.
+    """
+    folder = find_folder(name, revision=revision, **hub)
+    extra = read_config(folder)
+    if weights not in (None, "safetensors", "artifact"):
+        raise ValueError(f"weights={weights!r} is unknown: choose safetensors or artifact")
+    names = {"safetensors": (WEIGHTS,), "artifact": (ARTIFACT,), None: (WEIGHTS, ARTIFACT)}[weights]
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} holds no {' and no '.join(names)}")
+    tensors = _of_artifact(path, extra["net"]) if path.name == ARTIFACT else read_safetensors(path)
+    tensors = tensors | _shared(HymbaConfig.from_dict(extra["net"]), tensors)
+    try:
+        check_shapes(extra["net"], {name: list(value.shape) or [1] for name, value in tensors.items()})
+    except ArtifactError as error:
+        raise PretrainedError(f"{path} does not fit {CONFIG}: {error}") from error
+    sha256 = extra.get("tokenizer_sha256")
+    return Pretrained(extra["net"], tensors, sha256 if isinstance(sha256, str) else None, extra)
+
+
+def from_pretrained(
+    name: str | Path, runtime: RuntimeConfig | None = None, device: str | torch.device = "cpu", **options: Any
+) -> Hymba:
+    """The network, ready to run; options and errors are those of `load_pretrained`."""
+    found = load_pretrained(name, **options)
+    net = Hymba(HymbaConfig.from_dict(found.config), runtime)
+    net.load_state_dict(found.weights)
+    return net.to(device).eval()
+
+
+def push_to_hub(folder: str | Path, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Makes the repository owner/name where it is missing, uploads the folder's files, and returns the commit's URL.
+
+    Raises ValueError for a name that is none, ConnectionError where the hub refuses or does not answer.
+    """
+    hub = need("huggingface_hub")
+    api = hub.HfApi(token=token)
+    message = f"hymba_lightning {hymba_lightning.__version__}"
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=message).commit_url)
+    except hub.errors.HFValidationError as error:
+        raise ValueError(f"{repository!r} is no name of a repository: give owner/name") from error
+    except (hub.errors.HfHubHTTPError, hub.errors.LocalTokenNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConnectionError(
+            f"the hub does not take {repository} ({reason}): log in with `hf auth login` or set HF_TOKEN, and try again"
+        ) from error
+
+
+def push_network(
+    net: Hymba, repository: str, *, private: bool | None = None, token: str | None = None, **save: Any
+) -> str:
+    """`save_pretrained` into a folder that lasts as long as the upload, then `push_to_hub`."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(net, folder, **save)
+        return push_to_hub(folder, repository, private=private, token=token)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder holds a network as `save_pretrained` writes it."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def find_folder(name: str | Path, **hub: Any) -> Path:
+    """The folder itself, or a repository's files in huggingface_hub's cache. Raises as `load_pretrained` does."""
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    if not REPOSITORY.fullmatch(str(name)):
+        raise FileNotFoundError(f"{name} is no folder, nor the name owner/name of a repository on the hub")
+    library = need("huggingface_hub")
+    try:
+        return Path(
+            library.snapshot_download(str(name), **{key: value for key, value in hub.items() if value is not None})
+        )
+    except (library.errors.HfHubHTTPError, library.errors.LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{name} is no folder, and the hub does not give it ({reason})") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json, of which "net" is a config of ours. Raises FileNotFoundError or PretrainedError."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: give a folder that save_pretrained wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PretrainedError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
+        kind = content.get("model_type") if isinstance(content, dict) else None
+        raise PretrainedError(f"{path} is that of another kind of model ({kind!r} where {MODEL_TYPE!r} is needed)")
+    if not isinstance(content.get("net"), dict):
+        raise PretrainedError(f"{path} has no network's config under 'net'")
+    try:
+        HymbaConfig.from_dict(content["net"])
+    except ValueError as error:
+        raise PretrainedError(f"{path}: {error}") from error
+    return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors by our names, in float32. Raises PretrainedError for a damaged file, or one that holds other things."""
+    library = need("safetensors")
+    try:
+        with library.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (library.SafetensorError, OSError, ValueError, TypeError) as error:
+        raise PretrainedError(f"{path} is damaged: {error}") from error
+    tensors = {name.removeprefix(PREFIX): value for name, value in stored.items()}
+    # What other libraries save has no digest.
+    if DIGEST in metadata and metadata[DIGEST] != weights_sha256(tensors):
+        raise PretrainedError(f"{path} is damaged: its weights do not match their digest. Fetch or save it again")
+    wrong = next((name for name, value in tensors.items() if not value.is_floating_point()), None)
+    if wrong is not None:
+        raise PretrainedError(f"{path}: its tensor {wrong} is no weight of a network ({tensors[wrong].dtype})")
+    return tensors
+
+
+def _as_safetensors(net: Hymba) -> bytes:
+    writer = need("safetensors.torch")
+    tensors = {name: value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
+    for name in shared_weights(net.config):
+        del tensors[name]
+    metadata = {"format": "pt", DIGEST: weights_sha256(tensors)}
+    return writer.save({PREFIX + name: value for name, value in tensors.items()}, metadata)
+
+
+def shared_weights(config: HymbaConfig) -> dict[str, str]:
+    """Names of weights that are another's too → the name under which they are stored."""
+    every = config.kv_share_every
+    return {
+        f"blocks.{layer}.attn.kv_proj.weight": f"blocks.{layer - layer % every}.attn.kv_proj.weight"
+        for layer in range(config.n_layers)
+        if layer % every
+    }
+
+
+def _shared(config: HymbaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[source] for name, source in shared_weights(config).items() if source in tensors}
+
+
+def _of_artifact(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    if not is_artifact(path):
+        raise PretrainedError(f"{path} is no artifact")
+    artifact = load_artifact(path)
+    if artifact.config != HymbaConfig.from_dict(config).to_dict():
+        raise PretrainedError(f"{path} is the artifact of another network than {CONFIG} says")
+    return artifact.state_dict
+
+
+def generation_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What ends a text: the end of a document, or the start of another."""
+    ends = sorted({token for token in (config["bos_token_id"], config["eos_token_id"]) if token is not None})
+    return {"bos_token_id": config["bos_token_id"], "eos_token_id": ends, "pad_token_id": config["pad_token_id"]}

@@ -1,0 +1,40 @@
+"""The state-space dual recurrence as a loop over time: slow, and the definition of what every backend must compute.
+
+B batch, T sequence, H heads, P channels of a head, G groups of heads, N states.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ssd_naive(
+    x_BTHP: Tensor,
+    dt_BTH: Tensor,
+    A_H: Tensor,
+    B_BTGN: Tensor,
+    C_BTGN: Tensor,
+    D_H: Tensor,
+    dt_bias_H: Tensor,
+    initial_state_BHPN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ;  y_t = h_t C_t + D x_t, all in float32, B and C shared by the heads of
+    a group.
+
+    dt_t = softplus(dt_BTH + dt_bias). Mamba-2 (arXiv:2405.21060), section 7. Returns y (B, T, H, P) in x's dtype and
+    the state after the last token (B, H, P, N) in float32.
+    """
+    x, dt, A, D = x_BTHP.float(), F.softplus(dt_BTH.float() + dt_bias_H.float()), A_H.float(), D_H.float()
+    heads_per_group = x.size(2) // B_BTGN.size(2)
+    B, C = (operand.float().repeat_interleave(heads_per_group, dim=2) for operand in (B_BTGN, C_BTGN))
+    state_BHPN = initial_state_BHPN.float()
+    outputs = []
+    for x_BHP, dt_BH, B_BHN, C_BHN in zip(x.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+        decay_BH = torch.exp(dt_BH * A)
+        inflow_BHPN = (dt_BH[..., None] * x_BHP)[..., None] * B_BHN[:, :, None]
+        state_BHPN = decay_BH[..., None, None] * state_BHPN + inflow_BHPN
+        outputs.append((state_BHPN * C_BHN[:, :, None]).sum(-1))
+    y_BTHP = torch.stack(outputs, dim=1) + x * D[:, None]
+    return y_BTHP.to(x_BTHP.dtype), state_BHPN

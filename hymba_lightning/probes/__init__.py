@@ -1,0 +1,1 @@
+"""What the context is worth in a trained network: measured by taking parts of its memory away."""

@@ -1,0 +1,78 @@
+"""Options of Lightning's Trainer that would do something else than what they say, told before any work."""
+
+from __future__ import annotations
+
+import logging
+
+import lightning.pytorch as pl
+
+from hymba_lightning.callbacks.wall_clock import NO_END
+from hymba_lightning.data.datamodule import HymbaDataModule
+from hymba_lightning.trainer_internals import callbacks_of, datamodule_of, time_limit
+
+log = logging.getLogger("hymba_lightning")
+
+# The Trainer's precisions that leave the weights float32, as the optimizer needs them.
+PRECISIONS = ("32-true", "bf16-mixed")
+# What a validation measures.
+MEASURED = ("val/bpb", "val/loss")
+
+
+def check_options(trainer: pl.Trainer) -> None:
+    """
+    Raises:
+        ValueError: a precision that would round the weights, or a number that cannot be.
+    """
+    if trainer.precision not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision is {trainer.precision}: leave it at 32-true; the network "
+            "computes in bfloat16 with model.runtime.compute_dtype bfloat16, over float32 weights"
+        )
+    for option in ("accumulate_grad_batches", "gradient_clip_val"):
+        value = getattr(trainer, option)
+        if value is not None and not value > 0:
+            raise ValueError(f"trainer.{option} is {value}; it must be positive")
+
+
+def check_end(trainer: pl.Trainer, budget_seconds: float | None) -> None:
+    """
+    Raises:
+        ValueError: nothing would be trained, or nothing is known that will end this fit; a loader of one's own is asked
+            when it is there.
+    """
+    for option in ("max_steps", "max_epochs", "limit_train_batches"):
+        if getattr(trainer, option) == 0:
+            raise ValueError(f"nothing would be trained: trainer.{option} is 0")
+    limited = isinstance(trainer.limit_train_batches, int)  # overfit_batches sets it
+    ends = budget_seconds is not None or trainer.max_steps >= 0 or time_limit(trainer) is not None
+    endless = isinstance(datamodule_of(trainer), HymbaDataModule) and not limited
+    if not ends and (endless or trainer.max_epochs == -1):
+        raise ValueError(NO_END)
+
+
+def check_monitors(trainer: pl.Trainer, measures_more: bool = False) -> None:
+    """Warns of a callback that would wait in vain.
+
+    Args:
+        trainer: Whose callbacks are looked at.
+        measures_more: Whether the module may log other metrics than validations do.
+
+    Raises:
+        ValueError: a callback of Lightning's waits for a metric that nobody measures.
+    """
+    known = ("hymba_lightning", "lightning")
+    callbacks = callbacks_of(trainer)
+    if measures_more or any(type(callback).__module__.partition(".")[0] not in known for callback in callbacks):
+        return
+    for callback in callbacks:
+        monitor, name = getattr(callback, "monitor", None), type(callback).__name__
+        if monitor is None:
+            continue
+        if monitor not in MEASURED:
+            raise ValueError(f"{name} monitors {monitor!r}, which is not measured: use {' or '.join(MEASURED)}")
+        if trainer.val_check_interval == 1.0 and isinstance(datamodule_of(trainer), HymbaDataModule):
+            log.warning(
+                "%s waits for validations, of which none is made in training: set trainer.val_check_interval to a "
+                "number of batches",
+                name,
+            )

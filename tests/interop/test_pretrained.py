@@ -1,0 +1,148 @@
+"""Networks as folders with config.json and model.safetensors, and everything that can be wrong with such a folder."""
+
+import json
+import struct
+
+import pytest
+import torch
+from tiny import NET, TOKENIZER, lively
+
+from hymba_lightning import Hymba, HymbaConfig
+from hymba_lightning.data.tokenizer import file_sha256, train_tokenizer
+from hymba_lightning.generation import find_tokenizer, load_network
+from hymba_lightning.interop.pretrained import PretrainedError, load_pretrained, read_config
+from hymba_lightning.quantization import load_artifact
+
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
+
+VARIANTS = {
+    "plain": {},
+    "keys and values shared": {"kv_share_every": 2, "n_layers": 4},
+    "own head, bfloat16 dynamics": {"tie_embeddings": False, "dynamics_dtype": "bfloat16", "meta_tokens": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def net() -> Hymba:
+    return lively(HymbaConfig(**NET, tied_embed_std=0.3)).eval()
+
+
+@pytest.fixture
+def folder(net, tmp_path):
+    return net.save_pretrained(tmp_path / "saved", tokenizer=TOKENIZER)
+
+
+def same_weights(one: Hymba, other: Hymba) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
+def test_weights_come_back_to_the_bit(tmp_path, change):
+    net = lively(HymbaConfig(**(NET | change)))
+    back = Hymba.from_pretrained(net.save_pretrained(tmp_path))
+    assert back.config == net.config
+    assert same_weights(net, back)
+    assert not back.training
+    if change.get("kv_share_every") == 2:
+        assert back.blocks[0].attn.kv_proj.weight is back.blocks[1].attn.kv_proj.weight
+
+
+def test_the_artifact_is_a_second_file_of_weights(net, tmp_path):
+    only = net.save_pretrained(tmp_path / "only", weights="artifact", tokenizer=TOKENIZER)
+    assert not (only / "model.safetensors").exists()
+    rounded = load_artifact(only / "artifact.hymba").state_dict
+    for name, value in Hymba.from_pretrained(only).state_dict().items():
+        assert torch.equal(value, rounded[name].view_as(value)), name
+    both = net.save_pretrained(tmp_path / "both", weights="both", artifact=only / "artifact.hymba")
+    assert same_weights(Hymba.from_pretrained(both), net)
+    assert same_weights(Hymba.from_pretrained(both, weights="artifact"), Hymba.from_pretrained(only))
+    # Weights of another save would be another network's.
+    net.save_pretrained(both)
+    assert not (both / "artifact.hymba").exists()
+
+
+def test_the_folder_is_a_place_to_load_from_everywhere(folder, net):
+    loaded, fingerprint = load_network(folder)
+    assert same_weights(loaded, net)
+    assert fingerprint == file_sha256(TOKENIZER)
+    assert find_tokenizer(folder, None, fingerprint) == folder / "tokenizer.model"
+    assert find_tokenizer(folder / "model.safetensors", None, fingerprint) == folder / "tokenizer.model"
+
+
+def test_config_json_says_what_other_libraries_look_for(folder):
+    config = read_config(folder)
+    assert config["architectures"] == ["HymbaForCausalLM"]
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 0)
+    ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [1, 2]
+
+
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(net, tmp_path):
+    (tmp_path / "other.model").write_bytes(train_tokenizer(["some words of text, more words\n"] * 200, 280))
+    other = lively(HymbaConfig(**(NET | {"window": 8})))
+    artifact = other.save_pretrained(tmp_path / "other", weights="artifact") / "artifact.hymba"
+    for options, message in [
+        ({"weights": "gguf"}, "choose from safetensors, artifact, both"),
+        ({"tokenizer": tmp_path / "other.model"}, "280 pieces, and the network's vocab_size is 1024"),
+        ({"weights": "both", "artifact": artifact}, "another network's artifact"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            net.save_pretrained(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_flipped_bit_of_the_weights_is_noticed(folder):
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(PretrainedError, match=r"model\.safetensors is damaged: its weights do not match their digest"):
+        Hymba.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("length", [0, 7, 200, -100])
+def test_a_cut_file_is_named(folder, length):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(PretrainedError, match=r"model\.safetensors is damaged"):
+        Hymba.from_pretrained(folder)
+
+
+def test_integers_for_weights_are_refused(folder):
+    header = json.dumps({"net.skip_weights": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(PretrainedError, match=r"skip_weights is no weight of a network \(torch\.int64\)"):
+        Hymba.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"net": NET | {"d_model": 64}}, r"does not fit config\.json: its config has a token table of \[1024, 64\]"),
+        ({"net": NET | {"d_state": 8}}, r"does not fit config\.json: its tensor .* has the shape"),
+        ({"net": NET | {"windows": 3}}, "fields this version does not know: windows"),
+        ({"net": None}, "no network's config under 'net'"),
+        ({"model_type": "hymba"}, r"another kind of model \('hymba' where 'hymba_lightning' is needed\)"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(folder, change, message):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(PretrainedError, match=message):
+        Hymba.from_pretrained(folder)
+
+
+def test_missing_things_are_named_with_the_remedy(folder, tmp_path):
+    with pytest.raises(ValueError, match="choose safetensors or artifact"):
+        load_pretrained(folder, weights="pickle")
+    with pytest.raises(FileNotFoundError, match=r"holds no artifact\.hymba"):
+        load_pretrained(folder, weights="artifact")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors and no artifact\.hymba"):
+        load_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match="a folder that save_pretrained wrote"):
+        load_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nor the name owner/name"):
+        load_pretrained(tmp_path / "nowhere")

@@ -1,0 +1,57 @@
+"""`hymba publish`: the folder of a run → a folder for the hub, with a card that says what the record says."""
+
+import pytest
+import torch
+
+from hymba_lightning import Hymba, HymbaConfig, load_network
+from hymba_lightning.commands import run_command
+from hymba_lightning.package.publish import publish
+from hymba_lightning.report.card import model_card
+from hymba_lightning.run.record import RunRecord
+
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
+
+
+def test_a_run_is_published(fitted_run, tmp_path, capsys):
+    run_command("publish", [str(fitted_run), "--out", str(tmp_path / "out"), "--weights", "both"])
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
+    averaged, _ = load_network(fitted_run / "checkpoints" / "last.ckpt")
+    published = Hymba.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(value, published.state_dict()[name]) for name, value in averaged.state_dict().items())
+    assert (tmp_path / "out/artifact.hymba").read_bytes() == (fitted_run / "artifact.hymba").read_bytes()
+    card = (tmp_path / "out" / "README.md").read_text()
+    record = RunRecord.load(fitted_run)
+    for stage, score in record.stages().items():
+        assert f"| {score.bpb:.4f} | {score.loss:.4f} | {score.tokens:,} |" in card, stage
+    assert record.artifact.sha256 in card
+    assert record.trained.data.digest in card
+    assert str(fitted_run.parent) not in card
+
+
+def test_a_file_alone_is_published_with_what_is_known(fitted_run, tmp_path):
+    publish(str(fitted_run / "artifact.hymba"), str(tmp_path / "of_artifact"), weights="artifact")
+    assert not (tmp_path / "of_artifact" / "model.safetensors").exists()
+    publish(str(fitted_run / "checkpoints/last.ckpt"), str(tmp_path / "of_checkpoint"), name="A name")
+    assert "\n# A name\n" in (tmp_path / "of_checkpoint" / "README.md").read_text()
+
+
+def test_a_card_of_nothing_known_has_no_scores(tmp_path):
+    card = model_card("x\x1b[2J", HymbaConfig(), RunRecord(), tmp_path)
+    assert "Scores" not in card
+    assert "model-index" not in card
+    assert "\x1b" not in card
+
+
+def test_nothing_of_others_is_overwritten(fitted_run, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"holds something, and no config\.json"):
+        publish(str(fitted_run), str(tmp_path / "mine"))
+    with pytest.raises(FileExistsError, match="is a file: name a folder"):
+        publish(str(fitted_run), str(tmp_path / "mine" / "README.md"))
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
+    publish(str(fitted_run), str(tmp_path / "out"))
+    publish(str(fitted_run), str(tmp_path / "out"))
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint and no artifact"):
+        publish(str(tmp_path / "mine"), str(tmp_path / "other"))

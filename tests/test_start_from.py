@@ -1,0 +1,64 @@
+"""`hymba fit --start_from`: fine-tuning begins with the weights that are named, and with a clock of its own."""
+
+import dataclasses
+
+import torch
+import yaml
+from fit_process import finish, start
+from tiny import TOKENIZER
+
+from hymba_lightning.data.tokenizer import train_tokenizer
+from hymba_lightning.generation import load_network
+from hymba_lightning.run.record import RunRecord
+from hymba_lightning.training.optim_config import OptimizerConfig
+
+
+def fit(fitted_run, run, *options, data=None):
+    """Options of a fit of one step that changes next to nothing, on the fitted run's data."""
+    names = [
+        field.name
+        for field in dataclasses.fields(OptimizerConfig)
+        if field.name.endswith("_lr") and field.name != "decay_with_lr"
+    ]
+    rates = [f"--model.optimizer.{name}=1e-9" for name in names]
+    config = ["--config", str(fitted_run.parent / "tiny.yaml"), "--run_dir", str(run)]
+    more = [] if data is None else ["--data.data_dir", str(data)]
+    steps = ["--trainer.max_steps", "1", "--model.net.d_model", "64"]
+    return ["fit", *config, *steps, *rates, *more, *options]
+
+
+def test_a_fit_starts_from_any_of_our_files(fitted_run, tmp_path):
+    starts = {"artifact": fitted_run / "artifact.hymba", "checkpoint": fitted_run / "checkpoints" / "last.ckpt"}
+    processes = [
+        start(fit(fitted_run, tmp_path / name, "--start_from", str(path)), tmp_path / f"{name}.log")
+        for name, path in starts.items()
+    ]
+    assert finish(processes) == [0, 0], (tmp_path / "artifact.log").read_text()
+    for name, path in starts.items():
+        expected, _ = load_network(path)
+        got, _ = load_network(tmp_path / name / "checkpoints" / "last.ckpt")
+        # The weights' own architecture, not the command line's.
+        assert got.config == expected.config
+        for key, value in expected.state_dict().items():
+            assert torch.allclose(got.state_dict()[key], value, atol=1e-5), key
+        assert RunRecord.load(tmp_path / name).trained.steps == 1
+        config = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        assert (config["start_from"], config["model"]["net"]["d_model"]) == (str(path), 32)
+
+
+def test_another_tokenizers_weights_are_refused(fitted_run, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for shard in (fitted_run.parent / "data").glob("*.bin"):
+        (data / shard.name).write_bytes(shard.read_bytes())
+    (data / "tokenizer.model").write_bytes(train_tokenizer(["some words of text, more of them\n"] * 300, 290))
+    assert TOKENIZER.read_bytes() != (data / "tokenizer.model").read_bytes()
+    arguments = fit(fitted_run, tmp_path / "run", "--start_from", str(fitted_run / "artifact.hymba"), data=data)
+    assert finish([start(arguments, tmp_path / "log")]) == [2]
+    assert "tokenizer" in (tmp_path / "log").read_text()
+
+
+def test_a_missing_start_is_one_sentence(fitted_run, tmp_path):
+    assert finish([start(fit(fitted_run, tmp_path / "run", "--start_from", "nowhere"), tmp_path / "log")]) == [2]
+    assert (tmp_path / "log").read_text().strip().endswith("a checkpoint or a folder of save_pretrained")
+    assert not (tmp_path / "run").exists()
