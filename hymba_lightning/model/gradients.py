@@ -33,18 +33,18 @@ class _Graph:
 
 
 class Gradients:
-    """Sums gradients of micro-batches in one flat buffer, of which every parameter's `grad` is a view.
+    """Sums gradients of micro-batches in one flat buffer (for each dtype), of which every parameter's `grad` is a view.
 
-    No hook of autograd is run, so neither is DDP's: ranks share `flat` themselves, in one all-reduce.
+    No hook of autograd is run, so neither is DDP's: ranks share `flat` themselves.
 
     Args:
         forward: (inputs, targets), both (B, T) int64, to a scalar loss.
-        parameters: of one dtype and device, those of them that need a gradient are looked after. Their storage must
-            stay where it is, as optimizers leave it.
+        parameters: on one device; those of them that need a gradient are looked after. Their storage must stay where
+            it is, as optimizers leave it.
         record: replay CUDA graphs, one for every shape of inputs up to `MOST_GRAPHS`; further shapes run as they come.
 
     Raises:
-        ValueError: no parameter needs a gradient, or they are of several dtypes or devices.
+        ValueError: no parameter needs a gradient, or they are on several devices.
     """
 
     def __init__(
@@ -52,16 +52,21 @@ class Gradients:
     ) -> None:
         self._forward = forward
         self._parameters = [p for p in parameters if p.requires_grad]
-        kinds = {(p.dtype, p.device) for p in self._parameters}
-        if len(kinds) != 1:
-            raise ValueError(f"gradients in one buffer need parameters of one dtype on one device, not {len(kinds)}")
+        devices = {p.device for p in self._parameters}
+        if len(devices) != 1:
+            raise ValueError(f"parameters with gradients are needed on one device, not on {len(devices)}")
         self._record_graphs = record
-        first = self._parameters[0]
-        self._flat = first.new_zeros(sum(p.numel() for p in self._parameters))
-        parts = self._flat.split([p.numel() for p in self._parameters])
-        self._views = [part.view_as(p) for part, p in zip(parts, self._parameters, strict=True)]
+        self._flat: list[Tensor] = []
+        views: dict[int, Tensor] = {}
+        for dtype in dict.fromkeys(p.dtype for p in self._parameters):
+            members = [p for p in self._parameters if p.dtype == dtype]
+            flat = members[0].new_zeros(sum(p.numel() for p in members))
+            for p, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
+                views[id(p)] = part.view_as(p)
+            self._flat.append(flat)
+        self._views = [views[id(p)] for p in self._parameters]
         self._used: list[bool] | None = None
-        self._weight = first.new_ones(())
+        self._weight = torch.ones((), device=self._parameters[0].device)
         self._calls: dict[tuple[int, ...], int] = {}
         self._graphs: dict[tuple[int, ...], _Graph] = {}
         self._empty = True
@@ -77,7 +82,7 @@ class Gradients:
             GraphRecordingError: with `record`, where the step cannot be recorded.
         """
         if self._empty:
-            self._flat.zero_()
+            torch._foreach_zero_(self._flat)
             self._attach()
             self._empty = False
         self._weight.fill_(weight)
@@ -95,8 +100,8 @@ class Gradients:
         return recorded.loss.clone()
 
     @property
-    def flat(self) -> Tensor:
-        """All sums, one after the other, (all elements,): what is written into it is what every `grad` then holds."""
+    def flat(self) -> list[Tensor]:
+        """All sums of a dtype one after the other, (all elements,): what is written there every `grad` then holds."""
         return self._flat
 
     @property

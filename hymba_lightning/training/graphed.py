@@ -36,8 +36,9 @@ def start_gradients(trainer: pl.Trainer, forward: Callable[..., Tensor], paramet
     return gradients
 
 
-def average_over_ranks(flat: Tensor) -> None:
+def average_over_ranks(sums: list[Tensor]) -> None:
     """The mean over the ranks of the process group, where there is one, in place."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(flat)
-        flat.div_(dist.get_world_size())
+        for flat in sums:
+            dist.all_reduce(flat)
+            flat.div_(dist.get_world_size())

@@ -73,9 +73,18 @@ def test_a_parameter_that_the_loss_does_not_need_has_no_gradient(net):
         gradients.clear()
 
 
-def test_parameters_of_two_dtypes_are_refused(net):
-    with pytest.raises(ValueError, match="one dtype on one device, not 2"):
-        Gradients(net, [*net.parameters(), torch.nn.Parameter(torch.ones(2, dtype=torch.float64))], record=False)
+def test_parameters_may_have_several_dtypes(net):
+    for block in net.blocks:
+        block.attn.A_log.data = block.attn.A_log.data.bfloat16()
+    gradients = Gradients(net, list(net.parameters()), record=False)
+    gradients.add(*batch(0))
+    assert [flat.dtype for flat in gradients.flat] == [torch.float32, torch.bfloat16]
+    assert_grads(net, autograds(net, batch(0)))
+
+
+def test_parameters_on_two_devices_are_refused(net):
+    with pytest.raises(ValueError, match="on one device, not on 2"):
+        Gradients(net, [*net.parameters(), torch.nn.Parameter(torch.ones(2, device="meta"))], record=False)
 
 
 @pytest.mark.gpu
