@@ -165,7 +165,7 @@ def test_nothing_in_a_file_is_executed_and_bombs_are_refused(tmp_path, capsys):
     with pytest.raises(CheckpointError, match="more than tensors and plain values"):
         read_checkpoint(path)
     assert "executed" not in capsys.readouterr().out
-    for values, named in (({"a": Malicious()}, "builtins.print"), ({"a": Path("x")}, "pathlib")):
+    for values, named in (({"a": Malicious()}, "it holds print"), ({"a": Path("x")}, "it holds pathlib")):
         write_checkpoint(path, values)
         with pytest.raises(CheckpointError, match=named) as refused:
             read_checkpoint(path)
