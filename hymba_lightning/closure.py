@@ -8,6 +8,8 @@ from pathlib import Path
 import hymba_lightning
 
 ROOT = Path(hymba_lightning.__file__).parent
+# As in ops/registry.py, which would import torch.
+PREFIX = "backend_"
 
 
 def needed_files(module: str) -> list[Path]:
@@ -25,6 +27,9 @@ def needed_files(module: str) -> list[Path]:
         if name in found or file is None:
             continue
         found[name] = file
+        if file.name == "__init__.py":
+            # An op's folder imports the entries of its table by what is there.
+            waiting += [f"{name}.{entry.stem}" for entry in file.parent.glob(f"{PREFIX}*.py")]
         # Importing a.b.c runs a/__init__ and a/b/__init__ first.
         waiting += [name.rpartition(".")[0], *(_lazy_home(imported) or imported for imported in _imports(file))]
     return sorted(file.relative_to(ROOT.parent) for file in found.values())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from hymba_lightning.errors import UsageError
+from hymba_lightning.model import RuntimeConfig
 from hymba_lightning.usage import unknown
 
 # jsonargparse's words for types, and ours.
@@ -51,6 +54,22 @@ class OneSentence:
             name = ".".join(group.groups()) if group else key[1] if key else ""
             raise unknown("key", name, _names(parser), command) from ex
         raise UsageError(_plain(message)) from ex
+
+    def format_help(self, *args: Any) -> str:
+        """With the backends of each op from its table."""
+        ops = {f"runtime.{field.name}": field.metadata["op"] for field in fields(RuntimeConfig) if field.metadata}
+        for action in self._actions:  # type: ignore[attr-defined]
+            op = next((op for option, op in ops.items() if f".{action.dest}".endswith(f".{option}")), None)
+            if op is not None and choices(op) not in (action.help or ""):
+                action.help = f"{(action.help or op).rstrip('.')}: {choices(op)}."
+        return super().format_help(*args)  # type: ignore[misc]
+
+
+def choices(op: str) -> str:
+    """The backends of an op, in words."""
+    registry = importlib.import_module("hymba_lightning.ops.registry")
+    registry.register_all()
+    return registry.in_words(op)
 
 
 class CommandParser(OneSentence, ArgumentParser):

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hymba_lightning.ops.softcapped_cross_entropy.custom import make_loss_op
+from hymba_lightning.ops.softcapped_cross_entropy.operator import make_loss_op
 from hymba_lightning.ops.softcapped_cross_entropy.triton_kernels import loss_backward, loss_forward
 from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, readable
 

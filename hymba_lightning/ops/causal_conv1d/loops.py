@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hymba_lightning.ops.causal_conv1d.custom import last_inputs, make_conv_op
+from hymba_lightning.ops.causal_conv1d.operator import last_inputs, make_conv_op
 from hymba_lightning.ops.lanes import LANES, f32, load, sigmoid, splat, store
 from hymba_lightning.ops.native import flat, native_loop, rows, run_items
 from hymba_lightning.ops.threads import one_torch_thread

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hymba_lightning.ops.causal_conv1d.custom import last_inputs, make_conv_op
+from hymba_lightning.ops.causal_conv1d.operator import last_inputs, make_conv_op
 from hymba_lightning.ops.causal_conv1d.triton_kernels import conv_backward, conv_forward
 from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, as_gradient, readable
 
@@ -107,24 +107,3 @@ def _backward(
 
 
 causal_conv1d_triton_op = make_conv_op("causal_conv1d_triton", _forward, _backward)
-
-
-def causal_conv1d_triton(
-    x_BTE: Tensor,
-    weight_EW: Tensor,
-    bias_E: Tensor,
-    *,
-    activation: str | None = "silu",
-    initial_state_BEW1: Tensor | None = None,
-    return_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """out_t = act(bias + Σ_j weight[:, W-1-j] x_{t-j}) (B, T, E); with `return_state` the last W-1 inputs too.
-
-    The state is (B, E, W-1). Sums in float32, results in x's dtype. Every float input has its gradient, through the
-    output and the state.
-    """
-    if initial_state_BEW1 is None:
-        shape = x_BTE.size(0), weight_EW.size(0), weight_EW.size(1) - 1
-        initial_state_BEW1 = torch.zeros(shape, dtype=x_BTE.dtype, device=x_BTE.device)
-    out_BTE, final_BEW1 = causal_conv1d_triton_op(x_BTE, weight_EW, bias_E, activation == "silu", initial_state_BEW1)
-    return (out_BTE, final_BEW1) if return_state else out_BTE

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hymba_lightning.ops.selective_scan.custom import make_scan_op, n_chunks
+from hymba_lightning.ops.registry import Backend
+from hymba_lightning.ops.selective_scan.operator import make_scan_op, n_chunks
 from hymba_lightning.ops.threads import one_torch_thread
 
 # Tokens between two saved states.
@@ -311,3 +312,4 @@ def _backward_chunked(
 
 
 selective_scan_chunked = make_scan_op("selective_scan_chunked", _forward_chunked, _backward_chunked, CHUNK)
+BACKEND = Backend("plain PyTorch, chunk by chunk", lambda: selective_scan_chunked, auto={"any": 10})

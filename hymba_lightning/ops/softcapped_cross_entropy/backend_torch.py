@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hymba_lightning.ops.softcapped_cross_entropy.custom import make_loss_op
+from hymba_lightning.ops.registry import Backend
+from hymba_lightning.ops.softcapped_cross_entropy.operator import make_loss_op
 
 # Float32 logits of a block, of which forward holds one and backward two: what a CPU's caches hold, and elsewhere enough
 # for a launch to be worth it.
@@ -60,3 +61,4 @@ def _backward(g_nats: Tensor, logits: Tensor, targets: Tensor, log_sums: Tensor,
 
 
 softcapped_cross_entropy_torch = make_loss_op("softcapped_cross_entropy_torch", _forward, _backward)
+BACKEND = Backend("plain PyTorch, block by block", lambda: softcapped_cross_entropy_torch, auto={"any": 10})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hymba_lightning.ops.lanes import LANES, LOG2E, exp2, f32, load, sigmoid, softplus, splat, store, total
 from hymba_lightning.ops.native import flat, native_loop, rows, run_items
-from hymba_lightning.ops.selective_scan.custom import make_scan_op, n_chunks
+from hymba_lightning.ops.selective_scan.operator import make_scan_op, n_chunks
 from hymba_lightning.ops.threads import one_torch_thread
 
 # Tokens between two saved states; those in between are recomputed in backward, into the second-level cache.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hymba_lightning.ops.registry import Backend
+
 
 def sliding_window_attention_flash(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None, scale: float
@@ -17,3 +19,19 @@ def sliding_window_attention_flash(
     # Its window counts the keys to the left of the query's own.
     left = -1 if window is None else window - 1
     return flash_attn_func(q_BTHK, k_BSGK, v_BSGK, softmax_scale=scale, causal=True, window_size=(left, 0))
+
+
+BACKEND = Backend(
+    "the package flash-attn",
+    lambda: sliding_window_attention_flash,
+    devices=("cuda",),
+    package="flash_attn",
+    install="pip install flash-attn --no-build-isolation",
+    refuses=(
+        (
+            lambda call: not call.half_precision,
+            "flash-attn takes float16 and bfloat16; cast q, k and v, or use backend 'flex'",
+        ),
+    ),
+    auto={"cuda": 30},
+)

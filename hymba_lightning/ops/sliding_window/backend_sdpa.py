@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from hymba_lightning.ops.registry import Backend
 
-def causal_attention_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale: float) -> Tensor:
+
+def causal_attention_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None, scale: float) -> Tensor:
     """softmax(scale q·k over the keys seen) v; the last query sees every key. Returns q's shape and dtype."""
     n_queries, n_keys = q_BTHK.size(1), k_BSGK.size(1)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
@@ -24,3 +26,20 @@ def causal_attention_sdpa(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, scale:
             q, k, v, attn_mask=causal_lower_right(n_queries, n_keys), scale=scale, enable_gqa=grouped
         )
     return out.transpose(1, 2)
+
+
+BACKEND = Backend(
+    "torch's scaled_dot_product_attention",
+    lambda: causal_attention_sdpa,
+    refuses=(
+        (
+            lambda call: call.windowed,
+            "sdpa serves global layers only (window None, or one that no query outgrows)",
+        ),
+        (
+            lambda call: call.offset_on_cpu,
+            "with more keys than queries it needs a dense mask on a CPU; use backend 'blocked'",
+        ),
+    ),
+    auto={"any": 20},
+)

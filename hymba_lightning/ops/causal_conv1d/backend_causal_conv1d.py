@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hymba_lightning.ops.causal_conv1d.custom import make_conv_op
-from hymba_lightning.ops.packages import Context
+from hymba_lightning.ops.causal_conv1d.operator import make_conv_op
+from hymba_lightning.ops.operators import FunctionContext
+from hymba_lightning.ops.registry import Backend
 
 
 def _channels_last(x_BEX: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ def _operands(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor) -> tuple[Tensor, Tensor]:
     from causal_conv1d.causal_conv1d_interface import CausalConv1dFn
 
-    y_BET, final_BEW1 = CausalConv1dFn.forward(Context(), *_operands(x, weight, bias, silu, state))
+    y_BET, final_BEW1 = CausalConv1dFn.forward(FunctionContext(), *_operands(x, weight, bias, silu, state))
     return y_BET.detach().transpose(1, 2).contiguous(), final_BEW1.detach().contiguous()
 
 
@@ -44,7 +45,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from causal_conv1d.causal_conv1d_interface import CausalConv1dFn
 
-    context = Context()
+    context = FunctionContext()
     CausalConv1dFn.forward(context, *_operands(x, weight, bias, silu, state))
     gradients = CausalConv1dFn.backward(context, g_y.contiguous().transpose(1, 2), _channels_last(g_final))
     g_x, g_weight, g_bias, _, g_state = gradients[:5]
@@ -57,3 +58,27 @@ def _backward(
 
 
 causal_conv1d_package = make_conv_op("causal_conv1d_package", _forward, _backward)
+
+
+def causal_conv1d_own_autograd(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor) -> Tensor:
+    """The package's convolution and SiLU as others call it, for comparisons of time: x (B, T, E) → (B, T, E)."""
+    from causal_conv1d import causal_conv1d_fn
+
+    return causal_conv1d_fn(x_BTE.transpose(1, 2), weight_EW, bias_E, activation="silu").transpose(1, 2)
+
+
+BACKEND = Backend(
+    "the package causal-conv1d",
+    lambda: causal_conv1d_package,
+    devices=("cuda",),
+    package="causal_conv1d",
+    install="pip install causal-conv1d --no-build-isolation",
+    refuses=(
+        (lambda call: not 2 <= call.taps <= 4, "causal-conv1d has 2 to 4 taps; use backend 'triton' or 'torch'"),
+        (
+            lambda call: call.channels % 8 != 0,
+            "causal-conv1d wants a multiple of 8 channels; use backend 'triton' or 'torch'",
+        ),
+    ),
+    auto={"cuda": 20},
+)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba_lightning.ops.selective_scan.custom import make_scan_op
+from hymba_lightning.ops.selective_scan.operator import make_scan_op
 from hymba_lightning.ops.selective_scan.triton_backward import chunk_adjoints, chunk_gradients
 from hymba_lightning.ops.selective_scan.triton_forward import carry_chunks, chunk_ends, chunk_outputs
 from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, as_gradient, can_prefetch, multiprocessors, readable
@@ -265,31 +265,3 @@ def _backward(
 
 
 selective_scan_triton_op = make_scan_op("selective_scan_triton", _forward, _backward, ROWS)
-
-
-def selective_scan_triton(
-    u_BTE: Tensor,
-    dt_BTE: Tensor,
-    A_EN: Tensor,
-    B_BTN: Tensor,
-    C_BTN: Tensor,
-    D_E: Tensor,
-    z_BTE: Tensor | None,
-    *,
-    dt_bias_E: Tensor,
-    initial_state_BEN: Tensor | None = None,
-    return_state: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """out (B, T, E) in u's dtype and, with `return_state`, the state after the last token (B, E, N) float32.
-
-    dt = softplus(dt_BTE + dt_bias), h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t, out_t = (C_t·h_t + D u_t) silu(z_t), with
-    A negative (Mamba, arXiv:2312.00752, equation 2). float32 inside, whatever the operands' type. Every float input has
-    its gradient, through the output and through the final state. With 16-bit operands the products that add up to the
-    gradients of B and C are rounded to bfloat16 before they are summed, in float32.
-    """
-    if initial_state_BEN is None:
-        initial_state_BEN = torch.zeros(u_BTE.size(0), *A_EN.shape, dtype=torch.float32, device=u_BTE.device)
-    out_BTE, final_BEN, _ = selective_scan_triton_op(
-        u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E, initial_state_BEN
-    )
-    return (out_BTE, final_BEN) if return_state else out_BTE

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hymba_lightning.ops.packages import Context
+from hymba_lightning.ops.operators import Contract, FunctionContext, make_operator
+from hymba_lightning.ops.registry import Backend
+from hymba_lightning.ops.selective_scan.operator import OPERANDS
 
 
 def _time_last(
@@ -21,34 +23,23 @@ def _time_last(
     return u_BET, dt_BET, A.float().contiguous(), B_BNT, C_BNT, D.float(), z_BET, dt_bias.float()
 
 
-@torch.library.custom_op("hymba::selective_scan_mamba_ssm", mutates_args=())
-def selective_scan_mamba_ssm(
+def _forward(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The scan from a zero state: out (B, T, E) in u's dtype and the final state (B, E, N), which has no gradient."""
     from mamba_ssm.ops.selective_scan_interface import SelectiveScanFn
 
     operands = _time_last(u, dt, A, B, C, D, z, dt_bias)
-    out_BET, state_BEN = SelectiveScanFn.forward(Context(), *operands, True, True)
+    out_BET, state_BEN = SelectiveScanFn.forward(FunctionContext(), *operands, True, True)
     return out_BET.transpose(1, 2).contiguous(), state_BEN.to(torch.float32, copy=True)
 
 
-@selective_scan_mamba_ssm.register_fake
-def _(u, dt, A, B, C, D, z, dt_bias):  # type: ignore[no-untyped-def]
-    return (
-        torch.empty(u.shape, dtype=u.dtype, device=u.device),
-        torch.empty((u.size(0), *A.shape), dtype=torch.float32, device=u.device),
-    )
-
-
-@torch.library.custom_op("hymba::selective_scan_mamba_ssm_backward", mutates_args=())
 def _backward(
     g_out: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from mamba_ssm.ops.selective_scan_interface import SelectiveScanFn
 
     # What the kernel's forward leaves for its backward differs between versions, so the forward runs once more.
-    context = Context()
+    context = FunctionContext()
     SelectiveScanFn.forward(context, *_time_last(u, dt, A, B, C, D, z, dt_bias), True, False)
     gradients = SelectiveScanFn.backward(context, g_out.transpose(1, 2).contiguous())
     g_u, g_dt, g_A, g_B, g_C, g_D, g_z, g_bias = gradients[:8]
@@ -68,25 +59,56 @@ def _backward(
     )
 
 
-@_backward.register_fake
-def _(g_out, u, dt, A, B, C, D, z, dt_bias):  # type: ignore[no-untyped-def]
-    operands = (u, dt, A, B, C, D, u.new_empty(0) if z is None else z, dt_bias)
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in operands)
+def _shapes(u, dt, A, B, C, D, z, dt_bias):  # type: ignore[no-untyped-def]
+    state = torch.empty((u.size(0), *A.shape), dtype=torch.float32, device=u.device)
+    return torch.empty(u.shape, dtype=u.dtype, device=u.device), state
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(False)
+selective_scan_mamba_ssm = make_operator(
+    "selective_scan_mamba_ssm",
+    Contract(OPERANDS, "out final", 1, "u dt A B C D z dt_bias", "u dt A B C D z dt_bias"),
+    _forward,
+    _backward,
+    _shapes,
+)
 
 
-def _differentiate(ctx, g_out, g_state):  # type: ignore[no-untyped-def]
-    if g_state is not None:
-        raise RuntimeError("selective_scan: mamba-ssm has no gradient through the final state; use backend 'triton'")
-    u, dt, A, B, C, D, z, dt_bias = ctx.saved_tensors
-    if g_out is None:
-        return (None,) * 8
-    gradients = _backward(g_out, u, dt, A, B, C, D, z, dt_bias)
-    return (*gradients[:6], None if z is None else gradients[6], gradients[7])
+def _from_zero(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The scan without the initial state, which is zeros: with others the call is refused."""
+    return selective_scan_mamba_ssm(*operands[:-1])
 
 
-selective_scan_mamba_ssm.register_autograd(_differentiate, setup_context=_setup_context)
+def selective_scan_own_autograd(
+    u_BTE: Tensor,
+    dt_BTE: Tensor,
+    A_EN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_E: Tensor,
+    z_BTE: Tensor,
+    dt_bias_E: Tensor,
+) -> Tensor:
+    """The package's scan as others call it, for comparisons of time: its autograd keeps what is recomputed
+    here; copies to time-last and back included."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    u, dt, B, C, z = (x.transpose(1, 2).contiguous() for x in (u_BTE, dt_BTE, B_BTN, C_BTN, z_BTE))
+    return selective_scan_fn(u, dt, A_EN, B, C, D_E, z, dt_bias_E, delta_softplus=True).transpose(1, 2).contiguous()
+
+
+REMEDY = "use backend 'triton' or 'chunked'"
+BACKEND = Backend(
+    "the package mamba-ssm",
+    lambda: _from_zero,
+    devices=("cuda",),
+    package="mamba_ssm",
+    install="pip install mamba-ssm --no-build-isolation",
+    refuses=(
+        (lambda call: call.initial_state, f"mamba-ssm's kernel starts from a zero state; {REMEDY}"),
+        (
+            lambda call: call.state_gradient,
+            f"mamba-ssm drops the final state's gradient; {REMEDY}, or torch.no_grad()",
+        ),
+    ),
+    auto={"cuda": 20},
+)

@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hymba_lightning.ops.registry import Backend
+from hymba_lightning.ops.sliding_window.operator import make_attention_op
+
 # Compute capabilities it has kernels for, both passes: Hopper, Blackwell of data centres.
 CAPABILITIES = (9, 10, 11)
 INSTALL = "pip install 'hymba-lightning[hopper]'"
@@ -28,7 +31,7 @@ def is_installed() -> bool:
     )
 
 
-def missing(device_type: str) -> str | None:
+def _missing(device_type: str) -> str | None:
     """Why it cannot run on tensors of a type of device here, with the remedy; None where it can."""
     if device_type != "cuda":
         return f"it runs on cuda tensors, these are on {device_type}"
@@ -45,8 +48,7 @@ def _window_arguments(window: int) -> dict:
     return {"causal": True, "window_size_left": None if window < 1 else window - 1, "window_size_right": 0}
 
 
-@torch.library.custom_op("hymba::sliding_window_fa4", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd
 
     # Keeping the sums of the softmax does not depend on requires_grad, which says nothing inside an operator.
@@ -54,13 +56,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tu
     return out, log_sums
 
 
-@_attention.register_fake
-def _(q, k, v, window, scale):  # type: ignore[no-untyped-def]
-    return q.new_empty(q.shape), q.new_empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
-
-
-@torch.library.custom_op("hymba::sliding_window_fa4_backward", mutates_args=())
-def _attention_backward(
+def _backward(
     g_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_sums: Tensor, window: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
@@ -80,21 +76,7 @@ def _attention_backward(
     return g_q, g_k, g_v
 
 
-@_attention_backward.register_fake
-def _(g_out, q, k, v, out, log_sums, window, scale):  # type: ignore[no-untyped-def]
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *qkv, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(*qkv, *output)
-
-
-def _differentiate(ctx, g_out, _g_log_sums):  # type: ignore[no-untyped-def]
-    return (*_attention_backward(g_out, *ctx.saved_tensors, ctx.window, ctx.scale), None, None)
-
-
-_attention.register_autograd(_differentiate, setup_context=_setup_context)
+_attention = make_attention_op("sliding_window_fa4", _forward, _backward, log_sums=True)
 
 
 def sliding_window_attention_fa4(
@@ -102,3 +84,25 @@ def sliding_window_attention_fa4(
 ) -> Tensor:
     """softmax(scale q·k over the keys seen) v; the last query and the last key stand at the same place."""
     return _attention(q_BTHK, k_BSGK, v_BSGK, 0 if window is None else window, scale)[0]
+
+
+BACKEND = Backend(
+    "the package flash-attn-4",
+    lambda: sliding_window_attention_fa4,
+    devices=("cuda",),
+    package="flash_attn",
+    install=INSTALL,
+    check=_missing,
+    refuses=(
+        (
+            lambda call: not call.half_precision,
+            "flash-attn-4 takes float16 and bfloat16; cast q, k and v, or use backend 'flex'",
+        ),
+        (
+            lambda call: call.head_dim % HEAD_DIM_STEP != 0 or call.head_dim > MAX_HEAD_DIM,
+            f"flash-attn-4 takes heads whose width is a multiple of {HEAD_DIM_STEP} and at most {MAX_HEAD_DIM}; "
+            "use backend 'flex'",
+        ),
+    ),
+    auto={"cuda": 40},
+)

@@ -14,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hymba_lightning.ops.registry import Backend
 from hymba_lightning.ops.sliding_window.naive import window_mask
+from hymba_lightning.ops.sliding_window.operator import make_attention_op
 from hymba_lightning.ops.threads import spread_torch
 
 # Queries of a block. Of the scores it computes, a share block/(block + window) lies outside the band.
@@ -88,8 +90,7 @@ def _matrices(buffers: list[Tensor], q_GRK: Tensor, block: _Block) -> list[Tenso
     return [buffer[: shape[0] * shape[1] * shape[2]].view(shape) for buffer in buffers]
 
 
-@torch.library.custom_op("hymba::sliding_window_blocked", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
     problem = _Problem(q, k, window)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
@@ -107,13 +108,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Te
     return out
 
 
-@_attention.register_fake
-def _(q, k, v, window, scale):  # type: ignore[no-untyped-def]
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-@torch.library.custom_op("hymba::sliding_window_blocked_backward", mutates_args=())
-def _attention_backward(
+def _backward(
     g_out: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = _Problem(q, k, window)
@@ -142,21 +137,7 @@ def _attention_backward(
     return g_q, g_k.transpose(1, 2).contiguous().to(k.dtype), g_v.transpose(1, 2).contiguous().to(v.dtype)
 
 
-@_attention_backward.register_fake
-def _(g_out, q, k, v, window, scale):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v)
-
-
-def _differentiate(ctx, g_out):  # type: ignore[no-untyped-def]
-    return (*_attention_backward(g_out, *ctx.saved_tensors, ctx.window, ctx.scale), None, None)
-
-
-_attention.register_autograd(_differentiate, setup_context=_setup_context)
+_attention = make_attention_op("sliding_window_blocked", _forward, _backward)
 
 
 def sliding_window_attention_blocked(
@@ -164,3 +145,12 @@ def sliding_window_attention_blocked(
 ) -> Tensor:
     """softmax(scale q·k) v over the keys seen, float32 inside; the window None sees every earlier key."""
     return _attention(q_BTHK, k_BSGK, v_BSGK, k_BSGK.size(1) if window is None else window, scale)
+
+
+BACKEND = Backend(
+    "block by block",
+    lambda: sliding_window_attention_blocked,
+    devices=("cpu",),
+    elsewhere="use backend 'flex' or 'flash'",
+    auto={"cpu": 10},
+)

@@ -134,3 +134,8 @@ class LeakySquareMLP(torch.autograd.Function):
         x_MD, w_in_FD, w_out_DF, activation_MF, signs_MT8 = ctx.saved_tensors
         g_hidden_MF = hidden_layer_backward(g_MD, w_out_DF, activation_MF, signs_MT8, ctx.slope)
         return g_hidden_MF @ w_in_FD, g_hidden_MF.mT @ x_MD, g_MD.mT @ activation_MF, None
+
+
+def leaky_square_mlp_triton(x: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, slope: float) -> Tensor:
+    """x (..., D) → (..., D)."""
+    return LeakySquareMLP.apply(x.flatten(0, -2), w_in_FD, w_out_DF, slope).unflatten(0, x.shape[:-1])
