@@ -231,6 +231,30 @@ def test_backward_keeps_operands_and_one_state_a_chunk(name, usable):
     assert elements <= sum(x.numel() for x in operands.values()) + 512 // 64 * 32 * 8
 
 
+def test_doubling_has_second_derivatives_and_goes_through_torch_func():
+    operands = case(3, 11, 4, 2)
+    fixed = {key: operands[key] for key in ("A_EN", "D_E", "dt_bias_E")}
+    direction = random(3, 11, 4, seed=9)
+
+    def loss(u, backend, rows=slice(None)):
+        sequence = {key: x[rows] for key, x in operands.items() if key not in (*fixed, "u_BTE")}
+        return selective_scan(u, **sequence, **fixed, backend=backend).square().sum()
+
+    # dt moves too, so that the second derivative is no constant.
+    def curvature(backend):
+        def gradient(dt):
+            return torch.func.grad(
+                lambda dt: selective_scan(**operands | {"dt_BTE": dt}, backend=backend).square().sum()
+            )(dt)
+
+        return torch.func.jvp(gradient, (operands["dt_BTE"],), (direction,))[1]
+
+    assert_close("Hessian times vector", curvature("doubling"), curvature("naive"), 1e-5)
+    each = torch.func.vmap(lambda u: loss(u[None], "doubling", slice(0, 1)))(operands["u_BTE"])
+    one_by_one = torch.stack([loss(u[None], "naive", slice(0, 1)) for u in operands["u_BTE"]])
+    torch.testing.assert_close(each, one_by_one)
+
+
 def test_naive_follows_the_formula():
     dt = math.log1p(math.exp(0.3 - 1))
     column = {"u_BTE": [2.0, -1.0], "dt_BTE": [0.3, 0.3], "z_BTE": [0.5, 0.5], "B_BTN": [3.0, 1.0], "C_BTN": [1.0, 4.0]}
