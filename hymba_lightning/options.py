@@ -56,20 +56,23 @@ class OneSentence:
         raise UsageError(_plain(message)) from ex
 
     def format_help(self, *args: Any) -> str:
-        """With the backends of each op from its table."""
-        ops = {f"runtime.{field.name}": field.metadata["op"] for field in fields(RuntimeConfig) if field.metadata}
+        """With the backends of each op, and the schemes, from their tables."""
+        tables = {f"runtime.{field.name}": field.metadata["op"] for field in fields(RuntimeConfig) if field.metadata}
+        tables |= dict.fromkeys(("quantization.scheme", "scheme"), "schemes")
         for action in self._actions:  # type: ignore[attr-defined]
-            op = next((op for option, op in ops.items() if f".{action.dest}".endswith(f".{option}")), None)
-            if op is not None and choices(op) not in (action.help or ""):
-                action.help = f"{(action.help or op).rstrip('.')}: {choices(op)}."
+            table = next((table for option, table in tables.items() if f".{action.dest}".endswith(f".{option}")), None)
+            if table is not None and choices(table) not in (action.help or ""):
+                action.help = f"{(action.help or table).rstrip('.')}: {choices(table)}."
         return super().format_help(*args)  # type: ignore[misc]
 
 
-def choices(op: str) -> str:
-    """The backends of an op, in words."""
+def choices(table: str) -> str:
+    """The backends of an op, or the quantization's schemes, in words."""
+    if table == "schemes":
+        return importlib.import_module("hymba_lightning.quantization.schemes").in_words()
     registry = importlib.import_module("hymba_lightning.ops.registry")
     registry.register_all()
-    return registry.in_words(op)
+    return registry.in_words(table)
 
 
 class CommandParser(OneSentence, ArgumentParser):

@@ -12,8 +12,7 @@ from hymba_lightning.checkpoints import ANOTHER, TOKENIZER_KEY, CheckpointError,
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.quantization import is_artifact, load_artifact
-from hymba_lightning.quantization.artifact import check_shapes
-from hymba_lightning.quantization.parts import MAX_MESSAGE
+from hymba_lightning.quantization.artifact import MAX_MESSAGE, check_shapes
 from hymba_lightning.text import printable
 
 PREFIX = "net."

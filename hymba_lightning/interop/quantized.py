@@ -9,7 +9,7 @@ import zstandard
 from torch import Tensor
 
 from hymba_lightning.quantization.config import CONTROL_NAMES
-from hymba_lightning.quantization.int6 import quantize_reference
+from hymba_lightning.quantization.schemes.reference import quantize_reference
 
 KEEP_FLOAT_NUMEL = 65_536
 

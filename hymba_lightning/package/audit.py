@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import lzma
 import math
 import os
 import random
@@ -13,6 +14,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hymba_lightning.closure import ARCHIVE
 from hymba_lightning.data.sequences import Chunk, TokenStream
 from hymba_lightning.data.shards import find_shards, write_shard
 from hymba_lightning.data.token_bytes import TokenBytes
@@ -163,6 +166,11 @@ def _folder_evaluator(
     with tempfile.TemporaryDirectory(prefix="hymba-audit-") as temporary:
         folder = Path(temporary).resolve() / "submission"
         shutil.copytree(source, folder)
+        try:
+            with tarfile.open(folder / ARCHIVE) as code:
+                code.extractall(folder, filter="data")
+        except (OSError, tarfile.TarError, lzma.LZMAError) as error:
+            raise SubmissionError(f"{source / ARCHIVE} cannot be unpacked ({error}): package again") from error
         settings = _settings(source)
         settings |= sizes | {"val_tokens_limit": None, "val_files": VAL_FILES}
         settings["ttt"] |= {"limit_seconds": None}

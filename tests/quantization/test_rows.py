@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hymba_lightning.quantization.int6 import (
+from hymba_lightning.quantization.rows import (
     coarsen_rows,
     dequantize_rows,
-    quantize_reference,
     quantize_rows,
 )
+from hymba_lightning.quantization.schemes.reference import quantize_reference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -1,4 +1,4 @@
-"""Tensors in the form that is stored, and back: torch on one side, layout.py's flat arrays on the other."""
+"""Tensors in the form that is stored, and back: torch on one side, format.py's flat arrays on the other."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hymba_lightning.quantization.container import ArtifactError
-from hymba_lightning.quantization.int6 import (
+from hymba_lightning.quantization.format import STREAM_DTYPES, ArtifactError, Encoded, Entry
+from hymba_lightning.quantization.rows import (
     QuantizedTensor,
     as_rows,
     check_finite,
     dequantize_rows,
     q_max_of,
 )
-from hymba_lightning.quantization.layout import STREAM_DTYPES, Encoded, Entry
 
 # Rounding to float16 costs 2^-12 of a tensor's RMS unless entries overflow or most of them are subnormal.
 FLOAT16_TOLERANCE = 2.0**-10

@@ -1,33 +1,44 @@
-"""The scheme 'mixed': every tensor's precision solved for, so that the file fits its limit at least predicted loss.
+"""Every tensor's precision solved for, so that a file fits its limit at least predicted loss.
 
 An entropy coder charges for the levels in use, so what is chosen is a row's step, not a width. With s the sensitivity
-of a row's weights (sensitivity.py), its rounding costs s step² / 24 nats a weight, and half the step takes a bit a
-weight, whatever the row: steps in proportion to s^-½ waste nothing. That settles the rows of a tensor among themselves.
-The factor on a tensor's steps, or float16 or float32 instead, are the options of which allocation.py takes one for each
-tensor. An option's loss and bytes are those of the tensor rounded and coded by itself; what the whole file has decides.
-R rows, C columns.
+of a row's weights, its rounding costs s step² / 24 nats a weight, and half the step takes a bit a weight, whatever the
+row: steps in proportion to s^-½ waste nothing. That settles the rows of a tensor among themselves. The factor on a
+tensor's steps, or float16 or float32 instead, are the options of which `allocate` takes one for each tensor. An
+option's loss and bytes are those of the tensor rounded and coded by itself; what the whole file has decides.
+
+The sensitivity is the diagonal of the Fisher information: weights that move by δ change what the network predicts by
+KL(p ‖ p') ≈ ½ Σ s δ² nats a token, where s is the mean, per token, of the squared gradient of log p(y) with y drawn
+from p itself. Drawn so, the gradients of a sequence's tokens are uncorrelated: the square of their sum is a sample of
+the sum of their squares, and one backward pass a sequence is enough. Terms between two weights drop out as far as their
+rounding errors are independent.
+
+The allocation is by Lagrangian relaxation: at a price λ of a byte the best choice is each tensor's least loss + λ
+bytes, and what those choices are as λ falls is a walk along the tensors' lower convex hulls, steepest step first. At
+each of its stops no choice of as few bytes has less loss (Everett 1963). R rows, C columns.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from hymba_lightning.model.config import HymbaConfig
+from hymba_lightning.model.hymba import Hymba
 from hymba_lightning.ops.threads import spread_torch
-from hymba_lightning.quantization import container
-from hymba_lightning.quantization.allocation import Option, allocate
+from hymba_lightning.quantization import format
+from hymba_lightning.quantization.format import STREAM_DTYPES, Encoded, to_planes
 from hymba_lightning.quantization.gptq import SingularHessianError, inverse_factor, round_columns
-from hymba_lightning.quantization.int6 import QuantizedTensor, as_rows, normalise, q_max_of, round_to, search_scale
-from hymba_lightning.quantization.layout import STREAM_DTYPES, Encoded, to_planes
-from hymba_lightning.quantization.limit import Measure
-from hymba_lightning.quantization.payload import encode_tensor, fits_float16
-from hymba_lightning.quantization.sensitivity import plain_sensitivity
+from hymba_lightning.quantization.rows import QuantizedTensor, as_rows, normalise, q_max_of, round_to, search_scale
+from hymba_lightning.quantization.tensors import encode_tensor, fits_float16
 
 log = logging.getLogger("hymba_lightning")
 
@@ -41,6 +52,114 @@ Q_MAX = q_max_of(8)
 DAMPING = 0.01
 ATTEMPTS = 12
 AIM, CLOSE = 0.9995, 0.999  # of the budget: where to go, and what is near enough
+# A sequence gives one sample however long it is.
+SPAN = 2048
+
+
+class Measure(Protocol):
+    """Bytes of the file that these tensors would make; `exact` takes the time to compress it in earnest."""
+
+    def __call__(self, encoded: list[Encoded], exact: bool = False) -> int: ...
+
+
+class Option(NamedTuple):
+    """One way to store a tensor."""
+
+    loss: float  # that it adds, in any unit
+    bytes: float
+    storage: str  # 'int', 'float16' or 'float32'
+    factor: float = 1.0  # on the tensor's steps, for 'int'
+
+
+def allocate(options: dict[str, list[Option]], budget: float) -> dict[str, Option]:
+    """An option for each tensor, at most `budget` bytes together where that is possible, else the smallest ones.
+
+    The walk along the hulls; what is left when its next step does not fit goes to the steps after it that do.
+    """
+    hulls = {name: lower_hull(choices) for name, choices in options.items()}
+    position = dict.fromkeys(hulls, 0)
+    left = budget - sum(hull[0].bytes for hull in hulls.values())
+    queue = [(-gain(hull, 0), index, name) for index, (name, hull) in enumerate(sorted(hulls.items())) if len(hull) > 1]
+    heapq.heapify(queue)
+    while queue:
+        _, index, name = heapq.heappop(queue)
+        hull, at = hulls[name], position[name]
+        cost = hull[at + 1].bytes - hull[at].bytes
+        if cost > left:
+            continue  # nor would any later step of this tensor, which starts from here
+        left -= cost
+        position[name] = at + 1
+        if at + 2 < len(hull):
+            heapq.heappush(queue, (-gain(hull, at + 1), index, name))
+    return {name: hull[position[name]] for name, hull in hulls.items()}
+
+
+def gain(hull: list[Option], at: int) -> float:
+    """Loss saved per byte by the step after position `at`."""
+    return (hull[at].loss - hull[at + 1].loss) / (hull[at + 1].bytes - hull[at].bytes)
+
+
+def lower_hull(options: list[Option]) -> list[Option]:
+    """The options that are best for some price of a byte, smallest first; their gains per byte fall strictly."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.bytes, option.loss)):
+        if hull and option.loss >= hull[-1].loss:
+            continue
+        if hull and option.bytes == hull[-1].bytes:
+            continue
+        while len(hull) > 1 and gain([hull[-1], option], 0) >= gain(hull, len(hull) - 2):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+@torch.enable_grad()
+def collect_sensitivities(net: Hymba, batches: Iterable[Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """The s of every weight, from the first tokens of each sequence in `batches` of token ids (B, T).
+
+    Returns {name: float32 in the weight's shape, on the net's device}; a weight that several layers share is one tensor
+    under each of its names. Touches no gradient that the network holds. Raises ValueError without any batch.
+    """
+    parameters = dict(net.named_parameters())
+    squares = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+    generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
+    n_tokens = 0
+    for batch in batches:
+        for inputs in batch[:, :SPAN].split(1):
+            hidden_BTD, _ = net.hidden(inputs)
+            logits_NV = net.logits(hidden_BTD).flatten(0, 1).float()
+            drawn_N = torch.multinomial(logits_NV.detach().softmax(-1), 1, generator=generator)[:, 0]
+            nats = F.cross_entropy(logits_NV, drawn_N, reduction="sum")
+            gradients = torch.autograd.grad(nats, list(parameters.values()), allow_unused=True)
+            for square, gradient in zip(squares.values(), gradients, strict=True):
+                if gradient is not None:
+                    square.addcmul_(gradient.float(), gradient.float())
+            n_tokens += inputs.numel()
+    if not n_tokens:
+        raise ValueError("no batches: there is nothing to measure sensitivities on")
+    by_id = {id(parameter): squares[name].div_(n_tokens) for name, parameter in parameters.items()}
+    return {name: by_id[id(parameter)] for name, parameter in net.named_parameters(remove_duplicate=False)}
+
+
+def random_batches(config: HymbaConfig, n: int = 16, length: int = 1024, seed: int = 0) -> Iterator[Tensor]:
+    """n sequences (1, length) of uniformly drawn ids behind a BOS.
+
+    Sensitivities differ a hundred-thousandfold between tensors, and on random ids they are within some 40 % of those on
+    text: enough to tell where bits belong where there is no text to ask, and no training data is used.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        ids = torch.randint(config.vocab_size, (1, length), generator=generator)
+        ids[0, 0] = config.bos_id
+        yield ids
+
+
+def plain_sensitivity(name: str, weight: Tensor) -> Tensor:
+    """A stand-in where nothing was measured: every tensor's relative squared error counts the same, 100 times as much
+    that of the token table and the head, which every prediction passes through."""
+    importance = 100.0 if "tok_emb" in name or "lm_head" in name else 1.0
+    energy = float(weight.detach().double().square().sum())
+    return torch.full_like(weight, importance / max(energy, 1e-30), dtype=torch.float32)
 
 
 class Candidate:
@@ -87,13 +206,13 @@ class Candidate:
         """All of them, finest first."""
         rows_RC, sensitivity_RC = self.rows_RC, self.sensitivity_RC
         planes = to_planes(self.tensor.cpu().flatten().numpy().astype(STREAM_DTYPES["float32"]))
-        options = [Option(0.0, len(container.draft(planes)), "float32")]
+        options = [Option(0.0, len(format.draft(planes)), "float32")]
         if fits_float16(self.tensor.cpu().flatten()):
             half = self.tensor.half()
             planes = to_planes(half.cpu().flatten().numpy().astype(STREAM_DTYPES["float16"]))
             options.append(
                 Option(
-                    self._loss(as_rows(half.float()) - rows_RC, sensitivity_RC), len(container.draft(planes)), "float16"
+                    self._loss(as_rows(half.float()) - rows_RC, sensitivity_RC), len(format.draft(planes)), "float16"
                 )
             )
         if rows_RC.numel() <= SMALL:
@@ -110,7 +229,7 @@ class Candidate:
             q_RC = round_to(rows_RC, step_R, Q_MAX)
             loss = self._loss(q_RC * step_R[:, None] - rows_RC, sensitivity_RC) * share * self.gptq_gain
             codes = (q_RC + Q_MAX).to(torch.uint8).cpu().numpy().tobytes()
-            options.append(Option(loss, len(container.frame(codes, 1)) * share + 2 * n_rows, "int", factor))
+            options.append(Option(loss, len(format.frame(codes, 1)) * share + 2 * n_rows, "int", factor))
         return options
 
     @staticmethod

@@ -16,8 +16,6 @@ from torch import Tensor
 SCALE_TOP_EXPONENT = 8
 MAX_COARSEN = 64.0
 TINIEST_SCALE = 2.0**-24  # float16's smallest positive number
-# The reference's candidates for its one clip per tensor.
-REFERENCE_QUANTILES = (0.999, 0.9995, 0.9999, 0.99995, 0.99999, 0.999999, 1.0)
 
 
 class QuantizedTensor(NamedTuple):
@@ -122,31 +120,6 @@ def clip_candidates(magnitude_RC: Tensor, lowest: float, steps: int) -> Tensor:
     fraction_S1 = (depths - above).float().to(top_RK.device)[:, None]
     top_KR = top_RK.T
     return torch.lerp(top_KR[above], top_KR[above + 1], fraction_S1)
-
-
-def quantize_reference(weight: Tensor, bits: int, *, name: str = "tensor") -> QuantizedTensor:
-    """The reference's quantizer, defects kept: a float32 scale never below 1/q_max rounds the weights and its float16
-    copy is stored; one quantile for all rows of a tensor, the first of least mean squared error.
-
-    weight: (R, C); other shapes are quantized as rows along the last axis. Raises ValueError for inf or NaN.
-    """
-    q_max = q_max_of(bits)
-    check_finite(name, weight)
-    rows_RC = as_rows(weight.detach()).float()
-    magnitude_RC = rows_RC.abs()
-    best_error, best = math.inf, None
-    # One call, so that rows are sorted once.
-    for clip_R in torch.quantile(magnitude_RC, magnitude_RC.new_tensor(REFERENCE_QUANTILES), dim=1):
-        scale_R = (clip_R / q_max).clamp_min(1 / q_max)
-        clipped_RC = torch.maximum(torch.minimum(rows_RC, clip_R[:, None]), -clip_R[:, None])
-        q_RC = round_to(clipped_RC, scale_R, q_max)
-        error = float((rows_RC - q_RC * scale_R[:, None]).square().mean())
-        if error < best_error:
-            best_error, best = error, (q_RC, scale_R)
-    if best is None:
-        raise ValueError(f"{name}: its entries are too large to square in float32; use scheme 'int6'")
-    q_RC, scale_R = best
-    return QuantizedTensor(q_RC.to(torch.int8), scale_R.half(), 0, bits)
 
 
 def coarsen_rows(weight: Tensor, tensor: QuantizedTensor, factor: float) -> QuantizedTensor:
