@@ -1,4 +1,4 @@
-"""Round to nearest with each row's largest magnitude as its largest code: no search, as most libraries round weights."""
+"""Round to nearest with each row's largest magnitude as its largest code: no search, as most libraries round."""
 
 from torch import Tensor
 
