@@ -16,8 +16,8 @@ from pathlib import Path
 import hymba_lightning
 
 ROOT = Path(hymba_lightning.__file__).parent
-# As in ops/registry.py, which would import torch.
-PREFIX = "backend_"
+# Of files that their package imports by what is there: ops/registry.py, data/tokenizer.py.
+PREFIXES = ("backend_", "tokenizer_")
 # Scores an artifact with nothing but itself, the tokenizer and the validation shards.
 REFEREE = "hymba_lightning.package.referee"
 ARCHIVE = "code.tar.xz"
@@ -83,8 +83,8 @@ def needed_files(module: str) -> list[Path]:
             continue
         found[name] = file
         if file.name == "__init__.py":
-            # An op's folder imports the entries of its table by what is there.
-            waiting += [f"{name}.{entry.stem}" for entry in file.parent.glob(f"{PREFIX}*.py")]
+            entries = [entry for prefix in PREFIXES for entry in file.parent.glob(f"{prefix}*.py")]
+            waiting += [f"{name}.{entry.stem}" for entry in entries]
         # Importing a.b.c runs a/__init__ and a/b/__init__ first.
         waiting += [name.rpartition(".")[0], *(_lazy_home(imported) or imported for imported in _imports(file))]
     return sorted(file.relative_to(ROOT.parent) for file in found.values())
