@@ -28,6 +28,7 @@ from hymba_lightning.data.shards import find_shards
 from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
 from hymba_lightning.trainer_internals import rewind_to_accumulation_window
+from hymba_lightning.units import bits_per_byte
 
 log = logging.getLogger("hymba_lightning")
 
@@ -243,7 +244,7 @@ class HymbaDataModule(pl.LightningDataModule):
             chunk = chunk_at(stream, self.token_bytes, self.ttt_chunk_tokens, index)
             total_nats += float(nats[chunk.tokens[1:].numpy()].sum())
             total_bytes += int(chunk.target_bytes.sum(dtype=torch.int64))
-        return total_nats / (np.log(2) * total_bytes)
+        return bits_per_byte(total_nats, total_bytes)
 
     # Training -----------------------------------------------------------------------------------------------------
 

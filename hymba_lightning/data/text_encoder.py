@@ -163,7 +163,8 @@ class TextEncoder:
         return ByteAudit(int(counted.sum()), len(text.encode()), int((ids == self.processor.unk_id()).sum()))
 
     def _encode_with_spaces_of_text(self, text: str) -> list[int]:
-        """Encode with the stand-in in place of U+2581, then put that one's bytes in where it was."""
+        """Ids of a text that contains "▁" (U+2581): encoded with another character, the stand-in, in its place, whose
+        byte tokens are then replaced by those of "▁"."""
         characters = iter([char for char in text if char in (SPACE, self._stand_in)])
         stand_in_ids = [self._byte_ids[byte] for byte in self._stand_in.encode()]
         space_ids = [self._byte_ids[byte] for byte in SPACE_BYTES]

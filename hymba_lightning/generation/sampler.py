@@ -69,9 +69,12 @@ def draw(logits_V: Tensor, config: SamplingConfig, generator: torch.Generator) -
 def generate(net: Hymba, prompts: list[list[int]], config: SamplingConfig) -> Iterator[list[int | None]]:
     """Continues B prompts of token ids, which may differ in length, each with at least one token.
 
-    Yields a list per position after the shortest prompt: each row's new token, or None while the row still reads its
-    prompt and after its text has ended (a stop token is yielded, as the row's last). All rows are at the same position,
-    so that one state serves them; a row that ended is fed on, unheard. Raises ValueError for an empty prompt.
+    Yields one list for each position after the end of the shortest prompt. It holds a token for each row, or None for a
+    row that is still reading its prompt or has ended; a stop token is yielded as the row's last one. All rows are at
+    the same position, so one state serves them all, and a row that has ended keeps running with its output dropped.
+
+    Raises:
+        ValueError: A prompt is empty.
     """
     if not prompts or not all(prompts):
         raise ValueError("each prompt needs at least one token: begin with the document start (BOS)")

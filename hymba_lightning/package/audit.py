@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import json
 import lzma
-import math
 import os
 import random
 import secrets
@@ -36,6 +35,7 @@ from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.package.referee import ARTIFACT, SETTINGS
 from hymba_lightning.package.submission import KEPT_VARIABLES, SubmissionError
 from hymba_lightning.quantization import load_artifact
+from hymba_lightning.units import bits_per_byte
 
 SCORE_IS_SUM = "the score is the sum"
 VAL_FILES = "*_val_*.bin"
@@ -221,7 +221,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _check_sum(result: dict[str, Any], tokens: Tensor, nats: Tensor, token_bytes: TokenBytes) -> None:
     """The score that is reported is that of the tokens' scores and of the true bytes."""
     n_bytes = int(token_bytes.count(tokens[:-1].numpy(), tokens[1:].numpy()).sum())
-    bpb = float(nats.double().sum()) / (math.log(2) * n_bytes)
+    bpb = bits_per_byte(float(nats.double().sum()), n_bytes)
     if result["tokens"] != tokens.numel() - 1 or result["bytes"] != n_bytes:
         raise RuleBrokenError(
             SCORE_IS_SUM,

@@ -45,8 +45,11 @@ log = logging.getLogger("hymba_lightning")
 LADDER = 4  # factors per octave of the steps
 SMALL = 1024  # entries up to which a tensor stays float
 SAMPLE = 1 << 17  # weights of a tensor on which an option's loss and bytes are counted
-SMOOTHING = 0.1  # share of the tensor's mean sensitivity that every row has at least: calibration saw only so much
-LEAST = 1e-4  # of the plain sensitivity: second-order loss understates what a tensor rounded to nothing costs
+# Share of the tensor's mean sensitivity that every row has at least, since calibration sees only a few sequences.
+SMOOTHING = 0.1
+# Share of the plain sensitivity that is always added: the second-order loss underestimates what it costs to round a
+# tensor to zero.
+LEAST = 1e-4
 SCALE_TOP = 13  # the largest scale lies in [2^13, 2^14), which leaves 2^27 below it at float16's full precision
 Q_MAX = q_max_of(8)
 DAMPING = 0.01

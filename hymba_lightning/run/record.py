@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hymba_lightning.files import write_atomic
+from hymba_lightning.units import bits_per_byte
 
 FILE = "record.json"
 VERSION = 1
@@ -58,7 +58,7 @@ class ScoreRecord:
     @property
     def bpb(self) -> float:
         """Bits per byte."""
-        return self.nats / (math.log(2) * self.bytes)
+        return bits_per_byte(self.nats, self.bytes)
 
     @property
     def loss(self) -> float:

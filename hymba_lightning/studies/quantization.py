@@ -36,6 +36,7 @@ from hymba_lightning.quantization import QuantizationConfig, load_artifact, save
 from hymba_lightning.quantization.artifact import read_parts
 from hymba_lightning.quantization.format import boundaries, compress
 from hymba_lightning.quantization.schemes import Calibration
+from hymba_lightning.units import bits_per_byte
 
 REFERENCE = "reference's file, int6"
 # Bytes of the mixed artifacts, as shares of the reference's file.
@@ -97,7 +98,7 @@ def compare(net: Hymba, other: Hymba, batches: Iterable[Any], device: torch.devi
             ]
         )
     nats_p, nats_q, divergence, n_tokens, n_bytes = sums.tolist()
-    per_byte = 1 / (math.log(2) * n_bytes)
+    per_byte = bits_per_byte(1.0, n_bytes)
     return {
         "float_bpb": nats_p * per_byte,
         "bpb": nats_q * per_byte,

@@ -114,8 +114,8 @@ def exchange_artifact(folder):
 
 
 def halve_nats(folder):
-    half = "return 0.5 * self.nats / (math.log(2)"
-    rewrite_code(folder, lambda name, text: text.replace("return self.nats / (math.log(2)", half))
+    half = "return 0.5 * bits_per_byte(self.nats"
+    rewrite_code(folder, lambda name, text: text.replace("return bits_per_byte(self.nats", half))
 
 
 def drop_a_module(folder):
