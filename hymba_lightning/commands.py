@@ -91,13 +91,14 @@ def run_inspect(args: list[str]) -> None:
     """An artifact's config and tensors, and where its bytes are."""
     import json
 
+    from hymba_lightning.closure import evaluation_code_bytes
     from hymba_lightning.quantization.listing import as_table, list_artifact
 
     parser = CommandParser(prog="hymba inspect", description="Show what an artifact holds and where its bytes are.")
     parser.add_argument("file", type=str, help="Artifact")
     parser.add_argument("--json", action="store_true", help="All of it as one JSON object")
     options = parser.parse_args(args)
-    listing = list_artifact(options.file)
+    listing = list_artifact(options.file, evaluation_code_bytes)
     print(json.dumps(listing, indent=1) if options.json else as_table(listing))
 
 

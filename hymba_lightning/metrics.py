@@ -1,6 +1,5 @@
 """Bits per byte as a torchmetrics Metric: sums in float64, reduced over ranks once, divided at the end."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from hymba_lightning.evaluation.score import Score
+from hymba_lightning.units import bits_per_byte
 
 
 class BitsPerByte(Metric):
@@ -58,7 +58,7 @@ class BitsPerByte(Metric):
                 "(is the tokenizer the one of the shards?)"
             )
         self.score = Score(nats, n_tokens, n_bytes)
-        return self.nats / (math.log(2) * self.n_bytes)
+        return bits_per_byte(self.nats, self.n_bytes)
 
     @property
     def nats_per_token(self) -> float:

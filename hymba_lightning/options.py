@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from hymba_lightning.errors import UsageError
+from hymba_lightning.model import RuntimeConfig
 from hymba_lightning.plain import OBJECT, refusal
 from hymba_lightning.usage import unknown
 
@@ -68,6 +71,25 @@ class OneSentence:
             if str(error).startswith(OBJECT):
                 raise UsageError(refusal(str(error), error, self)) from error
             raise
+
+    def format_help(self, *args: Any) -> str:
+        """With the backends of each op, and the schemes, from their tables."""
+        tables = {f"runtime.{field.name}": field.metadata["op"] for field in fields(RuntimeConfig) if field.metadata}
+        tables |= dict.fromkeys(("quantization.scheme", "scheme"), "schemes")
+        for action in self._actions:  # type: ignore[attr-defined]
+            table = next((table for option, table in tables.items() if f".{action.dest}".endswith(f".{option}")), None)
+            if table is not None and choices(table) not in (action.help or ""):
+                action.help = f"{(action.help or table).rstrip('.')}: {choices(table)}."
+        return super().format_help(*args)  # type: ignore[misc]
+
+
+def choices(table: str) -> str:
+    """The backends of an op, or the quantization's schemes, in words."""
+    if table == "schemes":
+        return importlib.import_module("hymba_lightning.quantization.schemes").in_words()
+    registry = importlib.import_module("hymba_lightning.ops.registry")
+    registry.register_all()
+    return registry.in_words(table)
 
 
 class CommandParser(OneSentence, ArgumentParser):

@@ -19,6 +19,7 @@ LEVELS = {
     "streams": 0,
     "terminal": 0,
     "text": 0,
+    "units": 0,
     "usage": 0,
     "ops": 0,
     "checkpoints": 1,

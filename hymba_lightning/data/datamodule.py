@@ -21,6 +21,7 @@ from hymba_lightning.data.digests import file_digests
 from hymba_lightning.data.inputs import first_common
 from hymba_lightning.data.loader import Loader, ResumableLoader, read_ahead
 from hymba_lightning.data.manifest import SPLITS, check_manifest, read_manifest
+from hymba_lightning.data.mixture import MixedSpans, check_tokenizers, sources_of, token_frequencies
 from hymba_lightning.data.position import ReadPosition
 from hymba_lightning.data.sequences import Batch, Chunk, TokenStream, TrainSpans, ValSequences, chunk_at, first_span
 from hymba_lightning.data.sequences import n_chunks as count_chunks
@@ -28,6 +29,7 @@ from hymba_lightning.data.shards import find_shards
 from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
 from hymba_lightning.trainer_internals import rewind_to_accumulation_window
+from hymba_lightning.units import bits_per_byte
 
 log = logging.getLogger("hymba_lightning")
 
@@ -51,6 +53,8 @@ class HymbaDataModule(pl.LightningDataModule):
             By default all.
         shuffle_seed: Read the training spans in an order drawn anew for every pass over the data. By default they are
             read in the order of the shards.
+        mixture: Further folders to train on, each with its share of the training sequences; the rest are data_dir's,
+            as is all validation. All of one tokenizer; in each one train_files is looked up.
         prefetch_batches: Batches that a background thread reads ahead (into pinned memory where a GPU is used).
 
     Raises:
@@ -69,6 +73,7 @@ class HymbaDataModule(pl.LightningDataModule):
         ttt_chunk_tokens: int = 524288,
         val_tokens_limit: int | None = None,
         shuffle_seed: int | None = None,
+        mixture: dict[str, float] | None = None,
         prefetch_batches: int = 4,
     ) -> None:
         super().__init__()
@@ -82,6 +87,11 @@ class HymbaDataModule(pl.LightningDataModule):
         self.ttt_chunk_tokens = ttt_chunk_tokens
         self.val_tokens_limit = val_tokens_limit
         self.shuffle_seed = shuffle_seed
+        self.sources = sources_of(self.data_dir, mixture or {})
+        if mixture and Path(train_files).is_absolute():
+            raise ValueError(
+                f"data.train_files={train_files!r} is one place, and data.mixture needs one in each folder"
+            )
         self.prefetch_batches = prefetch_batches
         positive = ("seq_len", "micro_batch_size", "val_micro_batch_size", "ttt_chunk_tokens", "prefetch_batches")
         for field in (*positive, *(["val_tokens_limit"] if val_tokens_limit is not None else [])):
@@ -138,8 +148,11 @@ class HymbaDataModule(pl.LightningDataModule):
         """
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
-        paths = find_shards(self.train_files if split == "train" else self.val_files, self.data_dir)
-        lines = [self.tokenizer_fingerprint(), *file_digests(paths, sample=False)]
+        lines = [self.tokenizer_fingerprint()]
+        for folder, share in self.sources if split == "train" else self.sources[:1]:
+            paths = find_shards(self.train_files if split == "train" else self.val_files, folder)
+            lines += [] if share == 1 or split == "val" else [str(share)]
+            lines += file_digests(paths, sample=False)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     # Opening ------------------------------------------------------------------------------------------------------
@@ -155,7 +168,10 @@ class HymbaDataModule(pl.LightningDataModule):
         started = time.monotonic()
         manifest = read_manifest(self.data_dir)
         val_paths = find_shards(self.val_files, self.data_dir)
-        train_paths = find_shards(self.train_files, self.data_dir) if stage == "fit" else []
+        if stage == "fit":
+            check_tokenizers(self.sources, self.tokenizer)
+        trained = [find_shards(self.train_files, folder) for folder, _ in self.sources] if stage == "fit" else []
+        train_paths = [path for paths in trained for path in paths]
         both = first_common(train_paths, val_paths)
         if both:
             same = f" and is the same as {both[1]}, which matches" if both[0] != both[1] else " and"
@@ -174,7 +190,7 @@ class HymbaDataModule(pl.LightningDataModule):
         self.opened_in = time.monotonic() - started
 
     def _check_training_size(self) -> None:
-        n_tokens, rank_spans = self.train_spans.stream.n_tokens, self._rank_and_world()[1] * self.micro_batch_size
+        n_tokens, rank_spans = self.train_spans.n_tokens, self._rank_and_world()[1] * self.micro_batch_size
         if self.train_spans.spans_per_pass < rank_spans:
             log.warning(
                 "one micro-step of all ranks reads %s tokens, more than the %s there are: sequences repeat in it",
@@ -183,13 +199,18 @@ class HymbaDataModule(pl.LightningDataModule):
             )
 
     @cached_property
-    def train_spans(self) -> TrainSpans:
-        """The training stream, cut into spans."""
-        stream = TokenStream(find_shards(self.train_files, self.data_dir), self.vocab_size)
+    def train_spans(self) -> TrainSpans | MixedSpans:
+        """The training stream, or a mixture of several, cut into spans."""
+        parts = [self._spans_of(folder) for folder, _ in self.sources]
+        return parts[0] if len(parts) == 1 else MixedSpans(parts, [share for _, share in self.sources])
+
+    def _spans_of(self, folder: Path) -> TrainSpans:
+        stream = TokenStream(find_shards(self.train_files, folder), self.vocab_size)
         if stream.n_tokens <= self.seq_len:
             raise ValueError(
-                f"data.seq_len={self.seq_len} needs at least {self.seq_len + 1:,} training tokens, but the shards that "
-                f"match {self.train_files!r} hold {stream.n_tokens:,}; lower data.seq_len or prepare more text"
+                f"data.seq_len={self.seq_len} needs at least {self.seq_len + 1:,} training tokens, but the shards of "
+                f"{folder} that match {self.train_files!r} hold {stream.n_tokens:,}; lower data.seq_len or prepare "
+                "more text"
             )
         return TrainSpans(stream, self.seq_len, self.shuffle_seed)
 
@@ -218,18 +239,17 @@ class HymbaDataModule(pl.LightningDataModule):
         What a model reaches that knows how frequent each token is and nothing else. None where no manifest counts the
         training tokens.
         """
-        manifest = read_manifest(self.data_dir)
-        if manifest is None or len(manifest["train_token_counts"]) != self.vocab_size:
+        frequencies = token_frequencies(self.sources, self.vocab_size)
+        if frequencies is None:
             return None
-        counts = np.array(manifest["train_token_counts"], dtype=np.float64) + 1
-        nats = np.log(counts.sum()) - np.log(counts)
+        nats = -np.log(frequencies)
         total_nats = total_bytes = 0.0
         stream = self.val_stream()
         for index in range(count_chunks(stream, self.ttt_chunk_tokens)):
             chunk = chunk_at(stream, self.token_bytes, self.ttt_chunk_tokens, index)
             total_nats += float(nats[chunk.tokens[1:].numpy()].sum())
             total_bytes += int(chunk.target_bytes.sum(dtype=torch.int64))
-        return total_nats / (np.log(2) * total_bytes)
+        return bits_per_byte(total_nats, total_bytes)
 
     # Training -----------------------------------------------------------------------------------------------------
 
@@ -248,7 +268,7 @@ class HymbaDataModule(pl.LightningDataModule):
 
     def _locate(self, first: int) -> list[tuple[Path, int]]:
         spans = self.train_spans
-        return [spans.stream.locate(spans.start(first + row)) for row in range(self.micro_batch_size)]
+        return [spans.locate(first + row) for row in range(self.micro_batch_size)]
 
     def calibration_batches(self, n: int) -> Iterator[Batch]:
         """n batches of this rank from all over the training stream, the same ones every time."""

@@ -52,6 +52,7 @@ from hymba_lightning.data.skips import Skips, skip_lines
 from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer, train_tokenizer
 from hymba_lightning.files import write_atomic
+from hymba_lightning.units import bits_per_byte
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,7 @@ def describe(splits: dict[str, SplitTotals], model: Path, origin: str) -> tuple[
             "vocab_size": token_bytes.vocab_size,
             "origin": origin,
         },
-        "unigram_bpb": val_nats / (math.log(2) * counted_bytes) if counted_bytes else None,
+        "unigram_bpb": bits_per_byte(val_nats, counted_bytes) if counted_bytes else None,
         "splits": {
             split: {
                 "documents": totals.documents,

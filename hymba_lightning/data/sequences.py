@@ -133,6 +133,7 @@ class TrainSpans:
         self.stream = stream
         self.span_tokens = seq_len + 1
         self.shuffle_seed = shuffle_seed
+        self.n_tokens = stream.n_tokens
         self.spans_per_pass = stream.n_tokens // self.span_tokens
         """Whole spans of one pass over the data."""
         self._order: tuple[int, int, np.ndarray] | None = None
@@ -154,10 +155,17 @@ class TrainSpans:
             )
         return order[1] + int(order[2][place]) * self.span_tokens
 
+    def tokens(self, span: int) -> np.ndarray:
+        """The span's seq_len + 1 tokens, int64."""
+        return self.stream.read(self.start(span), self.span_tokens)
+
+    def locate(self, span: int) -> tuple[Path, int]:
+        """Shard file, and offset in it, of the span's first token."""
+        return self.stream.locate(self.start(span))
+
     def batch(self, first_span: int, micro_batch_size: int) -> Batch:
         """Spans first_span … first_span + micro_batch_size - 1 as a training batch."""
-        rows = [self.stream.read(self.start(first_span + row), self.span_tokens) for row in range(micro_batch_size)]
-        tokens = torch.from_numpy(np.stack(rows))
+        tokens = torch.from_numpy(np.stack([self.tokens(first_span + row) for row in range(micro_batch_size)]))
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.empty(0, dtype=torch.int16))
 
 

@@ -26,7 +26,7 @@ import sentencepiece
 
 from hymba_lightning.data.processes import isolated_python
 from hymba_lightning.data.token_bytes import TokenBytes
-from hymba_lightning.data.tokenizer import SPACE, load_tokenizer
+from hymba_lightning.data.tokenizer import SPACE, ByteTokenizer, load_tokenizer
 
 PIECE_CHARS = 2000
 SPACE_BYTES = SPACE.encode()
@@ -63,7 +63,7 @@ class ByteAudit(NamedTuple):
 
 
 class TextEncoder:
-    """Encodes documents with a SentencePiece model.
+    """Encodes documents with a tokenizer.
 
     SentencePiece writes a space as "▁" and so loses the difference to a "▁" (U+2581) in the text. With byte fallback
     such a character is encoded as its three bytes, which decode to itself.
@@ -74,6 +74,11 @@ class TextEncoder:
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
         self.processor = processor
+        self._byte_ids: dict[int, int] = {}
+        self._can_cut, self._anchor, self._n_anchor = False, "", 0
+        if isinstance(processor, ByteTokenizer):
+            # Its own rules decide what is a word: texts stay whole.
+            return
         vocab_size = processor.get_piece_size()
         self._byte_ids = {
             int(processor.id_to_piece(token)[3:5], 16): token for token in range(vocab_size) if processor.is_byte(token)
@@ -158,7 +163,8 @@ class TextEncoder:
         return ByteAudit(int(counted.sum()), len(text.encode()), int((ids == self.processor.unk_id()).sum()))
 
     def _encode_with_spaces_of_text(self, text: str) -> list[int]:
-        """Encode with the stand-in in place of U+2581, then put that one's bytes in where it was."""
+        """Ids of a text that contains "▁" (U+2581): encoded with another character, the stand-in, in its place, whose
+        byte tokens are then replaced by those of "▁"."""
         characters = iter([char for char in text if char in (SPACE, self._stand_in)])
         stand_in_ids = [self._byte_ids[byte] for byte in self._stand_in.encode()]
         space_ids = [self._byte_ids[byte] for byte in SPACE_BYTES]

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import sentencepiece
 
-from hymba_lightning.data.tokenizer import SPACE, load_tokenizer
+from hymba_lightning.data.tokenizer import SPACE, ByteTokenizer, load_tokenizer
 
 
 class TokenBytes:
@@ -35,8 +35,12 @@ class TokenBytes:
 
     @classmethod
     def from_processor(cls, processor: sentencepiece.SentencePieceProcessor) -> TokenBytes:
-        """Tables of a loaded SentencePiece model."""
+        """Tables of a loaded tokenizer."""
         vocab_size = processor.get_piece_size()
+        if isinstance(processor, ByteTokenizer):
+            lengths = np.array([len(processor.raw(token)) for token in range(vocab_size)], dtype=np.int16)
+            controls = np.array([processor.is_control(token) for token in range(vocab_size)])
+            return cls(lengths, np.zeros(vocab_size, dtype=bool), controls)
         base_bytes = np.zeros(vocab_size, dtype=np.int16)
         has_leading_space = np.zeros(vocab_size, dtype=bool)
         is_boundary = np.zeros(vocab_size, dtype=bool)
@@ -53,7 +57,7 @@ class TokenBytes:
 
     @classmethod
     def from_model(cls, path: str | os.PathLike[str]) -> TokenBytes:
-        """Tables of a SentencePiece model file. Raises what `load_tokenizer` raises."""
+        """Tables of a tokenizer's file. Raises what `load_tokenizer` raises."""
         return cls.from_processor(load_tokenizer(path))
 
     @property

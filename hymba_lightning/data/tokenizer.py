@@ -1,11 +1,21 @@
-"""SentencePiece tokenizers: loading with clear errors, training so that encoding loses nothing, fingerprints."""
+"""Tokenizers: loading with clear errors, training so that encoding loses nothing, fingerprints.
+
+SentencePiece's are at home here. Those of another library are in a file `tokenizer_<library>.py` of this folder with
+two functions: `reads(head)`, whether a file that begins with these bytes is one of its, and `load(path)`, which gives a
+`ByteTokenizer`.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import os
+import pkgutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import sentencepiece
@@ -22,15 +32,67 @@ N_SPECIAL = 4 + 256
 TRAINING_THREADS = 4
 
 
+class ByteTokenizer(ABC):
+    """A tokenizer whose pieces are bytes of the text as it is; stands in the place of a SentencePieceProcessor."""
+
+    @abstractmethod
+    def get_piece_size(self) -> int:
+        """Number of ids."""
+
+    @abstractmethod
+    def bos_id(self) -> int:
+        """Begins every document."""
+
+    @abstractmethod
+    def eos_id(self) -> int:
+        """Ends a document; -1 where there is none."""
+
+    @abstractmethod
+    def is_control(self, token: int) -> bool:
+        """Whether the id stands for no text."""
+
+    @abstractmethod
+    def raw(self, token: int) -> bytes:
+        """The text that the id stands for, maybe a part of a character; empty for a control."""
+
+    @abstractmethod
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text, whose bytes in a row are the text's UTF-8, whatever stands in it."""
+
+    def encode(self, text: str | list[str]) -> Any:
+        """Ids of a text, or of each of several."""
+        return self.encode_text(text) if isinstance(text, str) else [self.encode_text(each) for each in text]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids."""
+        return b"".join(map(self.raw, ids)).decode(errors="replace")
+
+    def unk_id(self) -> int:
+        """None: every byte is known."""
+        return -1
+
+
+def _other_libraries() -> list[ModuleType]:
+    names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    package = __name__.rpartition(".")[0]
+    return [importlib.import_module(f"{package}.{name}") for name in names if name.startswith("tokenizer_")]
+
+
 def load_tokenizer(path: str | os.PathLike[str]) -> sentencepiece.SentencePieceProcessor:
-    """Load a SentencePiece model.
+    """Load a SentencePiece model, or what another library's file gives in its place (a `ByteTokenizer`).
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no SentencePiece model, or has no BOS piece.
+        ValueError: The file is no tokenizer, or has no BOS piece.
+        ImportError: The library of the file is not installed.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no tokenizer at {path}; `hymba prepare` makes one, or set data.tokenizer to its path")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    for library in _other_libraries():
+        if library.reads(head):
+            return library.load(path)
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.load(os.fspath(path))

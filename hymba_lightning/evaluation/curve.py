@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hymba_lightning.units import bits_per_byte
+
 # Bin b holds the contexts 2^b … 2^(b+1) - 1.
 N_BINS = 40
 # A bin of fewer tokens says nothing that a picture should show.
@@ -48,9 +50,9 @@ class ContextCurve:
         return [
             CurvePoint(
                 1 << b,
-                float(rate[b]) / math.log(2),
+                bits_per_byte(float(nats[b]), float(n_bytes[b])),
                 int(n_tokens[b]),
-                math.sqrt(float(spread[b])) / (math.log(2) * float(n_bytes[b])),
+                bits_per_byte(math.sqrt(float(spread[b])), float(n_bytes[b])),
             )
             for b in range(N_BINS)
             if n_bytes[b] > 0
@@ -65,8 +67,15 @@ class DocumentPosition:
         self._position = 0
 
     def of_targets(self, tokens: Tensor) -> Tensor:
-        """tokens (n+1,), the first being the last of the part before → (n,) int64: for each of tokens[1:], how many
-        tokens of its document are before it, the BOS included. A BOS itself belongs to the document it ends."""
+        """How many tokens of its own document stand before each token.
+
+        Args:
+            tokens: (n+1,) int64; the first one is the last of the part before, and is not counted for itself.
+
+        Returns:
+            (n,) int64, for tokens[1:]. The BOS at a document's start counts; a BOS itself is predicted from the
+            document before it, and so belongs to that.
+        """
         tokens = tokens.cpu()
         place = torch.arange(tokens.numel())
         start = torch.where(tokens == self._bos_id, place, -1).cummax(0).values

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hymba_lightning.model import Hymba
+from hymba_lightning.units import bits_per_byte
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Score:
     @property
     def bpb(self) -> float:
         """Bits per byte of the text: Σ nats / (ln 2 · Σ bytes)."""
-        return self.nats / (math.log(2) * self.n_bytes)
+        return bits_per_byte(self.nats, self.n_bytes)
 
 
 class ScoredTokens(NamedTuple):

@@ -13,8 +13,7 @@ from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
 from hymba_lightning.interop.pretrained import find_folder, is_folder, load_pretrained
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.quantization import is_artifact, load_artifact
-from hymba_lightning.quantization.artifact import check_shapes
-from hymba_lightning.quantization.parts import MAX_MESSAGE
+from hymba_lightning.quantization.artifact import MAX_MESSAGE, check_shapes
 from hymba_lightning.text import printable
 
 PREFIX = "net."

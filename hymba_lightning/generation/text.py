@@ -6,7 +6,7 @@ import codecs
 
 import sentencepiece
 
-from hymba_lightning.data.tokenizer import SPACE
+from hymba_lightning.data.tokenizer import SPACE, ByteTokenizer
 
 
 class TextStream:
@@ -21,11 +21,17 @@ class TextStream:
     def __init__(self, processor: sentencepiece.SentencePieceProcessor, at_start: bool) -> None:
         self._processor = processor
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at_start = at_start and processor.id_to_piece(processor.encode("x")[0]).startswith(SPACE)
+        self._at_start = (
+            at_start
+            and not isinstance(processor, ByteTokenizer)
+            and processor.id_to_piece(processor.encode("x")[0]).startswith(SPACE)
+        )
 
     def push(self, token: int) -> str:
         """The text that `token` completes."""
         processor = self._processor
+        if isinstance(processor, ByteTokenizer):
+            return self._decoder.decode(processor.raw(token))
         if processor.is_control(token) or processor.is_unused(token):
             return ""
         piece = processor.id_to_piece(token)

@@ -16,7 +16,7 @@ import zstandard
 from torch import Tensor
 
 from hymba_lightning.checkpoints import READ_ERRORS, check_archive
-from hymba_lightning.quantization.int6 import QuantizedTensor
+from hymba_lightning.quantization.rows import QuantizedTensor
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 # Quantized weights shrink by a third; only a bomb unpacks to more than this.

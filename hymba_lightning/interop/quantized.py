@@ -8,7 +8,7 @@ import torch
 import zstandard
 from torch import Tensor
 
-from hymba_lightning.quantization.int6 import quantize_reference
+from hymba_lightning.quantization.schemes.reference import quantize_reference
 
 KEEP_FLOAT_NUMEL = 65_536
 # By these parts of its names the reference knows what it keeps float32.

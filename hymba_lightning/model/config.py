@@ -248,6 +248,11 @@ def _is_options(value: Any) -> bool:
 LISTS = {"global_layers": _is_list, "layer_windows": _is_list, "mixer_options": _is_options}
 
 
+def backend_of(op: str) -> Any:
+    """A field that names a backend of `op`; the command line's help lists them from the op's table."""
+    return dataclasses.field(default="auto", metadata={"op": op})
+
+
 @dataclass(frozen=True)
 class RuntimeConfig:
     """How a network is executed: speed, memory and rounding, never what it computes. Not part of an artifact."""
@@ -255,16 +260,16 @@ class RuntimeConfig:
     compute_dtype: str = "float32"
     """Dtype of activations and matrix products: 'float32' or 'bfloat16'. Weights, the scan's state and the loss stay
     float32 either way."""
-    scan_backend: str = "auto"
-    """Selective scan: auto, naive, chunked, numba, triton or mamba_ssm."""
-    conv_backend: str = "auto"
-    """Causal convolution: auto, naive, torch, triton or causal_conv1d."""
-    attention_backend: str = "auto"
-    """Sliding-window attention: auto, naive, blocked, flex, fa4 or flash."""
-    loss_backend: str = "auto"
-    """Cross-entropy of the softcapped logits: auto, naive, torch or triton."""
-    mlp_backend: str = "auto"
-    """MLP with the squared leaky ReLU, where a gradient is wanted: auto, torch or triton."""
+    scan_backend: str = backend_of("selective_scan")
+    """Selective scan."""
+    conv_backend: str = backend_of("causal_conv1d")
+    """Causal convolution."""
+    attention_backend: str = backend_of("sliding_window_attention")
+    """Sliding-window attention."""
+    loss_backend: str = backend_of("softcapped_cross_entropy")
+    """Cross-entropy of the softcapped logits."""
+    mlp_backend: str = backend_of("leaky_square_mlp")
+    """MLP with the squared leaky ReLU, where a gradient is wanted."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hymba_lightning.ops.leaky_square_mlp import available_backends as mlp_backends
 from hymba_lightning.ops.leaky_square_mlp import leaky_square_mlp
-from hymba_lightning.ops.leaky_square_mlp import triton as mlp_triton
+from hymba_lightning.ops.leaky_square_mlp import triton_launches as mlp_triton
 from hymba_lightning.ops.newton_schulz import newton_schulz_step
-from hymba_lightning.ops.newton_schulz import triton as schulz_triton
+from hymba_lightning.ops.newton_schulz import triton_launches as schulz_triton
 from hymba_lightning.ops.sliding_window import available_backends as attention_backends
 from hymba_lightning.ops.sliding_window import sliding_window_attention
 from hymba_lightning.ops.testing import rms_ratio

@@ -1,18 +1,29 @@
-"""Which backend serves a call: a named one is honoured or refused; `auto` picks in order and logs its pick once."""
+"""The table of backends: an op's folder has one file `backend_<name>.py` for each, whose `BACKEND` says all there is.
+
+A named backend is honoured or refused; `auto` picks the best one there is and logs its pick once. Help and tables are
+made from the same entries, so that another backend is another file.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 logger = logging.getLogger("hymba_lightning")
+
+# Files of an op's folder that are entries of its table.
+PREFIX = "backend_"
 
 
 class BackendUnavailableError(RuntimeError):
@@ -23,43 +34,82 @@ class BackendUnavailableError(RuntimeError):
 class Backend:
     """One way to compute an op."""
 
-    missing: Callable[[str], str | None]
-    """Device type -> why this backend cannot run there, with the remedy; None where it can."""
+    summary: str
+    """What it is, for help: a few words."""
+    load: Callable[[], Callable[..., Any]]
+    """Imports the implementation, which takes the op's operands in the order that its definition has."""
+    devices: tuple[str, ...] = ()
+    """Types of device that it runs on; none for all."""
+    elsewhere: str = ""
+    """What to use on other devices."""
+    package: str = ""
+    """Optional package that it needs, as it is imported."""
+    install: str = ""
+    """The command that installs it."""
+    check: Callable[[str], str | None] | None = None
+    """Device type -> why it cannot run there, None where it can; instead of the look at devices and package."""
+    refuses: tuple[tuple[Callable[[Any], bool], str], ...] = ()
+    """What it cannot serve: whether a call, by what the op says of it, is of this kind; the reason, with the remedy."""
+    auto: Mapping[str, int] = field(default_factory=dict)
+    """Device type, or "any", -> place in the order in which 'auto' tries, highest first; without one it never does."""
 
-    refuses: Mapping[str, str] = field(default_factory=dict)
-    """Feature of a call that this backend does not offer -> the reason and the remedy."""
+    def missing(self, device_type: str) -> str | None:
+        """Why it cannot run on a type of device here, with the remedy; None where it can."""
+        if self.check is not None:
+            return self.check(device_type)
+        if self.devices and device_type not in self.devices:
+            remedy = f": {self.elsewhere}" if self.elsewhere else ""
+            return f"it runs on {' and '.join(self.devices)} tensors, these are on {device_type}{remedy}"
+        if self.package and not is_installed(self.package):
+            return f"the package {self.package} is not installed: {self.install}"
+        return None
+
+    def refusal(self, call: Mapping[str, Any]) -> str | None:
+        """Why it cannot serve this call, with the remedy; None where it can."""
+        asked = SimpleNamespace(**call)
+        return next((reason for refused, reason in self.refuses if refused(asked)), None) if call else None
+
+    def place(self, device_type: str) -> int | None:
+        """In the order of 'auto'; None if it has none on this type of device."""
+        return self.auto.get(device_type, self.auto.get("any"))
 
 
-@dataclass(frozen=True)
-class Operation:
-    """The backends of one op and the order in which `auto` tries them."""
-
-    backends: Mapping[str, Backend]
-    order: Mapping[str, tuple[str, ...]]
-    """Device type -> names, best first; the key "other" stands for every device type not listed."""
-
-
-_operations: dict[str, Operation] = {}
+_operations: dict[str, dict[str, Backend]] = {}
 _announced: set[tuple[str, str, str]] = set()
 
 
-def register(op: str, operation: Operation) -> None:
+def register(op: str, backends: Mapping[str, Backend]) -> None:
     """Makes `op` known to `choose`."""
-    _operations[op] = operation
+    _operations[op] = dict(backends)
 
 
-def anywhere(device_type: str) -> str | None:
-    """`missing` of a backend that runs on every device."""
-    return None
+def register_folder(op: str, package: str, definition: Callable[..., Any] | None = None) -> tuple[str, ...]:
+    """Registers `op` with the backends of its folder, the slow `definition` in front as 'naive'; returns their names.
+
+    Only the entries are imported, not what they load.
+    """
+    backends = {}
+    if definition is not None:
+        backends["naive"] = Backend("its definition, slow", lambda: definition, auto={"any": 0})
+    folder = importlib.import_module(package).__path__
+    for name in sorted(module.name for module in pkgutil.iter_modules(folder)):
+        if name.startswith(PREFIX):
+            backends[name.removeprefix(PREFIX)] = importlib.import_module(f"{package}.{name}").BACKEND
+    register(op, backends)
+    return tuple(backends)
 
 
-def on_device(device_type: str, remedy: str) -> Callable[[str], str | None]:
-    """`missing` of a backend that runs on one type of device only."""
+def register_all() -> None:
+    """Registers every op of this package, for what speaks of all."""
+    ops = importlib.import_module("hymba_lightning.ops")
+    for module in pkgutil.iter_modules(ops.__path__):
+        if module.ispkg:
+            importlib.import_module(f"{ops.__name__}.{module.name}")
 
-    def missing(found: str) -> str | None:
-        return None if found == device_type else f"it runs on {device_type} tensors, these are on {found}: {remedy}"
 
-    return missing
+def backends_of(op: str) -> dict[str, Backend]:
+    """The table of an op, by name. Raises KeyError for an op that is not registered."""
+    return _operations[op]
 
 
 @functools.cache
@@ -69,27 +119,30 @@ def is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def needs_package(package: str, install: str, device_type: str) -> Callable[[str], str | None]:
-    """`missing` of a backend that lives in an optional package and runs on one type of device."""
-
-    def missing(found: str) -> str | None:
-        if found != device_type:
-            return f"it runs on {device_type} tensors, these are on {found}"
-        if not is_installed(package):
-            return f"the package {package} is not installed: {install}"
-        return None
-
-    return missing
+INSTALL_TRITON = "pip install triton (torch's CUDA builds bring it along)"
 
 
 def needs_triton(device_type: str) -> str | None:
-    """`missing` of a backend written in Triton: a GPU, or its interpreter on CPU tensors (tests)."""
+    """`check` of a backend written in Triton: a GPU, or its interpreter on CPU tensors (tests)."""
     if not is_installed("triton"):
-        return "the package triton is not installed: pip install triton (torch's CUDA builds bring it along)"
+        return f"the package triton is not installed: {INSTALL_TRITON}"
     interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not interpreted:
         return f"Triton compiles for GPUs, the tensors are on {device_type}; TRITON_INTERPRET=1 runs it on CPUs, slowly"
     return None
+
+
+def triton_backend(load: Callable[[], Callable[..., Any]], **entry: Any) -> Backend:
+    """The entry of a backend written in Triton."""
+    defaults: dict[str, Any] = {
+        "summary": "Triton",
+        "devices": ("cuda",),
+        "package": "triton",
+        "install": INSTALL_TRITON,
+        "check": needs_triton,
+        "auto": {"cuda": 30},
+    }
+    return Backend(load=load, **defaults | entry)
 
 
 def is_one_step(x_BTE: Tensor) -> bool:
@@ -97,45 +150,74 @@ def is_one_step(x_BTE: Tensor) -> bool:
     return x_BTE.size(1) == 1 and x_BTE.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def _refusal(backend: Backend, features: tuple[str, ...]) -> str | None:
-    return next((backend.refuses[feature] for feature in features if feature in backend.refuses), None)
-
-
 def available_backends(op: str, device: torch.device | str) -> tuple[str, ...]:
     """Names of the backends of `op` that can run on `device` here, in the order of the table."""
     device_type = torch.device(device).type
-    return tuple(name for name, backend in _operations[op].backends.items() if backend.missing(device_type) is None)
+    return tuple(name for name, backend in _operations[op].items() if backend.missing(device_type) is None)
 
 
 # Under torch.compile this runs once, while tracing: the graph holds only the backend that was chosen.
 @torch.compiler.assume_constant_result
-def choose(op: str, backend: str, device_type: str, features: tuple[str, ...] = ()) -> str:
+def choose(op: str, backend: str, device_type: str, **call: Any) -> str:
     """The backend's name for one call.
 
-    `features` names what the call asks for beyond the plain case (an initial state, say). Raises ValueError for an
-    unknown name and BackendUnavailableError for a known one that cannot serve this call.
+    `call` is all that an op says of it, for `Backend.refuses`; nothing stands for a call that nobody refuses. Raises
+    ValueError for an unknown name and BackendUnavailableError for a known one that cannot serve this call.
     """
-    operation = _operations[op]
+    backends = _operations[op]
     if backend == "auto":
-        return _choose_automatically(op, operation, device_type, features)
-    if backend not in operation.backends:
-        raise ValueError(f"{op} has no backend {backend!r}; choose auto or one of {', '.join(operation.backends)}")
-    reason = operation.backends[backend].missing(device_type) or _refusal(operation.backends[backend], features)
+        return _choose_automatically(op, backends, device_type, call)
+    if backend not in backends:
+        raise ValueError(f"{op} has no backend {backend!r}; choose auto or one of {', '.join(backends)}")
+    reason = backends[backend].missing(device_type) or backends[backend].refusal(call)
     if reason is not None:
         raise BackendUnavailableError(f"{op}: backend {backend!r} cannot serve this call: {reason}")
     return backend
 
 
-def _choose_automatically(op: str, operation: Operation, device_type: str, features: tuple[str, ...]) -> str:
+def implementation(op: str, backend: str, device_type: str, **call: Any) -> Callable[..., Any]:
+    """The function of the backend that `choose` chooses. Raises as that does."""
+    return _operations[op][choose(op, backend, device_type, **call)].load()
+
+
+def _choose_automatically(op: str, backends: Mapping[str, Backend], device_type: str, call: Mapping[str, Any]) -> str:
     missing = []
-    for name in operation.order.get(device_type, operation.order["other"]):
-        reason = operation.backends[name].missing(device_type)
+    ordered = [(place, name) for name, entry in backends.items() if (place := entry.place(device_type)) is not None]
+    for _, name in sorted(ordered, key=lambda item: -item[0]):
+        reason = backends[name].missing(device_type)
         if reason is not None:
             missing.append(f"; not {name}: {reason}")
-        elif _refusal(operation.backends[name], features) is None:
+        elif backends[name].refusal(call) is None:
             key = (op, device_type, name)
             if key not in _announced:
                 _announced.add(key)
                 logger.info("%s on %s: backend %s%s", op, device_type, name, "".join(missing))
             return name
     raise BackendUnavailableError(f"{op}: no backend serves this call on {device_type}{''.join(missing)}")
+
+
+def in_words(op: str) -> str:
+    """The choices of an op for a line of help."""
+    return "auto, " + ", ".join(f"{name} ({backend.summary})" for name, backend in _operations[op].items())
+
+
+HEAD = "| backend | what it is | runs on | needs | does not take |"
+
+
+def as_markdown() -> str:
+    """Every op's table for documentation."""
+    lines = []
+    for op, backends in sorted(_operations.items()):
+        lines += [
+            f"### {op}",
+            "",
+            HEAD,
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| `{name}` | {entry.summary} | {', '.join(entry.devices) or 'any device'} | {entry.install or '–'} "
+            f"| {'; '.join(reason for _, reason in entry.refuses) or '–'} |"
+            for name, entry in backends.items()
+        ]
+        lines.append("")
+    return "\n".join(lines)

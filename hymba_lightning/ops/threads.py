@@ -1,4 +1,8 @@
-"""Work items spread over as many threads as torch uses, without OpenMP's barriers, dear on a busy machine."""
+"""A thread pool for independent work items, with as many threads as torch uses.
+
+OpenMP makes every thread wait for the slowest at the end of each operator, which costs much on a busy machine; here
+only the end of all the work is waited for.
+"""
 
 from __future__ import annotations
 

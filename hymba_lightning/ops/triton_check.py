@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hymba_lightning.ops.causal_conv1d import causal_conv1d
 from hymba_lightning.ops.causal_conv1d.naive import causal_conv1d_naive
-from hymba_lightning.ops.causal_conv1d.triton import causal_conv1d_triton
 from hymba_lightning.ops.registry import is_installed
-from hymba_lightning.ops.selective_scan import triton as scan_triton
-from hymba_lightning.ops.selective_scan.chunked import selective_scan_chunked
+from hymba_lightning.ops.selective_scan import selective_scan
+from hymba_lightning.ops.selective_scan import triton_launches as scan_triton
+from hymba_lightning.ops.selective_scan.backend_chunked import selective_scan_chunked
+from hymba_lightning.ops.selective_scan.backend_mamba_ssm import selective_scan_own_autograd
 from hymba_lightning.ops.selective_scan.naive import selective_scan_naive
-from hymba_lightning.ops.selective_scan.triton import selective_scan_triton
 from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
 from hymba_lightning.ops.testing import rms_ratio
 
@@ -92,7 +93,7 @@ def conv_inputs(batch: int, length: int, channels: int, taps: int, dtype: torch.
 
 def run_triton_scan(i: Any) -> tuple[Tensor, Tensor]:
     """Output and state of the kernels under test."""
-    return selective_scan_triton(
+    return selective_scan(
         i["u"],
         i["dt"],
         i["A"],
@@ -103,13 +104,14 @@ def run_triton_scan(i: Any) -> tuple[Tensor, Tensor]:
         dt_bias_E=i["dt_bias"],
         initial_state_BEN=i["initial_state"],
         return_state=True,
+        backend="triton",
     )
 
 
 def run_triton_conv(i: Any) -> tuple[Tensor, Tensor]:
     """Output and state of the kernels under test."""
-    return causal_conv1d_triton(
-        i["x"], i["weight"], i["bias"], initial_state_BEW1=i["initial_state"], return_state=True
+    return causal_conv1d(
+        i["x"], i["weight"], i["bias"], initial_state_BEW1=i["initial_state"], return_state=True, backend="triton"
     )
 
 
@@ -226,11 +228,7 @@ def forward_and_backward(run: Run, inputs: Inputs) -> tuple[Callable, Callable]:
 
 def run_mamba_scan(i: Any) -> tuple[Tensor]:
     """mamba-ssm's scan as its users call it on our layout, the copies included."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    u, dt, B, C, z = (i[name].transpose(1, 2).contiguous() for name in ("u", "dt", "B", "C", "z"))
-    out = selective_scan_fn(u, dt, i["A"], B, C, i["D"], z, i["dt_bias"], delta_softplus=True)
-    return (out.transpose(1, 2).contiguous(),)
+    return (selective_scan_own_autograd(*(i[name] for name in ("u", "dt", "A", "B", "C", "D", "z", "dt_bias"))),)
 
 
 def copy_rate() -> float:

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from hymba_lightning.ops.registry import needs_triton
 
-# One warp a program, so that no barrier waits for another. Products and sums fused, which Triton will stop assuming.
+# One warp per program, so that no warp waits at a barrier. Fused multiply-adds are asked for by name, since Triton is
+# going to change its default.
 COMPILE_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of the GPU; for what is not run on one (the interpreter, a look at the compiled code) those of a Hopper."""
+    """Number of streaming multiprocessors of the GPU; 132, as a Hopper has, where the device is no GPU (Triton's
+    interpreter, kernels compiled only to be inspected)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 

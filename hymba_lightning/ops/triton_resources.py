@@ -23,11 +23,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hymba_lightning.ops.causal_conv1d import triton as conv_triton
-from hymba_lightning.ops.leaky_square_mlp import triton as mlp_triton
-from hymba_lightning.ops.newton_schulz import triton as schulz_triton
-from hymba_lightning.ops.selective_scan import triton as scan_triton
-from hymba_lightning.ops.softcapped_cross_entropy import triton as loss_triton
+from hymba_lightning.ops.causal_conv1d import triton_launches as conv_triton
+from hymba_lightning.ops.leaky_square_mlp import triton_launches as mlp_triton
+from hymba_lightning.ops.newton_schulz import triton_launches as schulz_triton
+from hymba_lightning.ops.selective_scan import triton_launches as scan_triton
+from hymba_lightning.ops.softcapped_cross_entropy import triton_launches as loss_triton
 
 TYPE_NAMES = {
     torch.float32: "*fp32",

@@ -6,13 +6,14 @@ import contextlib
 import copy
 import dataclasses
 import json
-import math
+import lzma
 import os
 import random
 import secrets
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hymba_lightning.closure import ARCHIVE
 from hymba_lightning.data.sequences import Chunk, TokenStream
 from hymba_lightning.data.shards import find_shards, write_shard
 from hymba_lightning.data.token_bytes import TokenBytes
@@ -33,6 +35,7 @@ from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.package.referee import ARTIFACT, SETTINGS
 from hymba_lightning.package.submission import KEPT_VARIABLES, SubmissionError
 from hymba_lightning.quantization import load_artifact
+from hymba_lightning.units import bits_per_byte
 
 SCORE_IS_SUM = "the score is the sum"
 VAL_FILES = "*_val_*.bin"
@@ -163,6 +166,11 @@ def _folder_evaluator(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve() / "submission"
         shutil.copytree(source, folder)
+        try:
+            with tarfile.open(folder / ARCHIVE) as code:
+                code.extractall(folder, filter="data")
+        except (OSError, tarfile.TarError, lzma.LZMAError) as error:
+            raise SubmissionError(f"{source / ARCHIVE} cannot be unpacked ({error}): package again") from error
         settings = _settings(source)
         settings |= sizes | {"val_tokens_limit": None, "val_files": VAL_FILES}
         settings["ttt"] |= {"limit_seconds": None}
@@ -213,7 +221,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _check_sum(result: dict[str, Any], tokens: Tensor, nats: Tensor, token_bytes: TokenBytes) -> None:
     """The score that is reported is that of the tokens' scores and of the true bytes."""
     n_bytes = int(token_bytes.count(tokens[:-1].numpy(), tokens[1:].numpy()).sum())
-    bpb = float(nats.double().sum()) / (math.log(2) * n_bytes)
+    bpb = bits_per_byte(float(nats.double().sum()), n_bytes)
     if result["tokens"] != tokens.numel() - 1 or result["bytes"] != n_bytes:
         raise RuleBrokenError(
             SCORE_IS_SUM,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hymba_lightning import __version__
 from hymba_lightning.checkpoints import read_checkpoint
+from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.generation.loading import find_tokenizer, load_network
@@ -19,12 +20,11 @@ from hymba_lightning.quantization import (
     ArtifactReport,
     QuantizationConfig,
     check_limit,
-    evaluation_code_bytes,
     is_artifact,
     load_artifact,
     save_artifact,
 )
-from hymba_lightning.quantization.calibration import calibrate
+from hymba_lightning.quantization.schemes import calibrate
 
 log = logging.getLogger("hymba_lightning")
 
@@ -119,6 +119,7 @@ def export(
     calibration = calibrate(source.net, quantization, batches).cpu()
     weights = {name: tensor.detach().cpu() for name, tensor in source.net.state_dict().items()}
     known = {"sha256": fingerprint} if fingerprint else {}
+    code_bytes = evaluation_code_bytes(source.net.config.mixer)
     report = save_artifact(
         out,
         weights,
@@ -126,9 +127,9 @@ def export(
         tokenizer=known | {"vocab_size": source.net.config.vocab_size},
         metadata=source.metadata | {"hymba_lightning": __version__},
         scheme=quantization,
+        code_bytes=code_bytes,
         **calibration._asdict(),
     )
-    code_bytes = evaluation_code_bytes(source.net.config.mixer)
     check_limit(report.bytes, code_bytes, quantization.limit_bytes, report)
     return Exported(Path(out), report, code_bytes, quantization.limit_bytes, source.weights, time.monotonic() - started)
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hymba_lightning.closure import ROOT, needed_files
+from hymba_lightning.closure import ARCHIVE, EVALUATE, evaluation_archive
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import HymbaConfig, RuntimeConfig
-from hymba_lightning.model.mixers import MIXERS
 from hymba_lightning.package.digests import (
     ARTIFACT,
     DIGESTS,
@@ -33,30 +32,12 @@ from hymba_lightning.package.digests import (
 )
 from hymba_lightning.package.texts import LIMIT_BYTES, copy_logs, readme, train_log
 from hymba_lightning.quantization import inspect_artifact
-from hymba_lightning.quantization.limit import REFEREE
-from hymba_lightning.quantization.parts import read_parts
+from hymba_lightning.quantization.artifact import read_parts
 from hymba_lightning.report.reading import read_json, read_yaml
 from hymba_lightning.report.runs import Run, flatten, load_runs
 from hymba_lightning.run.record import FILE as RECORD
 from hymba_lightning.run.record import ScoreRecord
 
-EVALUATE = '''"""Scores artifact.hymba of this folder: python evaluate.py --data FOLDER_OF_SHARDS [--tokenizer MODEL]"""
-
-import sys
-from pathlib import Path
-
-FOLDER = Path(__file__).resolve().parent
-sys.dont_write_bytecode = True
-sys.path.insert(0, str(FOLDER))
-
-from hymba_lightning.package.digests import verify_folder  # noqa: E402
-
-if __name__ == "__main__":
-    digests = verify_folder(FOLDER)
-    from hymba_lightning.package.referee import main
-
-    main(FOLDER, digests)
-'''
 # What a clean environment still needs to find the interpreter's libraries and the GPU.
 KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SYSTEMROOT")
 
@@ -230,7 +211,7 @@ def _lay_out(folder: Path, run: Run, tested: ScoreRecord, options: dict[str, Any
     """
     recorded = run.record.artifact
     shutil.copyfile(run.folder / (recorded.file if recorded else ARTIFACT), folder / ARTIFACT)
-    code = _copy_code(folder)
+    code = _write_code(folder)
     copy_logs(run, folder / "logs")
     write_atomic(folder / "train.log", train_log(run))
     write_atomic(folder / SETTINGS, json.dumps(_settings(tested, options), indent=1) + "\n")
@@ -290,7 +271,9 @@ def run_referee(folder: Path, data: Path, tokenizer: Path, world_size: int = 1) 
     with tempfile.TemporaryDirectory(prefix="hymba-referee-") as temporary:
         copy = Path(temporary).resolve() / "submission"
         shutil.copytree(folder, copy)
-        environment = {key: os.environ[key] for key in KEPT_VARIABLES if key in os.environ} | {"HOME": temporary}
+        environment = {key: os.environ[key] for key in KEPT_VARIABLES if key in os.environ}
+        # The code is unpacked in there, where its origin is looked at below.
+        environment |= {"HOME": temporary, "TMPDIR": temporary}
         # -I: neither the caller's folder, nor PYTHONPATH, nor packages of the user.
         command = [sys.executable, "-I"]
         if world_size > 1:
@@ -311,7 +294,8 @@ def run_referee(folder: Path, data: Path, tokenizer: Path, world_size: int = 1) 
                 + "\n".join((done.stdout + done.stderr).splitlines()[-15:])
             )
         result = json.loads((Path(temporary) / RESULT).read_bytes())
-        strangers = [file for file in result.pop("modules") if copy not in Path(file).parents]
+        here = Path(temporary).resolve()
+        strangers = [file for file in result.pop("modules") if here not in Path(file).resolve().parents]
         if strangers:
             raise SubmissionError(
                 f"evaluate.py took code from elsewhere than the submission's folder, which lacks it: {strangers[0]}"
@@ -319,15 +303,12 @@ def run_referee(folder: Path, data: Path, tokenizer: Path, world_size: int = 1) 
     return result
 
 
-def _copy_code(folder: Path) -> list[Path]:
-    """Writes evaluate.py and the modules that it needs for the folder's artifact; their paths in the folder."""
-    config = HymbaConfig.from_dict(read_parts(folder / ARTIFACT).header["config"])
-    files = needed_files(REFEREE, MIXERS[config.mixer])
-    for file in files:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT.parent / file, folder / file)
+def _write_code(folder: Path) -> list[Path]:
+    """Writes evaluate.py and the archive of the modules that it needs for the folder's artifact; their paths in it."""
+    mixer = HymbaConfig.from_dict(read_parts(folder / ARTIFACT).header["config"]).mixer
     write_atomic(folder / "evaluate.py", EVALUATE)
-    return [Path("evaluate.py"), *files]
+    write_atomic(folder / ARCHIVE, evaluation_archive(mixer))
+    return [Path("evaluate.py"), Path(ARCHIVE)]
 
 
 def _test_options(run: Run) -> dict[str, Any]:

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hymba_lightning.quantization.artifact import Artifact, load_artifact
     from hymba_lightning.quantization.config import QuantizationConfig
-    from hymba_lightning.quantization.container import ArtifactError, is_artifact
-    from hymba_lightning.quantization.inspection import inspect_artifact
-    from hymba_lightning.quantization.limit import ArtifactTooLargeError, check_limit, evaluation_code_bytes
-    from hymba_lightning.quantization.report import ArtifactReport
-    from hymba_lightning.quantization.writing import save_artifact
+    from hymba_lightning.quantization.format import ArtifactError, is_artifact
+    from hymba_lightning.quantization.listing import ArtifactReport, inspect_artifact
+    from hymba_lightning.quantization.schemes import Calibration, calibrate
+    from hymba_lightning.quantization.writing import ArtifactTooLargeError, check_limit, save_artifact
 
 __all__ = [
     "Artifact",
     "ArtifactError",
     "ArtifactReport",
     "ArtifactTooLargeError",
+    "Calibration",
     "QuantizationConfig",
+    "calibrate",
     "check_limit",
-    "evaluation_code_bytes",
     "inspect_artifact",
     "is_artifact",
     "load_artifact",
@@ -32,11 +32,10 @@ __all__ = [
 MODULES = {
     "artifact": ("Artifact", "load_artifact"),
     "config": ("QuantizationConfig",),
-    "container": ("ArtifactError", "is_artifact"),
-    "inspection": ("inspect_artifact",),
-    "limit": ("ArtifactTooLargeError", "check_limit", "evaluation_code_bytes"),
-    "report": ("ArtifactReport",),
-    "writing": ("save_artifact",),
+    "format": ("ArtifactError", "is_artifact"),
+    "listing": ("ArtifactReport", "inspect_artifact"),
+    "schemes": ("Calibration", "calibrate"),
+    "writing": ("ArtifactTooLargeError", "check_limit", "save_artifact"),
 }
 
 

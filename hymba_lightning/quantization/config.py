@@ -1,12 +1,15 @@
 """What the export does with each tensor: the settings and the rules by name and size. No numbers are made here."""
 
+import pkgutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hymba_lightning.model.roles import Role
 
-SCHEMES = ("int6", "gptq", "mixed", "reference")
+# A scheme is a file of this folder: known by its name without importing torch.
+SCHEMES = tuple(sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "schemes")])))
 # Roles, by their values, of what stays float.
 FLOAT32_ROLES, FLOAT16_ROLES = ("control", "dynamics"), ("embedding",)
 
@@ -15,15 +18,10 @@ FLOAT32_ROLES, FLOAT16_ROLES = ("control", "dynamics"), ("embedding",)
 class QuantizationConfig:
     """How a network becomes an artifact."""
 
-    scheme: str = "int6"
-    """'int6': per output row, the clip searched per row for least squared error, the stored float16 scale used
-    throughout. 'gptq': rounded column by column so that the layers' outputs on training batches change least.
-    'mixed': every tensor's precision, the rows' steps included, solved for so that the file just fits limit_bytes at
-    least predicted loss; of the settings below only gptq, name_bits, zstd_level and limit_bytes matter to it.
-    'reference': the reference's quantizer bit for bit, with its defect 4 (scale floor of 1/q_max whatever the row's
-    size, one clip quantile per tensor, float16 scales stored but float32 ones rounded with)."""
+    scheme: str = "rows"
+    """How weights are rounded."""
     gptq: bool = False
-    """Round by GPTQ, which needs training batches; the scheme 'gptq' is 'int6' with this. 'mixed' then also measures on
+    """Round by GPTQ, which needs training batches; the scheme 'gptq' is 'rows' with this. 'mixed' then also measures on
     them what each weight matters to the loss, and otherwise on random tokens."""
     bits: int = 6
     """Bits per quantized weight, 2 to 8: q runs from -(2^(bits-1) - 1) to 2^(bits-1) - 1."""
@@ -54,10 +52,12 @@ class QuantizationConfig:
     """Most bytes that the artifact and the code for its evaluation may have together; decimal."""
 
     def __post_init__(self) -> None:
+        if self.scheme == "int6":
+            if self.bits != 6:
+                raise ValueError(f"the scheme 'int6' rounds to 6 bits, not to bits={self.bits}: give the scheme 'rows'")
+            object.__setattr__(self, "scheme", "rows")  # its older name
         if self.scheme not in SCHEMES:
             raise ValueError(f"scheme={self.scheme!r} is unknown: choose from {', '.join(SCHEMES)}")
-        if self.gptq and self.scheme == "reference":
-            raise ValueError("gptq goes with every scheme but 'reference', which is the reference's quantizer as it is")
         named = [(f"name_bits[{key!r}]", bits) for key, bits in self.name_bits.items()]
         for what, bits in [("bits", self.bits), *named]:
             if not 2 <= bits <= 8:
@@ -66,8 +66,8 @@ class QuantizationConfig:
             raise ValueError(f"clip_quantile={self.clip_quantile} is outside 0.5 to 1")
         if self.clip_steps < 1:
             raise ValueError(f"clip_steps={self.clip_steps} must be at least 1")
-        if not 1 <= self.coarsen <= 64 or (self.coarsen > 1 and self.scheme == "reference"):
-            raise ValueError(f"coarsen={self.coarsen} must be 1 to 64, and 1 for the scheme 'reference'")
+        if not 1 <= self.coarsen <= 64:
+            raise ValueError(f"coarsen={self.coarsen} must be 1 to 64")
         if not 1 <= self.zstd_level <= 22:
             raise ValueError(f"zstd_level={self.zstd_level} is outside 1 to 22")
         if self.keep_float_numel < 0 or self.limit_bytes < 1:
@@ -75,11 +75,17 @@ class QuantizationConfig:
                 f"keep_float_numel={self.keep_float_numel} must not be negative and "
                 f"limit_bytes={self.limit_bytes} must be positive"
             )
+        if self.scheme != "rows":
+            from hymba_lightning.quantization.schemes import scheme_of
+
+            scheme_of(self).check(self)
 
     @property
     def calibrated(self) -> bool:
         """Whether it needs what calibration on training batches gives."""
-        return self.gptq or self.scheme == "gptq"
+        from hymba_lightning.quantization.schemes import scheme_of
+
+        return scheme_of(self).needs_hessians(self)
 
     def storage_of(self, name: str, numel: int, role: "Role") -> tuple[str, int]:
         """How a tensor of `numel` entries is kept: ('float32', 32), ('float16', 16) or ('int', bits)."""

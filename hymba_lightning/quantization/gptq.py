@@ -20,7 +20,7 @@ from hymba_lightning.model.mixer import HybridMixer
 from hymba_lightning.model.roles import Role
 from hymba_lightning.ops.threads import spread_torch
 from hymba_lightning.quantization.config import QuantizationConfig
-from hymba_lightning.quantization.int6 import (
+from hymba_lightning.quantization.rows import (
     QuantizedTensor,
     as_rows,
     check_finite,

@@ -1,4 +1,4 @@
-"""A state dict → an artifact on disk. Apart from artifact.py, since the evaluation's code counts against the limit."""
+"""A state dict → an artifact on disk."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from hymba_lightning.files import write_atomic
 from hymba_lightning.model.config import HymbaConfig
 from hymba_lightning.model.hymba import outline
 from hymba_lightning.model.roles import Role, roles_of
-from hymba_lightning.quantization import container
+from hymba_lightning.quantization import format
+from hymba_lightning.quantization.artifact import Parts
 from hymba_lightning.quantization.config import QuantizationConfig
-from hymba_lightning.quantization.encode import encode_state_dict
-from hymba_lightning.quantization.int6 import QuantizedTensor
-from hymba_lightning.quantization.layout import Encoded, boundaries, lay_out
-from hymba_lightning.quantization.limit import evaluation_code_bytes
-from hymba_lightning.quantization.parts import Parts
-from hymba_lightning.quantization.report import ArtifactReport, build_report
+from hymba_lightning.quantization.format import Encoded, boundaries, lay_out
+from hymba_lightning.quantization.listing import ArtifactReport, build_report
+from hymba_lightning.quantization.rows import QuantizedTensor
+from hymba_lightning.quantization.schemes import Weights, encode_weights
 
 # The header's numbers change by some digits when the payload does.
 HEADER_SLACK = 64
+
+
+class ArtifactTooLargeError(ValueError):
+    """Artifact and evaluation code together exceed the limit."""
 
 
 def save_artifact(
@@ -39,15 +42,16 @@ def save_artifact(
     hessians: dict[str, Tensor] | None = None,
     sensitivities: dict[str, Tensor] | None = None,
     roles: Mapping[str, Role] | None = None,
+    code_bytes: int = 0,
 ) -> ArtifactReport:
     """Quantizes, compresses and writes `state_dict`; atomic, and the same bytes for the same arguments.
 
     `config`, `tokenizer` and `metadata` are plain JSON values. `hessians` (of `collect_hessians`) are what GPTQ needs,
     `sensitivities` (of `collect_sensitivities`) what the scheme 'mixed' goes by; `quantized` has tensors that are
-    rounded already; `roles` are those of the config's network unless given. Raises ValueError naming the tensor or
-    field that cannot be stored or is none of the network's, OSError where the file cannot be written (an earlier file
-    at `path` is then untouched). An artifact that cannot be brought under its limit is written all the same: refusing
-    it is `check_limit`'s part.
+    rounded already; `roles` are those of the config's network unless given; `code_bytes` of the scheme's limit are left
+    to the evaluation's code. Raises ValueError naming the tensor or field that cannot be stored or is none of the
+    network's, OSError where the file cannot be written (an earlier file at `path` is then untouched). An artifact that
+    cannot be brought under its limit is written all the same: refusing it is `check_limit`'s part.
     """
     if not state_dict:
         raise ValueError("there are no tensors to export")
@@ -65,12 +69,12 @@ def save_artifact(
             "tensors": [entry.to_dict() for entry in table],
         }
         payload = compress(content, cuts=boundaries(counts, table))
-        container.check_weights_size(sum(entry.numel for entry in table), len(payload))
-        return container.pack(header, payload), Parts(header, counts, table, content, len(payload))
+        format.check_weights_size(sum(entry.numel for entry in table), len(payload))
+        return format.pack(header, payload), Parts(header, counts, table, content, len(payload))
 
     def measure(encoded: list[Encoded], exact: bool = False) -> int:
         """Most bytes that the file can have; a little fewer where the time is taken to compress it in earnest."""
-        compress = partial(container.compress, level=scheme.zstd_level) if exact else container.draft
+        compress = partial(format.compress, level=scheme.zstd_level) if exact else format.draft
         return len(lay_out_file(encoded, scheme, compress)[0]) + HEADER_SLACK
 
     if roles is None:
@@ -78,10 +82,22 @@ def save_artifact(
     strange = [name for name in state_dict if name not in roles]
     if strange:
         raise ValueError(f"the config's network has no tensor {', '.join(strange[:3])}")
-    code_bytes = evaluation_code_bytes(config.get("mixer", "mamba"))
-    encoded, final = encode_state_dict(
-        state_dict, scheme, quantized or {}, hessians, sensitivities, measure, roles, code_bytes
-    )
-    packed, parts = lay_out_file(encoded, final, partial(container.compress, level=final.zstd_level))
+    budget = scheme.limit_bytes - code_bytes
+    weights = Weights(state_dict, quantized or {}, hessians, sensitivities, measure, budget, roles)
+    encoded, final = encode_weights(weights, scheme)
+    packed, parts = lay_out_file(encoded, final, partial(format.compress, level=final.zstd_level))
     write_atomic(Path(path), packed)
     return build_report(len(packed), parts)
+
+
+def check_limit(artifact_bytes: int, code_bytes: int, limit: int, report: ArtifactReport | None = None) -> None:
+    """Raises ArtifactTooLargeError with the largest tensors and what to do where the sum exceeds `limit` bytes."""
+    total = artifact_bytes + code_bytes
+    if total <= limit:
+        return
+    largest = f"\n{report.table()}" if report else ""
+    raise ArtifactTooLargeError(
+        f"the artifact ({artifact_bytes:,} bytes) and the code for its evaluation ({code_bytes:,}) have {total:,} "
+        f"bytes together, {total - limit:,} over the limit of {limit:,}. Lower bits, give the large tensors fewer bits "
+        f"(name_bits, e.g. {{tok_emb: 8}}), train with more weight decay, or make the network smaller.{largest}"
+    )

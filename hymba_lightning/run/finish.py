@@ -21,6 +21,7 @@ import torch
 
 from hymba_lightning import __version__
 from hymba_lightning.checkpoints import weights_sha256
+from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.batches import score_batches
@@ -31,11 +32,10 @@ from hymba_lightning.quantization import (
     ArtifactReport,
     QuantizationConfig,
     check_limit,
-    evaluation_code_bytes,
     load_artifact,
     save_artifact,
 )
-from hymba_lightning.quantization.calibration import Calibration, calibrate
+from hymba_lightning.quantization.schemes import Calibration, calibrate
 from hymba_lightning.run.record import ArtifactRecord, DataIdentity, ScoreRecord, Trained
 from hymba_lightning.run.run import Run, require_clock, settings_of
 from hymba_lightning.run.summary import environment, print_table, write_fit_summary
@@ -259,6 +259,7 @@ class _Ending:
             tokenizer["sha256"] = self.data.tokenizer_fingerprint()
             metadata["seq_len"] = self.data.seq_len
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        code_bytes = evaluation_code_bytes(self.net.config.mixer)
         report = save_artifact(
             self.path,
             weights,
@@ -266,6 +267,7 @@ class _Ending:
             tokenizer=tokenizer,
             metadata=metadata,
             scheme=self.settings.quantization,
+            code_bytes=code_bytes,
             **calibration._asdict(),
         )
         inside = self.folder.path.resolve() in self.path.resolve().parents
@@ -274,7 +276,7 @@ class _Ending:
             name,
             file_sha256(self.path),
             report.bytes,
-            evaluation_code_bytes(self.net.config.mixer),
+            code_bytes,
             self.settings.quantization.limit_bytes,
             self.settings.as_dict(),
         )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hymba_lightning.files import write_atomic
+from hymba_lightning.units import bits_per_byte
 
 FILE = "record.json"
 VERSION = 1
@@ -53,7 +53,7 @@ class ScoreRecord:
     @property
     def bpb(self) -> float:
         """Bits per byte."""
-        return self.nats / (math.log(2) * self.bytes)
+        return bits_per_byte(self.nats, self.bytes)
 
     @property
     def loss(self) -> float:

@@ -21,7 +21,7 @@ from hymba_lightning.data.shards import HEADER_BYTES, TOKEN_DTYPE, Shard, write_
 from hymba_lightning.data.text_encoder import TextEncoder
 from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer
 from hymba_lightning.model import Hymba, HymbaConfig
-from hymba_lightning.quantization import ArtifactError, QuantizationConfig, container, load_artifact, save_artifact
+from hymba_lightning.quantization import ArtifactError, QuantizationConfig, format, load_artifact, save_artifact
 from hymba_lightning.studies import fuzz_inputs
 from hymba_lightning.studies.fuzz import Format, Reading, damage, edit
 
@@ -182,7 +182,7 @@ def _make_artifact(path: Path) -> bytes:
 
 
 def _forge_artifact(content: bytes, rng: random.Random) -> bytes:
-    header, payload = container.read_sections(io.BytesIO(content), len(content))
+    header, payload = format.read_sections(io.BytesIO(content), len(content))
     kind = rng.randrange(4)
     if kind == 0:
         header = edit(header, rng)
@@ -190,15 +190,15 @@ def _forge_artifact(content: bytes, rng: random.Random) -> bytes:
         header = header | {"config": edit(header["config"], rng)}
     elif kind == 2:
         text = damage(json.dumps(header).encode(), rng) or b" "
-        return container.seal(container.frame(text, 1), payload)
+        return format.seal(format.frame(text, 1), payload)
     else:
         raw_bytes = sum(
             size * header["streams"][name] for name, size in {"q": 1, "scale": 2, "float16": 2, "float32": 4}.items()
         )
-        raw = container.decompress(payload, raw_bytes, "payload")
-        payload = container.frame(damage(raw, rng) or b"\0", 1) if rng.random() < 0.7 else damage(payload, rng)
+        raw = format.decompress(payload, raw_bytes, "payload")
+        payload = format.frame(damage(raw, rng) or b"\0", 1) if rng.random() < 0.7 else damage(payload, rng)
     text = json.dumps(header).encode()
-    return container.seal(container.frame(text, 1), payload)
+    return format.seal(format.frame(text, 1), payload)
 
 
 def _reads_weights_of(exactly: bool) -> Callable[[Path, bytes], Reading]:

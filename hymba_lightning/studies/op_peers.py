@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hymba_lightning.ops import causal_conv1d, selective_scan, sliding_window, softcapped_cross_entropy
+from hymba_lightning.ops.causal_conv1d.backend_causal_conv1d import causal_conv1d_own_autograd
 from hymba_lightning.ops.registry import is_installed
+from hymba_lightning.ops.selective_scan.backend_mamba_ssm import selective_scan_own_autograd
 from hymba_lightning.ops.sliding_window.naive import window_mask
 
 
@@ -50,35 +52,11 @@ def mambapy_scan(
     return (y * F.silu(z_BTE.float())).to(u_BTE.dtype)
 
 
-def mamba_ssm_scan(
-    u_BTE: Tensor,
-    dt_BTE: Tensor,
-    A_EN: Tensor,
-    B_BTN: Tensor,
-    C_BTN: Tensor,
-    D_E: Tensor,
-    z_BTE: Tensor,
-    dt_bias_E: Tensor,
-) -> Tensor:
-    """mamba-ssm's kernel under its own autograd, which keeps what our adapter recomputes; time-last copies included."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    u, dt, B, C, z = (x.transpose(1, 2).contiguous() for x in (u_BTE, dt_BTE, B_BTN, C_BTN, z_BTE))
-    return selective_scan_fn(u, dt, A_EN, B, C, D_E, z, dt_bias_E, delta_softplus=True).transpose(1, 2).contiguous()
-
-
 def torch_conv(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor) -> Tensor:
     """torch's depthwise conv1d, padded on both sides and cut, as most Mamba code without kernels does it."""
     weight, bias = weight_EW[:, None].to(x_BTE.dtype), bias_E.to(x_BTE.dtype)
     y_BET = F.conv1d(x_BTE.transpose(1, 2), weight, bias, padding=weight_EW.size(1) - 1, groups=x_BTE.size(2))
     return F.silu(y_BET[..., : x_BTE.size(1)]).transpose(1, 2).contiguous()
-
-
-def package_conv(x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor) -> Tensor:
-    """causal-conv1d's channels-last kernel under its own autograd."""
-    from causal_conv1d import causal_conv1d_fn
-
-    return causal_conv1d_fn(x_BTE.transpose(1, 2), weight_EW, bias_E, activation="silu").transpose(1, 2)
 
 
 def dense_mask_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, *, window: int) -> Tensor:
@@ -111,7 +89,7 @@ def scan_contenders(device: torch.device) -> list[Contender]:
     """mambapy first (the peer that others are divided by), then ours, then the CUDA package's own call."""
     peers = [Contender("mambapy", mambapy_scan)] if is_installed("mambapy") else []
     if device.type == "cuda" and is_installed("mamba_ssm"):
-        peers.append(Contender("mamba-ssm, own autograd", mamba_ssm_scan))
+        peers.append(Contender("mamba-ssm, own autograd", selective_scan_own_autograd))
     return peers + _ours(selective_scan.selective_scan, selective_scan.available_backends(device), "naive")
 
 
@@ -119,7 +97,7 @@ def conv_contenders(device: torch.device) -> list[Contender]:
     """torch's conv1d first, then ours, then the CUDA package's own call."""
     peers = [Contender("F.conv1d", torch_conv)]
     if device.type == "cuda" and is_installed("causal_conv1d"):
-        peers.append(Contender("causal-conv1d, own autograd", package_conv))
+        peers.append(Contender("causal-conv1d, own autograd", causal_conv1d_own_autograd))
     return peers + _ours(causal_conv1d.causal_conv1d, causal_conv1d.available_backends(device), "naive")
 
 

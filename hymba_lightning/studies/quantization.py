@@ -32,11 +32,11 @@ from hymba_lightning.interop.quantized import quantized_reference_file
 from hymba_lightning.interop.reference import rename
 from hymba_lightning.model import Hymba
 from hymba_lightning.plots import save_figure
-from hymba_lightning.quantization import QuantizationConfig, evaluation_code_bytes, load_artifact, save_artifact
-from hymba_lightning.quantization.calibration import Calibration
-from hymba_lightning.quantization.container import compress
-from hymba_lightning.quantization.layout import boundaries
-from hymba_lightning.quantization.parts import read_parts
+from hymba_lightning.quantization import QuantizationConfig, load_artifact, save_artifact
+from hymba_lightning.quantization.artifact import read_parts
+from hymba_lightning.quantization.format import boundaries, compress
+from hymba_lightning.quantization.schemes import Calibration
+from hymba_lightning.units import bits_per_byte
 
 REFERENCE = "reference's file, int6"
 # Bytes of the mixed artifacts, as shares of the reference's file.
@@ -98,7 +98,7 @@ def compare(net: Hymba, other: Hymba, batches: Iterable[Any], device: torch.devi
             ]
         )
     nats_p, nats_q, divergence, n_tokens, n_bytes = sums.tolist()
-    per_byte = 1 / (math.log(2) * n_bytes)
+    per_byte = bits_per_byte(1.0, n_bytes)
     return {
         "float_bpb": nats_p * per_byte,
         "bpb": nats_q * per_byte,
@@ -120,7 +120,7 @@ def write(
     else:
         scheme = recipe.scheme
         if recipe.share is not None:
-            limit = int(recipe.share * reference_bytes) + evaluation_code_bytes(net.config.mixer)
+            limit = int(recipe.share * reference_bytes)
             scheme = dataclasses.replace(scheme, limit_bytes=limit)
         save_artifact(
             path,

@@ -4,7 +4,8 @@ import pytest
 from tiny import tiny_data, tiny_module, tiny_trainer, write_data
 
 from hymba_lightning.callbacks.export import ExportArtifact
-from hymba_lightning.quantization import QuantizationConfig, evaluation_code_bytes, load_artifact
+from hymba_lightning.closure import evaluation_code_bytes
+from hymba_lightning.quantization import QuantizationConfig, load_artifact
 from hymba_lightning.run import Run, RunRecord
 from hymba_lightning.run.finish import rehearse
 

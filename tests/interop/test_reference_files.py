@@ -23,7 +23,7 @@ from hymba_lightning.interop.checkpoint import read_reference_file
 from hymba_lightning.interop.quantized import quantized_reference_file
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization import inspect_artifact
-from hymba_lightning.quantization.int6 import quantize_reference
+from hymba_lightning.quantization.schemes.reference import quantize_reference
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "sp1024.model"
 

@@ -4,7 +4,7 @@ exports, adapts and generates, and nobody outside knows which one it is."""
 import pytest
 import torch
 
-from hymba_lightning.closure import needed_files
+from hymba_lightning.closure import REFEREE, evaluation_code_bytes, needed_files
 from hymba_lightning.data.sequences import Chunk
 from hymba_lightning.evaluation import TTTConfig, score_first_ttt
 from hymba_lightning.evaluation.carried import CarriedScorer
@@ -19,13 +19,11 @@ from hymba_lightning.model.roles import Role, roles_of
 from hymba_lightning.ops.testing import rms_ratio
 from hymba_lightning.quantization import (
     QuantizationConfig,
-    evaluation_code_bytes,
     inspect_artifact,
     load_artifact,
     save_artifact,
 )
-from hymba_lightning.quantization.calibration import calibrate
-from hymba_lightning.quantization.limit import REFEREE
+from hymba_lightning.quantization.schemes import calibrate
 from hymba_lightning.training.memory import estimate_memory
 from hymba_lightning.training.optim import OptimizerConfig, build_optimizer
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from hymba_lightning.ops.registry import available_backends, backends_of
+
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 # RMS(error) / RMS(reference). Both sides round bfloat16 results once, from sums that differ in order.
 RATIO = {torch.float32: 3e-6, torch.bfloat16: 5e-3}
@@ -14,6 +16,16 @@ def on(device, *backends):
         pytest.param(backend, device, marks=NEEDS_GPU if device == "cuda" else [], id=f"{backend}-{device}")
         for backend in backends
     ]
+
+
+def cpu_backends(op):
+    """Backends of `op` to be held to its definition on a CPU here; Triton's have tests of their own."""
+    return [name for name in available_backends(op, "cpu") if name not in ("naive", "triton")]
+
+
+def gpu_backends(op):
+    """Those that also run on a GPU as they are."""
+    return [name for name in cpu_backends(op) if not backends_of(op)[name].devices]
 
 
 def random(*shape, device="cpu", dtype=torch.float32, seed=0):

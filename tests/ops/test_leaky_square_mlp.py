@@ -57,7 +57,7 @@ def definition(x, w_in, w_out):
 
 def compare(shape):
     """A case: the ratios of output and gradients."""
-    from hymba_lightning.ops.leaky_square_mlp import triton as module
+    from hymba_lightning.ops.leaky_square_mlp import triton_launches as module
 
     module.FORWARD = module.BACKWARD = module.Launch((32, 64, 16), 1, True, 4, 2)
     module.multiprocessors = lambda device: 3
@@ -76,7 +76,7 @@ def compare(shape):
 
 def leaky_square_mlp_triton(x, w_in, w_out):
     """The kernels, whatever the type."""
-    from hymba_lightning.ops.leaky_square_mlp.triton import LeakySquareMLP
+    from hymba_lightning.ops.leaky_square_mlp.triton_launches import LeakySquareMLP
 
     return LeakySquareMLP.apply(x, w_in, w_out, SLOPE)
 
@@ -132,8 +132,8 @@ def test_choice_and_refusals(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability[0], 0))
     assert choose("leaky_square_mlp", "auto", "cpu") == "torch"
     assert choose("leaky_square_mlp", "auto", "cuda") == "triton"
-    assert choose("leaky_square_mlp", "auto", "cuda", ("float32",)) == "torch"
-    assert choose("leaky_square_mlp", "auto", "cuda", ("width",)) == "torch"
+    assert choose("leaky_square_mlp", "auto", "cuda", half_precision=False, width=64, hidden=64) == "torch"
+    assert choose("leaky_square_mlp", "auto", "cuda", half_precision=True, width=64, hidden=60) == "torch"
     capability[0] = 8
     assert choose("leaky_square_mlp", "auto", "cuda") == "torch"
     with pytest.raises(BackendUnavailableError, match="made for Hopper GPUs"):

@@ -40,7 +40,7 @@ def definition(x_nRC, a, b, c):
 
 def compare(shape):
     """A case: the ratio of the step, and how far the square products are from symmetric."""
-    from hymba_lightning.ops.newton_schulz import triton as module
+    from hymba_lightning.ops.newton_schulz import triton_launches as module
 
     n, rows, columns, dtype, special = shape
     module.BLOCK, module.BLOCK_K = (128, 64) if "large blocks" in special else (32, 16)
@@ -79,9 +79,9 @@ def test_choice_and_refusals(monkeypatch):
     assert choose("newton_schulz", "auto", "cpu") == "torch"
     assert choose("newton_schulz", "auto", "mps") == "torch"
     assert choose("newton_schulz", "auto", "cuda") == "triton"
-    assert choose("newton_schulz", "auto", "cuda", ("float32",)) == "torch"
+    assert choose("newton_schulz", "auto", "cuda", half_precision=False) == "torch"
     with pytest.raises(BackendUnavailableError, match="bfloat16 or float16 matrices"):
-        choose("newton_schulz", "triton", "cuda", ("float32",))
+        choose("newton_schulz", "triton", "cuda", half_precision=False)
     with pytest.raises(ValueError, match=r"takes a bank \(n, R, C\), not \(3, 4\)"):
         newton_schulz_step(torch.zeros(3, 4), *COEFFICIENTS)
 

@@ -98,12 +98,12 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_operators_pass_torchs_own_check(call):
-    import hymba_lightning.ops.causal_conv1d.numba
-    import hymba_lightning.ops.causal_conv1d.torch
-    import hymba_lightning.ops.selective_scan.chunked
-    import hymba_lightning.ops.selective_scan.numba
-    import hymba_lightning.ops.sliding_window.blocked
-    import hymba_lightning.ops.softcapped_cross_entropy.blocked  # noqa: F401
+    import hymba_lightning.ops.causal_conv1d.backend_torch
+    import hymba_lightning.ops.causal_conv1d.loops
+    import hymba_lightning.ops.selective_scan.backend_chunked
+    import hymba_lightning.ops.selective_scan.loops
+    import hymba_lightning.ops.sliding_window.backend_blocked
+    import hymba_lightning.ops.softcapped_cross_entropy.backend_torch  # noqa: F401
 
     operator = getattr(torch.ops.hymba, call.split()[0]).default
     arguments = tuple(

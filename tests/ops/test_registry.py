@@ -1,11 +1,14 @@
 """How a backend is chosen, and what is said about it."""
 
+import dataclasses
 import logging
 
 import pytest
 import torch
 
+from hymba_lightning.model import RuntimeConfig
 from hymba_lightning.ops import registry
+from hymba_lightning.options import CommandParser
 
 
 @pytest.fixture
@@ -14,14 +17,17 @@ def toy(monkeypatch):
     monkeypatch.setattr(registry, "_announced", set())
     registry.register(
         "toy",
-        registry.Operation(
-            backends={
-                "far": registry.Backend(lambda device_type: "the package far is not installed: pip install far"),
-                "picky": registry.Backend(registry.anywhere, {"state": "picky keeps no state; use backend 'plain'"}),
-                "plain": registry.Backend(registry.anywhere),
-            },
-            order={"cpu": ("far", "picky", "plain"), "other": ("plain",)},
-        ),
+        {
+            "far": registry.Backend("", list, package="far_away", install="pip install far", auto={"cpu": 3}),
+            "picky": registry.Backend(
+                "",
+                list,
+                refuses=((lambda call: call.state, "picky keeps no state; use backend 'plain'"),),
+                auto={"cpu": 2},
+            ),
+            "plain": registry.Backend("", list, auto={"any": 1}),
+            "elsewhere": registry.Backend("", list, devices=("tpu",), elsewhere="use backend 'plain'"),
+        },
     )
     yield "toy"
     del registry._operations["toy"]
@@ -29,7 +35,7 @@ def toy(monkeypatch):
 
 def test_automatic_takes_the_first_that_can_serve_the_call(toy):
     assert registry.choose(toy, "auto", "cpu") == "picky"
-    assert registry.choose(toy, "auto", "cpu", ("state",)) == "plain"
+    assert registry.choose(toy, "auto", "cpu", state=True) == "plain"
     assert registry.choose(toy, "auto", "xpu") == "plain"
 
 
@@ -39,7 +45,7 @@ def test_automatic_choice_is_logged_once_with_what_is_missing(toy, caplog):
             registry.choose(toy, "auto", "cpu")
         registry.choose(toy, "picky", "cpu")
     assert [record.getMessage() for record in caplog.records] == [
-        "toy on cpu: backend picky; not far: the package far is not installed: pip install far"
+        "toy on cpu: backend picky; not far: the package far_away is not installed: pip install far"
     ]
 
 
@@ -48,8 +54,12 @@ def test_named_backend_is_taken_or_refused(toy):
     with pytest.raises(registry.BackendUnavailableError, match=r"toy: backend 'far' cannot serve .*pip install far"):
         registry.choose(toy, "far", "cpu")
     with pytest.raises(registry.BackendUnavailableError, match="picky keeps no state; use backend 'plain'"):
-        registry.choose(toy, "picky", "cpu", ("state",))
-    with pytest.raises(ValueError, match="toy has no backend 'near'; choose auto or one of far, picky, plain"):
+        registry.choose(toy, "picky", "cpu", state=True)
+    with pytest.raises(registry.BackendUnavailableError, match="runs on tpu tensors, these are on cpu: use backend 'p"):
+        registry.choose(toy, "elsewhere", "cpu")
+    with pytest.raises(
+        ValueError, match="toy has no backend 'near'; choose auto or one of far, picky, plain, elsewhere"
+    ):
         registry.choose(toy, "near", "cpu")
 
 
@@ -59,11 +69,52 @@ def test_available_are_those_that_are_not_missing(toy):
 
 def test_no_backend_at_all_says_why_for_each():
     registry.register(
-        "stuck", registry.Operation({"far": registry.Backend(lambda device_type: "no far here")}, {"other": ("far",)})
+        "stuck", {"far": registry.Backend("", list, check=lambda device_type: "no far here", auto={"any": 1})}
     )
     with pytest.raises(registry.BackendUnavailableError, match="serves this call on cpu; not far: no far here"):
         registry.choose("stuck", "auto", "cpu")
     del registry._operations["stuck"]
+
+
+def test_a_file_in_an_ops_folder_is_a_backend(tmp_path, monkeypatch):
+    """Its entry alone: the choice, the refusal, the help and the table of the documentation follow from it."""
+    folder = tmp_path / "toy_op"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "operands.py").write_text("raise ImportError('no entry, so not imported')")
+    (folder / "backend_twice.py").write_text(
+        "from hymba_lightning.ops.registry import Backend\n"
+        "BACKEND = Backend('doubles', lambda: (lambda x: 2 * x), install='pip install twice', auto={'cpu': 1},\n"
+        "                  refuses=((lambda call: call.negative, 'twice takes no negative numbers'),))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert registry.register_folder("toy_op", "toy_op", lambda x: x + x) == ("naive", "twice")
+        assert registry.implementation("toy_op", "auto", "cpu", negative=False)(4) == 8
+        assert (
+            registry.choose("toy_op", "auto", "cpu", negative=True)
+            == registry.choose("toy_op", "auto", "mps")
+            == "naive"
+        )
+        with pytest.raises(registry.BackendUnavailableError, match="no negative numbers"):
+            registry.choose("toy_op", "twice", "cpu", negative=True)
+        assert registry.in_words("toy_op") == "auto, naive (its definition, slow), twice (doubles)"
+        row = "| `twice` | doubles | any device | pip install twice | twice takes no negative numbers |"
+        assert row in registry.as_markdown().splitlines()
+    finally:
+        del registry._operations["toy_op"]
+
+
+def test_the_help_of_every_backend_option_is_its_ops_table():
+    registry.register_all()
+    ops = {field.metadata["op"] for field in dataclasses.fields(RuntimeConfig) if field.name.endswith("_backend")}
+    assert ops == set(registry._operations) - {"newton_schulz"}  # the optimizer takes its own choice
+    parser = CommandParser()
+    parser.add_class_arguments(RuntimeConfig, "runtime")
+    text = " ".join(parser.format_help().split())
+    for op in ops:
+        for name, backend in registry.backends_of(op).items():
+            assert f"{name} ({backend.summary})" in text
 
 
 def test_triton_needs_a_gpu_or_its_interpreter(monkeypatch):
@@ -83,7 +134,10 @@ def test_a_single_step_without_gradient_takes_no_operator(monkeypatch):
     import hymba_lightning.ops.selective_scan as scan
 
     taken = []
-    monkeypatch.setattr(scan.registry, "choose", lambda op, backend, *rest: taken.append(backend) or "naive")
+    naive = scan.selective_scan_naive
+    monkeypatch.setattr(
+        scan.registry, "implementation", lambda op, backend, *rest, **call: taken.append(backend) or naive
+    )
 
     def call(length, backend="auto"):
         u, states = torch.zeros(1, length, 4), torch.zeros(1, length, 2)

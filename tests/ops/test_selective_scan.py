@@ -8,12 +8,15 @@ import types
 
 import pytest
 import torch
-from op_cases import RATIO, on, outputs_and_gradients, random
+from op_cases import RATIO, cpu_backends, gpu_backends, on, outputs_and_gradients, random
 
 from hymba_lightning.ops.registry import BackendUnavailableError, choose
-from hymba_lightning.ops.selective_scan import BACKENDS, chunked, selective_scan
+from hymba_lightning.ops.selective_scan import BACKENDS, selective_scan
+from hymba_lightning.ops.selective_scan import backend_chunked as chunked
 from hymba_lightning.ops.testing import assert_close
 
+# Whatever the table has; "segments" is explained at `usable`.
+EVERY = [*cpu_backends("selective_scan"), "segments"]
 # (B, T, E, N): odd sizes, one token, a whole chunk, chunks and a rest, more channels than a work item.
 SHAPES = [(2, 63, 60, 5), (1, 1, 16, 8), (2, 64, 16, 1), (1, 150, 20, 3), (2, 67, 200, 16)]
 
@@ -61,7 +64,7 @@ def compare(backend, operands, weights, ratio, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("name", "device"), on("cpu", "chunked", "segments", "numba") + on("cuda", "chunked"))
+@pytest.mark.parametrize(("name", "device"), on("cpu", *EVERY) + on("cuda", *gpu_backends("selective_scan")))
 def test_backend_matches_naive(name, shape, dtype, device, usable):
     batch, length, channels, states = shape
     operands = case(*shape, dtype=dtype, device=device)
@@ -69,19 +72,19 @@ def test_backend_matches_naive(name, shape, dtype, device, usable):
     compare(usable(name), operands, weights, RATIO[dtype])
 
 
-@pytest.mark.parametrize("name", ["chunked", "segments", "numba"])
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("through", ["out", "state"])
 def test_gradient_through_one_result_only(name, through, usable):
     operands = case(2, 70, 20, 3, gated=through == "state")
     weights = (random(2, 70, 20), None) if through == "out" else (None, random(2, 20, 3))
     backend = usable(name)
     if through == "state":
-        # C, D and the gate have no part in the state: their gradients are zeros, against nothing at all in naive.
+        # C, D and the gate have no part in the state: their gradients are zeros, or nothing at all as in naive.
         _, gradients = outputs_and_gradients(
             functools.partial(selective_scan, backend=backend, return_state=True), operands, weights
         )
         for dead in ("C_BTN", "D_E"):
-            assert not gradients[dead].any()
+            assert gradients[dead] is None or not gradients[dead].any()
         live = {key: operands[key] for key in operands if key not in ("C_BTN", "D_E", "z_BTE")}
         fixed = {"C_BTN": operands["C_BTN"], "D_E": operands["D_E"], "z_BTE": None}
         compare(backend, live, weights, RATIO[torch.float32], **fixed)
@@ -89,7 +92,7 @@ def test_gradient_through_one_result_only(name, through, usable):
         compare(backend, operands, weights, RATIO[torch.float32])
 
 
-@pytest.mark.parametrize("name", ["naive", "chunked", "segments", "numba"])
+@pytest.mark.parametrize("name", ["naive", *EVERY])
 @pytest.mark.parametrize("cuts", [(1,), (64,), (5, 63, 64, 129)], ids=str)
 def test_sequence_may_be_cut_anywhere(name, cuts, usable):
     backend = "naive" if name == "naive" else usable(name)
@@ -116,7 +119,7 @@ def test_sequence_may_be_cut_anywhere(name, cuts, usable):
         assert_close(f"gradient of {key}", gradients[key], reference, RATIO[torch.float32])
 
 
-@pytest.mark.parametrize("name", ["chunked", "segments", "numba"])
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("size", [30.0, 1e4])
 def test_large_steps_and_rates_neither_overflow_nor_vanish_wrongly(name, size, usable):
     operands = case(1, 140, 16, 4)
@@ -125,7 +128,7 @@ def test_large_steps_and_rates_neither_overflow_nor_vanish_wrongly(name, size, u
     compare(usable(name), operands, (random(1, 140, 16), random(1, 16, 4)), RATIO[torch.float32])
 
 
-@pytest.mark.parametrize("name", ["chunked", "numba"])
+@pytest.mark.parametrize("name", EVERY)
 def test_not_a_number_is_not_swallowed(name, usable):
     operands = case(1, 70, 16, 2)
     operands["dt_BTE"][0, 10, 3] = math.nan
@@ -135,7 +138,7 @@ def test_not_a_number_is_not_swallowed(name, usable):
     assert out[0, :, 4:].isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["chunked", "segments", "numba"])
+@pytest.mark.parametrize("name", EVERY)
 def test_operands_may_be_slices_of_a_projection(name, usable):
     operands = case(2, 66, 16, 3)
     wide = torch.cat([operands["z_BTE"], operands["u_BTE"]], dim=-1)
@@ -228,6 +231,30 @@ def test_backward_keeps_operands_and_one_state_a_chunk(name, usable):
     assert elements <= sum(x.numel() for x in operands.values()) + 512 // 64 * 32 * 8
 
 
+def test_doubling_has_second_derivatives_and_goes_through_torch_func():
+    operands = case(3, 11, 4, 2)
+    fixed = {key: operands[key] for key in ("A_EN", "D_E", "dt_bias_E")}
+    direction = random(3, 11, 4, seed=9)
+
+    def loss(u, backend, rows=slice(None)):
+        sequence = {key: x[rows] for key, x in operands.items() if key not in (*fixed, "u_BTE")}
+        return selective_scan(u, **sequence, **fixed, backend=backend).square().sum()
+
+    # dt moves too, so that the second derivative is no constant.
+    def curvature(backend):
+        def gradient(dt):
+            return torch.func.grad(
+                lambda dt: selective_scan(**operands | {"dt_BTE": dt}, backend=backend).square().sum()
+            )(dt)
+
+        return torch.func.jvp(gradient, (operands["dt_BTE"],), (direction,))[1]
+
+    assert_close("Hessian times vector", curvature("doubling"), curvature("naive"), 1e-5)
+    each = torch.func.vmap(lambda u: loss(u[None], "doubling", slice(0, 1)))(operands["u_BTE"])
+    one_by_one = torch.stack([loss(u[None], "naive", slice(0, 1)) for u in operands["u_BTE"]])
+    torch.testing.assert_close(each, one_by_one)
+
+
 def test_naive_follows_the_formula():
     dt = math.log1p(math.exp(0.3 - 1))
     column = {"u_BTE": [2.0, -1.0], "dt_BTE": [0.3, 0.3], "z_BTE": [0.5, 0.5], "B_BTN": [3.0, 1.0], "C_BTN": [1.0, 4.0]}
@@ -248,7 +275,7 @@ def test_naive_follows_the_formula():
     torch.testing.assert_close(state.flatten(), torch.tensor([h2]))
 
 
-@pytest.mark.parametrize("name", ["naive", "chunked", "numba"])
+@pytest.mark.parametrize("name", ["naive", *cpu_backends("selective_scan")])
 def test_missing_state_is_zero_and_out_alone_is_a_tensor(name):
     operands = case(1, 5, 16, 2)
     del operands["initial_state_BEN"]
@@ -259,9 +286,9 @@ def test_missing_state_is_zero_and_out_alone_is_a_tensor(name):
 
 
 def test_unknown_backend_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"no backend 'cuda'.*naive, chunked, numba, triton, mamba_ssm"):
+    with pytest.raises(ValueError, match=rf"no backend 'cuda'; choose auto or one of {', '.join(BACKENDS)}"):
         selective_scan(**case(1, 2, 4, 1), backend="cuda")
-    assert BACKENDS == ("naive", "chunked", "numba", "triton", "mamba_ssm")
+    assert {"naive", "chunked", "numba", "triton", "mamba_ssm"} <= set(BACKENDS)
 
 
 def test_unavailable_backend_names_the_remedy(monkeypatch):
@@ -284,12 +311,12 @@ def test_automatic_choice(monkeypatch):
     assert (pick("cpu"), pick("cuda"), pick("mps")) == ("chunked", "chunked", "chunked")
     installed.update({"numba", "mamba_ssm"})
     assert (pick("cpu"), pick("cuda")) == ("numba", "mamba_ssm")
-    assert pick("cuda", ("initial_state",)) == "chunked"
-    assert pick("cuda", ("state_gradient",)) == "chunked"
+    assert pick("cuda", initial_state=True, state_gradient=False) == "chunked"
+    assert pick("cuda", initial_state=False, state_gradient=True) == "chunked"
     installed.add("triton")
-    assert pick("cuda", ("initial_state",)) == "triton"
+    assert pick("cuda", initial_state=True, state_gradient=False) == "triton"
     with pytest.raises(BackendUnavailableError, match="starts from a zero state; use backend 'triton'"):
-        choose("selective_scan", "mamba_ssm", "cuda", ("initial_state",))
+        choose("selective_scan", "mamba_ssm", "cuda", initial_state=True, state_gradient=False)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +366,7 @@ class PackageScan:
 
 
 def test_mamba_ssm_adapter_lays_the_operands_out_as_the_package_wants(monkeypatch):
-    from hymba_lightning.ops.selective_scan.mamba_ssm import selective_scan_mamba_ssm
+    from hymba_lightning.ops.selective_scan.backend_mamba_ssm import selective_scan_mamba_ssm
 
     interface = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
     interface.SelectiveScanFn = PackageScan
@@ -362,5 +389,5 @@ def test_mamba_ssm_adapter_lays_the_operands_out_as_the_package_wants(monkeypatc
     for key, reference in expected_gradients.items():
         assert_close(f"gradient of {key}", gradients[key], reference, 1e-6)
     leaves = [operands[key].requires_grad_() for key in order]
-    with pytest.raises(RuntimeError, match="no gradient through the final state"):
+    with pytest.raises(RuntimeError, match="does not require grad"):
         selective_scan_mamba_ssm(*leaves)[1].sum().backward()

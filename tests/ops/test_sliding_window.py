@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from op_cases import NEEDS_GPU, RATIO, on, outputs_and_gradients, random
 
-from hymba_lightning.ops import sliding_window
-from hymba_lightning.ops.registry import BackendUnavailableError, choose, is_installed
-from hymba_lightning.ops.sliding_window import BACKENDS, available_backends, fa4, flex, sliding_window_attention
+from hymba_lightning.ops.registry import BackendUnavailableError, backends_of, choose, is_installed
+from hymba_lightning.ops.sliding_window import BACKENDS, available_backends, sliding_window_attention
+from hymba_lightning.ops.sliding_window import backend_fa4 as fa4
+from hymba_lightning.ops.sliding_window import compiled_flex as flex
 from hymba_lightning.ops.testing import assert_close
 
 # (B, T, S, H, G, K, window)
@@ -81,11 +82,11 @@ def test_sdpa_matches_naive(n_queries, n_keys, device):
 
 
 def test_sdpa_aligns_the_last_query_with_the_last_key():
-    from hymba_lightning.ops.sliding_window.sdpa import causal_attention_sdpa
+    from hymba_lightning.ops.sliding_window.backend_sdpa import causal_attention_sdpa
 
     operands = case(2, 30, 60, 4, 2, 8)
     expected = sliding_window_attention(**operands, window=None, backend="naive")
-    assert_close("out", causal_attention_sdpa(*operands.values(), 8**-0.5), expected, RATIO[torch.float32])
+    assert_close("out", causal_attention_sdpa(*operands.values(), None, 8**-0.5), expected, RATIO[torch.float32])
 
 
 @pytest.mark.parametrize("window", [1, 7, 16, 40, None])
@@ -308,7 +309,7 @@ def test_flash_counts_the_keys_to_the_left_of_the_querys_own(monkeypatch):
     package = types.ModuleType("flash_attn")
     package.flash_attn_func = flash_attn_func
     monkeypatch.setitem(sys.modules, "flash_attn", package)
-    from hymba_lightning.ops.sliding_window.flash import sliding_window_attention_flash
+    from hymba_lightning.ops.sliding_window.backend_flash import sliding_window_attention_flash
 
     operands = case(1, 4, 4, 2, 1, 8)
     sliding_window_attention_flash(*operands.values(), 3, 0.5)
@@ -347,8 +348,8 @@ def flash_attn_4(monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     interface = sys.modules[names[-1]]
     interface._flash_attn_fwd, interface._flash_attn_bwd = forward, backward
-    backends = sliding_window._operation.backends
-    monkeypatch.setitem(backends, "fa4", dataclasses.replace(backends["fa4"], missing=lambda device_type: None))
+    backends = backends_of("sliding_window_attention")
+    monkeypatch.setitem(backends, "fa4", dataclasses.replace(backends["fa4"], check=lambda device_type: None))
     return calls
 
 
@@ -404,22 +405,26 @@ def test_blocked_does_not_depend_on_the_number_of_threads():
         assert_close(f"gradient of {name}", results[1][1][name], reference, 1e-6)
 
 
+GLOBAL = {"windowed": False, "offset_on_cpu": False, "half_precision": True, "head_dim": 64}
+LOCAL = GLOBAL | {"windowed": True}
+
+
 def test_automatic_choice(monkeypatch):
     installed = set()
     monkeypatch.setattr("hymba_lightning.ops.registry.is_installed", lambda package: package in installed)
     monkeypatch.setattr(fa4, "is_installed", lambda: "flash-attn-4" in installed)
     pick = functools.partial(choose, "sliding_window_attention", "auto")
-    assert pick("cpu", ("window",)) == "blocked"
+    assert pick("cpu", **LOCAL) == "blocked"
     assert pick("cpu") == "sdpa"
-    assert pick("cpu", ("offset_on_cpu",)) == "blocked"
-    assert pick("cuda", ("window",)) == "flex"
+    assert pick("cpu", **GLOBAL | {"offset_on_cpu": True}) == "blocked"
+    assert pick("cuda", **LOCAL) == "flex"
     assert pick("cuda") == "sdpa"
     with pytest.raises(BackendUnavailableError, match="pip install flash-attn"):
         choose("sliding_window_attention", "flash", "cuda")
     installed.add("flash_attn")
-    assert pick("cuda", ("window",)) == "flash"
-    assert pick("cuda", ("window", "float32")) == "flex"
-    assert BACKENDS == ("naive", "blocked", "flex", "fa4", "flash", "sdpa")
+    assert pick("cuda", **LOCAL) == "flash"
+    assert pick("cuda", **LOCAL | {"half_precision": False}) == "flex"
+    assert {"naive", "blocked", "flex", "fa4", "flash", "sdpa"} <= set(BACKENDS)
 
 
 def test_flash_attn_4_comes_first_on_hopper_and_blackwell(monkeypatch):
@@ -431,12 +436,12 @@ def test_flash_attn_4_comes_first_on_hopper_and_blackwell(monkeypatch):
     with pytest.raises(BackendUnavailableError, match=r"flash-attn-4 is not installed.*hymba-lightning\[hopper\]"):
         choose("sliding_window_attention", "fa4", "cuda")
     installed.add("flash-attn-4")
-    assert pick(("window",)) == pick() == "fa4"
-    assert pick(("window", "float32")) == pick(("window", "head_dim")) == "flex"
+    assert pick(**LOCAL) == pick() == "fa4"
+    assert pick(**LOCAL | {"half_precision": False}) == pick(**LOCAL | {"head_dim": 136}) == "flex"
     capability[0] = 10
-    assert pick(("window",)) == "fa4"
+    assert pick(**LOCAL) == "fa4"
     capability[0] = 8
-    assert pick(("window",)) == "flex"
+    assert pick(**LOCAL) == "flex"
     with pytest.raises(BackendUnavailableError, match="compute capability 9 to 11, this one has 8"):
         choose("sliding_window_attention", "fa4", "cuda")
     with pytest.raises(BackendUnavailableError, match="these are on cpu"):

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from hymba_lightning.ops.registry import choose
 from hymba_lightning.ops.selective_scan import selective_scan
-from hymba_lightning.ops.ssd import BACKENDS, chunked, ssd
+from hymba_lightning.ops.ssd import BACKENDS, ssd
 from hymba_lightning.ops.testing import assert_close
 
 # (B, T, H, P, G, N): odd sizes, one token, a whole chunk, chunks and a rest, every head a group of its own.
@@ -61,8 +61,8 @@ def test_chunked_matches_naive(name, shape, dtype, device):
 
 @pytest.mark.parametrize("span", [1, 2, 3])
 def test_states_pass_through_groups_of_groups_of_chunks(span, monkeypatch):
-    monkeypatch.setattr(chunked, "SPAN", max(span, 2))
-    monkeypatch.setattr(chunked, "CHUNK", 4)
+    monkeypatch.setattr(backend_chunked, "SPAN", max(span, 2))
+    monkeypatch.setattr(backend_chunked, "CHUNK", 4)
     shape = (1, 4 * 2**span + 3, 2, 3, 1, 2)
     compare(case(*shape), weights_of(*shape), RATIO[torch.float32])
 

@@ -43,7 +43,7 @@ def outcome(run, inputs, gradients, special):
 
 def compare(shape):
     """A case: the ratios of everything."""
-    from hymba_lightning.ops.causal_conv1d import triton as module
+    from hymba_lightning.ops.causal_conv1d import triton_launches as module
 
     batch, length, channels, taps, dtype, activation, special = shape
     module.TARGET_PROGRAMS = 2 if "few programs" in special else 4096
@@ -59,9 +59,7 @@ def compare(shape):
     gradients = tuple(torch.randn(sizes[name], generator=generator).to(dtype) for name in ("x", "initial_state"))
 
     def run_triton(x, weight, bias, initial_state):
-        return module.causal_conv1d_triton(
-            x, weight, bias, activation=activation, initial_state_BEW1=initial_state, return_state=True
-        )
+        return module.causal_conv1d_triton_op(x, weight, bias, activation == "silu", initial_state)
 
     def run_naive(x, weight, bias, initial_state):
         return causal_conv1d_naive(x, weight, bias, activation == "silu", initial_state)
@@ -72,15 +70,16 @@ def compare(shape):
 
 def compile_and_check():
     """The operator's registrations, and one graph forward and backward without a break."""
-    from hymba_lightning.ops.causal_conv1d.triton import causal_conv1d_triton, causal_conv1d_triton_op
+    from hymba_lightning.ops.causal_conv1d import causal_conv1d
+    from hymba_lightning.ops.causal_conv1d.triton_launches import causal_conv1d_triton_op
 
     leaves = [torch.randn(*size, requires_grad=True) for size in ((1, 6, 4), (4, 3), (4,), (1, 4, 2))]
     x, weight, bias, state = leaves
     torch.library.opcheck(causal_conv1d_triton_op, (x, weight, bias, True, state))
 
     def loss(x, weight, bias, initial_state):
-        out, state = causal_conv1d_triton(
-            x * 1.0, weight, bias, activation="silu", initial_state_BEW1=initial_state, return_state=True
+        out, state = causal_conv1d(
+            x * 1.0, weight, bias, initial_state_BEW1=initial_state, return_state=True, backend="triton"
         )
         return out.square().sum() + state.square().sum()
 

@@ -40,7 +40,7 @@ def operands(tokens, vocab, size, dtype):
 
 def compare(shape):
     """A case: the ratios of loss and gradient."""
-    from hymba_lightning.ops.softcapped_cross_entropy import triton as module
+    from hymba_lightning.ops.softcapped_cross_entropy import triton_launches as module
 
     tokens, vocab, size, cap, dtype, special = shape
     module.BLOCK_V = 1024 if "one block" in special else 64
@@ -48,17 +48,17 @@ def compare(shape):
 
     def outcome(run):
         leaf = logits.clone().requires_grad_()
-        nats = run(torch.cat([leaf, leaf], dim=1)[:, vocab:] if "slice" in special else leaf, targets, cap)
+        nats, _ = run(torch.cat([leaf, leaf], dim=1)[:, vocab:] if "slice" in special else leaf, targets, cap)
         return {"nats": nats.detach(), "dlogits": torch.autograd.grad(nats, leaf, gradient)[0]}
 
     expected = outcome(softcapped_cross_entropy_naive)
-    found = outcome(lambda *arguments: module.softcapped_cross_entropy_triton(*arguments)[0])
+    found = outcome(module.softcapped_cross_entropy_triton)
     return {"ratios": differences(found, expected)}
 
 
 def wrong_targets():
     """Losses of three targets of which the first and the last are no ids."""
-    from hymba_lightning.ops.softcapped_cross_entropy.triton import softcapped_cross_entropy_triton
+    from hymba_lightning.ops.softcapped_cross_entropy.triton_launches import softcapped_cross_entropy_triton
 
     nats, _ = softcapped_cross_entropy_triton(torch.zeros(3, 10), torch.tensor([-1, 4, 10]), 30.0)
     return {"finite": nats.isfinite().tolist()}
@@ -66,7 +66,7 @@ def wrong_targets():
 
 def compile_and_check():
     """The operator's registrations, and one graph forward and backward without a break."""
-    from hymba_lightning.ops.softcapped_cross_entropy.triton import softcapped_cross_entropy_triton
+    from hymba_lightning.ops.softcapped_cross_entropy.triton_launches import softcapped_cross_entropy_triton
 
     logits, targets, _ = operands(6, 20, 3, torch.float32)
     logits.requires_grad_()

@@ -50,7 +50,7 @@ def test_a_banks_products_do_not_spill_on_hopper(resources, shape):
 
 @pytest.mark.slow
 def test_as_many_programs_fit_as_the_chunks_are_made_for(resources):
-    from hymba_lightning.ops.selective_scan import triton
+    from hymba_lightning.ops.selective_scan import triton_launches as triton
 
     launches = {launch.kernel.__name__: launch for launch in resources.scan_launches(2, 32768, 512, 8, torch.bfloat16)}
     assert resources.compile_launch(launches["chunk_outputs"], 90).resident_warps == triton.FORWARD_PROGRAMS
@@ -67,7 +67,7 @@ def test_an_mlps_hidden_layer_does_not_spill_on_hopper(resources):
 
 @pytest.mark.slow
 def test_a_spill_is_reported(resources, monkeypatch, capsys):
-    from hymba_lightning.ops.selective_scan import triton
+    from hymba_lightning.ops.selective_scan import triton_launches as triton
 
     monkeypatch.setattr(triton, "BACKWARD_REGISTERS", 96)
     launch = resources.scan_launches(2, 32768, 512, 8, torch.bfloat16)[-1]
@@ -81,7 +81,7 @@ def test_a_spill_is_reported(resources, monkeypatch, capsys):
 def test_recording_gives_the_kernels_back(resources):
     import triton
 
-    from hymba_lightning.ops.selective_scan import triton as module
+    from hymba_lightning.ops.selective_scan import triton_launches as module
 
     before = module.chunk_outputs
     resources.scan_launches(1, 100, 60, 5, torch.float32)
@@ -101,7 +101,7 @@ def test_recording_gives_the_kernels_back(resources):
     ],
 )
 def test_chunks_leave_enough_programs(resources, shape, tokens):
-    from hymba_lightning.ops.selective_scan.triton import ROWS, tiles_per_chunk
+    from hymba_lightning.ops.selective_scan.triton_launches import ROWS, tiles_per_chunk
 
     assert tiles_per_chunk(*shape, 32 * 132) * ROWS == tokens
     assert tiles_per_chunk(2, 32768, 8, 24 * 132) == 21

@@ -77,7 +77,7 @@ def outcome(run, inputs, gradients, special):
 
 def compare(shape):
     """A case: the ratios of everything."""
-    from hymba_lightning.ops.selective_scan import triton as module
+    from hymba_lightning.ops.selective_scan import triton_launches as module
 
     module.FORWARD_PROGRAMS, module.BACKWARD_PROGRAMS = (0, 0) if "one chunk" in shape[-1] else (24, 32)
     module.MIN_CHUNK_TILES = 2
@@ -87,9 +87,7 @@ def compare(shape):
     module.multiprocessors = lambda device: 1 if "odd chunks" in shape[-1] else 132
 
     def run_triton(u, dt, A, B, C, D, z, dt_bias, initial_state):
-        return module.selective_scan_triton(
-            u, dt, A, B, C, D, z, dt_bias_E=dt_bias, initial_state_BEN=initial_state, return_state=True
-        )
+        return module.selective_scan_triton_op(u, dt, A, B, C, D, z, dt_bias, initial_state)[:2]
 
     inputs, gradients = operands(*shape)
     expected = outcome(selective_scan_naive, inputs, gradients, shape[-1])
@@ -98,15 +96,26 @@ def compare(shape):
 
 def compile_and_check():
     """The operator's registrations, and one graph forward and backward without a break."""
-    from hymba_lightning.ops.selective_scan.triton import selective_scan_triton, selective_scan_triton_op
+    from hymba_lightning.ops.selective_scan import selective_scan
+    from hymba_lightning.ops.selective_scan.triton_launches import selective_scan_triton_op
 
     inputs, _ = operands(1, 2, 4, 1, torch.float32, ())
     leaves = [x.requires_grad_() for x in inputs.values()]
     torch.library.opcheck(selective_scan_triton_op, tuple(leaves))
 
     def loss(u, dt, A, B, C, D, z, dt_bias, initial_state):
-        out, state = selective_scan_triton(
-            u * 1.0, dt, A, B, C, D, z, dt_bias_E=dt_bias, initial_state_BEN=initial_state, return_state=True
+        out, state = selective_scan(
+            u * 1.0,
+            dt,
+            A,
+            B,
+            C,
+            D,
+            z,
+            dt_bias_E=dt_bias,
+            initial_state_BEN=initial_state,
+            return_state=True,
+            backend="triton",
         )
         return out.square().sum() + state.square().sum()
 

@@ -5,6 +5,7 @@ import torch
 from tiny import TOKENIZER, write_data
 
 from hymba_lightning.checkpoints import write_checkpoint
+from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.commands import run_command
 from hymba_lightning.data.tokenizer import train_tokenizer
 from hymba_lightning.errors import is_user_error
@@ -12,7 +13,6 @@ from hymba_lightning.package.export import export
 from hymba_lightning.quantization import (
     ArtifactTooLargeError,
     QuantizationConfig,
-    evaluation_code_bytes,
     load_artifact,
 )
 

@@ -7,11 +7,14 @@ import math
 import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import yaml
+from code_archive import rewrite_code
 
-from hymba_lightning.closure import needed_files
+from hymba_lightning import closure
+from hymba_lightning.closure import evaluation_archive, evaluation_code_bytes, needed_files
 from hymba_lightning.commands import run_command
 from hymba_lightning.package import submission
 from hymba_lightning.package.digests import DigestError, verify_count, verify_folder
@@ -40,8 +43,10 @@ def test_the_folder_scores_itself_as_the_run_did(run, made):
 
 
 def test_its_bytes_are_counted_and_its_files_complete(run, made):
-    code = list(made.folder.rglob("*.py"))
-    assert made.code_bytes == sum(path.stat().st_size for path in code)
+    code = [made.folder / "evaluate.py", made.folder / "code.tar.xz"]
+    assert list(made.folder.rglob("*.py")) == code[:1]
+    assert made.code_bytes == sum(path.stat().st_size for path in code) == evaluation_code_bytes()
+    assert json.loads((run / "record.json").read_text())["artifact"]["code_bytes"] == made.code_bytes
     assert made.artifact_bytes == (run / "artifact.hymba").stat().st_size
     about = json.loads((made.folder / "submission.json").read_text())
     assert about["bytes_total"] == made.artifact_bytes + made.code_bytes < 16_000_000
@@ -76,6 +81,16 @@ def test_the_code_needs_no_training_package(made):
     assert not {name for name in names if "/training/" in name or "/callbacks/" in name or name.endswith("cli.py")}
 
 
+def test_the_code_is_plain_sources_in_an_archive_that_is_the_same_each_time(made):
+    with tarfile.open(made.folder / closure.ARCHIVE) as archive:
+        text = archive.extractfile("hymba_lightning/package/referee.py").read().decode()
+    assert "def evaluate(folder: Path" in text
+    evaluation_archive.cache_clear()
+    assert evaluation_archive() == (made.folder / closure.ARCHIVE).read_bytes()
+    sources = sum((closure.ROOT.parent / file).stat().st_size for file in needed_files(closure.REFEREE))
+    assert len(evaluation_archive()) < 0.3 * sources
+
+
 def change_settings(**values):
     def change(folder):
         settings = json.loads((folder / "settings.json").read_text())
@@ -99,18 +114,19 @@ def exchange_artifact(folder):
 
 
 def halve_nats(folder):
-    score = folder / "hymba_lightning" / "evaluation" / "score.py"
-    text = score.read_text()
-    changed = text.replace("return self.nats / (math.log(2)", "return 0.5 * self.nats / (math.log(2)")
-    assert changed != text
-    score.write_text(changed)
+    half = "return 0.5 * bits_per_byte(self.nats"
+    rewrite_code(folder, lambda name, text: text.replace("return bits_per_byte(self.nats", half))
+
+
+def drop_a_module(folder):
+    rewrite_code(folder, lambda name, text: None if name.endswith("evaluation/score.py") else text)
 
 
 def admit_the_change(folder):
     """The new digest in digests.json, the old one of all code in submission.json."""
     halve_nats(folder)
     digests = json.loads((folder / "digests.json").read_text())
-    name = "hymba_lightning/evaluation/score.py"
+    name = "code.tar.xz"
     digests["code"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     (folder / "digests.json").write_text(json.dumps(digests))
 
@@ -119,7 +135,7 @@ def admit_the_change(folder):
     ("change", "named"),
     [
         (exchange_artifact, r"artifact\.hymba"),
-        (halve_nats, r"evaluation/score\.py"),
+        (halve_nats, r"code\.tar\.xz"),
         (admit_the_change, "digests of the code"),
         (change_settings(val_tokens_limit=100), r"settings\.json"),
         (change_settings(val_files="*_train_*.bin"), r"settings\.json"),
@@ -128,7 +144,8 @@ def admit_the_change(folder):
         (lambda folder: (folder / "digests.json").unlink(), r"digests\.json is missing"),
         (lambda folder: (folder / "digests.json").write_text("[]"), r"digests\.json is damaged"),
         (lambda folder: (folder / "submission.json").write_text("{}"), r"submission\.json .* is damaged"),
-        (lambda folder: shutil.rmtree(folder / "hymba_lightning" / "quantization"), r"quantization/.* is missing"),
+        (drop_a_module, r"code\.tar\.xz in .* is not what was packaged"),
+        (lambda folder: (folder / "code.tar.xz").unlink(), r"code\.tar\.xz is missing"),
     ],
     ids=[
         "artifact",
@@ -141,6 +158,7 @@ def admit_the_change(folder):
         "no digests",
         "list",
         "no submission",
+        "a module less",
         "missing code",
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hymba_lightning.quantization.artifact import Artifact, decode_file
-from hymba_lightning.quantization.report import ArtifactReport, build_report
+from hymba_lightning.quantization.listing import ArtifactReport, build_report
 
 
 def unchecked(header: dict, table: list) -> None:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from hymba_lightning.quantization.allocation import Option, allocate, lower_hull
+from hymba_lightning.quantization.precision import Option, allocate, lower_hull
 
 
 def problem(seed: int, tensors: int = 5, choices: int = 4) -> dict[str, list[Option]]:

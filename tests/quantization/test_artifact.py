@@ -9,18 +9,18 @@ import pytest
 import torch
 from any_tensors import inspect_any, load_any
 
-import hymba_lightning.quantization.container as container
+import hymba_lightning.quantization.format as format
 from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization import (
     ArtifactError,
     ArtifactTooLargeError,
     QuantizationConfig,
     check_limit,
-    evaluation_code_bytes,
     is_artifact,
     save_artifact,
 )
-from hymba_lightning.quantization.int6 import dequantize_rows, quantize_reference, quantize_rows
+from hymba_lightning.quantization.rows import dequantize_rows, quantize_rows
+from hymba_lightning.quantization.schemes.reference import quantize_reference
 
 SMALL = QuantizationConfig(keep_float_numel=500, zstd_level=3)
 
@@ -141,7 +141,7 @@ def test_recentred_codes_and_planes_beat_plain_arrays(tmp_path):
         + quantized.scale.numpy().tobytes()
         + tensors["tok_emb.weight"].half().numpy().tobytes()
     )
-    assert report.bytes < 0.97 * len(container.zstandard.ZstdCompressor(level=22).compress(plain))
+    assert report.bytes < 0.97 * len(format.zstandard.ZstdCompressor(level=22).compress(plain))
     counts = np.unique(quantized.q.numpy(), return_counts=True)[1] / quantized.q.numel()
     entropy_bytes = -(counts * np.log2(counts)).sum() * quantized.q.numel() / 8
     share = next(tensor.bytes for tensor in report.tensors if tensor.storage == "int6")
@@ -152,11 +152,11 @@ def test_recentred_codes_and_planes_beat_plain_arrays(tmp_path):
 def test_a_draft_is_never_smaller_than_the_file_will_be(levels):
     generator = np.random.default_rng(0)
     content = np.clip(generator.normal(levels / 2, levels / 8, 200_000).round(), 0, levels - 1).astype(np.uint8)
-    draft = container.draft(content.tobytes())
+    draft = format.draft(content.tobytes())
     for level in (1, 3, 9, 22):
-        packed = container.compress(content.tobytes(), level)
+        packed = format.compress(content.tobytes(), level)
         assert 0.8 * len(draft) < len(packed) <= len(draft)
-        assert container.decompress(packed, content.size, "payload") == content.tobytes()
+        assert format.decompress(packed, content.size, "payload") == content.tobytes()
 
 
 def test_report_adds_up_and_inspection_repeats_it(tmp_path):
@@ -232,10 +232,6 @@ def test_missing_file_is_told_apart_from_a_damaged_one(tmp_path):
         load_any(tmp_path / "foreign")
 
 
-def test_code_bytes_are_those_of_the_package():
-    assert 20_000 < evaluation_code_bytes() < 2_000_000
-
-
 def test_limit_names_the_largest_tensors_and_the_remedies(tmp_path):
     report = save(tmp_path / "a")
     check_limit(report.bytes, 1000, report.bytes + 1000, report)
@@ -250,9 +246,9 @@ def matrices() -> dict[str, torch.Tensor]:
 
 def test_scales_get_as_coarse_as_the_limit_needs(tmp_path, caplog):
     free = save(tmp_path / "a", matrices())
-    limit = evaluation_code_bytes() + round(0.8 * free.bytes)
+    limit = round(0.8 * free.bytes)
     report = save(tmp_path / "b", matrices(), dataclasses.replace(SMALL, limit_bytes=limit))
-    check_limit(report.bytes, evaluation_code_bytes(), limit, report)
+    check_limit(report.bytes, 0, limit, report)
     assert report.bytes > 0.97 * 0.8 * free.bytes
     assert "times as coarse" in caplog.text
     # Packing a fifth less at 5.4 bits saves 1.1 bits a weight, so scales are about twice as coarse.
@@ -268,13 +264,13 @@ def test_scales_get_as_coarse_as_the_limit_needs(tmp_path, caplog):
 def test_scales_stay_fine_where_everything_fits_or_nothing_would(tmp_path):
     free = save(tmp_path / "a", matrices())
     assert free.coarsen == 1
-    hopeless = dataclasses.replace(SMALL, limit_bytes=evaluation_code_bytes() + 30_000)
+    hopeless = dataclasses.replace(SMALL, limit_bytes=30_000)
     refused = save(tmp_path / "b", matrices(), hopeless)
     assert (refused.coarsen, refused.bytes) == (1, pytest.approx(free.bytes, abs=100))
     unfitted = save(tmp_path / "c", matrices(), dataclasses.replace(SMALL, limit_bytes=1, fit_limit=False))
     assert unfitted.bytes == pytest.approx(free.bytes, abs=100)
     with pytest.raises(ArtifactTooLargeError):
-        check_limit(refused.bytes, evaluation_code_bytes(), hopeless.limit_bytes, refused)
+        check_limit(refused.bytes, 0, hopeless.limit_bytes, refused)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ import torch
 import zstandard
 from any_tensors import load_any, unchecked
 
-import hymba_lightning.quantization.container as container
+import hymba_lightning.quantization.format as format
 from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization import ArtifactError, QuantizationConfig, save_artifact
-from hymba_lightning.quantization.artifact import decode
-from hymba_lightning.quantization.parts import read_verified
+from hymba_lightning.quantization.artifact import decode, read_verified
 
 N_MUTATIONS = 10_000
 JUNK = [
@@ -73,9 +72,9 @@ def sample(tmp_path_factory):
 
 def split(content: bytes) -> tuple[dict, bytes]:
     """Header and compressed payload of an artifact's bytes."""
-    _, _, header_bytes, _ = container.PREAMBLE.unpack(content[: container.PREAMBLE.size])
-    packed = content[container.FIXED_BYTES : container.FIXED_BYTES + header_bytes]
-    return container.parse_header(packed), content[container.FIXED_BYTES + header_bytes :]
+    _, _, header_bytes, _ = format.PREAMBLE.unpack(content[: format.PREAMBLE.size])
+    packed = content[format.FIXED_BYTES : format.FIXED_BYTES + header_bytes]
+    return format.parse_header(packed), content[format.FIXED_BYTES + header_bytes :]
 
 
 def load(path, content: bytes):
@@ -128,7 +127,7 @@ def test_ten_thousand_mutations_end_in_an_error_or_the_same_tensors(sample):
     content, expected = sample
     header, payload = split(content)
     raw_header = json.dumps(header).encode()
-    raw_payload = container.decompress(payload, zstandard.get_frame_parameters(payload).content_size, "payload")
+    raw_payload = format.decompress(payload, zstandard.get_frame_parameters(payload).content_size, "payload")
     rng = random.Random(0)
     refused = 0
     start = time.monotonic()
@@ -137,14 +136,14 @@ def test_ten_thousand_mutations_end_in_an_error_or_the_same_tensors(sample):
         if kind <= 1:
             mutated = damage(content, rng)
         elif kind == 2:  # a forger who also repairs the checksums
-            mutated = container.pack(edit(header, rng), payload)
+            mutated = format.pack(edit(header, rng), payload)
         elif kind == 3:
-            mutated = container.seal(container.compress(damage(raw_header, rng) or b" ", 3), payload)
+            mutated = format.seal(format.compress(damage(raw_header, rng) or b" ", 3), payload)
         else:
             forged = (
-                container.compress(damage(raw_payload, rng) or b"\0", 3) if rng.random() < 0.5 else damage(payload, rng)
+                format.compress(damage(raw_payload, rng) or b"\0", 3) if rng.random() < 0.5 else damage(payload, rng)
             )
-            mutated = container.pack(header, forged)
+            mutated = format.pack(header, forged)
         try:
             artifact = decode(read_verified(io.BytesIO(mutated), len(mutated), unchecked))
         except ArtifactError:
@@ -198,7 +197,7 @@ def forged_header(tensors: list, **streams: int) -> dict:
     ],
 )
 def test_absurd_headers_are_refused_before_anything_is_allocated(tmp_path, header, match):
-    content = container.pack(header, container.compress(bytes(16), 3))
+    content = format.pack(header, format.compress(bytes(16), 3))
     tracemalloc.start()
     start = time.monotonic()
     with pytest.raises(ArtifactError, match=match):
@@ -209,29 +208,29 @@ def test_absurd_headers_are_refused_before_anything_is_allocated(tmp_path, heade
 
 
 def test_bombs_are_refused(tmp_path):
-    bomb = container.compress(bytes(200 << 20), 3)
+    bomb = format.compress(bytes(200 << 20), 3)
     honest = forged_header([entry(shape=[50 << 20])], float32=50 << 20)
     start = time.monotonic()
     with pytest.raises(ArtifactError, match="over the"):
-        load(tmp_path / "a", container.pack(honest, bomb))
+        load(tmp_path / "a", format.pack(honest, bomb))
     with pytest.raises(ArtifactError, match=r"declares 209715200 bytes of content where 16 are expected"):
-        load(tmp_path / "a", container.pack(forged_header([entry()], float32=4), bomb))
+        load(tmp_path / "a", format.pack(forged_header([entry()], float32=4), bomb))
     with pytest.raises(ArtifactError, match="over the limit"):
-        load(tmp_path / "a", container.seal(bomb, b""))
+        load(tmp_path / "a", format.seal(bomb, b""))
     assert time.monotonic() - start < 1
 
 
 def test_deeply_nested_headers_are_refused(tmp_path):
-    nested = container.compress(b"[" * 100_000, 3)
+    nested = format.compress(b"[" * 100_000, 3)
     with pytest.raises(ArtifactError, match="not JSON"):
-        load(tmp_path / "a", container.seal(nested, b""))
+        load(tmp_path / "a", format.seal(nested, b""))
 
 
 def test_unknown_version_is_named(tmp_path, sample):
     header, payload = split(sample[0])
-    packed = container.compress(json.dumps(header).encode(), 3)
+    packed = format.compress(json.dumps(header).encode(), 3)
     with pytest.raises(ArtifactError, match="format version 7, and this package reads version 1"):
-        load(tmp_path / "a", container.seal(packed, payload, version=7))
+        load(tmp_path / "a", format.seal(packed, payload, version=7))
 
 
 def test_damage_says_what_is_damaged(tmp_path, sample):
@@ -252,7 +251,7 @@ def test_damage_says_what_is_damaged(tmp_path, sample):
 def test_codes_and_floats_outside_their_range_are_refused(tmp_path):
     codes = forged_header([entry(storage="int", bits=4, exponent=0, scale_offset=0)], q=4, scale=1)
     with pytest.raises(ArtifactError, match="w has a code over 14"):
-        load(tmp_path / "a", container.pack(codes, container.compress(bytes([0, 15, 3, 4, 60, 0]), 3)))
+        load(tmp_path / "a", format.pack(codes, format.compress(bytes([0, 15, 3, 4, 60, 0]), 3)))
     floats = forged_header([entry()], float32=4)
     with pytest.raises(ArtifactError, match="w has inf or NaN"):
-        load(tmp_path / "a", container.pack(floats, container.compress(b"\x7f" * 4 + b"\xc0" * 12, 3)))
+        load(tmp_path / "a", format.pack(floats, format.compress(b"\x7f" * 4 + b"\xc0" * 12, 3)))

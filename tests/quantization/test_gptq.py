@@ -7,7 +7,7 @@ import torch
 
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.model.roles import Role, roles_of
-from hymba_lightning.quantization import evaluation_code_bytes, load_artifact, save_artifact
+from hymba_lightning.quantization import load_artifact, save_artifact
 from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.gptq import (
     SingularHessianError,
@@ -15,7 +15,7 @@ from hymba_lightning.quantization.gptq import (
     quantize_gptq,
     quantize_with_hessians,
 )
-from hymba_lightning.quantization.int6 import dequantize_rows, quantize_rows
+from hymba_lightning.quantization.rows import dequantize_rows, quantize_rows
 
 
 def problem(rows: int = 12, columns: int = 40, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -203,7 +203,7 @@ def test_branches_side_by_side_with_gates_go_through_the_artifact(tmp_path):
     ids = torch.randint(0, 64, (2, 24))
     hessians = collect_hessians(net, [ids])
     assert hessians["blocks.1.attn.proj.weight"].shape == (128, 128)
-    scheme = QuantizationConfig(scheme="mixed", gptq=True, limit_bytes=evaluation_code_bytes() + 200_000)
+    scheme = QuantizationConfig(scheme="mixed", gptq=True, limit_bytes=200_000)
     save_artifact(
         tmp_path / "a.hymba",
         net.state_dict(),
@@ -272,15 +272,15 @@ def test_an_artifact_takes_hessians_and_still_keeps_its_limit(net, tmp_path):
     assert len(expected) > 20
     for name, tensor in expected.items():
         assert torch.equal(restored[name], dequantize_rows(tensor)), name
-    limit = evaluation_code_bytes() + round(0.9 * report.bytes)
+    limit = round(0.9 * report.bytes)
     tight, coarse = save(dataclasses.replace(scheme, limit_bytes=limit), hessians)
-    assert tight.bytes + evaluation_code_bytes() <= limit
+    assert tight.bytes <= limit
     assert tight.coarsen > 1
-    nearest, _ = save(dataclasses.replace(scheme, scheme="int6", limit_bytes=limit), None)
+    nearest, _ = save(dataclasses.replace(scheme, scheme="rows", limit_bytes=limit), None)
     assert tight.coarsen == pytest.approx(nearest.coarsen, rel=0.1)
     # Coarser, and still rounded by GPTQ: its error on the layer's outputs is the smaller one.
     name = "blocks.0.mlp.fc.weight"
-    _, plain = save(dataclasses.replace(scheme, scheme="int6", coarsen=tight.coarsen, fit_limit=False), None)
+    _, plain = save(dataclasses.replace(scheme, scheme="rows", coarsen=tight.coarsen, fit_limit=False), None)
     energy = [
         torch.einsum("rc,cd,rd->", error, hessians[name], error)
         for error in (tensors[name] - state_dict[name] for tensors in (coarse, plain))
@@ -289,7 +289,7 @@ def test_an_artifact_takes_hessians_and_still_keeps_its_limit(net, tmp_path):
 
 
 def test_hessians_go_with_the_scheme_that_needs_them(net, tmp_path):
-    for scheme, hessians, match in (("gptq", None, "needs Hessians"), ("int6", {}, "takes no Hessians")):
+    for scheme, hessians, match in (("gptq", None, "needs Hessians"), ("rows", {}, "takes no Hessians")):
         with pytest.raises(ValueError, match=match):
             save_artifact(
                 tmp_path / "a",

@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 
+from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.commands import run_command
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization import (
     ArtifactError,
     QuantizationConfig,
-    evaluation_code_bytes,
     inspect_artifact,
     load_artifact,
     save_artifact,
@@ -53,7 +53,7 @@ def artifact(tmp_path_factory):
 
 
 def test_the_listing_is_the_file(artifact):
-    listing = list_artifact(artifact)
+    listing = list_artifact(artifact, lambda mixer: 1000)
     loaded, report = inspect_artifact(artifact)
     assert (listing["config"], listing["tokenizer"], listing["metadata"]) == (
         NET.to_dict(),
@@ -61,7 +61,7 @@ def test_the_listing_is_the_file(artifact):
         {"steps": 3},
     )
     assert listing["bytes"] == artifact.stat().st_size
-    assert listing["share"] == (listing["bytes"] + evaluation_code_bytes()) / 1_000_000
+    assert listing["share"] == (listing["bytes"] + 1000) / 1_000_000
     for tensor, expected in zip(listing["tensors"], report.tensors, strict=True):
         assert (tensor["name"], tensor["storage"], tensor["bytes"]) == (expected.name, expected.storage, expected.bytes)
         assert tensor["weights"] == loaded.state_dict[tensor["name"]].numel()
@@ -75,9 +75,9 @@ def test_the_listing_is_the_file(artifact):
 
 
 def test_the_table_is_aligned_and_counts_shared_weights_once(artifact):
-    text = as_table(list_artifact(artifact))
+    text = as_table(list_artifact(artifact, lambda mixer: 1000))
     assert "d_model 32" in text
-    assert "bits 5, keep_float_numel 500, limit_bytes 1000000, scheme int6\n" in text
+    assert "bits 5, keep_float_numel 500, limit_bytes 1000000, scheme rows\n" in text
     rows = text.split("\n\n")[1].splitlines()
     assert len(rows) == 1 + len(Hymba(NET).state_dict()) + 2
     end = rows[0].index("bytes") + len("bytes")
@@ -89,7 +89,7 @@ def test_the_table_is_aligned_and_counts_shared_weights_once(artifact):
 
 def test_as_json_it_is_the_same(artifact, capsys):
     run_command("inspect", [str(artifact), "--json"])
-    assert json.loads(capsys.readouterr().out) == list_artifact(artifact)
+    assert json.loads(capsys.readouterr().out) == list_artifact(artifact, evaluation_code_bytes)
 
 
 def test_names_cannot_steer_the_terminal(tmp_path):
@@ -105,7 +105,7 @@ def test_names_cannot_steer_the_terminal(tmp_path):
         scheme=QuantizationConfig(),
         roles=dict.fromkeys(tensors, Role.MATRIX),
     )
-    table = as_table(list_artifact(path))
+    table = as_table(list_artifact(path, lambda mixer: 1000))
     assert not any(character in table for character in "\x1b\x07\u202e")
     with pytest.raises(ArtifactError, match=r"\ufffd\[2Jw\ufffd") as refused:
         load_artifact(path)

@@ -12,15 +12,14 @@ from hymba_lightning.quantization import (
     ArtifactTooLargeError,
     QuantizationConfig,
     check_limit,
-    evaluation_code_bytes,
     inspect_artifact,
     load_artifact,
     save_artifact,
 )
-from hymba_lightning.quantization.calibration import calibrate
 from hymba_lightning.quantization.gptq import round_columns
-from hymba_lightning.quantization.int6 import as_rows, dequantize_rows
-from hymba_lightning.quantization.mixed import LEAST, Q_MAX, Candidate
+from hymba_lightning.quantization.precision import LEAST, Q_MAX, Candidate
+from hymba_lightning.quantization.rows import as_rows, dequantize_rows
+from hymba_lightning.quantization.schemes import calibrate
 
 MIXED = QuantizationConfig(scheme="mixed")
 
@@ -63,7 +62,7 @@ def known(net, ids):
 
 
 def save(path, net, scheme: QuantizationConfig, budget: int, **calibration):
-    scheme = dataclasses.replace(scheme, limit_bytes=budget + evaluation_code_bytes())
+    scheme = dataclasses.replace(scheme, limit_bytes=budget)
     return save_artifact(
         path, net.state_dict(), config=net.config.to_dict(), tokenizer={}, metadata={}, scheme=scheme, **calibration
     )
@@ -121,7 +120,7 @@ def test_with_too_few_bytes_it_is_as_small_as_can_be_and_refused(net, known, tmp
     assert "exported at its smallest" in caplog.text
     assert report.bytes < 18_000
     with pytest.raises(ArtifactTooLargeError):
-        check_limit(report.bytes, evaluation_code_bytes(), 3_000 + evaluation_code_bytes(), report)
+        check_limit(report.bytes, 0, 3_000, report)
 
 
 def test_the_same_arguments_give_the_same_bytes(net, ids, tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.model.roles import Role
-from hymba_lightning.quantization.sensitivity import collect_sensitivities, plain_sensitivity, random_batches
+from hymba_lightning.quantization.precision import collect_sensitivities, plain_sensitivity, random_batches
 
 CONFIG = HymbaConfig(
     vocab_size=12,

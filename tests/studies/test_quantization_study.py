@@ -9,7 +9,7 @@ from tiny import NET, tiny_data, write_data
 
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization import QuantizationConfig
-from hymba_lightning.quantization.calibration import calibrate
+from hymba_lightning.quantization.schemes import calibrate
 from hymba_lightning.studies.quantization import REFERENCE, compare, entropy_bytes, recipes, run_study
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from hymba_lightning.model.mixer import HybridMixer
 from hymba_lightning.model.roles import Role, parameter
 from hymba_lightning.ops.causal_conv1d import causal_conv1d
 from hymba_lightning.ops.ssd import ssd
-from hymba_lightning.ops.ssd.chunked import CHUNK
+from hymba_lightning.ops.ssd.backend_chunked import CHUNK
 
 
 class Mixer(HybridMixer):

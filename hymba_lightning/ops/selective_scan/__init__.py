@@ -6,7 +6,6 @@ B batch, T sequence, E channels (d_inner), N states per channel (d_state).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,27 +13,7 @@ from torch import Tensor
 from hymba_lightning.ops import registry
 from hymba_lightning.ops.selective_scan.naive import selective_scan_naive
 
-_MAMBA_REMEDY = "use backend 'triton' or 'chunked'"
-
-_operation = registry.Operation(
-    backends={
-        "naive": registry.Backend(registry.anywhere),
-        "chunked": registry.Backend(registry.anywhere),
-        "numba": registry.Backend(registry.needs_package("numba", "pip install numba", "cpu")),
-        "triton": registry.Backend(registry.needs_triton),
-        "mamba_ssm": registry.Backend(
-            registry.needs_package("mamba_ssm", "pip install mamba-ssm --no-build-isolation", "cuda"),
-            {
-                "initial_state": f"mamba-ssm's kernel starts from a zero state; {_MAMBA_REMEDY}",
-                "state_gradient": f"mamba-ssm drops the final state's gradient; {_MAMBA_REMEDY}, or torch.no_grad()",
-            },
-        ),
-    },
-    order={"cpu": ("numba", "chunked"), "cuda": ("triton", "mamba_ssm", "chunked"), "other": ("chunked",)},
-)
-registry.register("selective_scan", _operation)
-
-BACKENDS = tuple(_operation.backends)
+BACKENDS = registry.register_folder("selective_scan", __name__, selective_scan_naive)
 available_backends = functools.partial(registry.available_backends, "selective_scan")
 
 
@@ -62,41 +41,20 @@ def selective_scan(
     that cannot serve the call.
     """
     _check_shapes(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E, initial_state_BEN)
-    features: tuple[str, ...] = () if initial_state_BEN is None else ("initial_state",)
-    if return_state and torch.is_grad_enabled():
-        features += ("state_gradient",)
     if backend == "auto" and registry.is_one_step(u_BTE):
         backend = "naive"
-    name = registry.choose("selective_scan", backend, u_BTE.device.type, features)
-    operands = u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E
-    if name == "mamba_ssm":
-        from hymba_lightning.ops.selective_scan.mamba_ssm import selective_scan_mamba_ssm
-
-        out_BTE, state_BEN = selective_scan_mamba_ssm(*operands)
-        return (out_BTE, state_BEN) if return_state else out_BTE
+    scan = registry.implementation(
+        "selective_scan",
+        backend,
+        u_BTE.device.type,
+        initial_state=initial_state_BEN is not None,
+        state_gradient=return_state and torch.is_grad_enabled(),
+    )
     if initial_state_BEN is None:
         initial_state_BEN = A_EN.new_zeros(u_BTE.size(0), *A_EN.shape, dtype=torch.float32)
-    if name == "triton":
-        from hymba_lightning.ops.selective_scan.triton import selective_scan_triton
-
-        return selective_scan_triton(
-            *operands[:7], dt_bias_E=dt_bias_E, initial_state_BEN=initial_state_BEN, return_state=return_state
-        )
-    result = _implementation(name)(*operands, initial_state_BEN)
+    # Some return more than this, which is for their backward.
+    result = scan(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E, initial_state_BEN)
     return (result[0], result[1]) if return_state else result[0]
-
-
-def _implementation(name: str) -> Callable[..., tuple[Tensor, ...]]:
-    """A function of the operands and the initial state that returns out, the final state and whatever it keeps."""
-    if name == "numba":
-        from hymba_lightning.ops.selective_scan.numba import selective_scan_numba
-
-        return selective_scan_numba
-    if name == "chunked":
-        from hymba_lightning.ops.selective_scan.chunked import selective_scan_chunked
-
-        return selective_scan_chunked
-    return selective_scan_naive
 
 
 def _check_shapes(

@@ -11,50 +11,9 @@ import torch
 from torch import Tensor
 
 from hymba_lightning.ops import registry
-from hymba_lightning.ops.sliding_window import fa4
 from hymba_lightning.ops.sliding_window.naive import sliding_window_attention_naive
 
-HIDDEN = {
-    "hidden": "rows whose first keys are hidden are served by 'sdpa' (where no query outgrows the window) and 'naive'"
-}
-
-_operation = registry.Operation(
-    backends={
-        "naive": registry.Backend(registry.anywhere),
-        "blocked": registry.Backend(registry.on_device("cpu", "use backend 'flex' or 'flash'"), HIDDEN),
-        "flex": registry.Backend(
-            registry.on_device("cuda", "flex_attention has no backward elsewhere; use 'blocked'"), HIDDEN
-        ),
-        "fa4": registry.Backend(
-            fa4.missing,
-            {
-                "float32": "flash-attn-4 takes float16 and bfloat16; cast q, k and v, or use backend 'flex'",
-                "head_dim": f"flash-attn-4 takes heads whose width is a multiple of {fa4.HEAD_DIM_STEP} and at most "
-                f"{fa4.MAX_HEAD_DIM}; use backend 'flex'",
-                **HIDDEN,
-            },
-        ),
-        "flash": registry.Backend(
-            registry.needs_package("flash_attn", "pip install flash-attn --no-build-isolation", "cuda"),
-            {"float32": "flash-attn takes float16 and bfloat16; cast q, k and v, or use backend 'flex'", **HIDDEN},
-        ),
-        "sdpa": registry.Backend(
-            registry.anywhere,
-            {
-                "window": "sdpa serves global layers only (window None, or one that no query outgrows)",
-                "offset_on_cpu": "with more keys than queries it needs a dense mask on a CPU; use backend 'blocked'",
-            },
-        ),
-    },
-    order={
-        "cpu": ("sdpa", "blocked", "naive"),
-        "cuda": ("fa4", "flash", "sdpa", "flex", "naive"),
-        "other": ("sdpa", "naive"),
-    },
-)
-registry.register("sliding_window_attention", _operation)
-
-BACKENDS = tuple(_operation.backends)
+BACKENDS = registry.register_folder("sliding_window_attention", __name__, sliding_window_attention_naive)
 available_backends = functools.partial(registry.available_backends, "sliding_window_attention")
 
 
@@ -86,33 +45,21 @@ def sliding_window_attention(
     # A window that no query outgrows hides nothing: the cheaper kernels of plain causal attention will do.
     if window is not None and window >= n_keys:
         window = None
-    features: tuple[str, ...] = () if window is None else ("window",)
-    if hidden_B is not None:
-        features += ("hidden",)
-    if n_keys > n_queries > 1 and device_type == "cpu":
-        features += ("offset_on_cpu",)
-    if q_BTHK.dtype == torch.float32:
-        features += ("float32",)
-    if head_dim % fa4.HEAD_DIM_STEP or head_dim > fa4.MAX_HEAD_DIM:
-        features += ("head_dim",)
-    name = registry.choose("sliding_window_attention", backend, device_type, features)
+    attention = registry.implementation(
+        "sliding_window_attention",
+        backend,
+        device_type,
+        windowed=window is not None,
+        hidden=hidden_B is not None,
+        offset_on_cpu=n_keys > n_queries > 1 and device_type == "cpu",
+        half_precision=q_BTHK.dtype in (torch.bfloat16, torch.float16),
+        head_dim=int(head_dim),
+    )
     scale = head_dim**-0.5 if scale is None else scale
     k_BSGK, v_BSGK = k_BSGK.to(q_BTHK.dtype), v_BSGK.to(q_BTHK.dtype)
-    if name == "sdpa":
-        from hymba_lightning.ops.sliding_window.sdpa import causal_attention_sdpa
-
-        return causal_attention_sdpa(q_BTHK, k_BSGK, v_BSGK, scale, hidden_B)
-    if name == "naive":
-        return sliding_window_attention_naive(q_BTHK, k_BSGK, v_BSGK, window, scale, hidden_B)
-    if name == "blocked":
-        from hymba_lightning.ops.sliding_window.blocked import sliding_window_attention_blocked as attention
-    elif name == "flex":
-        from hymba_lightning.ops.sliding_window.flex import sliding_window_attention_flex as attention
-    elif name == "fa4":
-        attention = fa4.sliding_window_attention_fa4
-    else:
-        from hymba_lightning.ops.sliding_window.flash import sliding_window_attention_flash as attention
-    return attention(q_BTHK, k_BSGK, v_BSGK, window, scale)
+    if hidden_B is None:
+        return attention(q_BTHK, k_BSGK, v_BSGK, window, scale)
+    return attention(q_BTHK, k_BSGK, v_BSGK, window, scale, hidden_B)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, hidden: Tensor | None) -> None:

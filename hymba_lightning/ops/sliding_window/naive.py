@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# What most backends do not serve, and which do.
+HIDDEN = "rows whose first keys are hidden are served by 'sdpa' (where no query outgrows the window) and 'naive'"
+
 
 def window_mask(n_queries: int, n_keys: int, window: int | None, device: torch.device) -> Tensor:
     """(T, S) bool, true where the query sees the key: 0 <= i-j < window, query t at key position i = S-T+t."""

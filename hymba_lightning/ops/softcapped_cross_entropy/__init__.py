@@ -13,17 +13,7 @@ from torch import Tensor
 from hymba_lightning.ops import registry
 from hymba_lightning.ops.softcapped_cross_entropy.naive import softcapped_cross_entropy_naive
 
-_operation = registry.Operation(
-    backends={
-        "naive": registry.Backend(registry.anywhere),
-        "torch": registry.Backend(registry.anywhere),
-        "triton": registry.Backend(registry.needs_triton),
-    },
-    order={"cuda": ("triton", "torch"), "other": ("torch",)},
-)
-registry.register("softcapped_cross_entropy", _operation)
-
-BACKENDS = tuple(_operation.backends)
+BACKENDS = registry.register_folder("softcapped_cross_entropy", __name__, softcapped_cross_entropy_naive)
 available_backends = functools.partial(registry.available_backends, "softcapped_cross_entropy")
 
 
@@ -37,15 +27,8 @@ def softcapped_cross_entropy(logits_NV: Tensor, targets_N: Tensor, *, cap: float
     BackendUnavailableError for a named backend that cannot serve the call.
     """
     _check(logits_NV, targets_N, cap)
-    name = registry.choose("softcapped_cross_entropy", backend, logits_NV.device.type)
-    if name == "naive":
-        return softcapped_cross_entropy_naive(logits_NV, targets_N, cap)
-    if name == "triton":
-        from hymba_lightning.ops.softcapped_cross_entropy.triton import softcapped_cross_entropy_triton as loss
-    else:
-        from hymba_lightning.ops.softcapped_cross_entropy.blocked import softcapped_cross_entropy_torch as loss
-    nats_N, _ = loss(logits_NV, targets_N, cap)
-    return nats_N
+    loss = registry.implementation("softcapped_cross_entropy", backend, logits_NV.device.type)
+    return loss(logits_NV, targets_N, cap)[0]
 
 
 def _check(logits: Tensor, targets: Tensor, cap: float) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 
-def softcapped_cross_entropy_naive(logits_NV: Tensor, targets_N: Tensor, cap: float) -> Tensor:
-    """log Σ_v exp(y_v) - y_target (N,) of y = cap·tanh(x/cap), in nats, float32 throughout."""
+def softcapped_cross_entropy_naive(logits_NV: Tensor, targets_N: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """log Σ_v exp(y_v) - y_target of y = cap·tanh(x/cap), in nats, and its first term: (N,) both, float32."""
     capped_NV = cap * torch.tanh(logits_NV.float() / cap)
-    return torch.logsumexp(capped_NV, dim=1) - capped_NV.gather(1, targets_N[:, None]).squeeze(1)
+    log_sums_N = torch.logsumexp(capped_NV, dim=1)
+    return log_sums_N - capped_NV.gather(1, targets_N[:, None]).squeeze(1), log_sums_N

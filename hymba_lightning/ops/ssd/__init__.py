@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 
 from hymba_lightning.ops import registry
-from hymba_lightning.ops.ssd.chunked import ssd_chunked
 from hymba_lightning.ops.ssd.naive import ssd_naive
 
-_operation = registry.Operation(
-    backends={"naive": registry.Backend(registry.anywhere), "chunked": registry.Backend(registry.anywhere)},
-    order={"other": ("chunked",)},
-)
-registry.register("ssd", _operation)
-
-BACKENDS = tuple(_operation.backends)
+BACKENDS = registry.register_folder("ssd", __name__, ssd_naive)
 available_backends = functools.partial(registry.available_backends, "ssd")
 
 
@@ -49,7 +42,7 @@ def ssd(
     _check_shapes(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, dt_bias_H, initial_state_BHPN)
     if backend == "auto" and registry.is_one_step(x_BTHP):
         backend = "naive"
-    compute = {"naive": ssd_naive, "chunked": ssd_chunked}[registry.choose("ssd", backend, x_BTHP.device.type)]
+    compute = registry.implementation("ssd", backend, x_BTHP.device.type)
     if initial_state_BHPN is None:
         shape = x_BTHP.size(0), *x_BTHP.shape[2:], B_BTGN.size(-1)
         initial_state_BHPN = torch.zeros(shape, dtype=torch.float32, device=x_BTHP.device)

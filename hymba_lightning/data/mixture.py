@@ -1,0 +1,136 @@
+"""Training on several folders of shards at once, each with its share of the sequences.
+
+Which folder a span comes from is a function of its number alone: share p of every stretch of spans belongs to a folder
+as evenly as whole numbers allow (span s does where ⌊(s+1)p⌋ > ⌊sp⌋), and a folder's own spans come in the order in
+which they would come without the others. So nothing has to be remembered to go on, or to have another number of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from hymba_lightning.data.manifest import read_manifest
+from hymba_lightning.data.sequences import Batch, TrainSpans
+from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
+
+
+class Source(NamedTuple):
+    """A folder, and its share of the training sequences."""
+
+    folder: Path
+    share: Fraction
+
+
+def sources_of(data_dir: Path, mixture: Mapping[str, float]) -> list[Source]:
+    """`data_dir` with what the others leave, then the others.
+
+    Raises:
+        ValueError: A share that is none, nothing left for data_dir, a folder named twice.
+    """
+    others = [Source(Path(folder).expanduser(), _share(folder, share)) for folder, share in mixture.items()]
+    left = 1 - sum((source.share for source in others), Fraction(0))
+    if left <= 0:
+        raise ValueError(
+            f"data.mixture gives {', '.join(mixture)} {float(1 - left):g} of the sequences together; the rest, which "
+            "must be more than 0, is data.data_dir's"
+        )
+    sources = [Source(data_dir, left), *others]
+    places = [source.folder.resolve() for source in sources]
+    twice = [str(place) for place in places if places.count(place) > 1]
+    if twice:
+        raise ValueError(f"data.mixture and data.data_dir name {twice[0]} twice; name each folder once")
+    return sources
+
+
+def _share(folder: str, share: float) -> Fraction:
+    if not (isinstance(share, int | float) and math.isfinite(share) and 0 < share < 1):
+        raise ValueError(f"data.mixture gives {folder} a share of {share}; a share lies between 0 and 1")
+    return Fraction(str(share))
+
+
+def check_tokenizers(sources: Sequence[Source], tokenizer: Path) -> None:
+    """
+    Raises:
+        ValueError: A folder was prepared with another tokenizer than `tokenizer`, or does not say with which.
+        FileNotFoundError: There is no such folder, or no tokenizer.
+    """
+    if len(sources) == 1:
+        return
+    load_tokenizer(tokenizer)
+    own = file_sha256(tokenizer)
+    for folder, _ in sources[1:]:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"data.mixture names {folder}, which is no folder")
+        manifest, beside = read_manifest(folder), folder / TOKENIZER_FILE
+        found = manifest["tokenizer"]["sha256"] if manifest else file_sha256(beside) if beside.is_file() else None
+        if found != own:
+            what = f"is of another tokenizer (sha256 {found})" if found else "does not say of which tokenizer it is"
+            raise ValueError(
+                f"{folder} of data.mixture {what}; all folders must be of {tokenizer} (sha256 {own}): prepare it again "
+                f"with `hymba prepare --tokenizer {tokenizer}`"
+            )
+
+
+class MixedSpans:
+    """The spans of several streams, numbered from 0 without end; otherwise as `TrainSpans`.
+
+    Args:
+        parts: Each folder's own spans, all of one length.
+        shares: Of the spans, one for each part; their sum is 1.
+    """
+
+    def __init__(self, parts: Sequence[TrainSpans], shares: Sequence[Fraction]) -> None:
+        self.parts = list(parts)
+        self.spans_per_pass = sum(part.spans_per_pass for part in parts)
+        """Whole spans of all folders together."""
+        self.n_tokens = sum(part.n_tokens for part in parts)
+        # Of what the parts behind it leave, from the last one to the first, which gets the rest.
+        left = Fraction(1)
+        self._steps: list[tuple[int, Fraction]] = []
+        for index in range(len(parts) - 1, 0, -1):
+            self._steps.append((index, shares[index] / left))
+            left -= shares[index]
+
+    def place(self, span: int) -> tuple[int, int]:
+        """Index of the part that a span belongs to, and its number there."""
+        for index, share in self._steps:
+            before = math.floor(span * share)
+            if math.floor((span + 1) * share) > before:
+                return index, before
+            span -= before
+        return 0, span
+
+    def tokens(self, span: int) -> np.ndarray:
+        """The span's seq_len + 1 tokens, int64."""
+        part, own = self.place(span)
+        return self.parts[part].tokens(own)
+
+    def locate(self, span: int) -> tuple[Path, int]:
+        """Shard file, and offset in it, of the span's first token."""
+        part, own = self.place(span)
+        return self.parts[part].locate(own)
+
+    def batch(self, first_span: int, micro_batch_size: int) -> Batch:
+        """Spans first_span … first_span + micro_batch_size - 1 as a training batch."""
+        tokens = torch.from_numpy(np.stack([self.tokens(first_span + row) for row in range(micro_batch_size)]))
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.empty(0, dtype=torch.int16))
+
+
+def token_frequencies(sources: Sequence[Source], vocab_size: int) -> np.ndarray | None:
+    """Share of each token id in the training sequences (V,) float64, add-one smoothed; None where a manifest does not
+    count them."""
+    total = np.zeros(vocab_size)
+    for folder, share in sources:
+        manifest = read_manifest(folder)
+        if manifest is None or len(manifest["train_token_counts"]) != vocab_size:
+            return None
+        counts = np.array(manifest["train_token_counts"], dtype=np.float64) + 1
+        total += float(share) * counts / counts.sum()
+    return total

@@ -1,0 +1,114 @@
+"""The selective scan of the package mamba-ssm (CUDA), behind our contract: float32 dynamics, our layout, one operator.
+
+Its kernel wants time last, so every operand and gradient is copied once in each direction. It starts from a zero state
+and drops the gradient of the final one. B batch, T sequence, E channels, N states.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hymba_lightning.ops.operators import Contract, FunctionContext, make_operator
+from hymba_lightning.ops.registry import Backend
+from hymba_lightning.ops.selective_scan.operator import OPERANDS
+
+
+def _time_last(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The operands as the kernel wants them: (B, X, T), all of u's type; A, D and the bias float32."""
+    wide = (None if x is None else x.to(u.dtype).transpose(1, 2).contiguous() for x in (u, dt, B, C, z))
+    u_BET, dt_BET, B_BNT, C_BNT, z_BET = wide
+    return u_BET, dt_BET, A.float().contiguous(), B_BNT, C_BNT, D.float(), z_BET, dt_bias.float()
+
+
+def _forward(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    from mamba_ssm.ops.selective_scan_interface import SelectiveScanFn
+
+    operands = _time_last(u, dt, A, B, C, D, z, dt_bias)
+    out_BET, state_BEN = SelectiveScanFn.forward(FunctionContext(), *operands, True, True)
+    return out_BET.transpose(1, 2).contiguous(), state_BEN.to(torch.float32, copy=True)
+
+
+def _backward(
+    g_out: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from mamba_ssm.ops.selective_scan_interface import SelectiveScanFn
+
+    # What the kernel's forward leaves for its backward differs between versions, so the forward runs once more.
+    context = FunctionContext()
+    SelectiveScanFn.forward(context, *_time_last(u, dt, A, B, C, D, z, dt_bias), True, False)
+    gradients = SelectiveScanFn.backward(context, g_out.transpose(1, 2).contiguous())
+    g_u, g_dt, g_A, g_B, g_C, g_D, g_z, g_bias = gradients[:8]
+
+    def time_first(gradient: Tensor, like: Tensor) -> Tensor:
+        return gradient.transpose(1, 2).to(like.dtype).contiguous()
+
+    return (
+        time_first(g_u, u),
+        time_first(g_dt, dt),
+        g_A.to(A.dtype),
+        time_first(g_B, B),
+        time_first(g_C, C),
+        g_D.to(D.dtype),
+        u.new_empty(0) if z is None else time_first(g_z, z),
+        g_bias.to(dt_bias.dtype),
+    )
+
+
+def _shapes(u, dt, A, B, C, D, z, dt_bias):  # type: ignore[no-untyped-def]
+    state = torch.empty((u.size(0), *A.shape), dtype=torch.float32, device=u.device)
+    return torch.empty(u.shape, dtype=u.dtype, device=u.device), state
+
+
+selective_scan_mamba_ssm = make_operator(
+    "selective_scan_mamba_ssm",
+    Contract(OPERANDS, "out final", 1, "u dt A B C D z dt_bias", "u dt A B C D z dt_bias"),
+    _forward,
+    _backward,
+    _shapes,
+)
+
+
+def _from_zero(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The scan without the initial state, which is zeros: with others the call is refused."""
+    return selective_scan_mamba_ssm(*operands[:-1])
+
+
+def selective_scan_own_autograd(
+    u_BTE: Tensor,
+    dt_BTE: Tensor,
+    A_EN: Tensor,
+    B_BTN: Tensor,
+    C_BTN: Tensor,
+    D_E: Tensor,
+    z_BTE: Tensor,
+    dt_bias_E: Tensor,
+) -> Tensor:
+    """The package's scan as others call it, for comparisons of time: its autograd keeps what is recomputed
+    here; copies to time-last and back included."""
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    u, dt, B, C, z = (x.transpose(1, 2).contiguous() for x in (u_BTE, dt_BTE, B_BTN, C_BTN, z_BTE))
+    return selective_scan_fn(u, dt, A_EN, B, C, D_E, z, dt_bias_E, delta_softplus=True).transpose(1, 2).contiguous()
+
+
+REMEDY = "use backend 'triton' or 'chunked'"
+BACKEND = Backend(
+    "the package mamba-ssm",
+    lambda: _from_zero,
+    devices=("cuda",),
+    package="mamba_ssm",
+    install="pip install mamba-ssm --no-build-isolation",
+    refuses=(
+        (lambda call: call.initial_state, f"mamba-ssm's kernel starts from a zero state; {REMEDY}"),
+        (
+            lambda call: call.state_gradient,
+            f"mamba-ssm drops the final state's gradient; {REMEDY}, or torch.no_grad()",
+        ),
+    ),
+    auto={"cuda": 20},
+)

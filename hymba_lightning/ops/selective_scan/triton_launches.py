@@ -1,0 +1,267 @@
+"""The selective scan in Triton: shapes, launches and the operator around the kernels of triton_forward and _backward.
+
+B batch, T sequence, E channels, N states per channel. Three launches forward (each chunk's end from a zero state, the
+carry across chunks, outputs), three backward (the same for the adjoints, then all gradients), so that the time axis of
+few long sequences fills the device. Operands are read where they lie, with any stride over batch and time.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hymba_lightning.ops.selective_scan.operator import make_scan_op
+from hymba_lightning.ops.selective_scan.triton_backward import chunk_adjoints, chunk_gradients
+from hymba_lightning.ops.selective_scan.triton_forward import carry_chunks, chunk_ends, chunk_outputs
+from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, as_gradient, can_prefetch, multiprocessors, readable
+
+# Tokens of a tile: those that a thread holds in registers, and the distance of the states saved for backward.
+ROWS = 8
+# Channels of a program, two for each thread: fewer waste the loads of B and C, more do not fit backward's registers.
+FORWARD_BLOCK_E = 64
+BLOCK_E = 64
+# Below this a chunk's edge costs more than the parallelism gains.
+MIN_CHUNK_TILES = 8
+# Chunks whose edges the carry loads at once.
+CARRY_AHEAD = 16
+# Programs of a launch for each multiprocessor. From Hopper on it holds 24 of chunk_outputs' and 8 of chunk_gradients'
+# at once (an Ampere 20 and 8): chunks are as long as that leaves no last round of a few programs.
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 24, 32
+# Registers of a thread that the last backward kernel may take: all there are, since 8 warps share a multiprocessor
+# with any number between 169 and 255.
+BACKWARD_REGISTERS = 255
+# States below which the matrix units' smallest product is not filled.
+FEW_STATES = 16
+
+
+def tiles_per_chunk(batch: int, length: int, n_blocks: int, programs: int) -> int:
+    """Tiles in a chunk, such that a launch has at most `programs` programs or, if the batch has more, one chunk."""
+    n_tiles = triton.cdiv(length, ROWS)
+    chunks = max(1, programs // (batch * n_blocks))
+    return min(n_tiles, max(MIN_CHUNK_TILES, triton.cdiv(n_tiles, chunks)))
+
+
+def _by_state(x_EN: Tensor) -> Tensor:
+    """(..., E, N) -> (..., N, E) float32, contiguous: how the kernels hold states and A."""
+    return x_EN.float().transpose(-1, -2).contiguous()
+
+
+def _shape(dt: Tensor, n_states: int, block: int) -> dict[str, int | bool]:
+    """Compile-time arguments that all but the carry take."""
+    length, channels = dt.shape[1:]
+    return {
+        "E": channels,
+        "N": n_states,
+        "ROWS": ROWS,
+        "BLOCK_E": block,
+        "DT_ROW": dt.stride(1),
+        "MASKED": length % ROWS != 0 or channels % block != 0,
+        **COMPILE_OPTIONS,
+    }
+
+
+def _carry(A_NE: Tensor, edge_BNE: Tensor, slots: Tensor, slot_stride: int, dt_sums: Tensor, direction: int) -> None:
+    """Runs the carry over `slots`, forward from the first (direction 1) or backward from the last one (-1)."""
+    batch, n_chunks, channels = dt_sums.shape
+    first = n_chunks - 1 if direction < 0 else 0
+    carry_chunks[triton.cdiv(channels, BLOCK_E), A_NE.size(0), batch](
+        A_NE,
+        edge_BNE,
+        slots,
+        dt_sums,
+        n_chunks,
+        slots.stride(0),
+        slot_stride,
+        first * slot_stride,
+        first * channels,
+        DIRECTION=direction,
+        E=channels,
+        N=A_NE.size(0),
+        BLOCK_E=BLOCK_E,
+        AHEAD=CARRY_AHEAD,
+        **COMPILE_OPTIONS,
+    )
+
+
+def _forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor,
+    initial_state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, channels = u.shape
+    n_states = A.size(1)
+    u, dt, B, C = map(readable, (u, dt, B, C))
+    # Without a gate its pointer is passed on but never read.
+    gate = u if z is None else readable(z)
+    A_NE, D, dt_bias = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
+    n_tiles = triton.cdiv(length, ROWS)
+    n_blocks = triton.cdiv(channels, FORWARD_BLOCK_E)
+    chunk_tiles = tiles_per_chunk(batch, length, n_blocks, FORWARD_PROGRAMS * multiprocessors(u.device))
+    n_chunks = triton.cdiv(n_tiles, chunk_tiles)
+    out = torch.empty(u.shape, dtype=u.dtype, device=u.device)
+    starts = torch.empty(batch, n_tiles, n_states, channels, dtype=torch.float32, device=u.device)
+    final_BNE = torch.empty(batch, n_states, channels, dtype=torch.float32, device=u.device)
+    dt_sums = torch.empty(batch, n_chunks, channels, dtype=torch.float32, device=u.device)
+    shape = _shape(dt, n_states, FORWARD_BLOCK_E) | {"U_ROW": u.stride(1), "B_ROW": B.stride(1)}
+    with torch.cuda.device_of(u):
+        if n_chunks > 1:
+            chunk_ends[n_blocks, n_chunks - 1, batch](
+                u,
+                dt,
+                A_NE,
+                B,
+                dt_bias,
+                starts,
+                dt_sums,
+                length,
+                chunk_tiles,
+                u.stride(0),
+                dt.stride(0),
+                B.stride(0),
+                **shape,
+            )
+        _carry(A_NE, _by_state(initial_state), starts, chunk_tiles * n_states * channels, dt_sums, direction=1)
+        chunk_outputs[n_blocks, n_chunks, batch](
+            u,
+            dt,
+            A_NE,
+            B,
+            C,
+            D,
+            gate,
+            dt_bias,
+            out,
+            starts,
+            final_BNE,
+            length,
+            chunk_tiles,
+            u.stride(0),
+            dt.stride(0),
+            B.stride(0),
+            C.stride(0),
+            gate.stride(0),
+            C_ROW=C.stride(1),
+            Z_ROW=gate.stride(1),
+            HAS_Z=z is not None,
+            **shape,
+        )
+    return out, final_BNE.transpose(1, 2).contiguous(), starts
+
+
+def _backward(
+    g_out: Tensor,
+    g_final: Tensor,
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor,
+    starts: Tensor,
+) -> tuple[Tensor, ...]:
+    batch, length, channels = u.shape
+    n_states, device = A.size(1), u.device
+    u, dt, B, C, g_out = map(readable, (u, dt, B, C, g_out))
+    gate = u if z is None else readable(z)
+    A_NE, skip_E, bias_E = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
+    n_blocks = triton.cdiv(channels, BLOCK_E)
+    chunk_tiles = tiles_per_chunk(batch, length, n_blocks, BACKWARD_PROGRAMS * multiprocessors(device))
+    n_chunks = triton.cdiv(starts.size(1), chunk_tiles)
+    adjoints = torch.empty(batch, n_chunks, n_states, channels, dtype=torch.float32, device=device)
+    dt_sums = torch.empty(batch, n_chunks, channels, dtype=torch.float32, device=device)
+    du = torch.empty(u.shape, dtype=u.dtype, device=device)
+    ddt = torch.empty(dt.shape, dtype=dt.dtype, device=device)
+    dz = u.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=device)
+    channel_sums = torch.empty(batch * n_chunks, n_states + 2, channels, dtype=torch.float32, device=device)
+    token_sums = torch.empty(n_blocks, batch, length, 2, n_states, dtype=torch.float32, device=device)
+    shape = _shape(dt, n_states, BLOCK_E) | {
+        "C_ROW": C.stride(1),
+        "Z_ROW": gate.stride(1),
+        "DOUT_ROW": g_out.stride(1),
+        "HAS_Z": z is not None,
+    }
+    states = triton.next_power_of_2(n_states)
+    with torch.cuda.device_of(u):
+        if n_chunks > 1:
+            chunk_adjoints[n_blocks, n_chunks - 1, batch](
+                dt,
+                A_NE,
+                C,
+                gate,
+                bias_E,
+                g_out,
+                adjoints,
+                dt_sums,
+                length,
+                chunk_tiles,
+                dt.stride(0),
+                C.stride(0),
+                gate.stride(0),
+                g_out.stride(0),
+                **shape,
+            )
+        _carry(A_NE, _by_state(g_final), adjoints, n_states * channels, dt_sums, direction=-1)
+        chunk_gradients[n_blocks, n_chunks, batch](
+            u,
+            dt,
+            A_NE,
+            B,
+            C,
+            skip_E,
+            gate,
+            bias_E,
+            g_out,
+            starts,
+            adjoints,
+            du,
+            ddt,
+            dz,
+            channel_sums,
+            token_sums,
+            length,
+            chunk_tiles,
+            u.stride(0),
+            dt.stride(0),
+            B.stride(0),
+            C.stride(0),
+            gate.stride(0),
+            g_out.stride(0),
+            U_ROW=u.stride(1),
+            B_ROW=B.stride(1),
+            STATES=max(FEW_STATES, states),
+            ROUNDED=u.dtype != torch.float32,
+            # The interpreter, which runs on the CPU, has no bfloat16 product.
+            DOT_TYPE=tl.float32 if device.type == "cpu" else tl.bfloat16,
+            # Of whole tiles only, whose addresses are all inside.
+            PREFETCHED=states if can_prefetch(device) and not shape["MASKED"] else 0,
+            num_stages=1,
+            maxnreg=BACKWARD_REGISTERS,
+            **shape,
+        )
+    d_channel = channel_sums.sum(0)
+    d_token = token_sums.sum(0)
+    dA_EN, dD_E, d_bias_E = d_channel[:n_states].t(), d_channel[n_states], d_channel[n_states + 1]
+    return (
+        du,
+        ddt,
+        as_gradient(dA_EN, A),
+        as_gradient(d_token[:, :, 0], B),
+        as_gradient(d_token[:, :, 1], C),
+        as_gradient(dD_E, D),
+        dz,
+        as_gradient(d_bias_E, dt_bias),
+        adjoints[:, 0].transpose(1, 2).contiguous(),
+    )
+
+
+selective_scan_triton_op = make_scan_op("selective_scan_triton", _forward, _backward, ROWS)

@@ -1,0 +1,54 @@
+"""Plain causal attention, for global layers, by torch's scaled_dot_product_attention.
+
+B batch, T queries, S keys, H query heads, G kv heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from hymba_lightning.ops.registry import Backend
+from hymba_lightning.ops.sliding_window.naive import mask_of_rows
+
+
+def causal_attention_sdpa(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None, scale: float, hidden_B: Tensor | None = None
+) -> Tensor:
+    """softmax(scale q·k over the keys seen) v; the last query sees every key but each row's first `hidden_B`.
+
+    Returns q's shape and dtype.
+    """
+    n_queries, n_keys = q_BTHK.size(1), k_BSGK.size(1)
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+    grouped = q.size(1) != k.size(1)
+    if hidden_B is not None:
+        mask = mask_of_rows(n_queries, n_keys, None, hidden_B)[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    elif n_queries == n_keys:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    elif n_queries == 1:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=causal_lower_right(n_queries, n_keys), scale=scale, enable_gqa=grouped
+        )
+    return out.transpose(1, 2)
+
+
+BACKEND = Backend(
+    "torch's scaled_dot_product_attention",
+    lambda: causal_attention_sdpa,
+    refuses=(
+        (
+            lambda call: call.windowed,
+            "sdpa serves global layers only (window None, or one that no query outgrows)",
+        ),
+        (
+            lambda call: call.offset_on_cpu,
+            "with more keys than queries it needs a dense mask on a CPU; use backend 'blocked'",
+        ),
+    ),
+    auto={"any": 20},
+)

@@ -1,0 +1,39 @@
+"""Attention as an operator: what a pair of functions, forward and backward, has to take and give.
+
+B batch, T queries, S keys, H query heads, G kv heads, K head_dim. Tensors of the pair:
+    forward(q, k, v, window, scale) -> out (B, T, H, K), and log Σ exp of the scores (B, H, T) where backward wants them
+    backward(g_out, q, k, v[, out, log_sums], window, scale) -> the gradients of q, k and v
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hymba_lightning.ops.operators import Contract, make_operator
+
+CONTRACT = Contract(
+    operands="Tensor q, Tensor k, Tensor v, int window, float scale",
+    results="out",
+    n_differentiable=1,
+    kept="q k v window scale",
+    gradients="q k v",
+)
+WITH_LOG_SUMS = CONTRACT._replace(results="out log_sums", kept="q k v out log_sums window scale")
+
+
+def make_attention_op(name: str, forward: Callable, backward: Callable, log_sums: bool = False) -> Callable:
+    """The differentiable operator hymba::`name` of a pair; `log_sums`: forward returns them, backward takes them."""
+
+    def shapes(q, k, v, window, scale):  # type: ignore[no-untyped-def]
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        return (out, _log_sums(q)) if log_sums else out
+
+    return make_operator(name, WITH_LOG_SUMS if log_sums else CONTRACT, forward, backward, shapes)
+
+
+def _log_sums(q_BTHK: Tensor) -> Tensor:
+    batch, length, heads, _ = q_BTHK.shape
+    return torch.empty((batch, heads, length), dtype=torch.float32, device=q_BTHK.device)
