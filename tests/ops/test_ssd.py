@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from hymba_lightning.ops.registry import choose
 from hymba_lightning.ops.selective_scan import selective_scan
-from hymba_lightning.ops.ssd import BACKENDS, ssd
+from hymba_lightning.ops.ssd import BACKENDS, backend_chunked, ssd
 from hymba_lightning.ops.testing import assert_close
 
 # (B, T, H, P, G, N): odd sizes, one token, a whole chunk, chunks and a rest, every head a group of its own.
