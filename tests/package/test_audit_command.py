@@ -78,9 +78,9 @@ FORGERIES = {
         "scored = ttt.score_chunk(chunk)\n",
         "scored = ttt.score_chunk(chunk)\n"
         "        last = next(tokenizer.parent.glob('*_val_*.bin')).read_bytes()[-2]\n"
-        "        nats = scored.nats + 1e-3 * last\n"
-        "        score = Score(float(nats.double().sum()), scored.score.n_tokens, scored.score.n_bytes)\n"
-        "        scored = scored._replace(nats=nats, score=score)\n",
+        "        moved = scored.nats + 1e-3 * last\n"
+        "        score = Score(float(moved.double().sum()), scored.score.n_tokens, scored.score.n_bytes)\n"
+        "        scored = type(scored)(moved, scored.context, score)\n",
         "the past is fixed",
     ),
 }
