@@ -9,6 +9,7 @@ import torch
 from op_cases import RATIO, on, outputs_and_gradients, random
 from torch._dynamo.utils import counters
 
+from hymba_lightning.ops import registry
 from hymba_lightning.ops.registry import choose
 from hymba_lightning.ops.selective_scan import selective_scan
 from hymba_lightning.ops.ssd import BACKENDS, backend_chunked, ssd
@@ -156,10 +157,14 @@ def test_one_compiled_graph_without_breaks_gives_the_same_gradients():
 def test_auto_takes_the_products_and_for_one_generated_token_the_loop(monkeypatch):
     assert choose("ssd", "auto", "cpu") == choose("ssd", "auto", "cuda") == "chunked"
     taken = []
-    monkeypatch.setattr("hymba_lightning.ops.ssd.ssd_naive", lambda *operands: taken.append(operands) or (0, 0))
+    original = registry.implementation
+    monkeypatch.setattr(
+        registry, "implementation", lambda op, name, *rest: taken.append(name) or original(op, name, *rest)
+    )
     with torch.no_grad():
         ssd(**case(1, 1, 2, 8, 1, 8))
-    assert taken
+        ssd(**case(1, 2, 2, 8, 1, 8))
+    assert taken == ["naive", "auto"]
 
 
 @pytest.mark.parametrize(
