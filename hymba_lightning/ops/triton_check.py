@@ -253,7 +253,7 @@ def timings(dtype: torch.dtype, states: int, rate: float) -> None:
         "conv triton": (run_triton_conv, conv_inputs(batch, length, channels, 4, dtype), 2 * tensor, 3 * tensor),
         "loss triton": (run_loss, loss_inputs(batch * length, VOCAB, dtype), wide, 2 * wide),
     }
-    if is_installed("mamba_ssm"):
+    if is_installed("selective_scan_cuda"):
         # No initial state there: the same operands without it.
         inputs = {n: x for n, x in scan_inputs(batch, length, channels, states, dtype).items() if n != "initial_state"}
         calls["scan mamba_ssm"] = (run_mamba_scan, inputs, 4 * tensor + 2 * narrow, 7 * tensor + 4 * narrow)

@@ -88,7 +88,7 @@ def _ours(op: Callable[..., Any], available: tuple[str, ...], *skipped: str) -> 
 def scan_contenders(device: torch.device) -> list[Contender]:
     """mambapy first (the peer that others are divided by), then ours, then the CUDA package's own call."""
     peers = [Contender("mambapy", mambapy_scan)] if is_installed("mambapy") else []
-    if device.type == "cuda" and is_installed("mamba_ssm"):
+    if device.type == "cuda" and is_installed("selective_scan_cuda"):
         peers.append(Contender("mamba-ssm, own autograd", selective_scan_own_autograd))
     return peers + _ours(selective_scan.selective_scan, selective_scan.available_backends(device), "naive")
 

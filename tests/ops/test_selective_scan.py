@@ -296,7 +296,7 @@ def test_unavailable_backend_names_the_remedy(monkeypatch):
     with pytest.raises(BackendUnavailableError, match="runs on cuda tensors, these are on cpu"):
         selective_scan(**case(1, 2, 4, 1), backend="mamba_ssm")
     for backend, device, remedy in (
-        ("mamba_ssm", "cuda", "pip install mamba-ssm"),
+        ("mamba_ssm", "cuda", "MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm"),
         ("triton", "cuda", "pip install triton"),
         ("numba", "cpu", "pip install numba"),
     ):
@@ -310,7 +310,9 @@ def test_automatic_choice(monkeypatch):
     pick = functools.partial(choose, "selective_scan", "auto")
     assert (pick("cpu"), pick("cuda"), pick("mps")) == ("chunked", "chunked", "chunked")
     installed.update({"numba", "mamba_ssm"})
-    assert (pick("cpu"), pick("cuda")) == ("numba", "mamba_ssm")
+    assert (pick("cpu"), pick("cuda")) == ("numba", "chunked"), "mamba-ssm is there, but without its extension"
+    installed.add("selective_scan_cuda")
+    assert pick("cuda") == "mamba_ssm"
     assert pick("cuda", initial_state=True, state_gradient=False) == "chunked"
     assert pick("cuda", initial_state=False, state_gradient=True) == "chunked"
     installed.add("triton")

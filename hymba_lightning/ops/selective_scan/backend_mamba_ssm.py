@@ -101,8 +101,9 @@ BACKEND = Backend(
     "the package mamba-ssm",
     lambda: _from_zero,
     devices=("cuda",),
-    package="mamba_ssm",
-    install="pip install mamba-ssm --no-build-isolation",
+    # Newer releases of mamba-ssm come without this extension unless they are asked for it.
+    package="selective_scan_cuda",
+    install="MAMBA_KEEP_CUDA_BUILD=TRUE pip install mamba-ssm --no-build-isolation",
     refuses=(
         (lambda call: call.initial_state, f"mamba-ssm's kernel starts from a zero state; {REMEDY}"),
         (
