@@ -62,7 +62,7 @@ def test_data_calibrates_the_rounding(run, last, tmp_path):
         "--ckpt",
         str(last),
         "--scheme",
-        "int6",
+        "rows",
         "--quantization.keep_float_numel",
         "100",
         "--quantization.bits",
@@ -106,8 +106,8 @@ def test_one_number_drives_the_export(run, last, tmp_path, options, capsys):
 
 
 def test_what_is_over_the_limit_is_refused(last, tmp_path):
-    with pytest.raises(ArtifactTooLargeError, match="over the limit of 300,000"):
-        export(str(last), str(tmp_path / "a"), QuantizationConfig(limit_bytes=300_000))
+    with pytest.raises(ArtifactTooLargeError, match="over the limit of 100,000"):
+        export(str(last), str(tmp_path / "a"), QuantizationConfig(limit_bytes=100_000))
 
 
 def test_an_artifact_is_taken_with_a_warning(run, tmp_path, caplog):

@@ -54,7 +54,7 @@ def read(data: bytes) -> tuple[dict, dict[str, np.ndarray]]:
     [
         QuantizationConfig(keep_float_numel=500, zstd_level=3),
         QuantizationConfig(bits=4, keep_float_numel=0, coarsen=1.5, zstd_level=3),
-        QuantizationConfig(scheme="mixed", zstd_level=3, limit_bytes=450_000),
+        QuantizationConfig(scheme="mixed", zstd_level=3, limit_bytes=80_000),
     ],
     ids=["6 bits", "4 bits", "mixed"],
 )

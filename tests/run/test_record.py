@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 
-from hymba_lightning.run.record import ArtifactRecord, DataIdentity, RecordError, RunRecord, ScoreRecord, weights_sha256
+from hymba_lightning.checkpoints import weights_sha256
+from hymba_lightning.run.record import ArtifactRecord, DataIdentity, RecordError, RunRecord, ScoreRecord
 
 WEB, BOOKS = DataIdentity("web", "t"), DataIdentity("books", "t")
 ARTIFACT = ArtifactRecord("artifact.hymba", "sha-a", 10, 5, 100, {})
