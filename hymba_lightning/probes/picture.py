@@ -74,7 +74,7 @@ def _draw_worse(axis: Axes, curves: Sequence[Curve]) -> None:
     axis.set_ylabel("thousandths of a bit a byte worse")
     axis.set_xlabel("tokens before the target in its sequence (bars: two standard errors)")
     axis.set_title("What each part of the memory is worth", color=INK, loc="left", fontsize=12)
-    axis.legend(fontsize=7, frameon=False, ncols=2, loc="upper left")
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
 def _draw_copies(axis: Axes, copies: Sequence[Copy]) -> None:

@@ -216,6 +216,7 @@ def to_png(chart: Chart, path: Path) -> Path:
     axis.set_ylim(*_limits(chart)[2:])
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(True, axis="y", color="#e4e7ea", linewidth=0.8)
+    axis.set_axisbelow(True)
     axis.set_xlabel(printable(chart.x_label))
     axis.set_ylabel(printable(chart.y_label))
     axis.set_title(printable(chart.title), loc="left", fontsize=12)
