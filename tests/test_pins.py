@@ -73,6 +73,7 @@ def test_a_file_with_another_hash_is_not_installed_and_the_remedy_is_said(tmp_pa
         text=True,
         env=os.environ
         | {
+            "HYMBA_EXTRAS": "",
             "PIP_NO_INDEX": "1",
             "PIP_FIND_LINKS": str(tmp_path),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
