@@ -56,12 +56,13 @@ def spread(work: Callable[[int], None], n_items: int, threads: int) -> None:
 
 def spread_torch(work: Callable[[int], None], n_items: int) -> None:
     """`spread` for items made of torch operators, each of which keeps to its thread and records no gradient."""
+    inference = torch.is_inference_mode_enabled()
 
     def run(item: int) -> None:
         # Both settings belong to the thread, and a new thread starts with neither.
         if torch.get_num_threads() != 1:
             torch.set_num_threads(1)
-        with torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad():
             work(item)
 
     with one_torch_thread() as threads:
