@@ -146,3 +146,23 @@ def test_a_native_loop_that_had_to_compile_says_how_long(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, logger="hymba_lightning"):
         native.run_items(lambda *arguments: None, "a loop", 4, 1.0, ("x",), threads=1)
     assert [record.getMessage() for record in caplog.records] == ["a loop: native loop ready after 2.5 s"]
+
+
+def test_helping_threads_write_into_what_was_made_under_inference_mode():
+    done, both = [], threading.Barrier(2)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            out = torch.zeros(2)
+
+            def work(item: int) -> None:
+                both.wait(10)  # each thread has one of the two
+                out[item] = 1
+                done.append(torch.is_inference_mode_enabled())
+
+            threads.spread_torch(work, 2)
+    finally:
+        torch.set_num_threads(threads_before)
+    assert done == [True, True]
+    assert out.tolist() == [1, 1]
