@@ -405,7 +405,15 @@ def test_blocked_does_not_depend_on_the_number_of_threads():
         assert_close(f"gradient of {name}", results[1][1][name], reference, 1e-6)
 
 
-GLOBAL = {"windowed": False, "hidden": False, "offset_on_cpu": False, "half_precision": True, "head_dim": 64}
+GLOBAL = {
+    "windowed": False,
+    "hidden": False,
+    "documents": False,
+    "one_query": False,
+    "offset_on_cpu": False,
+    "half_precision": True,
+    "head_dim": 64,
+}
 LOCAL = GLOBAL | {"windowed": True}
 
 
