@@ -214,8 +214,8 @@ class HymbaConfig:
         return self.n_heads + (self.d_inner if self.merge == "concat" else self.d_model) // self.head_dim
 
     def to_dict(self) -> dict:
-        """Plain values, for checkpoints and artifacts; readable by versions before the mixers or packed documents where it has
-        none."""
+        """Plain values, for checkpoints and artifacts; readable by versions before the mixers or packed documents where
+        it has none."""
         plain = {"mixer": "mamba", "mixer_options": None, "packed_documents": False}
         return {name: value for name, value in dataclasses.asdict(self).items() if plain.get(name, self) != value}
 

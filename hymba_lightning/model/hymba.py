@@ -86,9 +86,7 @@ class Hymba(Module):
         attention sees differences of positions only."""
         shift = state.position if int(torch.as_tensor(state.position).max()) >= rebase_at else 0
         layers = [block.attn.compact(layer, shift) for block, layer in zip(self.layers, state.layers, strict=True)]
-        return HymbaState(
-            layers, own(state.last_id), own(state.last_vector), state.position - shift, state.doc_tokens
-        )
+        return HymbaState(layers, own(state.last_id), own(state.last_vector), state.position - shift, state.doc_tokens)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
         """Writes config.json and weights for Hugging Face's libraries: `interop.pretrained.save_pretrained`."""

@@ -61,10 +61,9 @@ def inside_if(channel, E: tl.constexpr, condition):
 def forget_if_first(doc_position, known, MASKED: tl.constexpr):
     """FORGET where a document starts, else 0: a scalar to add to the time that a decay is of."""
     if MASKED:
-        position = tl.load(doc_position, mask=known, other=1)
+        return tl.where(tl.load(doc_position, mask=known, other=1) == 0, FORGET, 0.0)
     else:
-        position = tl.load(doc_position)
-    return tl.where(position == 0, FORGET, 0.0)
+        return tl.where(tl.load(doc_position) == 0, FORGET, 0.0)
 
 
 @triton.jit

@@ -70,7 +70,7 @@ def documents(ids_T):
 
 @each_variant
 def test_a_sequence_of_documents_is_the_documents_one_by_one(changes):
-    """Logits, and the gradient of every parameter; also of the same weights without the option, document by document."""
+    """Logits, and the gradient of every parameter, of the same weights without the option, document by document."""
     ids, weight = tokens(), torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(2))
     packed, alone = small(**changes), small(**changes | {"packed_documents": False})
     together = packed(ids)
@@ -174,7 +174,7 @@ def test_rows_of_different_lengths_generate_what_each_does_alone():
     onward = [torch.randint(2, 64, (3, 1), generator=torch.Generator().manual_seed(i)) for i in range(12)]
     onward[4][1] = onward[7][:] = BOS
     with torch.no_grad():
-        logits, states = read_rows(net, rows, [None] * 3, 4)
+        _, states = read_rows(net, rows, [None] * 3, 4)
         state, alone = join(states), [*split(join(states))]
         for token in onward:
             batch, state = read(net, token, state, 4)
@@ -201,7 +201,9 @@ def test_generation_after_a_document_is_that_of_its_own_text():
 def test_a_text_scored_in_parts_gets_the_nats_of_its_documents():
     net = small().eval()
     text = tokens([[0, 7, 8, 33, 70]], 91)[0]
-    expected = torch.cat([net(piece[None, :-1], piece[None, 1:], reduction="none")[0] for piece in documents(text) if len(piece) > 1])
+    expected = torch.cat(
+        [net(piece[None, :-1], piece[None, 1:], reduction="none")[0] for piece in documents(text) if len(piece) > 1]
+    )
     inside = torch.tensor([int(token) != BOS for token in text[1:]])
     with torch.no_grad():
         whole = nats_of(net, text[None])[0]

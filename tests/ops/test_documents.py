@@ -11,7 +11,6 @@ import pytest
 import torch
 from op_cases import NEEDS_GPU, RATIO, outputs_and_gradients, random
 
-
 from hymba_lightning.ops.causal_conv1d import causal_conv1d
 from hymba_lightning.ops.documents import document_positions
 from hymba_lightning.ops.registry import BackendUnavailableError, backends_of, choose
@@ -342,7 +341,9 @@ def blocks(count, indices):
     ]
 
 
-@pytest.mark.parametrize(("n_queries", "kept", "window"), [(700, 0, 200), (500, 300, 256), (640, 0, 640), (300, 99, 100)])
+@pytest.mark.parametrize(
+    ("n_queries", "kept", "window"), [(700, 0, 200), (500, 300, 256), (640, 0, 640), (300, 99, 100)]
+)
 def test_flexs_block_mask_of_documents_is_torchs_own(n_queries, kept, window):
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -473,7 +474,9 @@ def test_a_backend_that_knows_no_documents_says_so_by_name(op, backend, monkeypa
 
 
 @pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize("wrong", [torch.zeros(BATCH, LENGTH), torch.zeros(BATCH, LENGTH - 1, dtype=torch.int32)], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(BATCH, LENGTH), torch.zeros(BATCH, LENGTH - 1, dtype=torch.int32)], ids=str
+)
 def test_positions_that_do_not_fit_are_named(name, wrong):
     with pytest.raises(ValueError, match=rf"doc_position_BT must be int32 \({BATCH}, {LENGTH}\), not {wrong.dtype}"):
         OPS[name].call(**OPS[name].operands(), doc_position_BT=wrong, backend="naive")

@@ -92,7 +92,14 @@ CALLS = {
     "selective_scan_chunked without gate": _scan_operands(False),
     "selective_scan_numba of documents": (*_scan_operands(True), POSITIONS),
     "selective_scan_chunked of documents": (*_scan_operands(True), POSITIONS),
-    "causal_conv1d_numba of documents": (random(2, 33, 20), random(20, 4), random(20), True, random(2, 20, 3), POSITIONS),
+    "causal_conv1d_numba of documents": (
+        random(2, 33, 20),
+        random(20, 4),
+        random(20),
+        True,
+        random(2, 20, 3),
+        POSITIONS,
+    ),
     "sliding_window_blocked of documents": (
         random(2, 33, 4, 8),
         random(2, 40, 2, 8),

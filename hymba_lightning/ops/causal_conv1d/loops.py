@@ -157,9 +157,7 @@ def _widened(x: Tensor) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
-def _operands(
-    x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor, doc_position: Tensor | None
-) -> tuple:
+def _operands(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor, doc_position: Tensor | None) -> tuple:
     """The arguments that both kernels begin with, after the work items."""
     wide = _widened(x)
     return (

@@ -4,7 +4,8 @@ B batch, T sequence, E channels, W taps. Tensors of the pair:
     forward(x, weight, bias, silu, state, doc_position) -> y (B, T, E), the last W-1 inputs (B, E, W-1), both in x's
         dtype
     backward(g_y, g_final, x, weight, bias, silu, state, doc_position) -> the gradients of x, weight, bias and state
-doc_position (B, T) int32 is absent where every sequence is one document. Backward recomputes what stood before the activation, so that only inputs are kept.
+doc_position (B, T) int32 is absent where every sequence is one document. Backward recomputes what stood before the
+activation, so that only inputs are kept.
 """
 
 from __future__ import annotations

@@ -5,9 +5,11 @@ B batch, T sequence, E channels, N states per channel. Time is cut into tiles of
 
 One program owns BLOCK_E channels and a chunk, and each thread owns whole channels: a tile's tokens sit in its registers
 as tuples of (BLOCK_E,) vectors, so the recurrence needs no exchange between threads, loads and stores are coalesced
-over the contiguous channels, and nothing of size (T, E, N) exists. Where a document starts (PACKED: doc_position
-(B, T) int32 is 0) the time that decays are of is endless, while what enters the state knows the true step. The loop over states is not unrolled: between tiles
+over the contiguous channels, and nothing of size (T, E, N) exists. The loop over states is not unrolled: between tiles
 the states wait in `starts`, which keeps N free and the code small enough for the instruction cache.
+
+Where a document starts (PACKED: doc_position (B, T) int32 is 0) the time that decays are of is endless, while what
+enters the state knows the true step.
 """
 
 from __future__ import annotations

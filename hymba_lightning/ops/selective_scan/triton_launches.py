@@ -113,7 +113,10 @@ def _forward(
     starts = torch.empty(batch, n_tiles, n_states, channels, dtype=torch.float32, device=u.device)
     final_BNE = torch.empty(batch, n_states, channels, dtype=torch.float32, device=u.device)
     dt_sums = torch.empty(batch, n_chunks, channels, dtype=torch.float32, device=u.device)
-    shape = _shape(dt, n_states, FORWARD_BLOCK_E, doc_position is not None) | {"U_ROW": u.stride(1), "B_ROW": B.stride(1)}
+    shape = _shape(dt, n_states, FORWARD_BLOCK_E, doc_position is not None) | {
+        "U_ROW": u.stride(1),
+        "B_ROW": B.stride(1),
+    }
     with torch.cuda.device_of(u):
         if n_chunks > 1:
             chunk_ends[n_blocks, n_chunks - 1, batch](

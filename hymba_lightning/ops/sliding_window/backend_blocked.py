@@ -1,7 +1,8 @@
 """Sliding-window attention block by block for the CPU: time and memory linear in T, backward recomputes each block.
 
 A block of queries meets the keys from the oldest that one of them sees to its last one's own; a mask cuts out the band
-inside, and what is of earlier documents. Work items, one to a thread, are groups of kv heads, so that no two of them add to the same gradient.
+inside, and what is of earlier documents. Work items, one to a thread, are groups of kv heads, so that no two of them add
+to the same gradient.
 
 B batch, T queries, S keys, H query heads, G kv heads, R = H/G query heads to a kv head, K head_dim.
 """
@@ -103,9 +104,7 @@ def _matrices(buffers: list[Tensor], q_GRK: Tensor, block: _Block) -> list[Tenso
     return [buffer[: shape[0] * shape[1] * shape[2]].view(shape) for buffer in buffers]
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, doc_position: Tensor | None = None
-) -> Tensor:
+def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, doc_position: Tensor | None = None) -> Tensor:
     problem = _Problem(q, k, window, doc_position)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
 

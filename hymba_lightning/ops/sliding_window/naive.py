@@ -24,8 +24,8 @@ def window_mask(n_queries: int, n_keys: int, window: int | None, device: torch.d
 def mask_of_rows(
     n_queries: int, n_keys: int, window: int | None, hidden_B: Tensor | None, doc_position_BT: Tensor | None = None
 ) -> Tensor:
-    """(B, T, S) bool, or (1, T, S): `window_mask` without each row's first `hidden_B` keys and those of documents before
-    a query's own, which are more than `doc_position` back."""
+    """(B, T, S) bool: `window_mask` without each row's first `hidden_B` keys, and those of documents before a query's
+    own, which are more than `doc_position` back. One of the two is needed."""
     device = next((rows.device for rows in (hidden_B, doc_position_BT) if rows is not None), None)
     seen_BTS = window_mask(n_queries, n_keys, window, device)[None]
     if hidden_B is not None:

@@ -2,8 +2,8 @@
 
 Inside a chunk every token reads every earlier one through one masked matrix, as attention does; between chunks only
 states pass, and which share of a state reaches which later chunk is a small matrix too. There is no loop over tokens,
-and all shapes are fixed, so that a compiler sees a handful of products. With documents the masks leave out what is of an
-earlier one, and running sums begin anew with each, so that no rounding of one gets into the next.
+and all shapes are fixed, so that a compiler sees a handful of products. With documents the masks leave out what is of
+an earlier one, and running sums begin anew with each, so that no rounding of one gets into the next.
 
 B batch, T sequence, H heads, P channels of a head, G groups, R heads of a group, N states, C chunks, L tokens of a
 chunk, M = P·N.

@@ -24,8 +24,9 @@ def ssd_naive(
     """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_tᵀ;  y_t = h_t C_t + D x_t, all in float32, B and C shared by the heads of
     a group.
 
-    dt_t = softplus(dt_BTH + dt_bias). Where doc_position is 0 a document starts, and h_{t-1} has no part in h_t. Mamba-2 (arXiv:2405.21060), section 7. Returns y (B, T, H, P) in x's dtype and
-    the state after the last token (B, H, P, N) in float32.
+    dt_t = softplus(dt_BTH + dt_bias). Where doc_position is 0 a document starts, and h_{t-1} has no part in h_t.
+    Mamba-2 (arXiv:2405.21060), section 7. Returns y (B, T, H, P) in x's dtype and the state after the last token
+    (B, H, P, N) in float32.
     """
     x, dt, A, D = x_BTHP.float(), F.softplus(dt_BTH.float() + dt_bias_H.float()), A_H.float(), D_H.float()
     heads_per_group = x.size(2) // B_BTGN.size(2)
