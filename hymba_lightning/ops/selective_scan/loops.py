@@ -167,9 +167,6 @@ def _backward(
             for i in range(tokens):
                 token = b * length + t0 + i
                 starts_document = packed and doc_position[token] == 0
-                if starts_document:
-                    for place in range(i * block_size, (i + 1) * block_size, LANES):
-                        store(h, place, zero)
                 for c in range(0, width, LANES):
                     u_t = load(u, token * u_row + e + c)
                     raw = load(dt, token * dt_row + e + c) + load(dt_bias, e + c)
@@ -178,7 +175,9 @@ def _backward(
                     y = load(D, e + c) * u_t
                     for n in range(states):
                         place = i * block_size + n * WIDTH + c
-                        factor = exp2(step * load(rate, n * WIDTH + c))
+                        factor = zero
+                        if not starts_document:
+                            factor = exp2(step * load(rate, n * WIDTH + c))
                         state = factor * load(h, place) + inflow * splat(B[token * B_row + n])
                         store(decay, place, factor)
                         store(h, place + block_size, state)
@@ -186,10 +185,6 @@ def _backward(
                     store(steps, i * WIDTH + c, step)
                     store(slopes, i * WIDTH + c, sigmoid(raw))
                     store(ys, i * WIDTH + c, y)
-                if starts_document:
-                    # No gradient goes through the state before.
-                    for place in range(i * block_size, (i + 1) * block_size, LANES):
-                        store(decay, place, zero)
             for i in range(tokens - 1, -1, -1):
                 token = b * length + t0 + i
                 for n in range(states):

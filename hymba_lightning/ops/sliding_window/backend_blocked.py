@@ -1,8 +1,8 @@
 """Sliding-window attention block by block for the CPU: time and memory linear in T, backward recomputes each block.
 
 A block of queries meets the keys from the oldest that one of them sees to its last one's own; a mask cuts out the band
-inside, and what is of earlier documents. Work items, one to a thread, are groups of kv heads, so that no two of them add
-to the same gradient.
+inside, and what is of earlier documents. Work items, one to a thread, are groups of kv heads, so that no two of them
+add to the same gradient.
 
 B batch, T queries, S keys, H query heads, G kv heads, R = H/G query heads to a kv head, K head_dim.
 """
