@@ -12,6 +12,7 @@ from hymba_lightning.evaluation.carried import CarriedScorer, read, score_onward
 from hymba_lightning.generation.rows import join, read_rows, select, split
 from hymba_lightning.generation.sampler import SamplingConfig, generate
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.model.gradients import Gradients
 from hymba_lightning.probes.cuts import nats_of
 
 BOS = 1
@@ -33,7 +34,7 @@ VARIANTS = [
     {},
     {"mixer": "mamba2"},
     {"global_layers": [1]},
-    {"layer_windows": [3, 8, 1, 12]},
+    {"layer_windows": [3, 8, 2, 12]},
     {"kv_share_every": 2, "merge": "concat", "expand": 2, "branch_norm": True, "branch_gate": 3},
     {"d_conv": 2, "smear_gate": False, "bigram_hash": False},
 ]
@@ -59,7 +60,8 @@ def tokens(starts=STARTS, length=40, seed=1) -> torch.Tensor:
 
 
 def rms_ratio(value: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((value.double() - expected.double()).norm() / expected.double().norm())
+    value, expected = value.detach().double(), expected.detach().double()
+    return float((value - expected).norm() / expected.norm())
 
 
 def documents(ids_T):
@@ -230,3 +232,47 @@ def test_the_option_is_off_by_default_and_then_not_in_files():
 def test_what_documents_cannot_be_packed_with_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         HymbaConfig(packed_documents=True, **changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_recorded_step_on_a_gpu_serves_any_documents():
+    """Compiled, bfloat16, replayed as a CUDA graph for batches whose documents differ in number and place."""
+    changes = {"d_model": 64, "window": 48, "layer_windows": [48, 16, 48, 300], "expand": 2}
+    net = small(RuntimeConfig(compute_dtype="bfloat16"), **changes).cuda()
+    exact = small(
+        RuntimeConfig(**dict.fromkeys(("scan_backend", "conv_backend", "attention_backend"), "naive")), **changes
+    )
+    exact.cuda().load_state_dict(net.state_dict())
+    torch._dynamo.reset()
+    gradients = Gradients(torch.compile(net.forward, dynamic=False), list(net.parameters()), record=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step, starts in enumerate(([5, 300], [], [0, 1, 2, 511], range(0, 512, 3), [256], range(64, 512, 64))):
+            ids = tokens([list(starts), list(starts)[1:]], 513, seed=step).cuda()
+            gradients.clear()
+            loss = gradients.add(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+            expected = exact(ids[:, :-1], ids[:, 1:])
+            found = torch.autograd.grad(expected, list(exact.parameters()))
+            torch.testing.assert_close(loss.float(), expected.detach(), rtol=5e-3, atol=5e-3)
+            assert (
+                rms_ratio(
+                    *(torch.cat([g.flatten() for g in side]) for side in ([p.grad for p in net.parameters()], found))
+                )
+                < 0.1
+            )
+    assert gradients.shapes_recorded == [(2, 512)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_leaks_on_a_gpu():
+    changes = {"d_model": 64, "window": 200, "layer_windows": [200, 48, 200, 700]}
+    net = small(RuntimeConfig(compute_dtype="bfloat16"), **changes).cuda().eval()
+    ids, other = (tokens([[0, 300]], 512, seed=seed).cuda() for seed in (1, 2))
+    other[:, 300:] = ids[:, 300:]
+    compiled = torch.compile(net.forward, dynamic=False)
+    for forward in (net, compiled):
+        with torch.no_grad():
+            before, after = forward(ids), forward(other)
+        assert torch.equal(before[:, 300:], after[:, 300:])
+        assert not torch.equal(before[:, :300], after[:, :300])

@@ -26,7 +26,8 @@ SHAPES = {
     "bfloat16": (1, 40, 70, 4, torch.bfloat16, "silu", ()),
     "documents": (2, 63, 20, 4, torch.float32, "silu", ("documents",)),
     "documents, several tiles in a program": (1, 70, 6, 3, torch.float32, None, ("documents", "few programs")),
-    "documents shorter than the state": (2, 20, 5, 8, torch.bfloat16, "silu", ("documents",)),
+    "documents shorter than the state": (2, 20, 5, 8, torch.float32, "silu", ("documents",)),
+    "documents, bfloat16": (1, 40, 70, 4, torch.bfloat16, "silu", ("documents",)),
 }
 
 
