@@ -103,7 +103,8 @@ BACKEND = Backend(
         ),
         (
             lambda call: call.head_dim not in HEAD_DIMS,
-            "flash-attn-4 is used for heads of width 64 and 128, for which its gradients were checked; use backend 'flex'",
+            "flash-attn-4 is used for heads of width 64 and 128, for which its gradients were checked; "
+            "use backend 'flex'",
         ),
     ),
     auto={"cuda": 40},
