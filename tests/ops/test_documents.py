@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from op_cases import NEEDS_GPU, RATIO, outputs_and_gradients, random
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from hymba_lightning.ops.causal_conv1d import causal_conv1d
 from hymba_lightning.ops.documents import document_positions
@@ -433,6 +435,39 @@ def test_flex_compiles_once_for_any_documents(monkeypatch):
         call = functools.partial(sliding_window_attention, doc_position_BT=position, backend="naive")
         assert_close("out", out, call(*operands.values(), window=20, scale=0.25), 3e-6)
     assert len(compiled_shapes) == 1
+    torch._dynamo.reset()
+
+
+def test_a_compiled_graph_makes_a_batchs_mask_once_for_all_layers():
+    """What torch's own partitioner leaves of the masks of one layer and of four."""
+    sorts = {}
+
+    def layers(x, ids, n_layers):
+        position = document_positions(ids, BOS)
+        for _ in range(n_layers):
+            mask = flex.window_block_mask(512, 512, 100, torch.device("cpu"), position)
+            for blocks_of in (mask.kv_indices, mask.full_kv_indices, mask.q_indices, mask.full_q_indices):
+                x = (x * blocks_of.sum()).sin()
+        return x.sum()
+
+    for n_layers in (1, 4):
+        targets = []
+
+        def record(graph, examples, targets=targets):
+            targets += [str(node.target) for node in graph.graph.nodes]
+            return graph
+
+        backend = functools.partial(
+            aot_module_simplified,
+            fw_compiler=record,
+            bw_compiler=record,
+            partition_fn=min_cut_rematerialization_partition,
+        )
+        torch._dynamo.reset()
+        compiled = torch.compile(layers, backend=backend, fullgraph=True)
+        compiled(random(3).requires_grad_(), torch.randint(0, 50, (2, 512)), n_layers).backward()
+        sorts[n_layers] = sum("sort" in target for target in targets)
+    assert sorts[4] == sorts[1] > 0
     torch._dynamo.reset()
 
 
