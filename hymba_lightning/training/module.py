@@ -31,6 +31,7 @@ from hymba_lightning.trainer_internals import (
     callbacks_of,
     datamodule_of,
     gradient_sync_wanted,
+    graph_obstacle,
     log_evaluations_by_step,
 )
 from hymba_lightning.training.checks import check_end, check_monitors, check_options
@@ -209,8 +210,8 @@ class HymbaModule(pl.LightningModule):
         run = self.run
         run.batch_tokens, run.batch_seq_len = batch.targets.numel(), batch.targets.size(1)
         forward = self._compiled_forward or self.net
-        if self._gradients is None and uses_cuda_graph(self.trainer, self.cuda_graph, self.compile_net):
-            self._gradients = start_gradients(self.trainer, forward, list(self.net.parameters()))
+        if self._gradients is None and uses_cuda_graph(graph_obstacle(self.trainer), self.cuda_graph, self.compile_net):
+            self._gradients = start_gradients(self.trainer.optimizers, forward, list(self.net.parameters()))
         if self._gradients is None:
             loss = forward(batch.inputs, batch.targets)
         else:
