@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jsonargparse import set_parsing_settings
 from torch import Tensor
 
 from hymba_lightning.callbacks.stats import device_peak_tflops, peak_memory_gb
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.costs import train_flops_per_token
 from hymba_lightning.model.gradients import CALLS_BEFORE_RECORDING
+from hymba_lightning.studies.arguments import StudyParser, source_version
 from hymba_lightning.training.graphed import start_gradients, uses_cuda_graph
 from hymba_lightning.training.optim import OptimizerConfig, build_optimizer
 
@@ -84,6 +86,7 @@ def measure(
     n_steps: int,
     warmup: int,
     cuda_graph: bool | None = None,
+    optimizer_config: OptimizerConfig | None = None,
 ) -> StepTime:
     """Trains on random tokens and times all steps after the first `warmup`. Frees what it took.
 
@@ -97,6 +100,7 @@ def measure(
         n_steps: Steps that are timed.
         warmup: Steps before; with a CUDA graph at least as many as it takes to record one.
         cuda_graph: As `model.cuda_graph` of `hymba fit`; None for yes on a GPU with `compile_net`.
+        optimizer_config: None for the default.
 
     Raises:
         ValueError: `tokens` is no multiple of `seq_len`, or a CUDA graph is wanted on a CPU.
@@ -108,7 +112,7 @@ def measure(
     graphed = uses_cuda_graph(obstacle, cuda_graph, compile_net)
     torch.manual_seed(0)
     net = Hymba(config, runtime).to(device)
-    optimizer = build_optimizer(net, OptimizerConfig())
+    optimizer = build_optimizer(net, optimizer_config or OptimizerConfig())
     parameters = [p.detach() for p in net.parameters()]
     shadow = [p.float().clone() for p in parameters]
     forward: Callable[..., Tensor] = net
@@ -200,3 +204,50 @@ def row(time: StepTime) -> str:
         f"{time.memory_gb:.1f} GB",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def main(args: list[str]) -> None:
+    """`hymba study step`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    cuda = torch.cuda.is_available()
+    parser = StudyParser(
+        "step",
+        "The step is what `hymba fit` does on this device with model.compile, on random tokens, without Lightning and "
+        "the loader around it: on a GPU in bfloat16 and with forward and backward replayed from a CUDA graph. "
+        "Example, on a CPU: hymba study step --seq_len 4096 --tokens 4096 --steps 3 --compile false",
+    )
+    parser.add_argument(
+        "--seq_len", type=int, nargs="+", default=[8192, 16384, 32768, 65536], help="Lengths, a row each"
+    )
+    parser.add_argument("--tokens", type=int, default=65536, help="Tokens of a step, a multiple of each length")
+    parser.add_argument("--steps", type=int, default=20, help="Steps that are timed, of which the median is shown")
+    parser.add_argument("--warmup", type=int, default=8, help="Steps before")
+    parser.add_argument("--compile", type=bool, default=True, help="As model.compile of `hymba fit`")
+    parser.add_argument(
+        "--cuda_graph",
+        type=bool | None,
+        default=None,
+        help="As model.cuda_graph of `hymba fit`; null for yes on a GPU with --compile",
+    )
+    parser.add_class_arguments(HymbaConfig, "net")
+    parser.add_class_arguments(RuntimeConfig, "runtime")
+    parser.add_class_arguments(OptimizerConfig, "optimizer")
+    parser.set_defaults({"runtime.compute_dtype": "bfloat16" if cuda else "float32"})
+    options = parser.read(args)
+    device = torch.device("cuda" if cuda else "cpu")
+    print(f"{source_version()}, {options.steps} steps each, compiled: {'yes' if options.compile else 'no'}")
+    print(header(device), flush=True)
+    for seq_len in options.seq_len:
+        time = measure(
+            HymbaConfig(**options.net),
+            RuntimeConfig(**options.runtime),
+            seq_len,
+            options.tokens,
+            device=device,
+            compile_net=options.compile,
+            n_steps=options.steps,
+            warmup=options.warmup,
+            cuda_graph=options.cuda_graph,
+            optimizer_config=OptimizerConfig(**options.optimizer),
+        )
+        print(row(time), flush=True)
