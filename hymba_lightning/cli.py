@@ -25,7 +25,7 @@ from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.errors import UsageError
 from hymba_lightning.files import write_atomic
 from hymba_lightning.generation.loading import load_network
-from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.model import Hymba
 from hymba_lightning.options import with_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.run import Run, RunFolder
@@ -302,7 +302,7 @@ class HymbaCLI(LightningCLI):
                 f"{path} was made for another tokenizer (sha256 {artifact.tokenizer.get('sha256')}) than "
                 f"the data's ({data.tokenizer_fingerprint()}): give --data.tokenizer the right one"
             )
-        model.use_network(HymbaConfig.from_dict(artifact.config), artifact.state_dict)
+        model.use_network(artifact.network(model.net.runtime))
         return None
 
 

@@ -31,7 +31,6 @@ from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.auditor import AuditReport, Evaluator, RuleBrokenError, audit
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.ttt import score_first_ttt
-from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.package.referee import ARTIFACT, SETTINGS
 from hymba_lightning.package.submission import KEPT_VARIABLES, SubmissionError
 from hymba_lightning.quantization import load_artifact
@@ -130,9 +129,7 @@ def _artifact_evaluator(
     artifact = load_artifact(path)
     if artifact.tokenizer.get("sha256") not in (None, file_sha256(tokenizer)):
         raise ValueError(f"{path} was made for another tokenizer than {tokenizer}: give --tokenizer the right one")
-    net = Hymba(HymbaConfig.from_dict(artifact.config), RuntimeConfig())
-    net.load_state_dict(artifact.state_dict)
-    net.to(device)
+    net = artifact.network().to(device)
     # A clock would make scores depend on the machine's load.
     config = dataclasses.replace(ttt, limit_seconds=None)
 

@@ -14,7 +14,7 @@ from threading import Event, Lock
 
 from hymba_lightning.options import read_settings, shipped_configs
 from hymba_lightning.studies.arguments import StudyParser
-from hymba_lightning.studies.paired import bits_per_byte, report, write_results
+from hymba_lightning.studies.paired import report, scores_of, write_results
 from hymba_lightning.studies.runs import RunFailedError, artifact_of, made_with, run_once
 from hymba_lightning.studies.variants import EXAMPLE, SHIPPED, Study, options
 from hymba_lightning.studies.worker import Worker
@@ -49,7 +49,7 @@ def run_one(
     if study.test and artifact is not None:
         weights = ["--ckpt_path", str(artifact)]
         run_once("test", run_dir, "test_summary.json", arguments, beside=weights, worker=worker)
-    stages = ", ".join(f"{stage} {bpb:.4f}" for stage, bpb in bits_per_byte(run_dir).items())
+    stages = ", ".join(f"{stage} {bpb:.4f}" for stage, bpb in scores_of(run_dir).items())
     print(f"{variant} seed {seed}: {stages} bpb", flush=True)
 
 

@@ -29,7 +29,7 @@ KEPT = (
 )
 
 
-def bits_per_byte(run_dir: Path) -> dict[str, float]:
+def scores_of(run_dir: Path) -> dict[str, float]:
     """Stage → bits per byte of a finished run."""
     stages = dict(json.loads((run_dir / "summary.json").read_bytes())["bpb"])
     tested = run_dir / "test_summary.json"
@@ -48,7 +48,7 @@ def write_results(study: Study, folder: Path) -> None:
                     "variant": variant,
                     "seed": int(seed),
                     "options": study.common | study.variants[variant],
-                    "bpb": bits_per_byte(path.parent),
+                    "bpb": scores_of(path.parent),
                 }
                 | {key: summary[key] for key in KEPT if key in summary}
             )
@@ -62,7 +62,7 @@ def report(study: Study, folder: Path, seeds: list[int], only: list[str] | None 
     """
     runs = {
         name: {
-            seed: bits_per_byte(folder / f"{name}-{seed}")
+            seed: scores_of(folder / f"{name}-{seed}")
             for seed in seeds
             if (folder / f"{name}-{seed}" / "summary.json").is_file()
         }

@@ -21,7 +21,7 @@ from hymba_lightning.data.sequences import Chunk, chunk_at, n_chunks
 from hymba_lightning.errors import UserError
 from hymba_lightning.evaluation import Score, ScoreFirstTTT, TTTConfig
 from hymba_lightning.files import write_atomic
-from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.model import Hymba, RuntimeConfig
 from hymba_lightning.options import read_settings
 from hymba_lightning.plots import save_figure
 from hymba_lightning.quantization import load_artifact
@@ -59,14 +59,6 @@ class TTTStudy:
         values = self.common | self.recipes[name]
         chunk_tokens = values.pop("chunk_tokens", None)
         return TTTConfig(**values), chunk_tokens
-
-
-def load_net(path: Path, runtime: RuntimeConfig, device: torch.device) -> Hymba:
-    """The artifact's network with its dequantized weights."""
-    artifact = load_artifact(path)
-    net = Hymba(HymbaConfig.from_dict(artifact.config), runtime)
-    net.load_state_dict(artifact.state_dict)
-    return net.to(device)
 
 
 def run_recipe(net: Hymba, data: HymbaDataModule, config: TTTConfig, chunk_tokens: int) -> dict[str, Any]:
@@ -116,7 +108,7 @@ def run_study(
     only: list[str] | None = None,
 ) -> str:
     """Runs the recipes that have no result yet. Returns the table (Markdown), also in out/table.md, with plot.png."""
-    where = torch.device(device)
+    where, stored = torch.device(device), load_artifact(artifact)
     path = out / "results.json"
     results: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for name in study.recipes:
@@ -124,8 +116,8 @@ def run_study(
             continue
         config, own_chunk = study.settings(name)
         chunk_tokens = own_chunk or data.ttt_chunk_tokens
-        warm_up(load_net(artifact, runtime or RuntimeConfig(), where), data, config, chunk_tokens)
-        result = run_recipe(load_net(artifact, runtime or RuntimeConfig(), where), data, config, chunk_tokens)
+        warm_up(stored.network(runtime).to(where), data, config, chunk_tokens)
+        result = run_recipe(stored.network(runtime).to(where), data, config, chunk_tokens)
         results[name] = result | {"settings": dataclasses.asdict(config) | {"chunk_tokens": chunk_tokens}}
         write_atomic(path, json.dumps(results, indent=1) + "\n")
         print(f"{name}: {result['bpb']:.5f} bpb in {result['seconds']:.1f} s", flush=True)

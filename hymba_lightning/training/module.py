@@ -174,11 +174,9 @@ class HymbaModule(pl.LightningModule):
                 # One graph under DDP too: cut at its gradient buckets, a step on two GPUs took 58.3 ms, whole 56.9.
                 torch._dynamo.config.optimize_ddp = False
 
-    def use_network(self, config: HymbaConfig, state_dict: dict[str, Tensor]) -> None:
-        """Replaces the network by another one, such as an artifact's, executed as this module's runtime says."""
-        runtime = self.net.runtime
-        self.net = Hymba(config, runtime)
-        self.net.load_state_dict(state_dict)
+    def use_network(self, net: Hymba) -> None:
+        """Replaces the network by another one, such as an artifact's."""
+        self.net = net
         if self._has_trainer:
             self.run.net = self.net
 
