@@ -13,6 +13,8 @@ import torch
 from hymba_lightning import help_text, usage
 from hymba_lightning.signals import Saved
 
+HYMBA = [sys.executable, "-m", "hymba_lightning"]
+
 
 @pytest.mark.parametrize(
     ("command", "near"),

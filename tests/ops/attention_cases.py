@@ -8,6 +8,10 @@ from op_cases import outputs_and_gradients, random
 from hymba_lightning.ops.sliding_window import sliding_window_attention
 from hymba_lightning.ops.testing import assert_close
 
+# A call as the choice of a backend sees it, of a global layer and of one with a window.
+GLOBAL = {"windowed": False, "hidden": False, "offset_on_cpu": False, "half_precision": True, "head_dim": 64}
+LOCAL = GLOBAL | {"windowed": True}
+
 
 def case(batch, n_queries, n_keys, n_heads, n_kv_heads, head_dim, dtype=torch.float32, device="cpu"):
     return {

@@ -7,7 +7,7 @@ import types
 
 import pytest
 import torch
-from attention_cases import case, compare
+from attention_cases import LOCAL, case, compare
 from op_cases import RATIO, outputs_and_gradients, random
 
 from hymba_lightning.ops.registry import BackendUnavailableError, backends_of, choose, is_installed

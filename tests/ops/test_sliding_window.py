@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import case, compare
+from attention_cases import GLOBAL, LOCAL, case, compare
 from op_cases import NEEDS_GPU, RATIO, on, outputs_and_gradients, random
 
 from hymba_lightning.ops.registry import BackendUnavailableError, choose
@@ -137,12 +137,6 @@ def test_blocked_does_not_depend_on_the_number_of_threads():
     assert_close("out", results[1][0][0], results[0][0][0], 1e-6)
     for name, reference in results[0][1].items():
         assert_close(f"gradient of {name}", results[1][1][name], reference, 1e-6)
-
-
-GLOBAL = {"windowed": False, "hidden": False, "offset_on_cpu": False, "half_precision": True, "head_dim": 64}
-
-
-LOCAL = GLOBAL | {"windowed": True}
 
 
 def test_automatic_choice(monkeypatch):

@@ -8,7 +8,7 @@ from tiny import NET, write_data
 from tiny_runs import hymba
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def work(tmp_path_factory):
     """A folder with tiny data and the config of a tiny run."""
     folder = tmp_path_factory.mktemp("runs")
@@ -29,6 +29,6 @@ def work(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fitted(work):
     return hymba(work, "fit", "fitted")

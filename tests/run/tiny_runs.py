@@ -14,5 +14,6 @@ def hymba(work, command, run_dir, *options):
 
 
 def copied(fitted, folder):
+    """A copy of a run at `folder`."""
     shutil.copytree(fitted, folder)
     return folder
