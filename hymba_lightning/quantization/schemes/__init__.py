@@ -98,7 +98,7 @@ class Scheme:
         raise NotImplementedError
 
     def rounded(self, name: str, tensor: Tensor, role: Role, config: QuantizationConfig) -> QuantizedTensor:
-        """`round` to the bits that the settings give the tensor, with its row scales made `config.coarsen` times larger."""
+        """`round` to the tensor's bits by the settings, its row scales then multiplied by `config.coarsen`."""
         rounded = self.round(name, tensor, config.storage_of(name, tensor.numel(), role)[1], config)
         return coarsen_rows(tensor, rounded, config.coarsen) if config.coarsen > 1 else rounded
 
