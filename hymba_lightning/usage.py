@@ -191,6 +191,11 @@ def resume_command(args: Sequence[str], saved: Saved) -> str:
 
 def after_stop(args: Sequence[str], signal_name: str, saved: Saved | None) -> str:
     """The last words of a command that a signal ended."""
+    if args[0] == "study":
+        return (
+            f"stopped by {signal_name}; runs that ended, and what the others have saved, are kept. To go on with them: "
+            f"hymba {shlex.join(args)}"
+        )
     if args[0] != "fit":
         return f"stopped by {signal_name} before it was done; to do it again: hymba {shlex.join(args)}"
     if saved is None and any(arg.partition("=")[0] == "--ckpt_path" for arg in args):

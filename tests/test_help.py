@@ -82,6 +82,13 @@ def test_the_config_of_an_old_run_loses_only_what_did_nothing():
     assert usage.without_removed("text") == "text"
 
 
+def test_an_interrupted_study_says_how_it_goes_on():
+    args = ["study", "seeds", "--out", "a b", "--", "--config", "demo"]
+    assert usage.after_stop(args, "SIGINT", None).endswith(
+        "To go on with them: hymba study seeds --out 'a b' -- --config demo"
+    )
+
+
 def test_the_command_that_goes_on_keeps_what_was_asked_for():
     saved = Saved(Path("runs/a b/checkpoints/last.ckpt"), 7)
     args = ["fit", "--config", "c.yaml", "--ckpt_path", "old.ckpt", "--overwrite=true", "--model.compile", "true"]

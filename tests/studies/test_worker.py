@@ -43,6 +43,6 @@ def test_a_run_that_is_told_to_stop_ends_its_process(tmp_path):
     assert worker.run(["--help"], tmp_path / "a.log") == 0
     process = worker._process
     threading.Timer(0.2, worker.stop).start()
-    assert process.wait(20) == -signal.SIGTERM
+    assert process.wait(20) == 128 + signal.SIGTERM
     assert worker.run(["--help"], tmp_path / "b.log") != 0
     worker.stop()  # with nothing to stop
