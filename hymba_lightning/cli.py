@@ -297,11 +297,8 @@ class HymbaCLI(LightningCLI):
             log.warning(
                 "%s does not say which tokenizer it was made for: its score means something only with that one", path
             )
-        elif artifact.tokenizer["sha256"] != data.tokenizer_fingerprint():
-            raise ValueError(
-                f"{path} was made for another tokenizer (sha256 {artifact.tokenizer.get('sha256')}) than "
-                f"the data's ({data.tokenizer_fingerprint()}): give --data.tokenizer the right one"
-            )
+        else:
+            check_tokenizer(path, artifact.tokenizer["sha256"], data.tokenizer_fingerprint())
         model.use_network(artifact.network(model.net.runtime))
         return None
 

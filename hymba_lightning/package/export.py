@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hymba_lightning import __version__
-from hymba_lightning.checkpoints import read_checkpoint
+from hymba_lightning.checkpoints import check_tokenizer, read_checkpoint
 from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
@@ -193,9 +193,6 @@ def check_data(source: Source, data: HymbaDataModule) -> str:
             f"{source.net.config.vocab_size}: give --data_dir and --tokenizer of its training"
         )
     fingerprint = data.tokenizer_fingerprint()
-    if source.fingerprint not in (None, fingerprint):
-        raise ValueError(
-            f"the network was made for another tokenizer (sha256 {source.fingerprint}) than "
-            f"{data.tokenizer}: give --data_dir and --tokenizer of its training"
-        )
+    if source.fingerprint is not None:
+        check_tokenizer("the network", source.fingerprint, fingerprint, data.tokenizer, "--data_dir or --tokenizer")
     return fingerprint

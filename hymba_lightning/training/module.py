@@ -17,7 +17,7 @@ from hymba_lightning.callbacks.loss_guard import LossGuard
 from hymba_lightning.callbacks.rank_watch import RankWatch
 from hymba_lightning.callbacks.stats import TrainingStats
 from hymba_lightning.callbacks.wall_clock import WallClock
-from hymba_lightning.checkpoints import TOKENIZER_KEY
+from hymba_lightning.checkpoints import TOKENIZER_KEY, check_tokenizer
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.sequences import AnyBatch, Chunk, as_batch
 from hymba_lightning.evaluation.score import Score
@@ -380,11 +380,13 @@ class HymbaModule(pl.LightningModule):
                 "the checkpoint does not say which tokenizer it was trained with: what comes out means "
                 "something only with that one"
             )
-        elif saved != data.tokenizer_fingerprint():
-            raise ValueError(
-                f"the checkpoint was trained with another tokenizer (sha256 {saved}) than "
-                f"{data.tokenizer} ({data.tokenizer_fingerprint()}): give --data.tokenizer, or "
-                "--data.data_dir, of its training"
+        else:
+            check_tokenizer(
+                "the checkpoint",
+                saved,
+                data.tokenizer_fingerprint(),
+                data.tokenizer,
+                "--data.tokenizer or --data.data_dir",
             )
 
 
