@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-import signal
 import threading
 import time
 
