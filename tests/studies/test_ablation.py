@@ -1,8 +1,9 @@
 """Ablations: what is run with which options, and the tables of whole and of interrupted studies."""
 
-import _thread
 import dataclasses
 import json
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -231,7 +232,7 @@ def test_an_interrupted_study_has_its_runs_save_what_they_have(tmp_path, monkeyp
 
     def waits(*_, **__):
         started.append(1)
-        threading.Timer(0.05, _thread.interrupt_main).start()
+        threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         assert stopped.wait(20)
         raise RunFailedError("hymba fit ended with code 143")
 

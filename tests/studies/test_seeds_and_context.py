@@ -1,8 +1,9 @@
 """Studies over seeds and sequence lengths: the statistics, the tables, and that an interrupted study goes on."""
 
-import _thread
 import json
 import math
+import os
+import signal
 import sys
 import threading
 import time
@@ -50,12 +51,12 @@ def test_welch_by_hand():
 
 
 def test_table_of_seeds(tmp_path, monkeypatch, capsys):
-    def fake(command, run_dir, result, arguments):
+    def fake(command, run_dir, result, arguments, *, beside=()):
         seed = int(run_dir.name.removeprefix("seed-"))
         assert arguments[arguments.index("--seed_everything") + 1] == str(seed)
-        assert ("--ckpt_path" in arguments) == (command == "test")
+        assert ("--ckpt_path" in beside) == (command == "test")
         if command == "test":
-            assert arguments[-1] == str(run_dir / ("checkpoints/last.ckpt" if seed == 3 else "small.hymba"))
+            assert beside[-1] == str(run_dir / ("checkpoints/last.ckpt" if seed == 3 else "small.hymba"))
             return {"ttt_bpb": 1.1 + seed / 1000}
         return {
             "bpb": {"raw": 1.0, "ema": 1.1, "artifact": 1.2},
@@ -100,7 +101,8 @@ def test_lengths_are_fitted_once_and_an_interrupted_fit_goes_on(tmp_path, monkey
             "null",
         ],
     )
-    (tmp_path / "out" / "seq-64" / "summary.json").unlink()
+    for name in ("summary.json", "fit_arguments.json"):
+        (tmp_path / "out" / "seq-64" / name).unlink()
     table = run_lengths([32, 64], 128, 4, tmp_path / "out", arguments)
     points = json.loads((tmp_path / "out" / "context_scaling.json").read_text())
     assert [(point["seq_len"], point["steps"]) for point in points] == [(32, 4), (64, 4)]
@@ -136,7 +138,9 @@ def test_an_ended_run_is_not_taken_for_one_with_other_options(tmp_path, monkeypa
     options = ["--trainer.max_steps", "5", "--seed_everything", "1"]
     assert run_once("fit", tmp_path / "x", "summary.json", options, beside=["--here", "a"]) == {}
     assert run_once("fit", tmp_path / "x", "summary.json", options, beside=["--here", "b"]) == {}
-    with pytest.raises(ValueError, match=r"x holds a run with other options \(5 where 6 is asked for now\)"):
+    with pytest.raises(
+        ValueError, match=r"x holds a run with other options \(--trainer.max_steps 5 where --trainer.max_steps 6 is"
+    ):
         run_once("fit", tmp_path / "x", "summary.json", ["--trainer.max_steps", "6", "--seed_everything", "1"])
 
 
@@ -162,7 +166,7 @@ def when_started(log, act):
 
 def test_an_interrupted_run_saves_what_it_has(tmp_path, stubborn):
     log = tmp_path / "x" / "fit.log"
-    when_started(log, _thread.interrupt_main)
+    when_started(log, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         run_once("fit", tmp_path / "x", "summary.json", [])
     assert log.read_text() == "started\nsaved\n"
