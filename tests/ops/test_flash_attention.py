@@ -72,14 +72,14 @@ def flash_attn_4(monkeypatch):
 @pytest.mark.parametrize("window", [1, 5, None])
 @pytest.mark.parametrize("n_keys", [12, 19])
 def test_flash_attn_4_behind_an_operator(flash_attn_4, window, n_keys):
-    compare("fa4", case(2, 12, n_keys, 4, 2, 8, dtype=torch.bfloat16), window, RATIO[torch.bfloat16], scale=0.5)
+    compare("fa4", case(2, 12, n_keys, 4, 2, 64, dtype=torch.bfloat16), window, RATIO[torch.bfloat16], scale=0.5)
     left = None if window is None else window - 1
     assert flash_attn_4 == [(True, left, 0, True), (True, left, 0, False)]
 
 
 def test_flash_attn_4_in_a_compiled_graph(flash_attn_4):
-    operands = case(2, 12, 12, 4, 2, 8, dtype=torch.bfloat16)
-    weights = (random(2, 12, 4, 8, seed=3),)
+    operands = case(2, 12, 12, 4, 2, 64, dtype=torch.bfloat16)
+    weights = (random(2, 12, 4, 64, seed=3),)
     call = functools.partial(sliding_window_attention, window=5, backend="fa4")
     expected, expected_gradients = outputs_and_gradients(call, operands, weights)
     torch._dynamo.reset()
@@ -97,9 +97,9 @@ def test_flash_attn_4_in_a_compiled_graph(flash_attn_4):
 
 def test_flash_attn_4_refuses_what_it_has_no_kernel_for(flash_attn_4):
     with pytest.raises(BackendUnavailableError, match="float16 and bfloat16"):
-        sliding_window_attention(**case(1, 4, 4, 2, 1, 8), window=3, backend="fa4")
-    for width in (12, 136):
-        with pytest.raises(BackendUnavailableError, match="multiple of 8 and at most 128"):
+        sliding_window_attention(**case(1, 4, 4, 2, 1, 64), window=3, backend="fa4")
+    for width in (8, 16, 72, 136):
+        with pytest.raises(BackendUnavailableError, match="width 64 and 128"):
             sliding_window_attention(**case(1, 4, 4, 2, 1, width, dtype=torch.bfloat16), window=3, backend="fa4")
 
 
