@@ -57,11 +57,13 @@ class AuditReport:
     seed: int
     """Draws the same streams again."""
     seconds: float
+    also: tuple[str, ...] = ()
+    """Rules besides these that whoever called it has tried."""
 
     def __str__(self) -> str:
         rules = "\n".join(
             f"  kept: {rule}" if rule != DISTRIBUTION or self.distribution_positions else f"  not tried: {rule}"
-            for rule in RULES
+            for rule in (*RULES, *self.also)
         )
         return (
             f"{rules}\n{self.evaluations} evaluations of streams of {self.tokens} tokens in {self.seconds:.1f} s; "

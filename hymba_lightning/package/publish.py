@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hymba_lightning.claim import LOCK, OWNER, FolderClaim
 from hymba_lightning.generation.loading import find_tokenizer, load_network
 from hymba_lightning.interop.pretrained import CONFIG, PretrainedError, push_to_hub, read_config, save_pretrained
 from hymba_lightning.quantization import is_artifact
@@ -38,6 +39,7 @@ def publish(
         FileNotFoundError: there is no such run, no weights in it, or no tokenizer.
         ValueError: a file is damaged, or does not fit the others.
         FileExistsError: `out` holds something else.
+        FolderInUseError: another process writes to it.
     """
     folder, target = Path(path).expanduser(), Path(out).expanduser()
     _check_target(target)
@@ -57,16 +59,18 @@ def publish(
     net, fingerprint = load_network(source)
     model_file = find_tokenizer(source, tokenizer, fingerprint)
     card = model_card(name or target.resolve().name, net.config, RunRecord.load(folder), folder)
-    save_pretrained(net, target, tokenizer=model_file, weights=weights, artifact=artifact, card=card)
-    if push_to is None:
-        return str(target)
-    return push_to_hub(target, push_to, private=private or None)
+    with FolderClaim(target, "hymba publish"):
+        _check_target(target)
+        save_pretrained(net, target, tokenizer=model_file, weights=weights, artifact=artifact, card=card)
+        if push_to is None:
+            return str(target)
+        return push_to_hub(target, push_to, private=private or None)
 
 
 def _check_target(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--out {folder} is a file: name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or {path.name for path in folder.iterdir()} <= {LOCK, OWNER}:
         return
     try:
         read_config(folder)

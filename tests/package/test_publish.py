@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hymba_lightning import Hymba, HymbaConfig, load_network
+from hymba_lightning.claim import FolderClaim, FolderInUseError
 from hymba_lightning.commands import run_command
 from hymba_lightning.package.publish import publish
 from hymba_lightning.report.card import model_card
@@ -53,5 +54,7 @@ def test_nothing_of_others_is_overwritten(fitted_run, tmp_path):
     assert (tmp_path / "mine" / "README.md").read_text() == "mine"
     publish(str(fitted_run), str(tmp_path / "out"))
     publish(str(fitted_run), str(tmp_path / "out"))
+    with FolderClaim(tmp_path / "out", "hymba publish"), pytest.raises(FolderInUseError, match="in use by hymba publish"):
+        publish(str(fitted_run), str(tmp_path / "out"))
     with pytest.raises(FileNotFoundError, match="holds no checkpoint and no artifact"):
         publish(str(tmp_path / "mine"), str(tmp_path / "other"))
