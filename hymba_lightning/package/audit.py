@@ -244,7 +244,7 @@ def _check_sum(result: dict[str, Any], tokens: Tensor, nats: Tensor, token_bytes
     if result["tokens"] != tokens.numel() - 1 or result["bytes"] != n_bytes:
         raise RuleBrokenError(
             SCORE_IS_SUM,
-            f"it reports {result['tokens']} tokens of {result['bytes']} bytes, and "
+            f"it reports {result['tokens']:.0f} tokens of {result['bytes']:.0f} bytes, and "
             f"there were {tokens.numel() - 1} of {n_bytes}",
         )
     if not abs(result["val_bpb"] - bpb) <= 1e-5 * abs(bpb):

@@ -162,7 +162,7 @@ def change_submission(**values):
         (lambda folder: (folder / "logs" / "more.txt").write_text(""), r"logs/more\.txt in .* was not packaged"),
         (lambda folder: os.mkfifo(folder / "pipe"), r"pipe in .* was not packaged"),
         (lambda folder: (folder / "train.log").write_text("step:9"), r"train\.log in .* is not what was packaged"),
-        (lambda folder: (folder / "logs" / "fit.log").unlink(), r"logs/fit\.log is missing"),
+        (lambda folder: (folder / "logs" / "record.json").unlink(), r"logs/record\.json is missing"),
         (change_submission(bytes_total=1000), r"submission\.json in .* says 1000 bytes"),
         (lambda folder: (folder / "digests.json").write_text("[" * 100_000), r"digests\.json is damaged"),
     ],

@@ -235,10 +235,10 @@ def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path, sample):
         with pytest.raises(ArtifactError, match=f"the name '{name}' stands twice in an object"):
             load(tmp_path / "a", format.seal(format.compress(twice, 3), payload))
     many = b"{" + b",".join(b'"%d":0' % number for number in range(300_000)) + b',"299999":1}'
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ArtifactError, match="'299999' stands twice"):
         load(tmp_path / "a", format.seal(format.compress(many, 3), payload))
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_unknown_version_is_named(tmp_path, sample):

@@ -14,6 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hymba_lightning.claim import FolderClaim, FolderInUseError
 from hymba_lightning.commands import run_command
 from hymba_lightning.report import charts, treemap
 from hymba_lightning.report.charts import Chart, Series, ticks
