@@ -19,8 +19,8 @@ from torch import Tensor
 
 import hymba_lightning
 from hymba_lightning.checkpoints import weights_sha256
-from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
 from hymba_lightning.claim import LOCK, OWNER
+from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
 from hymba_lightning.files import write_atomic
 from hymba_lightning.interop.tokenizer import write_tokenizer
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig

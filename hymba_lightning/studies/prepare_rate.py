@@ -123,7 +123,9 @@ def table(pairs: list[Pair], n_bytes: int) -> str:
         f"{pair.bare.processor:.2f} | {pair.prepare.processor:.2f} | {pair.processor_ratio:.2f} |"
         for pair in pairs
     ]
-    medians = [statistics.median(ratios) for ratios in zip(*((p.wall_ratio, p.processor_ratio) for p in pairs), strict=True)]
+    medians = [
+        statistics.median(ratios) for ratios in zip(*((p.wall_ratio, p.processor_ratio) for p in pairs), strict=True)
+    ]
     return "\n".join([*lines, f"| median | | {medians[0]:.2f} | | | {medians[1]:.2f} |"])
 
 

@@ -194,11 +194,15 @@ def sample(*options: str) -> str:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("content", [b"data: [1, {", b"[1]", b"data: 7", b"\xff\xfe", b"data: {}", b"a: " + b"[" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"data: [1, {", b"[1]", b"data: 7", b"\xff\xfe", b"data: {}", b"a: " + b"[" * 5000]
+)
 def test_a_damaged_config_beside_the_weights_is_named(files, tmp_path, content):
     shutil.copy(files / "run" / "artifact.hymba", tmp_path)
     (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.yaml, which would name the tokenizer, is damaged .* give --tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"config\.yaml, which would name the tokenizer, is damaged .* give --tokenizer"
+    ):
         sample(str(tmp_path / "artifact.hymba"), "the end")
 
 

@@ -210,7 +210,9 @@ def test_a_score_that_is_claimed_and_not_scored_is_refused(run, made, tmp_path):
     folder, data = tmp_path / "other", run.parent / "data"
     shutil.copytree(made.folder, folder)
     change_submission(val_bpb=1.0)(folder)
-    with pytest.raises(SubmissionError, match=r"submission\.json in .* claims 1\.0 bits per byte, and the folder scores"):
+    with pytest.raises(
+        SubmissionError, match=r"submission\.json in .* claims 1\.0 bits per byte, and the folder scores"
+    ):
         run_referee(folder, data, data / "tokenizer.model")
     done = subprocess.run(
         [sys.executable, "-I", str(folder / "evaluate.py"), "--data", str(data)],

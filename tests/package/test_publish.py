@@ -56,7 +56,10 @@ def test_nothing_of_others_is_overwritten(fitted_run, tmp_path):
     assert (tmp_path / "mine" / "README.md").read_text() == "mine"
     publish(str(fitted_run), str(tmp_path / "out"))
     publish(str(fitted_run), str(tmp_path / "out"))
-    with FolderClaim(tmp_path / "out", "hymba publish"), pytest.raises(FolderInUseError, match="in use by hymba publish"):
+    with (
+        FolderClaim(tmp_path / "out", "hymba publish"),
+        pytest.raises(FolderInUseError, match="in use by hymba publish"),
+    ):
         publish(str(fitted_run), str(tmp_path / "out"))
     with pytest.raises(FileNotFoundError, match="holds no checkpoint and no artifact"):
         publish(str(tmp_path / "mine"), str(tmp_path / "other"))

@@ -142,7 +142,10 @@ def test_a_damaged_artifact_is_a_note(runs, tmp_path):
 
 
 def test_two_reports_do_not_write_into_one_folder_at_once(runs, tmp_path):
-    with FolderClaim(tmp_path / "report", "hymba report"), pytest.raises(FolderInUseError, match="in use by hymba report"):
+    with (
+        FolderClaim(tmp_path / "report", "hymba report"),
+        pytest.raises(FolderInUseError, match="in use by hymba report"),
+    ):
         write_report([str(runs[0])], str(tmp_path / "report"))
     assert not (tmp_path / "report").exists()
 
