@@ -39,7 +39,7 @@ def byte_symbols() -> dict[str, int]:
 class HuggingFaceTokenizer(ByteTokenizer):
     """
     Args:
-        content: The file's JSON.
+        content: The file's JSON, which `check_exact` has passed.
         tokenizer: The loaded `tokenizers.Tokenizer`.
 
     Raises:
@@ -47,7 +47,6 @@ class HuggingFaceTokenizer(ByteTokenizer):
     """
 
     def __init__(self, content: dict[str, Any], tokenizer: Any) -> None:
-        check_exact(content)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         # "<s>" in a text is text.
@@ -128,6 +127,16 @@ def check_exact(content: dict[str, Any]) -> None:
             raise ValueError(f"its added token {token['content']!r} takes the spaces beside it")
 
 
+def _loaded(library: Any, text: str) -> Any:
+    """The package's own object. Raises ValueError for whatever it raises, panics of its Rust code too."""
+    try:
+        return library.from_str(text)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the package tokenizers cannot read it ({printable(str(error), 300)})") from error
+
+
 def load(path: str | os.PathLike[str]) -> HuggingFaceTokenizer:
     """
     Raises:
@@ -143,11 +152,11 @@ def load(path: str | os.PathLike[str]) -> HuggingFaceTokenizer:
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = json.loads(text)
-        # The package raises plain Exceptions.
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:
-        raise ValueError(f"{path} is no tokenizer.json ({printable(str(error), 300)})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no tokenizer.json ({error})") from error
     try:
-        return HuggingFaceTokenizer(content, tokenizer)
+        # First, since the package ends in a panic over some of what is refused.
+        check_exact(content)
+        return HuggingFaceTokenizer(content, _loaded(Tokenizer, text))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be used: {error}; train a byte-level BPE without normalizer") from error
