@@ -63,7 +63,11 @@ class HymbaConfig:
     """Let SmearGate and BigramHash see nothing before a document's first token. False keeps the reference's
     defect 10: both reach across document boundaries."""
     bos_id: int = 1
-    """Token id that starts a document (used by reset_at_bos)."""
+    """Token id that starts a document (used by reset_at_bos and packed_documents)."""
+    packed_documents: bool = False
+    """Compute each document of a sequence as if it stood alone: scan, convolution and attention see nothing before the
+    latest bos_id (intra-document masking, as in Llama 3, arXiv:2407.21783). False lets them read on from the documents
+    before."""
     kv_share_every: int = 1
     """Layers in groups of this size share one key/value projection; 1 shares nothing."""
     meta_tokens: int = 0
@@ -152,6 +156,13 @@ class HymbaConfig:
             raise ValueError(f"mlp_slope={self.mlp_slope} and qk_gain={self.qk_gain} must be finite")
         if not 0 <= self.bos_id < self.vocab_size:
             raise ValueError(f"bos_id={self.bos_id} is not a token id below vocab_size={self.vocab_size}")
+        if self.packed_documents and not self.reset_at_bos:
+            raise ValueError("packed_documents needs reset_at_bos: embeddings must not reach across documents either")
+        if self.packed_documents and self.meta_tokens:
+            raise ValueError(
+                f"packed_documents leaves no way to meta_tokens={self.meta_tokens}, which stand before a sequence and "
+                "not before each of its documents: set one of the two to 0 or false"
+            )
         if self.n_layers < 2:
             raise ValueError("n_layers must be at least 2: the U-Net skips need a first and a second half")
         if self.layer_windows is not None and (len(self.layer_windows) != self.n_layers or min(self.layer_windows) < 1):
@@ -203,8 +214,9 @@ class HymbaConfig:
         return self.n_heads + (self.d_inner if self.merge == "concat" else self.d_model) // self.head_dim
 
     def to_dict(self) -> dict:
-        """Plain values, for checkpoints and artifacts; readable by versions before the mixers where it has none."""
-        plain = {"mixer": "mamba", "mixer_options": None}
+        """Plain values, for checkpoints and artifacts; readable by versions before the mixers or packed documents where
+        it has none."""
+        plain = {"mixer": "mamba", "mixer_options": None, "packed_documents": False}
         return {name: value for name, value in dataclasses.asdict(self).items() if plain.get(name, self) != value}
 
     @classmethod
