@@ -334,7 +334,7 @@ def from_hf(
     """The network of a released model, or of a folder in its layout, ready to run.
 
     Args:
-        name: The folder, or owner/name on the hub, e.g. nvidia/Hymba-1.5B-Base.
+        name: The folder, or owner/name on the hub (hf:owner/name too), e.g. nvidia/Hymba-1.5B-Base.
         runtime: How it is executed.
         device: Where it is put.
         matrices: Storage of the matrices and the token table: float32 to train; bfloat16, in which the released models
@@ -350,7 +350,7 @@ def from_hf(
     """
     if matrices not in ("float32", "bfloat16"):
         raise ValueError(f"matrices={matrices!r} is unknown: choose float32 or bfloat16")
-    folder = find_folder(name, **hub)
+    folder = find_folder(str(name).removeprefix("hf:"), **hub)
     content = read_json(folder / CONFIG)
     if content.get("model_type") != MODEL_TYPE:
         raise PretrainedError(
