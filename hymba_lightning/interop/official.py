@@ -179,13 +179,13 @@ def _rope_scale(config: dict[str, Any]) -> float:
     kind = config["rope_type"]
     if kind in (None, "default"):
         return 1.0
-    lengths = [config.get(name) for name in ("max_position_embeddings", "orig_max_position_embeddings")]
-    if kind != "ntk" or not all(type(length) is int and length > 0 for length in lengths):
+    wanted, trained = config.get("max_position_embeddings"), config.get("orig_max_position_embeddings")
+    if kind != "ntk" or type(wanted) is not int or type(trained) is not int or min(wanted, trained) < 1:
         raise ValueError(
-            f"its rope_type {kind!r} with max_position_embeddings={lengths[0]!r} and orig_max_position_embeddings="
-            f"{lengths[1]!r} is not here: 'ntk' with both of them, or 'default'"
+            f"its rope_type {kind!r} with max_position_embeddings={wanted!r} and orig_max_position_embeddings="
+            f"{trained!r} is not here: 'ntk' with both of them, or 'default'"
         )
-    return lengths[0] / lengths[1]
+    return wanted / trained
 
 
 def config_to_hf(config: HymbaConfig) -> dict[str, Any]:
@@ -261,8 +261,8 @@ def weights_from_hf(config: HymbaConfig, tensors: dict[str, Tensor]) -> dict[str
         if value.shape != own[ours]:
             wanted = own[ours][1:] if ours == "meta_tokens" else own[ours]
             raise ValueError(
-                f"its {name} has the shape {list(tensors[name].shape)}, where config.json asks for {list(wanted)}: give "
-                "the config.json that belongs to these weights, or fetch both again"
+                f"its {name} has the shape {list(tensors[name].shape)}, where config.json asks for {list(wanted)}: "
+                "give the config.json that belongs to these weights, or fetch both again"
             )
         weights[ours] = value
     return weights
@@ -303,7 +303,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
         return read_safetensors(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {INDEX}: fetch the repository's safetensors files")
+        raise FileNotFoundError(
+            f"{folder} holds neither {WEIGHTS} nor {INDEX}: fetch the repository's safetensors files"
+        )
     index = read_json(folder / INDEX).get("weight_map")
     names = sorted({*index.values()}) if isinstance(index, dict) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
@@ -354,14 +356,16 @@ def from_hf(
     content = read_json(folder / CONFIG)
     if content.get("model_type") != MODEL_TYPE:
         raise PretrainedError(
-            f"{folder / CONFIG} is of model_type {content.get('model_type')!r}, not {MODEL_TYPE!r}: Hymba.from_pretrained "
-            "reads our own folders"
+            f"{folder / CONFIG} is of model_type {content.get('model_type')!r}, not {MODEL_TYPE!r}: "
+            "Hymba.from_pretrained reads our own folders"
         )
     found = load(folder, content)
     config, weights = HymbaConfig.from_dict(found.config), found.weights
     if vocab_size is not None:
         if not config.bos_id < vocab_size <= config.vocab_size:
-            raise ValueError(f"vocab_size={vocab_size} is not between bos_id and the {config.vocab_size} rows there are")
+            raise ValueError(
+                f"vocab_size={vocab_size} is not between bos_id and the {config.vocab_size} rows there are"
+            )
         config = dataclasses.replace(config, vocab_size=vocab_size)
         tables = {name: weights[name][:vocab_size] for name in ("tok_emb.weight", "lm_head.weight") if name in weights}
         weights = weights | tables

@@ -204,8 +204,8 @@ class HymbaConfig:
         ]
         if wrong or len(layers) != len(set(layers)):
             raise ValueError(
-                f"kv_groups={groups} must be lists of two or more rising layers from 0 to {self.n_layers - 1}, all of a "
-                f"list with the same window, and no layer in two of them{f': look at {wrong}' if wrong else ''}"
+                f"kv_groups={groups} must be lists of two or more rising layers from 0 to {self.n_layers - 1}, all of "
+                f"a list with the same window, and no layer in two of them{f': look at {wrong}' if wrong else ''}"
             )
 
     @property

@@ -87,10 +87,10 @@ def table(costs: Iterable[Cost]) -> str:
     ]
     for cost in costs:
         rate = cost.batch * cost.prompt / cost.read_seconds
+        memory = " | ".join(f"{n / MIB:,.0f} MiB" for n in (cost.weights_bytes, cost.state_bytes, cost.peak_bytes))
         lines.append(
             f"| {cost.batch} | {cost.prompt:,} | {cost.read_seconds:.2f} s ({rate:,.0f} tokens/s) | "
-            f"{cost.ms_per_step:.1f} | {1000 * cost.batch / cost.ms_per_step:,.0f} | {cost.weights_bytes / MIB:,.0f} MiB "
-            f"| {cost.state_bytes / MIB:,.0f} MiB | {cost.peak_bytes / MIB:,.0f} MiB |"
+            f"{cost.ms_per_step:.1f} | {1000 * cost.batch / cost.ms_per_step:,.0f} | {memory} |"
         )
     return "\n".join(lines) + "\n"
 

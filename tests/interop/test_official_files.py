@@ -86,7 +86,7 @@ def test_weights_in_several_files_and_in_bfloat16(tmp_path):
     with pytest.raises(PretrainedError, match="no weight_map of tensors to files beside it"):
         official.from_hf(folder)
     (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(FileNotFoundError, match="holds neither model.safetensors nor"):
+    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor"):
         official.from_hf(folder)
 
 
@@ -117,7 +117,10 @@ LAYER = "model.layers.2.mamba"
     [
         ({f"{LAYER}.A_log.0": None}, rf"it lacks {LAYER}\.A_log\.0: give the config\.json that belongs"),
         ({f"{LAYER}.k_proj.weight": 3}, rf"it has, beyond the network's, {LAYER}\.k_proj\.weight: give"),
-        ({f"{LAYER}.in_proj.weight": 3}, r"in_proj\.weight has the shape \[3\], where config\.json asks for \[240, 48\]"),
+        (
+            {f"{LAYER}.in_proj.weight": 3},
+            r"in_proj\.weight has the shape \[3\], where config\.json asks for \[240, 48\]",
+        ),
         ({"model.memory_tokens": 3}, r"memory_tokens has the shape \[3\], where config\.json asks for \[5, 48\]"),
         (dict.fromkeys([f"more.{i}" for i in range(9)], 3), r"more\.0, more\.1, more\.2 and 6 more"),
     ],
@@ -164,7 +167,7 @@ def test_a_config_that_asks_for_more_is_one_sentence(tmp_path, change, said):
 def test_a_field_that_is_missing_is_named(tmp_path):
     folder = write(tmp_path / "a", weights={"x": torch.zeros(1)})
     (folder / "config.json").write_text(json.dumps({k: v for k, v in SMALL.items() if k != "mamba_d_state"}))
-    with pytest.raises(PretrainedError, match="it has no mamba_d_state, which a released Hymba's config.json has"):
+    with pytest.raises(PretrainedError, match=r"it has no mamba_d_state, which a released Hymba's config\.json has"):
         Hymba.from_pretrained(folder)
 
 
@@ -175,7 +178,7 @@ def test_folders_of_another_kind_are_told_apart(tmp_path, folder):
     with pytest.raises(ValueError, match="matrices='int8' is unknown: choose float32 or bfloat16"):
         official.from_hf(folder, matrices="int8")
     net = Hymba(type(official.preset())(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1))
-    with pytest.raises(ValueError, match="no place for mixer='mamba' with logit_softcap=30.0: save_pretrained"):
+    with pytest.raises(ValueError, match=r"no place for mixer='mamba' with logit_softcap=30\.0: save_pretrained"):
         official.to_hf(net, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

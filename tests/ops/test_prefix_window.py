@@ -1,4 +1,4 @@
-"""Attention over a prefix and a window: the definition against its sentence, and every backend against the definition."""
+"""Attention over a prefix and a window: the definition is its sentence, and every backend is the definition."""
 
 import math
 

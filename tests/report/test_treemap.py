@@ -21,9 +21,7 @@ def test_every_tensor_is_in_the_part_that_it_works_in(mixer):
 
 
 def test_so_it_is_in_the_released_models_network():
-    config = HymbaConfig(
-        n_layers=2, d_model=32, mixer="official", smear_gate=False, bigram_hash=False, meta_tokens=1
-    )
+    config = HymbaConfig(n_layers=2, d_model=32, mixer="official", smear_gate=False, bigram_hash=False, meta_tokens=1)
     parts = parts_of(config.to_dict())
     for part, names in {
         "embedding": ["tok_emb.weight"],

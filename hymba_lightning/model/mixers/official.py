@@ -227,9 +227,7 @@ class Network(Hymba):
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = (
-            None
-            if config.tie_embeddings
-            else Linear(config.d_model, config.vocab_size, zero_init=True, role=Role.HEAD)
+            None if config.tie_embeddings else Linear(config.d_model, config.vocab_size, zero_init=True, role=Role.HEAD)
         )
         initialise(self, config)
 
