@@ -145,9 +145,9 @@ def config_from_hf(config: dict[str, Any]) -> HymbaConfig:
 
     Raises ValueError naming fields that are missing, or that ask for what the released models do not do.
     """
-    missing = sorted({*FIELDS, *OTHERS} - set(config))
+    missing = {*FIELDS, *OTHERS} - set(config)
     if missing:
-        raise ValueError(f"it has no {', '.join(missing)}, which a released Hymba's config.json has")
+        raise ValueError(f"it has no {_some(missing)}, which a released Hymba's config.json has")
     lacking = [
         f"{name}={config[name]!r}" for name, values in CHOSEN.items() if name in config and config[name] not in values
     ]
