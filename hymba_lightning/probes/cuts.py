@@ -83,7 +83,8 @@ def nats_of(net: Hymba, tokens_NT1: Tensor, *, forget_every: int | None = None, 
         for inputs, targets in zip(tokens[:, :-1].split(piece, 1), tokens[:, 1:].split(piece, 1), strict=True):
             nats_BT, state = net(inputs, targets, state=state, return_state=True, reduction="none")
             nats.append(nats_BT.float())
-            empty = [mixer.forget(layer) for mixer, layer in zip(mixers_of(net), state.layers, strict=True)]
-            state = state._replace(layers=empty)
+            if forget_every is not None:
+                layers = [mixer.forget(layer) for mixer, layer in zip(mixers_of(net), state.layers, strict=True)]
+                state = state._replace(layers=layers)
         found.append(torch.cat(nats, 1))
     return torch.cat(found)
