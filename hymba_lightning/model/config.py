@@ -341,6 +341,7 @@ LATER: dict[str, Any] = {
 }
 # Parts of ours that mixer 'official' has no place for, and what is none of them.
 NOT_OFFICIAL: dict[str, Any] = {
+    "packed_documents": False,
     "smear_gate": False,
     "bigram_hash": False,
     "kv_share_every": 1,
