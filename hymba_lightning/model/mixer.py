@@ -77,12 +77,7 @@ class HybridMixer(Module):
         d, e = config.d_model, config.d_inner
         self.config, self.window, self.runtime = config, window, runtime
         self.head_dim = config.head_dim
-        given = config.mixer_options or {}
-        unknown = sorted(set(given) - set(self.options))
-        if unknown:
-            known = ", ".join(self.options) or "none"
-            raise ValueError(f"mixer_options has {', '.join(unknown)}, and {config.mixer!r} takes {known}")
-        self.widths = self.input_widths(self.options | given)
+        self.widths = self.input_widths(self.given_options())
         self.c_q = Linear(d, d)
         own_kv = Linear(d, 2 * config.n_kv_heads * config.head_dim) if shared_kv is None else shared_kv
         self.kv_proj = own_kv
@@ -102,6 +97,15 @@ class HybridMixer(Module):
         self.branch_gate = (
             parameter(torch.zeros(config.gate_groups, config.branch_gate), Role.SCALAR) if config.branch_gate else None
         )
+
+    def given_options(self) -> dict[str, int | float]:
+        """All options, with the config's values. Raises ValueError for one that this mixer does not have."""
+        given = self.config.mixer_options or {}
+        unknown = sorted(set(given) - set(self.options))
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise ValueError(f"mixer_options has {', '.join(unknown)}, and {self.config.mixer!r} takes {known}")
+        return self.options | given
 
     def input_widths(self, options: dict[str, int | float]) -> list[int]:
         """Columns of each projection of the input that the branch takes; called first, with all `options`. Raises
@@ -142,11 +146,22 @@ class HybridMixer(Module):
         """Linears that multiply this module's input as one matrix, without being called: calibration asks for them."""
         return [self.c_q, self.kv_proj, self.mamba_proj]
 
+    def silencing(self) -> tuple[Tensor, Tensor]:
+        """Views of weights without which attention's branch gives zeros, and of those without which the other does."""
+        values = self.kv_proj.weight[self.kv_proj.weight.size(0) // 2 :]
+        if self.mamba_out_proj is None:
+            return values, self.proj.weight[:, self.config.d_model :]
+        return values, self.mamba_out_proj.weight
+
+    def forget(self, state: LayerState) -> LayerState:
+        """The same state with the recurrent branch's part empty."""
+        return state._replace(recurrent=tuple(torch.zeros_like(part) for part in state.recurrent))
+
     def compact(self, state: LayerState, shift: int | Tensor) -> LayerState:
         """The same state without memory that it only keeps alive, as if its tokens stood `shift` positions lower, (B,)
         where that differs by row."""
         turn = isinstance(shift, Tensor) or shift > 0
-        keys = turn_back(state.keys, shift, self.config.rope_base) if turn else own(state.keys)
+        keys = turn_back(state.keys, shift, self.config.resolved_rope_base) if turn else own(state.keys)
         return LayerState(keys, own(state.values), tuple(own(tensor) for tensor in state.recurrent), state.hidden)
 
     def forward(
