@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fit_process import finish, log_of, start
 from tiny import NET, write_data
 
 from hymba_lightning.cli import run
@@ -51,14 +52,10 @@ def fitted(work):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_config_is_understood(path):
-    out = subprocess.run(
-        [sys.executable, "-m", "hymba_lightning", "fit", "--config", str(path), "--print_config"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    resolved = yaml.safe_load(out)
+def test_every_config_is_understood(path, tmp_path):
+    log = tmp_path / "log"
+    assert finish([start(["fit", "--config", str(path), "--print_config"], log)]) == [0], log_of(log)
+    resolved = yaml.safe_load(log_of(log))
     given = yaml.safe_load(path.read_text())
     for section in ("net", "ttt"):
         for name, value in given["model"].get(section, {}).items():
