@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
 import threading
 from pathlib import Path
 
@@ -227,12 +225,12 @@ def test_an_ended_run_whose_options_have_changed_is_not_taken_for_the_new_one(ca
     assert [name for _, name, *_ in calls] == ["plain-0"]  # where the real run_once refuses it
 
 
-def test_an_interrupted_study_has_its_runs_save_what_they_have(tmp_path, monkeypatch):
+def test_an_interrupted_study_has_its_runs_save_what_they_have(tmp_path, monkeypatch, ctrl_c):
     stopped, started = threading.Event(), []
 
     def waits(*_, **__):
         started.append(1)
-        threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        threading.Timer(0.05, ctrl_c).start()
         assert stopped.wait(20)
         raise RunFailedError("hymba fit ended with code 143")
 

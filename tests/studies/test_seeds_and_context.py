@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 import sys
 import threading
 import time
@@ -164,9 +162,9 @@ def when_started(log, act):
     threading.Thread(target=wait, daemon=True).start()
 
 
-def test_an_interrupted_run_saves_what_it_has(tmp_path, stubborn):
+def test_an_interrupted_run_saves_what_it_has(tmp_path, stubborn, ctrl_c):
     log = tmp_path / "x" / "fit.log"
-    when_started(log, lambda: os.kill(os.getpid(), signal.SIGINT))
+    when_started(log, ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         run_once("fit", tmp_path / "x", "summary.json", [])
     assert log.read_text() == "started\nsaved\n"
