@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fit_process import finish, log_of, start, start_ranks, typed
 from tiny import NET, write_data
 
 from hymba_lightning.cli import run
@@ -51,14 +52,10 @@ def fitted(work):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_config_is_understood(path):
-    out = subprocess.run(
-        [sys.executable, "-m", "hymba_lightning", "fit", "--config", str(path), "--print_config"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    resolved = yaml.safe_load(out)
+def test_every_config_is_understood(path, tmp_path):
+    log = tmp_path / "log"
+    assert finish([start(["fit", "--config", str(path), "--print_config"], log)]) == [0], log_of(log)
+    resolved = yaml.safe_load(log_of(log))
     given = yaml.safe_load(path.read_text())
     for section in ("net", "ttt"):
         for name, value in given["model"].get(section, {}).items():
@@ -278,28 +275,17 @@ def test_help_explains_every_field_within_three_seconds():
 
 @pytest.mark.ddp
 def test_two_ranks_fit_export_and_test(work):
-    """Through the command line on two CPU processes: equal steps, one artifact, a test with uneven sequences."""
-    base = [sys.executable, "-m", "hymba_lightning"]
-    common = [
-        "--config",
-        str(work / "tiny.yaml"),
-        "--run_dir",
-        str(work / "two"),
-        "--trainer.devices",
-        "2",
-        "--trainer.strategy",
-        "ddp",
-    ]
-    subprocess.run([*base, "fit", *common], check=True, capture_output=True, timeout=300)
-    summary = json.loads((work / "two" / "summary.json").read_text())
+    """Two CPU processes, of which Lightning starts the second, then two as torchrun starts them: equal steps, one
+    artifact, a test with uneven sequences."""
+    run, log = work / "two", work / "two.log"
+    config = work / "tiny.yaml"
+    command = typed(config, run, "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    summary = json.loads((run / "summary.json").read_text())
     assert summary["tokens"] == 6 * 2 * 64 * 2
     assert summary["scored_tokens"] == 699
-    subprocess.run(
-        [*base, "test", *common, "--ckpt_path", str(work / "two" / "artifact.hymba")],
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
-    result = json.loads((work / "two" / "test_summary.json").read_text())
+    arguments = ["test", "--config", str(config), "--run_dir", str(run), "--ckpt_path", str(run / "artifact.hymba")]
+    assert finish(start_ranks(arguments, log, 2)) == [0, 0], log_of(log.with_name("two.log.0"))
+    result = json.loads((run / "test_summary.json").read_text())
     assert result["tokens"] == 699
     assert result["environment"]["world_size"] == 2

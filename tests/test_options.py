@@ -41,7 +41,10 @@ def test_installed_configs_lie_in_the_package(tmp_path, monkeypatch):
     package = tmp_path / "hymba_lightning"
     (package / "configs").mkdir(parents=True)
     (package / "configs" / "small.yaml").write_text("{}\n")
+    (package / "configs" / "studies").mkdir()
+    (package / "configs" / "studies" / "few.yaml").write_text("{}\n")
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "stray.yaml").write_text("{}\n")
     monkeypatch.setattr(options, "__file__", str(package / "options.py"))
     assert shipped_configs() == {"small": package / "configs" / "small.yaml"}
+    assert shipped_configs("studies") == {"few": package / "configs" / "studies" / "few.yaml"}

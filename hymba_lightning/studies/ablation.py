@@ -153,6 +153,8 @@ def run_study(
             try:
                 run_one(queue.study, *pair, folder, extra, worker, lock)
             except Exception as error:
+                if stopping.is_set():
+                    break  # it was told to end, and has saved what it has
                 failures.append(str(error) if isinstance(error, RunFailedError | ValueError) else f"{pair}: {error!r}")
                 print(failures[-1], flush=True)
             with reporting:

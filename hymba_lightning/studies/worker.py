@@ -20,6 +20,8 @@ from typing import TextIO
 
 # Graphs of networks and shapes that one process may hold; torch's own limit of 8 would leave the ninth uncompiled.
 GRAPHS = 256
+# Commands that compile.
+TRAINING = ("fit", "validate", "test")
 
 
 class Worker:
@@ -93,20 +95,26 @@ def run_here(arguments: list[str]) -> int:
     return 0
 
 
+def allow_graphs() -> None:
+    """Lets torch.compile keep the graphs of all the runs to come."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
+
+
 def free_memory() -> None:
     """Lets go of the last run's tensors."""
+    gc.collect()
+    if "torch" not in sys.modules:
+        return
     import torch
 
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def serve(requests: TextIO) -> None:
     """Runs what `requests` ask for until they end."""
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     for line in requests:
         request = json.loads(line)
@@ -115,6 +123,8 @@ def serve(requests: TextIO) -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
+        if request["arguments"][0] in TRAINING:
+            allow_graphs()
         code = run_here(request["arguments"])
         sys.stdout.flush()
         sys.stderr.flush()

@@ -12,7 +12,7 @@ from hymba_lightning.data.sequences import Chunk
 from hymba_lightning.evaluation import TTTConfig, score_first_ttt
 from hymba_lightning.model import Hymba, HymbaConfig
 
-VOCAB, SEQ_LEN, CHUNK, N_TOKENS = 20, 24, 60, 60 * 3 + 17
+VOCAB, SEQ_LEN, CHUNK, N_TOKENS = 12, 24, 60, 60 * 3 + 17
 NET = HymbaConfig(
     vocab_size=VOCAB,
     n_layers=2,

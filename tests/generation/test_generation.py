@@ -3,14 +3,13 @@
 import io
 import math
 import shutil
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
+from fit_process import finish, log_of, start
 from tiny import NET, TOKENIZER, lively, tiny_data, tiny_module, tiny_trainer, write_data
 
 from hymba_lightning.checkpoints import write_checkpoint
@@ -267,12 +266,9 @@ def test_a_pickle_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_command_ends_with_one_line_on_bad_input():
-    done = subprocess.run(
-        [sys.executable, "-m", "hymba_lightning", "sample", "--ckpt_path", "nowhere"],
-        capture_output=True,
-        text=True,
-        check=False,
+def test_the_command_ends_with_one_line_on_bad_input(tmp_path):
+    log = tmp_path / "log"
+    assert finish([start(["sample", "--ckpt_path", "nowhere"], log)]) == [2]
+    assert log_of(log) == (
+        "hymba sample: nowhere does not exist: give an artifact, a checkpoint or a folder of save_pretrained\n"
     )
-    expected = "hymba sample: nowhere does not exist: give an artifact, a checkpoint or a folder of save_pretrained\n"
-    assert (done.returncode, done.stderr) == (2, expected)
