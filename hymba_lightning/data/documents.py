@@ -91,7 +91,9 @@ class DocumentReader:
         self.text_key = text_key
         self.separator = separator
         self.max_bytes = max_bytes
-        self.total_bytes = sum(file.size for file in files)
+        # Asked once: a file may vanish before its turn.
+        self._sizes = [file.size for file in files]
+        self.total_bytes = sum(self._sizes)
         """Size of all files on disk."""
         self.bytes_read = 0
         """Of total_bytes, how much is done."""
@@ -129,7 +131,7 @@ class DocumentReader:
         (first_file, first_document), self._resume_at = self._resume_at, (0, 0)
         if first_file == first_document == 0:
             self.skips.restore(self._skips_before_all)
-        self.bytes_read = sum(file.size for file in self.files[:first_file])
+        self.bytes_read = sum(self._sizes[:first_file])
         for index, file in enumerate(self.files[first_file:], start=first_file):
             done_before = self.bytes_read
             to_skip = first_document if index == first_file else 0
@@ -140,14 +142,14 @@ class DocumentReader:
                     self._document += 1
                     if self._document <= to_skip:
                         continue
-                    self.bytes_read = done_before + int(share * file.size)
+                    self.bytes_read = done_before + int(share * self._sizes[index])
                     if document.utf8:
                         yield document
             except SourceError as error:
                 self._skip(file, error.kind, str(error))
             except OSError as error:
                 self._skip(file, "cannot be read", error.strerror or str(error))
-            self.bytes_read = done_before + file.size
+            self.bytes_read = done_before + self._sizes[index]
 
     def _texts(self, file: InputFile) -> Iterator[tuple[str, float]]:
         """Documents of one file, and how much of it is read with each."""
@@ -224,15 +226,17 @@ class DocumentReader:
                 continue
             finally:
                 csv.field_size_limit(before)
+            if not row:
+                continue
             if not header:
                 header = row
                 if self.text_key not in header:
                     raise SourceError(
                         "no text column", f"no column {self.text_key!r} among {', '.join(header[:20])}; set text_key"
                     )
-            elif row and len(row) != len(header):
+            elif len(row) != len(header):
                 self._skip(file, "damaged CSV", f"{len(row)} fields, not {len(header)}", f":{rows.line_num}")
-            elif row:
+            else:
                 yield row[header.index(self.text_key)]
 
     def _csv_lines(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
@@ -244,9 +248,10 @@ class DocumentReader:
     def _text_file(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
         raw.seek(file.start)
         # One that fits is decoded as a whole before anything of it is given.
-        fits = file.size <= self.max_bytes
+        size = file.size
+        fits = size <= self.max_bytes
         rest, n_cut = "", 0
-        for text in _decoded_blocks([raw.read(file.size)] if fits else _range(raw, file.size), fits):
+        for text in _decoded_blocks([raw.read(size)] if fits else _range(raw, size), fits):
             rest += text
             if self.separator is not None:
                 *whole, rest = rest.split(self.separator)

@@ -107,6 +107,11 @@ def _tokenizer_beside(weights: str | Path) -> Path | None:
     for folder in (weights.parent, weights.parent.parent):
         config = folder / "config.yaml"
         if config.is_file():
-            data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
-            return Path(data["tokenizer"] or Path(data["data_dir"]) / TOKENIZER_FILE).expanduser()
+            try:
+                data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
+                return Path(data["tokenizer"] or Path(data["data_dir"]) / TOKENIZER_FILE).expanduser()
+            except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"{config}, which would name the tokenizer, is damaged ({type(error).__name__}): give --tokenizer"
+                ) from error
     return None

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import hymba_lightning
 from hymba_lightning.checkpoints import weights_sha256
+from hymba_lightning.claim import LOCK, OWNER
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
 from hymba_lightning.files import write_atomic
 from hymba_lightning.interop.tokenizer import write_tokenizer
@@ -207,7 +208,10 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool | None = N
     message = f"hymba_lightning {hymba_lightning.__version__}"
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=message).commit_url)
+        done = api.upload_folder(
+            repo_id=repository, folder_path=str(folder), commit_message=message, ignore_patterns=[LOCK, OWNER]
+        )
+        return str(done.commit_url)
     except hub.errors.HFValidationError as error:
         raise ValueError(f"{repository!r} is no name of a repository: give owner/name") from error
     except (hub.errors.HfHubHTTPError, hub.errors.LocalTokenNotFoundError, OSError) as error:
@@ -269,7 +273,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no {path}: give a folder that save_pretrained wrote")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PretrainedError(f"{path} cannot be read: {error}") from error
     return content if isinstance(content, dict) else {}
 

@@ -114,6 +114,7 @@ def attention_branch(
     window: int | None,
     past: tuple[Tensor, Tensor, Tensor | None] | None,
     backend: str,
+    doc_position_BT: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
     """Grouped-query attention of T new tokens to themselves and to what is kept of the tokens before.
 
@@ -145,7 +146,16 @@ def attention_branch(
         hidden_B = past[2]
         k_BSGK = torch.cat([past[0], k_BSGK], dim=1)
         v_BSGK = torch.cat([past[1], v_BSGK], dim=1)
-    out_BTHK = sliding_window_attention(q_BTHK, k_BSGK, v_BSGK, window=window, hidden_B=hidden_B, backend=backend)
+    out_BTHK = sliding_window_attention(
+        q_BTHK,
+        k_BSGK,
+        v_BSGK,
+        window=window,
+        # No padding is of a query's document: its position says all.
+        hidden_B=None if doc_position_BT is not None else hidden_B,
+        doc_position_BT=doc_position_BT,
+        backend=backend,
+    )
     keep = k_BSGK.size(1) if window is None else min(window - 1, k_BSGK.size(1))
     first = k_BSGK.size(1) - keep
     hidden_B = None if hidden_B is None else (hidden_B - first).clamp_min(0)

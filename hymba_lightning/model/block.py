@@ -48,12 +48,18 @@ class Block(Module):
         self.resid_mix = parameter(torch.stack([torch.ones(d), torch.zeros(d)]), Role.CONTROL)
 
     def forward(
-        self, x_BTD: Tensor, x0_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None, return_state: bool
+        self,
+        x_BTD: Tensor,
+        x0_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        state: LayerState | None,
+        return_state: bool,
+        doc_position_BT: Tensor | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """x and x0 (B, T, D) → x (B, T, D), and the mixer's new state when asked."""
         mix = self.resid_mix.to(x_BTD.dtype)
         x_BTD = mix[0] * x_BTD + mix[1] * x0_BTD
-        mixed_BTD, new_state = self.attn(rms_norm(x_BTD), rope, state, return_state)
+        mixed_BTD, new_state = self.attn(rms_norm(x_BTD), rope, state, return_state, doc_position_BT)
         x_BTD = x_BTD + self.attn_scale.to(x_BTD.dtype) * mixed_BTD
         x_BTD = x_BTD + self.mlp_scale.to(x_BTD.dtype) * self.mlp(rms_norm(x_BTD))
         return x_BTD, new_state

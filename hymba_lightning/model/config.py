@@ -67,7 +67,11 @@ class HymbaConfig:
     """Let SmearGate and BigramHash see nothing before a document's first token. False keeps the reference's
     defect 10: both reach across document boundaries."""
     bos_id: int = 1
-    """Token id that starts a document (used by reset_at_bos)."""
+    """Token id that starts a document (used by reset_at_bos and packed_documents)."""
+    packed_documents: bool = False
+    """Compute each document of a sequence as if it stood alone: scan, convolution and attention see nothing before the
+    latest bos_id (intra-document masking, as in Llama 3, arXiv:2407.21783). False lets them read on from the documents
+    before."""
     kv_share_every: int = 1
     """Layers in groups of this size share one key/value projection; 1 shares nothing."""
     kv_groups: list[list[int]] | None = None
@@ -173,6 +177,13 @@ class HymbaConfig:
             raise ValueError(f"mlp_slope={self.mlp_slope} and qk_gain={self.qk_gain} must be finite")
         if not 0 <= self.bos_id < self.vocab_size:
             raise ValueError(f"bos_id={self.bos_id} is not a token id below vocab_size={self.vocab_size}")
+        if self.packed_documents and not self.reset_at_bos:
+            raise ValueError("packed_documents needs reset_at_bos: embeddings must not reach across documents either")
+        if self.packed_documents and self.meta_tokens:
+            raise ValueError(
+                f"packed_documents leaves no way to meta_tokens={self.meta_tokens}, which stand before a sequence and "
+                "not before each of its documents: set one of the two to 0 or false"
+            )
         if self.n_layers < 2:
             raise ValueError("n_layers must be at least 2: the U-Net skips need a first and a second half")
         if self.layer_windows is not None and (len(self.layer_windows) != self.n_layers or min(self.layer_windows) < 1):
@@ -320,6 +331,7 @@ def _is_groups(value: Any) -> bool:
 
 # Fields that came later, with what they are in every network of before.
 LATER: dict[str, Any] = {
+    "packed_documents": False,
     "mixer": "mamba",
     "mixer_options": None,
     "mlp_width": 0,
@@ -329,6 +341,7 @@ LATER: dict[str, Any] = {
 }
 # Parts of ours that mixer 'official' has no place for, and what is none of them.
 NOT_OFFICIAL: dict[str, Any] = {
+    "packed_documents": False,
     "smear_gate": False,
     "bigram_hash": False,
     "kv_share_every": 1,

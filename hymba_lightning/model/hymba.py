@@ -23,6 +23,7 @@ from hymba_lightning.model.layers import Embedding, Linear, rms_norm
 from hymba_lightning.model.mixer import LayerState, own
 from hymba_lightning.model.mixers import network_class
 from hymba_lightning.model.roles import Module, Role, parameter
+from hymba_lightning.ops.documents import document_positions
 from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
 
 
@@ -38,11 +39,12 @@ class HymbaState(NamedTuple):
     last_id: Tensor  # (B, 1) the last token, for the bigram hash
     last_vector: Tensor  # (B, 1, D) its embedding before smearing
     position: int | Tensor  # rotary position of the next token, (B,) int64 where it differs by row
+    doc_tokens: Tensor | None = None  # (B,) int32 tokens so far of the last document, where documents are packed
 
     def tensors(self) -> list[Tensor]:
         """All tensors of it, those of a layer one after another; each has the batch first."""
         own = [tensor for layer in self.layers for tensor in (layer.keys, layer.values, *layer.recurrent, layer.hidden)]
-        return [tensor for tensor in (*own, self.last_id, self.last_vector) if tensor is not None]
+        return [tensor for tensor in (*own, self.last_id, self.last_vector, self.doc_tokens) if tensor is not None]
 
 
 class Hymba(Module):
@@ -93,7 +95,7 @@ class Hymba(Module):
         attention sees differences of positions only."""
         shift = state.position if int(torch.as_tensor(state.position).max()) >= rebase_at else 0
         layers = [block.attn.compact(layer, shift) for block, layer in zip(self.layers, state.layers, strict=True)]
-        return HymbaState(layers, own(state.last_id), own(state.last_vector), state.position - shift)
+        return HymbaState(layers, own(state.last_id), own(state.last_vector), state.position - shift, state.doc_tokens)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
         """Writes config.json and weights for Hugging Face's libraries: `interop.pretrained.save_pretrained`."""
@@ -183,15 +185,25 @@ class Hymba(Module):
             rope = rope_table_of_rows(first, x_BTD.size(1), head_dim, base)
         else:
             rope = rope_table(first, x_BTD.size(1), head_dim, base, x_BTD.device)
-        x_BTD, layers = self.run_blocks(x_BTD, rope, state, return_state)
+        doc_position_BT = None
+        if self.config.packed_documents:
+            earlier_B = None if state is None else state.doc_tokens
+            doc_position_BT = document_positions(inputs, self.config.bos_id, earlier_B)
+        x_BTD, layers = self.run_blocks(x_BTD, rope, state, return_state, doc_position_BT)
         if n_meta:
             x_BTD = x_BTD[:, n_meta:]
         if not return_state:
             return x_BTD, None
-        return x_BTD, HymbaState(layers, inputs[:, -1:], last_vector, first + n_meta + inputs.size(1))
+        doc_tokens_B = None if doc_position_BT is None else doc_position_BT[:, -1] + 1
+        return x_BTD, HymbaState(layers, inputs[:, -1:], last_vector, first + n_meta + inputs.size(1), doc_tokens_B)
 
     def run_blocks(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: HymbaState | None, return_state: bool
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        state: HymbaState | None,
+        return_state: bool,
+        doc_position_BT: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerState]]:
         """Runs all blocks; each block of the second half first adds the weighted output of its mirror in the first."""
         x0_BTD = x_BTD
@@ -202,7 +214,7 @@ class Hymba(Module):
             if index >= self.n_skips and skips:
                 x_BTD = x_BTD + self.skip_weights[0, index - self.n_skips].to(x_BTD.dtype) * skips.pop()
             layer_state = None if state is None else state.layers[index]
-            args = (x_BTD, x0_BTD, rope, layer_state, return_state)
+            args = (x_BTD, x0_BTD, rope, layer_state, return_state, doc_position_BT)
             x_BTD, new_layer = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             if index < self.n_skips:
                 skips.append(x_BTD)

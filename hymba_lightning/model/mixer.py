@@ -117,10 +117,16 @@ class HybridMixer(Module):
         raise NotImplementedError
 
     def branch(
-        self, x_BTD: Tensor, inputs: list[Tensor], state: tuple[Tensor, ...] | None, return_state: bool
+        self,
+        x_BTD: Tensor,
+        inputs: list[Tensor],
+        state: tuple[Tensor, ...] | None,
+        return_state: bool,
+        doc_position_BT: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The mixer's input, its projections (B, T, width) and the state before (None: no tokens) → (B, T, E), and with
-        `return_state` the state after these tokens."""
+        `return_state` the state after these tokens. Where there are document positions (ops.documents), a token at 0
+        sees nothing before it."""
         raise NotImplementedError
 
     def branch_flops(self) -> float:
@@ -159,7 +165,12 @@ class HybridMixer(Module):
         return LayerState(keys, own(state.values), tuple(own(tensor) for tensor in state.recurrent), state.hidden)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None, return_state: bool
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        state: LayerState | None,
+        return_state: bool,
+        doc_position_BT: Tensor | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """x (B, T, D) → (B, T, D), and the layer's new state when asked."""
         kv = self.kv_proj.weight.size(0) // 2
@@ -181,9 +192,11 @@ class HybridMixer(Module):
             head_dim=self.head_dim,
             window=self.window,
             past=past,
+            doc_position_BT=doc_position_BT,
             backend=self.runtime.attention_backend,
         )
-        y_BTE, recurrent = self.branch(x_BTD, inputs, None if state is None else state.recurrent, return_state)
+        recurrent_before = None if state is None else state.recurrent
+        y_BTE, recurrent = self.branch(x_BTD, inputs, recurrent_before, return_state, doc_position_BT)
         scanned_BTD = y_BTE if self.mamba_out_proj is None else self.mamba_out_proj(y_BTE)
         if self.config.branch_norm:
             attended_BTD, scanned_BTD = rms_norm(attended_BTD), rms_norm(scanned_BTD)

@@ -47,8 +47,9 @@ def run_once(
     killed = command == "fit" and (run_dir / "checkpoints" / "last.ckpt").is_file()
     before = made_with(run_dir, command)
     if (path.is_file() or killed) and before not in (None, list(arguments)):
-        gone = " ".join(word for word in before if word not in arguments) or "nothing"
-        new = " ".join(word for word in arguments if word not in before) or "nothing"
+        was, now = _options(before), _options(arguments)
+        gone = " ".join(option for option in was if option not in now) or "nothing"
+        new = " ".join(option for option in now if option not in was) or "nothing"
         raise ValueError(
             f"{run_dir} holds a run with other options ({gone} where {new} is asked for now): give those again, "
             "another name or folder, or delete it"
@@ -76,6 +77,17 @@ def made_with(run_dir: Path, command: str) -> list[str] | None:
     """The arguments that `run_once` gave the command there, None where it did not."""
     kept = run_dir / f"{command}_arguments.json"
     return json.loads(kept.read_bytes()) if kept.is_file() else None
+
+
+def _options(arguments: Sequence[str]) -> list[str]:
+    """["--a", "1", "--b", "2"] → ["--a 1", "--b 2"]."""
+    options: list[str] = []
+    for word in arguments:
+        if word.startswith("--") or not options:
+            options.append(word)
+        else:
+            options[-1] += f" {word}"
+    return options
 
 
 def _run(line: Sequence[str], log: Path) -> int:

@@ -108,7 +108,7 @@ def run_study(
     only: list[str] | None = None,
 ) -> str:
     """Runs the recipes that have no result yet. Returns the table (Markdown), also in out/table.md, with plot.png."""
-    where, stored = torch.device(device), load_artifact(artifact)
+    where = torch.device(device)
     path = out / "results.json"
     results: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for name in study.recipes:
@@ -116,8 +116,8 @@ def run_study(
             continue
         config, own_chunk = study.settings(name)
         chunk_tokens = own_chunk or data.ttt_chunk_tokens
-        warm_up(stored.network(runtime).to(where), data, config, chunk_tokens)
-        result = run_recipe(stored.network(runtime).to(where), data, config, chunk_tokens)
+        warm_up(load_artifact(artifact).network(runtime).to(where), data, config, chunk_tokens)
+        result = run_recipe(load_artifact(artifact).network(runtime).to(where), data, config, chunk_tokens)
         results[name] = result | {"settings": dataclasses.asdict(config) | {"chunk_tokens": chunk_tokens}}
         write_atomic(path, json.dumps(results, indent=1) + "\n")
         print(f"{name}: {result['bpb']:.5f} bpb in {result['seconds']:.1f} s", flush=True)

@@ -9,7 +9,15 @@ from hymba_lightning.ops.sliding_window import sliding_window_attention
 from hymba_lightning.ops.testing import assert_close
 
 # A call as the choice of a backend sees it, of a global layer and of one with a window.
-GLOBAL = {"windowed": False, "hidden": False, "offset_on_cpu": False, "half_precision": True, "head_dim": 64}
+GLOBAL = {
+    "windowed": False,
+    "hidden": False,
+    "documents": False,
+    "one_query": False,
+    "offset_on_cpu": False,
+    "half_precision": True,
+    "head_dim": 64,
+}
 LOCAL = GLOBAL | {"windowed": True}
 
 

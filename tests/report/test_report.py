@@ -13,6 +13,7 @@ from changed import change_json, truncate
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hymba_lightning.claim import FolderClaim, FolderInUseError
 from hymba_lightning.commands import run_command
 from hymba_lightning.report import charts, treemap
 from hymba_lightning.report.charts import Chart, Series, ticks
@@ -126,6 +127,15 @@ def test_a_damaged_artifact_is_a_note(runs, tmp_path):
     assert "artifact.hymba cannot be loaded" in run.notes[0]
 
 
+def test_two_reports_do_not_write_into_one_folder_at_once(runs, tmp_path):
+    with (
+        FolderClaim(tmp_path / "report", "hymba report"),
+        pytest.raises(FolderInUseError, match="in use by hymba report"),
+    ):
+        write_report([str(runs[0])], str(tmp_path / "report"))
+    assert not (tmp_path / "report").exists()
+
+
 DAMAGE = {
     "config.yaml": lambda path: path.write_text("a: [1, {"),
     "summary.json": lambda path: path.write_text("{"),
@@ -148,6 +158,32 @@ def test_a_damaged_file_is_named_and_the_rest_shown(runs, tmp_path, name):
     # Both runs' parameters, whatever else is missing: record and summary stand in for each other.
     assert page.count(f"{summary['parameters']:,}</td>") == 2
     assert f"{summary['bpb']['artifact']:.4f}" in page
+
+
+def bomb(levels=40):
+    """YAML of a few hundred bytes whose aliases stand for 2^levels values."""
+    lines = ["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, levels))]
+    return "\n".join(lines) + f"\nmodel: {{a: {{b: *a{levels - 1}}}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", bomb()),
+        ("config.yaml", "model: " + "{a: " * 300 + "1" + "}" * 300),
+        ("history.json", '{"train": ' + '{"a": ' * 500 + "1" + "}" * 501),
+        ("history.json", '{"train": ' + "[" * 100_000),
+        ("record.json", '{"version": ' + "[" * 100_000),
+        ("test_summary.json", '{"bpb_by_context": ' + "[" * 400 + "]" * 400 + "}"),
+    ],
+    ids=["aliases", "deep YAML", "deep JSON", "deeper JSON", "deep record", "deep test"],
+)
+def test_a_file_that_is_nested_without_end_is_named(runs, tmp_path, name, content):
+    strange = tmp_path / "strange"
+    shutil.copytree(runs[0], strange)
+    (strange / name).write_text(content)
+    page = write_report([str(strange)], str(tmp_path / "report")).read_text()
+    assert f"<b>strange</b>: {name}" in page.partition("<h2>Missing</h2>")[2]
 
 
 def test_a_damaged_checkpoint_of_a_killed_run_is_named(runs, tmp_path):

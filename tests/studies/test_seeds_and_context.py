@@ -49,12 +49,12 @@ def test_welch_by_hand():
 
 
 def test_table_of_seeds(tmp_path, monkeypatch, capsys):
-    def fake(command, run_dir, result, arguments):
+    def fake(command, run_dir, result, arguments, *, beside=()):
         seed = int(run_dir.name.removeprefix("seed-"))
         assert arguments[arguments.index("--seed_everything") + 1] == str(seed)
-        assert ("--ckpt_path" in arguments) == (command == "test")
+        assert ("--ckpt_path" in beside) == (command == "test")
         if command == "test":
-            assert arguments[-1] == str(run_dir / ("checkpoints/last.ckpt" if seed == 3 else "small.hymba"))
+            assert beside[-1] == str(run_dir / ("checkpoints/last.ckpt" if seed == 3 else "small.hymba"))
             return {"ttt_bpb": 1.1 + seed / 1000}
         return {
             "bpb": {"raw": 1.0, "ema": 1.1, "artifact": 1.2},
@@ -99,7 +99,8 @@ def test_lengths_are_fitted_once_and_an_interrupted_fit_goes_on(tmp_path, monkey
             "null",
         ],
     )
-    (tmp_path / "out" / "seq-64" / "summary.json").unlink()
+    for name in ("summary.json", "fit_arguments.json"):
+        (tmp_path / "out" / "seq-64" / name).unlink()
     table = run_lengths([32, 64], 128, 4, tmp_path / "out", arguments)
     points = json.loads((tmp_path / "out" / "context_scaling.json").read_text())
     assert [(point["seq_len"], point["steps"]) for point in points] == [(32, 4), (64, 4)]
@@ -135,7 +136,9 @@ def test_an_ended_run_is_not_taken_for_one_with_other_options(tmp_path, monkeypa
     options = ["--trainer.max_steps", "5", "--seed_everything", "1"]
     assert run_once("fit", tmp_path / "x", "summary.json", options, beside=["--here", "a"]) == {}
     assert run_once("fit", tmp_path / "x", "summary.json", options, beside=["--here", "b"]) == {}
-    with pytest.raises(ValueError, match=r"x holds a run with other options \(5 where 6 is asked for now\)"):
+    with pytest.raises(
+        ValueError, match=r"x holds a run with other options \(--trainer.max_steps 5 where --trainer.max_steps 6 is"
+    ):
         run_once("fit", tmp_path / "x", "summary.json", ["--trainer.max_steps", "6", "--seed_everything", "1"])
 
 

@@ -38,7 +38,12 @@ class Mixer(HybridMixer):
         self.D = parameter(torch.ones(e), Role.CONTROL)
 
     def branch(
-        self, x_BTD: Tensor, inputs: list[Tensor], state: tuple[Tensor, ...] | None, return_state: bool
+        self,
+        x_BTD: Tensor,
+        inputs: list[Tensor],
+        state: tuple[Tensor, ...] | None,
+        return_state: bool,
+        doc_position_BT: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         u_BTE, z_BTE = inputs
         conv_state, scan_state = (None, None) if state is None else state
@@ -48,6 +53,7 @@ class Mixer(HybridMixer):
             self.conv1d.bias,
             activation="silu",
             initial_state_BEW1=conv_state,
+            doc_position_BT=doc_position_BT,
             return_state=return_state,
             backend=self.runtime.conv_backend,
         )
@@ -65,6 +71,7 @@ class Mixer(HybridMixer):
             z_BTE,
             dt_bias_E=self.dt_proj.bias,
             initial_state_BEN=scan_state,
+            doc_position_BT=doc_position_BT,
             return_state=return_state,
             backend=self.runtime.scan_backend,
         )

@@ -129,7 +129,8 @@ class Mixer(mamba.Mixer):
         q_BTD, k_BTC, v_BTC, *inputs = self.in_proj(x_BTD).split(self.sizes, dim=-1)
         seen = self._seen(k_BTC, v_BTC, rope, state) if shared is None else shared
         attended_BTE = self._attend(rotate(q_BTD.unflatten(-1, (-1, self.head_dim)), *rope), seen)
-        y_BTE, recurrent = self.branch(x_BTD, inputs, None if state is None else state.recurrent[:2], return_state)
+        before = None if state is None else state.recurrent[:2]
+        y_BTE, recurrent = self.branch(x_BTD, inputs, before, return_state, doc_position_BT=None)
         out_BTD = self.out_proj((self.attention_norm(attended_BTE) + self.scan_norm(y_BTE)) / 2)
         return out_BTD, self._state(seen, recurrent) if return_state else None, seen
 
@@ -238,9 +239,14 @@ class Network(Hymba):
         return self.norm(hidden_BTD)
 
     def run_blocks(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: HymbaState | None, return_state: bool
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        state: HymbaState | None,
+        return_state: bool,
+        doc_position_BT: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerState]]:
-        """Runs all blocks, each with the keys and values of the layer that owns them."""
+        """Runs all blocks, each with the keys and values of the layer that owns them; documents are never packed."""
         cos, sin = rope
         rope = cos, -sin
         recompute = self.runtime.activation_checkpointing and self.training and torch.is_grad_enabled()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hymba_lightning.ops.registry import Backend
-from hymba_lightning.ops.sliding_window.naive import HIDDEN
+from hymba_lightning.ops.sliding_window.naive import DOCUMENTS, HIDDEN
 from hymba_lightning.ops.sliding_window.operator import make_attention_op
 
 # Compute capabilities it has kernels for, both passes: Hopper, Blackwell of data centres.
@@ -97,6 +97,7 @@ BACKEND = Backend(
     check=_missing,
     refuses=(
         (lambda call: call.hidden, HIDDEN),
+        (lambda call: call.documents, DOCUMENTS),
         (
             lambda call: not call.half_precision,
             "flash-attn-4 takes float16 and bfloat16; cast q, k and v, or use backend 'flex'",
