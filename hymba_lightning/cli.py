@@ -196,8 +196,8 @@ class HymbaCLI(LightningCLI):
         net, fingerprint = load_network(path)
         if fingerprint is None:
             raise ValueError(
-                f"--start_from {path} does not say which tokenizer it was trained with: save the network with that "
-                "one, net.save_pretrained(FOLDER, tokenizer=MODEL), and start from FOLDER"
+                f"--start_from {path} does not say which tokenizer it was trained with: save the network with it, "
+                "net.save_pretrained(FOLDER, tokenizer=MODEL), and start from FOLDER"
             )
         self._get(self.config, "model").net = Namespace(net.config.to_dict())
         return net, fingerprint

@@ -77,7 +77,7 @@ def test_a_released_hymba_of_the_same_vocabulary_is_fine_tuned(fitted_run, tmp_p
     run = tmp_path / "run"
     more = ["--model.optimizer.matrix_lr", "0.01", "--trainer.max_steps", "6", "--export.enabled", "true"]
     assert finish([start(fit(fitted_run, run, "--start_from", str(tmp_path)), tmp_path / "refused")]) == [2]
-    assert "save the network with that one" in (tmp_path / "refused").read_text()
+    assert "save the network with it" in (tmp_path / "refused").read_text()
     named = official.from_hf(tmp_path).save_pretrained(tmp_path / "named", tokenizer=TOKENIZER)
     arguments = fit(fitted_run, run, "--start_from", str(named), *more)
     assert finish([start(arguments, tmp_path / "log")]) == [0], (tmp_path / "log").read_text()

@@ -15,6 +15,7 @@ from hymba_lightning.evaluation.carried import REBASE_AT
 from hymba_lightning.generation.rows import join, split
 from hymba_lightning.hf.cache import HymbaCache
 from hymba_lightning.hf.configuration import HymbaPretrainedConfig
+from hymba_lightning.interop.official import is_official
 from hymba_lightning.interop.pretrained import (
     ARTIFACT,
     PREFIX,
@@ -83,11 +84,11 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> HymbaForCausalLM:
         """As of every transformers model. Where the folder has our artifact and no safetensors file, or with
-        weights="artifact", the artifact's weights are read."""
+        weights="artifact", the artifact's weights are read; a released Hymba's folder is read as it is."""
         weights = kwargs.pop("weights", None)
         hub = ("revision", "token", "cache_dir", "local_files_only")
         local: dict[str, Any] = {key: kwargs[key] for key in hub if key in kwargs}
-        if weights is None and not _only_an_artifact(pretrained_model_name_or_path, local):
+        if weights is None and not _is_read_by_us(pretrained_model_name_or_path, local):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         found = load_pretrained(pretrained_model_name_or_path, weights=weights, **local)
         config = kwargs.pop("config", None) or HymbaPretrainedConfig.from_dict(dict(found.extra))
@@ -231,9 +232,11 @@ def _of_new_columns(mask: Tensor | None, ids_BT: Tensor) -> Tensor | None:
     return mask[:, mask.size(1) - ids_BT.size(1) :]
 
 
-def _only_an_artifact(name: str | Path, hub: dict[str, Any]) -> bool:
-    """Whether the folder, or the repository, has our artifact and no safetensors file."""
+def _is_read_by_us(name: str | Path, hub: dict[str, Any]) -> bool:
+    """Whether the folder, or the repository, has our artifact and no safetensors file, or is a released Hymba's."""
     if name is None or not isinstance(name, str | Path):
         return False
     folder = find_folder(name, **hub)
+    if is_official(folder):
+        return True
     return not (folder / WEIGHTS).is_file() and (folder / ARTIFACT).is_file() and bool(read_config(folder))

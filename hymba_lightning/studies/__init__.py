@@ -21,6 +21,7 @@ STUDIES = {
     "ops": ("op_times", "each op's backends beside other packages'"),
     "reference": ("reference_step", "our training step beside the reference's own script"),
     "generation": ("long_generation", "time and memory of a new token at growing contexts"),
+    "released": ("official_cost", "memory and speed of the released Hymba models' shape, with random weights"),
     "kernels": ("kernels", "the Triton kernels: right and how fast on this GPU, or what they take, without one"),
     "fuzz": ("fuzz", "damaged and forged files of every format: refused, or read rightly?"),
 }
@@ -33,6 +34,7 @@ OTHER_NAMES = {
     "bench_reference": "reference",
     "bench_generation": "generation",
     "sample": "generation",
+    "official": "released",
     "check_gpu_kernels": "kernels",
     "kernel_resources": "kernels",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from hymba_lightning.evaluation.carried import read
 from hymba_lightning.interop.official import preset, with_bfloat16_matrices
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.hymba import HymbaState
+from hymba_lightning.studies.arguments import StudyParser
 from hymba_lightning.studies.long_generation import state_bytes
 
 MIB = 2**20
@@ -93,6 +95,33 @@ def table(costs: Iterable[Cost]) -> str:
             f"{cost.ms_per_step:.1f} | {1000 * cost.batch / cost.ms_per_step:,.0f} | {memory} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def main(args: list[str]) -> None:
+    """`hymba study released`."""
+    parser = StudyParser("released", "Prompts of random tokens are read in pieces and continued greedily.")
+    parser.add_argument("--device", type=str, default="cuda", help="cuda or cpu")
+    parser.add_argument(
+        "--compute_dtype", type=str, default="bfloat16", help="bfloat16 or float32; matrices are stored so"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="Rows")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[8_192, 32_768], help="Tokens of a row's prompt")
+    parser.add_argument("--new_tokens", type=int, default=50, help="Tokens drawn for each row")
+    parser.add_argument("--piece_tokens", type=int, default=2_048, help="Tokens of a row that are read in one pass")
+    parser.add_argument(
+        "--layers", type=int, default=0, help="So many layers that share nothing, for a try; 0: the model's 32"
+    )
+    options = parser.read(args)
+    config = preset()
+    if options.layers:
+        config = dataclasses.replace(config, n_layers=options.layers, kv_groups=None, global_layers=[0])
+    device = torch.device(options.device)
+    net = random_network(device, options.compute_dtype, config)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    weights = sum(p.numel() for p in net.parameters())
+    print(f"{weights:,} weights, {options.compute_dtype}, torch {torch.__version__}, {where}\n", flush=True)
+    costs = measure_all(net, options.batches, options.prompts, options.new_tokens, options.piece_tokens)
+    print(table(costs), end="")
 
 
 def _now(device: torch.device) -> float:

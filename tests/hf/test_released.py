@@ -62,6 +62,12 @@ def test_it_saves_as_ours_and_comes_back(loaded, tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_the_class_reads_the_folder_too(folder, loaded):
+    ids = torch.tensor([[5, 60, 7]])
+    with torch.no_grad():
+        assert torch.equal(hf.HymbaForCausalLM.from_pretrained(folder)(ids).logits, loaded[0](ids).logits)
+
+
 def test_labels_train_it(loaded):
     model, _ = loaded
     ids = torch.tensor([[5, 60, 7, 9, 11]])
