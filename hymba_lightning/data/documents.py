@@ -1,4 +1,7 @@
-"""Files → documents: the text of each, a document at a time, whatever the files hold."""
+"""Reads documents out of files, one at a time: plain text, JSON lines, CSV, Parquet, data sets of the Hugging Face hub.
+
+What cannot be read is left out, named and counted (see skips.py); memory is bounded by the longest document allowed.
+"""
 
 from __future__ import annotations
 
@@ -28,41 +31,45 @@ CUTS = ("\n\n", "\n", " ")
 
 
 class Document(NamedTuple):
-    """A document's text."""
+    """A text that is tokenized by itself, between two starts of a document."""
 
     text: str
     utf8: bytes
+    """The text in UTF-8, which bits per byte divide by."""
     split: str | None = None
-    """Its split, where it is not its content that decides."""
+    """"train" or "val", where the user chose; None lets the content decide (`split_rank`)."""
 
 
 def split_rank(document: Document, seed: int) -> float:
-    """A number in [0, 1) drawn from the document's content and the seed.
+    """A number in [0, 1) that depends on the document's text and the seed alone.
 
-    Documents of a rank below the validation fraction are for validation: equal texts are always on the same side, and
-    more documents or other files around change nothing.
+    A document whose number is below the validation fraction is for validation. So equal texts are always on the same
+    side, and a document stays on its side whatever other files are prepared with it.
     """
     digest = hashlib.blake2b(document.utf8, digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def document_digest(document: Document) -> bytes:
-    """Equal for equal texts."""
+    """16 bytes that are the same for equal texts, and practically never for different ones (BLAKE2b)."""
     return hashlib.blake2b(document.utf8, digest_size=16).digest()
 
 
 def unescaped(separator: str) -> str:
-    r"""A separator as typed in a shell: \n, \t, \r, \\ are what they mean, and line ends those of the text."""
+    r"""A separator as it was typed in a shell, with \n, \t, \r and \\ replaced by what they stand for.
+
+    Line ends of every kind become "\n", as they do in the texts that are cut.
+    """
     meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
     text = re.sub(r"\\([ntr\\])", lambda found: meant[found[1]], separator)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class DocumentReader:
-    """Iterates over the documents of files, one in memory at a time.
+    """Iterates over the documents of files, in the files' order, with one document in memory at a time.
 
-    A text file is one document (its line ends become "\\n", a byte order mark is dropped), a line of a JSON-lines file
-    another, and so is a row of a CSV or Parquet file or of a data set.
+    A document is a text file (its line ends become "\\n", a byte order mark is dropped), or what `separator` cuts out
+    of one; a line of a JSON-lines file; a row of a CSV or Parquet file, or of a data set of the hub.
 
     Args:
         files: What to read.
@@ -98,20 +105,23 @@ class DocumentReader:
         self._whole: dict[InputFile, Whole] = {}
 
     def of(self, files: Sequence[InputFile]) -> DocumentReader:
-        """The same of other files, with a count of its own."""
+        """A reader of other files with the same settings, which counts what it skips for itself."""
         return DocumentReader(files, self.text_key, self.separator, None, self.max_bytes)
 
     def position(self) -> dict[str, Any]:
-        """Plain values from which `resume` goes on with the next document."""
+        """Where the iteration stands, as plain values that JSON can hold: `resume` goes on from there."""
         return {"file": self._file, "document": self._document, "skips": self._skips_before}
 
     def resume(self, position: dict[str, Any]) -> None:
-        """Let the next iteration begin after `position`. What comes before in the same file is read, not returned."""
+        """Lets the next iteration begin with the document after `position`, with the skips counted until there.
+
+        Documents of the same file that come before it are read again, since files have no index, but not returned.
+        """
         self._resume_at = (position["file"], position["document"])
         self.skips.restore(position["skips"])
 
     def __iter__(self) -> Iterator[Document]:
-        """Documents that are not empty.
+        """All documents but the empty ones.
 
         Raises:
             ImportError: A package for this kind of input is not installed.

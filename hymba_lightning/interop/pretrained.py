@@ -58,6 +58,11 @@ def need(package: str) -> Any:
         raise ImportError(f"this needs {package.partition('.')[0]}: {INSTALL}") from error
 
 
+def official() -> Any:
+    """The module for folders of the released Hymba models, which is built on this one."""
+    return importlib.import_module("hymba_lightning.interop.official")
+
+
 def save_pretrained(
     net: Hymba,
     folder: str | Path,
@@ -149,7 +154,7 @@ def folder_config(config: HymbaConfig, processor: Any, tokenizer_sha256: str | N
 def load_pretrained(
     name: str | Path, *, weights: str | None = None, revision: str | None = None, **hub: Any
 ) -> Pretrained:
-    """What a folder, or a repository of the hub, holds.
+    """What a folder, or a repository of the hub, holds; one of the released Hymba models' too.
 
     Args:
         name: The folder, or owner/name on the hub.
@@ -163,6 +168,9 @@ def load_pretrained(
         ImportError: an optional package is not installed.
     """
     folder = find_folder(name, revision=revision, **hub)
+    content = read_json(folder / CONFIG)
+    if content.get("model_type") == official().MODEL_TYPE:
+        return official().load(folder, content)
     extra = read_config(folder)
     if weights not in (None, "safetensors", "artifact"):
         raise ValueError(f"weights={weights!r} is unknown: choose safetensors or artifact")
@@ -246,14 +254,9 @@ def find_folder(name: str | Path, **hub: Any) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json, of which "net" is a config of ours. Raises FileNotFoundError or PretrainedError."""
     path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: give a folder that save_pretrained wrote")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PretrainedError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
-        kind = content.get("model_type") if isinstance(content, dict) else None
+    content = read_json(path)
+    if content.get("model_type") != MODEL_TYPE:
+        kind = content.get("model_type")
         raise PretrainedError(f"{path} is that of another kind of model ({kind!r} where {MODEL_TYPE!r} is needed)")
     if not isinstance(content.get("net"), dict):
         raise PretrainedError(f"{path} has no network's config under 'net'")
@@ -262,6 +265,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise PretrainedError(f"{path}: {error}") from error
     return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The dictionary in a JSON file. Raises FileNotFoundError or PretrainedError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: give a folder that save_pretrained wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PretrainedError(f"{path} cannot be read: {error}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

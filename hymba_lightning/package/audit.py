@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hymba_lightning.checkpoints import check_tokenizer
 from hymba_lightning.closure import ARCHIVE, EVALUATE
 from hymba_lightning.data.sequences import Chunk, TokenStream
 from hymba_lightning.data.shards import find_shards, write_shard
@@ -31,7 +32,6 @@ from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.auditor import AuditReport, Evaluator, RuleBrokenError, audit
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.ttt import score_first_ttt
-from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.package.digests import ARTIFACT, SETTINGS, DigestError, verify_folder
 from hymba_lightning.package.submission import KEPT_VARIABLES, SubmissionError
 from hymba_lightning.quantization import load_artifact
@@ -146,11 +146,10 @@ def _artifact_evaluator(
     path: Path, sizes: dict[str, int], tokenizer: Path, token_bytes: TokenBytes, device: str, ttt: TTTConfig
 ) -> Iterator[Evaluator]:
     artifact = load_artifact(path)
-    if artifact.tokenizer.get("sha256") not in (None, file_sha256(tokenizer)):
-        raise ValueError(f"{path} was made for another tokenizer than {tokenizer}: give --tokenizer the right one")
-    net = Hymba(HymbaConfig.from_dict(artifact.config), RuntimeConfig())
-    net.load_state_dict(artifact.state_dict)
-    net.to(device)
+    fingerprint = artifact.tokenizer.get("sha256")
+    if fingerprint is not None:
+        check_tokenizer(path, fingerprint, file_sha256(tokenizer), tokenizer, "--tokenizer")
+    net = artifact.network().to(device)
     # A clock would make scores depend on the machine's load.
     config = dataclasses.replace(ttt, limit_seconds=None)
 

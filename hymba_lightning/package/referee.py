@@ -21,7 +21,7 @@ from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.score import Score, world
 from hymba_lightning.evaluation.ttt import ScoreFirstTTT
-from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.model import RuntimeConfig
 from hymba_lightning.package.digests import ARTIFACT, RESULT, SETTINGS, verify_count, verify_data, verify_score
 from hymba_lightning.quantization.artifact import load_artifact
 
@@ -39,8 +39,7 @@ def evaluate(folder: Path, data_dir: Path, tokenizer: Path, device: torch.device
     token_bytes = TokenBytes.from_model(tokenizer)
     if file_sha256(tokenizer) != artifact.tokenizer["sha256"]:
         raise ValueError(f"{tokenizer} is not the tokenizer this artifact was made for")
-    net = Hymba(HymbaConfig.from_dict(artifact.config), RuntimeConfig(**settings["runtime"]))
-    net.load_state_dict(artifact.state_dict)
+    net = artifact.network(RuntimeConfig(**settings["runtime"]))
     limit = settings["val_tokens_limit"]
     stream = TokenStream(
         find_shards(settings["val_files"], data_dir), token_bytes.vocab_size, None if limit is None else limit + 1

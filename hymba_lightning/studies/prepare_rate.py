@@ -78,7 +78,7 @@ def measure(texts: list[str], *, vocab_size: int, workers: int, pairs: int, suff
         pairs: How often both are timed.
         suffix: Of the file that `prepare` reads them from: "", ".gz" or ".zst".
     """
-    results = []
+    results: list[Pair] = []
     with tempfile.TemporaryDirectory(prefix="hymba-rate-") as temporary:
         folder = Path(temporary)
         source, model = folder / f"texts.jsonl{suffix}", folder / "t.model"
