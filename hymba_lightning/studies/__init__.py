@@ -22,6 +22,7 @@ STUDIES = {
     "reference": ("reference_step", "our training step beside the reference's own script"),
     "generation": ("long_generation", "time and memory of a new token at growing contexts"),
     "kernels": ("kernels", "the Triton kernels: right and how fast on this GPU, or what they take, without one"),
+    "prepare": ("prepare_rate", "the rate of `hymba prepare` beside SentencePiece alone, on the same texts and cores"),
     "fuzz": ("fuzz", "damaged and forged files of every format: refused, or read rightly?"),
 }
 # What other tools, and the scripts of earlier versions, call them.
@@ -32,6 +33,7 @@ OTHER_NAMES = {
     "bench_ops": "ops",
     "bench_reference": "reference",
     "bench_generation": "generation",
+    "bench_prepare": "prepare",
     "sample": "generation",
     "check_gpu_kernels": "kernels",
     "kernel_resources": "kernels",
