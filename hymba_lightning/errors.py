@@ -77,7 +77,8 @@ def is_user_error(error: BaseException) -> bool:
         return True
     if type(error).__name__ in ("MisconfigurationException", "BackendUnavailableError", "OutOfMemoryError"):
         return True
-    if isinstance(error, MemoryError):
+    # What pathlib makes of ELOOP before CPython 3.13.
+    if isinstance(error, MemoryError) or (type(error) is RuntimeError and str(error).startswith("Symlink loop from ")):
         return True
     module, raised = _origin(error.__traceback__)
     if module in READERS:

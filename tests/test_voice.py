@@ -263,6 +263,17 @@ def test_refusals_of_the_package_are_bad_input():
         assert errors.is_user_error(raised.value), raised.value
 
 
+def test_a_link_to_itself_is_bad_input_and_no_sentence_steers_a_terminal(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    try:
+        raised = None
+        (tmp_path / "loop" / "x").resolve(strict=True)
+    except (RuntimeError, OSError) as error:
+        raised = error
+    assert errors.is_user_error(raised)
+    assert errors.sentence(ValueError("\x1b[2Jgone\n\u202eback")).isprintable()
+
+
 def test_a_sentence_is_one_line_that_names_the_file():
     with pytest.raises(OSError, match="Errno") as raised:
         Path("/nowhere/at/all").read_bytes()

@@ -209,7 +209,8 @@ def _check_split(
         return
     if n_documents < 2:
         raise ValueError(
-            f"the inputs hold {n_documents} document that can be read{unread(reader)}; training and validation need "
+            f"the inputs hold {n_documents} document{'s' * (n_documents != 1)} that can be read{unread(reader)}; "
+            "training and validation need "
             "one each: give more files, cut a text file into documents with separator, or give val_inputs"
         )
     if splits["val"].documents == 0:

@@ -145,6 +145,8 @@ class DocumentReader:
                     self.bytes_read = done_before + int(share * self._sizes[index])
                     if document.utf8:
                         yield document
+                if self._document == 0 and self.skips.count == self._skips_before["count"]:
+                    self.skips.note("file without a document", shown(file.path))
             except SourceError as error:
                 self._skip(file, error.kind, str(error))
             except OSError as error:

@@ -87,6 +87,8 @@ def _rows(path: str, text_key: str, limit: int) -> Iterator[list]:
         names = file.schema_arrow.names
         if text_key not in names:
             raise _ColumnError(f"no column {text_key!r} among {', '.join(names)}; set text_key")
+        if names.count(text_key) > 1:
+            raise _ColumnError(f"{names.count(text_key)} columns {text_key!r}; give one of them another name")
         kind = file.schema_arrow.field(text_key).type
         values = kind.value_type if arrow.types.is_dictionary(kind) else kind
         is_text = (

@@ -11,7 +11,7 @@ from hymba_lightning.text import printable
 NAMED = 10
 NAMED_OF_A_KIND = 3
 # Suffixes are kinds, and a folder of numbered files has as many of them as files.
-MOST_KINDS = 50
+MOST_KINDS = 20
 OTHER_KINDS = "others"
 # What a library or a file's own header says may be of any length, and hold anything.
 MOST_CHARS = 1000

@@ -122,6 +122,8 @@ def hub_rows(name: str, text_key: str, limit: int) -> Iterator[Row]:
     path, _, rest = name.removeprefix(HUB_PREFIX).partition(":")
     split, _, config = rest.partition(":")
     split = split or "train"
+    if not path:
+        raise UnreadableDatasetError(f"{name} names no data set: give {HUB_PREFIX}NAME[:SPLIT[:CONFIG]]")
     try:
         rows = (
             _from_disk(datasets, path, split)

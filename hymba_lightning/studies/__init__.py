@@ -23,6 +23,7 @@ STUDIES = {
     "generation": ("long_generation", "time and memory of a new token at growing contexts"),
     "released": ("official_cost", "memory and speed of the released Hymba models' shape, with random weights"),
     "kernels": ("kernels", "the Triton kernels: right and how fast on this GPU, or what they take, without one"),
+    "prepare": ("prepare_rate", "the rate of `hymba prepare` beside SentencePiece alone, on the same texts and cores"),
     "fuzz": ("fuzz", "damaged and forged files of every format: refused, or read rightly?"),
 }
 # What other tools, and the scripts of earlier versions, call them.
@@ -33,6 +34,7 @@ OTHER_NAMES = {
     "bench_ops": "ops",
     "bench_reference": "reference",
     "bench_generation": "generation",
+    "bench_prepare": "prepare",
     "sample": "generation",
     "official": "released",
     "check_gpu_kernels": "kernels",

@@ -21,6 +21,7 @@ from hymba_lightning.data.documents import DocumentReader
 from hymba_lightning.data.inputs import EXCLUDED_FOLDERS, find_inputs
 from hymba_lightning.data.prepare import prepare
 from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer
+from hymba_lightning.studies.arguments import StudyParser
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -138,3 +139,28 @@ def _spent(call: Callable[[], None]) -> Spent:
 def _processor_seconds() -> float:
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def main(args: list[str]) -> None:
+    """`hymba study prepare`."""
+    parser = StudyParser("prepare", "Prints a table of pairs, each timed in turn, and the medians of their ratios.")
+    parser.add_argument("inputs", type=str, nargs="+", help="Texts, as `hymba prepare` takes them")
+    parser.add_argument("--megabytes", type=float, default=10.0, help="Of text")
+    parser.add_argument("--vocab_size", type=int, default=1024, help="Of the tokenizer")
+    parser.add_argument("--workers", type=int, default=2, help="Processes of prepare, and threads of SentencePiece")
+    parser.add_argument("--pairs", type=int, default=6, help="How often both are timed")
+    parser.add_argument(
+        "--suffix", type=str, default=".zst", help="Compression of what prepare reads: .zst, .gz, or ''"
+    )
+    options = parser.read(args)
+    if options.suffix not in PACKERS:
+        raise ValueError(f"--suffix {options.suffix!r} is unknown: choose from {', '.join(map(repr, PACKERS))}")
+    texts = take_texts(options.inputs, int(1e6 * options.megabytes))
+    pairs = measure(
+        texts,
+        vocab_size=options.vocab_size,
+        workers=options.workers,
+        pairs=options.pairs,
+        suffix=options.suffix,
+    )
+    print(table(pairs, sum(len(text.encode()) for text in texts)))

@@ -80,6 +80,18 @@ def test_what_no_checksum_vouches_for_is_not_read(tmp_path, pack):
         assert "bytes of its whole members are read" in skipped["first"][0]
 
 
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_a_file_that_holds_nothing_is_told(tmp_path, content):
+    """A stream that was cut where one ends, or a copy that failed, looks like a file with nothing in it."""
+    for name, pack in (("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstd_with_checksum)):
+        (tmp_path / name).write_bytes(pack(content))
+        texts, skipped = read(tmp_path / name)
+        assert (texts, skipped["count"]) == ([], 0)
+        assert skipped["notes"] == {"file without a document": {"count": 1, "first": [str(tmp_path / name)]}}
+    (tmp_path / "b.jsonl.zst").write_bytes(b"\x50\x2a\x4d\x18\x03\0\0\0abc")
+    assert list(read(tmp_path / "b.jsonl.zst")[1]["notes"]) == ["file without a document"]
+
+
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(LINES))

@@ -1,9 +1,15 @@
 """Parquet files and data sets of the hub: columns of all kinds, damage, what is missing."""
 
+import io
 import resource
+import subprocess
+import sys
 
 import pytest
 from prepared import TEXTS, json_lines, only_kind, read, run
+
+from hymba_lightning.data.sources import answered_rows
+from hymba_lightning.data.streams import SourceError
 
 TEXTS = TEXTS[:40]
 LINES = json_lines(TEXTS)
@@ -69,6 +75,34 @@ def test_a_parquet_file_that_blows_up_costs_itself_only(tmp_path):
     assert max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) < 2_500_000  # KiB
 
 
+def test_what_a_parquet_file_may_take_is_limited(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    table = arrow.table({"text": ["x" * 300_000_000]})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    code = (
+        "import sys, hymba_lightning.data.parquet as reader\n"
+        f"reader.MEMORY_BYTES = 100 << 20; reader.answer({str(tmp_path / 'a.parquet')!r}, 'text', 1 << 25, "
+        "sys.stdout.buffer)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    with pytest.raises(SourceError, match=r"needs more than 100 MiB|needs too much memory"):
+        list(answered_rows(io.BytesIO(done.stdout), lambda: done.returncode))
+
+
+def test_of_two_columns_of_one_name_none_is_taken(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    table = arrow.Table.from_arrays([arrow.array(["a"]), arrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    texts, skipped = read(tmp_path / "a.parquet")
+    assert (texts, only_kind(skipped)) == ([], "no text column")
+    assert "2 columns 'text'; give one of them another name" in skipped["first"][0]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -107,5 +141,7 @@ def test_a_saved_data_set_is_read_and_a_failure_tells_its_cause(tmp_path, tokeni
     for name, cause in (("both:tset", "it has no split 'tset', but train, test"), ("nowhere", "cannot be read")):
         with pytest.raises(ValueError, match=rf"hf:{tmp_path}/{name}.*{cause}"):
             run(f"hf:{tmp_path}/{name}", tmp_path / "none", tokenizer)
+    with pytest.raises(ValueError, match="hf: names no data set"):
+        run("hf:", tmp_path / "none", tokenizer)
     with pytest.raises(ValueError, match=r"hf:no/such cannot be read: .*(offline|reach|connect|found)"):
         run("hf:no/such", tmp_path / "none", tokenizer)

@@ -22,6 +22,7 @@ LINES = json_lines(TEXTS)
 def test_links_to_folders_are_followed_once_and_loops_do_no_harm(tmp_path):
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "b.txt").write_text("b")
+    (tmp_path / "far" / "only_by_a_link.txt").write_text("c")
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "deep" / "a.txt").write_text("a")
     for link, target in (
@@ -36,8 +37,8 @@ def test_links_to_folders_are_followed_once_and_loops_do_no_harm(tmp_path):
     (tmp_path / "in" / "broken.txt").symlink_to("nowhere")
     skips = Skips()
     files = find_inputs([str(tmp_path / "in")], EXCLUDED_FOLDERS, 0, tmp_path / "out", skips)
-    assert len(files) == 2
-    assert {file.path.resolve().name for file in files} == {"a.txt", "b.txt"}
+    assert len(files) == 3
+    assert {file.path.resolve().name for file in files} == {"a.txt", "b.txt", "only_by_a_link.txt"}
     assert "deep/a.txt" in {file.key for file in files}
     assert list(skips.state()["kinds"]) == ["cannot be opened"]
 
