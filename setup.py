@@ -10,10 +10,10 @@ class BuildWithConfigs(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            target = Path(self.build_lib, "hymba_lightning", "configs")
-            target.mkdir(parents=True, exist_ok=True)
-            for config in sorted(Path(__file__).parent.glob("configs/*.yaml")):
-                self.copy_file(str(config), str(target / config.name))
+            for config in sorted(Path(__file__).parent.glob("configs/**/*.yaml")):
+                target = Path(self.build_lib, "hymba_lightning", config.relative_to(Path(__file__).parent))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.copy_file(str(config), str(target))
 
 
 setup(cmdclass={"build_py": BuildWithConfigs})

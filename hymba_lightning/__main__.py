@@ -81,6 +81,11 @@ def _run(args: list[str], command: str, started: float) -> None:
         take_over_lightnings_messages()
         _say_what_is_next(run(args, started))
         return
+    if command == "study":
+        from hymba_lightning import studies
+
+        studies.run(args[1:])
+        return
     from hymba_lightning.commands import run_command
 
     run_command(command, args[1:])

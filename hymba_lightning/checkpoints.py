@@ -198,13 +198,21 @@ def check_clock_state(path: str | os.PathLike[str], state: Any, global_step: Any
         )
 
 
-def check_tokenizer(path: str | os.PathLike[str], recorded: Any, expected: str) -> None:
+def check_tokenizer(
+    path: str | os.PathLike[str],
+    recorded: Any,
+    expected: str,
+    tokenizer: str | os.PathLike[str] = "the data's",
+    option: str = "--data.tokenizer",
+) -> None:
     """Refuses weights that were trained on another tokenizer's ids: the vocabulary's size says nothing about them.
 
     Args:
         path: The checkpoint or artifact, for the message.
         recorded: SHA-256 (hexadecimal) of the tokenizer that the file names; None where it names none.
-        expected: That of the data's tokenizer.
+        expected: That of the tokenizer at hand.
+        tokenizer: What the message calls that one.
+        option: What the message asks to give another one with.
 
     Raises:
         CheckpointError: they differ, or the file names none.
@@ -214,8 +222,8 @@ def check_tokenizer(path: str | os.PathLike[str], recorded: Any, expected: str) 
     if recorded is None:
         raise CheckpointError(f"{path} does not say which tokenizer it was trained with. {ANOTHER}")
     raise CheckpointError(
-        f"{path} was made for another tokenizer (sha256 {str(recorded)[:DIGITS]}) than the data's "
-        f"({expected}): give --data.tokenizer the right one"
+        f"{path} was made for another tokenizer (sha256 {str(recorded)[:DIGITS]}) than {tokenizer} ({expected}): give "
+        f"{option} the right one"
     )
 
 

@@ -26,7 +26,7 @@ from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.errors import UsageError
 from hymba_lightning.files import write_atomic
 from hymba_lightning.generation.loading import load_network
-from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.model import Hymba
 from hymba_lightning.options import with_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.run import Run, RunFolder
@@ -198,6 +198,11 @@ class HymbaCLI(LightningCLI):
         if path is None:
             return None
         net, fingerprint = load_network(path)
+        if fingerprint is None:
+            raise ValueError(
+                f"--start_from {path} does not say which tokenizer it was trained with: save the network with that "
+                "one, net.save_pretrained(FOLDER, tokenizer=MODEL), and start from FOLDER"
+            )
         self._get(self.config, "model").net = Namespace(net.config.to_dict())
         return net, fingerprint
 
@@ -301,12 +306,9 @@ class HymbaCLI(LightningCLI):
             log.warning(
                 "%s does not say which tokenizer it was made for: its score means something only with that one", path
             )
-        elif artifact.tokenizer["sha256"] != data.tokenizer_fingerprint():
-            raise ValueError(
-                f"{path} was made for another tokenizer (sha256 {artifact.tokenizer.get('sha256')}) than "
-                f"the data's ({data.tokenizer_fingerprint()}): give --data.tokenizer the right one"
-            )
-        model.use_network(HymbaConfig.from_dict(artifact.config), artifact.state_dict)
+        else:
+            check_tokenizer(path, artifact.tokenizer["sha256"], data.tokenizer_fingerprint())
+        model.use_network(artifact.network(model.net.runtime))
         return None
 
 

@@ -39,12 +39,15 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory(prefix="hymba-code-") as code:
         tarfile.open(FOLDER / "code.tar.xz").extractall(code, filter="data")
         sys.path.insert(0, code)
-        from hymba_lightning.package.digests import verify_folder
+        from hymba_lightning.package.digests import DigestError, verify_folder
 
-        digests = verify_folder(FOLDER)
-        from hymba_lightning.package.referee import main
+        try:
+            digests = verify_folder(FOLDER)
+            from hymba_lightning.package.referee import main
 
-        main(FOLDER, digests)
+            main(FOLDER, digests)
+        except DigestError as error:
+            sys.exit(f"evaluate.py: {error}")
 '''
 
 

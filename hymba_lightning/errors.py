@@ -14,6 +14,8 @@ import sys
 import traceback
 from types import TracebackType
 
+from hymba_lightning.text import printable
+
 USER_ERROR, FAULT = 2, 1
 
 # A file is missing, in the way, not ours to touch, or its disk is full: nothing that another program could help.
@@ -88,7 +90,11 @@ def is_user_error(error: BaseException) -> bool:
 
 
 def sentence(error: BaseException) -> str:
-    """The exception's text on one line, with a remedy where the text has none."""
+    """The exception's text on one line that steers no terminal, with a remedy where the text has none."""
+    return printable(_sentence(error))
+
+
+def _sentence(error: BaseException) -> str:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return (
             f"out of memory{_detail(error)}: take fewer data.micro_batch_size, a shorter data.seq_len, "

@@ -134,38 +134,61 @@ def with_config_files(args: list[str]) -> list[str]:
     return found
 
 
-def shipped_configs() -> dict[str, Path]:
-    """Name → file of the configs that come with the package: inside it once installed, beside it in a checkout."""
+def shipped_configs(folder: str = "") -> dict[str, Path]:
+    """Name → file of the configs that come with the package: inside it once installed, beside it in a checkout.
+
+    Args:
+        folder: Among the configs, such as "studies"; by default that of `hymba fit`'s.
+    """
     package = Path(__file__).parent
-    folder = next((path for path in (package / "configs", package.parent / "configs") if path.is_dir()), package)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    configs = next((path for path in (package / "configs", package.parent / "configs") if path.is_dir()), package)
+    return {path.stem: path for path in sorted((configs / folder).glob("*.yaml"))}
 
 
 def _config_file(name: str) -> str:
     """A file with settings, checked; `best`, `best.yaml` and `configs/best.yaml` name a shipped one."""
     if not name or name.startswith("--"):
         raise UsageError("--config needs a file, such as configs/demo.yaml")
-    path, shipped = Path(name).expanduser(), shipped_configs()
-    if not path.exists() and path.parent.as_posix() in (".", "configs"):
+    path, _ = read_settings(name, "--config ", "configs", "model: {budget_seconds: 90}")
+    return str(path)
+
+
+def read_settings(name: str, option: str, folder: str, example: str) -> tuple[Path, dict[str, Any]]:
+    """File and content of a YAML file with a mapping.
+
+    Args:
+        name: A file, or a shipped one by its name, with or without ending and folder.
+        option: What stands before the name in an error.
+        folder: Where the shipped ones lie, `configs` or a folder in it.
+        example: What such a file might hold.
+
+    Raises:
+        UsageError: there is no such file, it cannot be read, or holds no mapping.
+    """
+    path, shipped = Path(name).expanduser(), shipped_configs(folder.partition("/")[2])
+    if not path.exists() and path.parent.as_posix() in (".", folder):
         path = shipped.get(path.name.removesuffix(".yaml"), path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         known = f"; the shipped ones are {', '.join(shipped)}" if shipped else ""
-        raise UsageError(f"--config {name} does not exist{known}") from None
+        raise UsageError(f"{option}{name} does not exist{known}") from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"--config {name} is no UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise UsageError(f"{option}{name} is no UTF-8 text: {error.reason} at byte {error.start}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = getattr(error, "problem", None) or "it cannot be parsed"
-        raise UsageError(f"--config {name}{where}: this is no YAML: {reason}") from None
-    if content is not None and not isinstance(content, dict):
+        raise UsageError(f"{option}{name}{where}: this is no YAML: {reason}") from None
+    if content is None:
         raise UsageError(
-            f"--config {name} holds a {type(content).__name__}; names with values are needed, such as "
-            "model: {budget_seconds: 90}"
+            f"--config {name} is empty: names with values are needed, such as model: {{budget_seconds: 90}}"
         )
-    return str(path)
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"{option}{name} holds a {type(content).__name__}; names with values are needed, such as {example}"
+        )
+    return path, content or {}
 
 
 def _check_groups(parser: Any, config: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter
 
 from hymba_lightning.evaluation.curve import MIN_TOKENS
+from hymba_lightning.files import write_atomic
 from hymba_lightning.text import printable
 
 if TYPE_CHECKING:
@@ -47,7 +49,9 @@ def save_figure(figure: Figure, path: Path) -> None:
     for text in figure.findobj(Text):
         if text not in numbers:
             text.set_parse_math(False)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix(".") or None)
+    write_atomic(path, drawn.getvalue())
 
 
 def plot_training(

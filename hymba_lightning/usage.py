@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "package": "the challenge's folder for a run, scored there as a referee would",
     "publish": "a run's network for Hugging Face's libraries, and onto the hub",
     "probe": "what is the context worth? loss, copying and recall by distance, without this or that",
+    "study": "compare runs (ablations, seeds, contexts, …) or time a part; `hymba study` lists what there is",
     "audit": "do the rules of the score hold? an artifact, or a folder of package",
     "import-reference": "take over the public reference run's checkpoint or quantized file",
 }
@@ -97,13 +98,23 @@ def check_command(name: str, args: Sequence[str]) -> None:
     Raises:
         UsageError: no such command, or one of ours that can do nothing without options.
     """
-    if name not in COMMANDS:
-        what = f"{name} comes before a command" if name.startswith("-") else f"there is no command {name!r}"
-        near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UsageError(f"{what}{hint}: choose from {', '.join(COMMANDS)}")
+    check_name("command", name, COMMANDS, OTHER_NAMES)
     if not args and name in MISSING:
         raise UsageError(MISSING[name])
+
+
+def check_name(kind: str, name: str, known: Iterable[str], other_names: Mapping[str, str]) -> None:
+    """
+    Raises:
+        UsageError: `name` is not among those `known`; it tells the one meant, by `other_names` or by its letters.
+    """
+    known = list(known)
+    if name not in known:
+        what = f"{name} comes before a {kind}" if name.startswith("-") else f"there is no {kind} {name!r}"
+        near = [other_names[name]] if name in other_names else difflib.get_close_matches(name, known, 1)
+        near += [other for other in known if not near and other in name]
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UsageError(f"{what}{hint}: choose from {', '.join(known)}")
 
 
 def near_misses(name: str, known: Iterable[str], most: int = 3) -> list[str]:
@@ -180,6 +191,11 @@ def resume_command(args: Sequence[str], saved: Saved) -> str:
 
 def after_stop(args: Sequence[str], signal_name: str, saved: Saved | None) -> str:
     """The last words of a command that a signal ended."""
+    if args[0] == "study":
+        return (
+            f"stopped by {signal_name}; runs that ended, and what the others have saved, are kept. To go on with them: "
+            f"hymba {shlex.join(args)}"
+        )
     if args[0] != "fit":
         return f"stopped by {signal_name} before it was done; to do it again: hymba {shlex.join(args)}"
     if saved is None and any(arg.partition("=")[0] == "--ckpt_path" for arg in args):

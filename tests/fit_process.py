@@ -65,6 +65,12 @@ def _run(arguments: list[str], environment: dict[str, str], log: str, hook: obje
     main()
 
 
+def typed(config: Path, run: Path, *options: str) -> list[str]:
+    """The command line of a fit as a user types it, for a process that is no child of the server."""
+    fit = ["fit", "--config", str(config), "--run_dir", str(run)]
+    return [sys.executable, "-m", "hymba_lightning", *fit, *options]
+
+
 def start(
     arguments: list[str], log: Path, environment: dict[str, str] | None = None, hook: object = None
 ) -> multiprocessing.Process:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fit_process import finish, log_of, start
 from tiny import NET
 
 from hymba_lightning.commands import run_command
@@ -57,6 +58,7 @@ def place(tmp_path_factory):
 
 def run(capsys, commands):
     """Runs commands in the current folder, `fit` in a process of its own; returns what the last one printed."""
+    log = Path("fit.log").resolve()
     for command in commands:
         name, *arguments = shlex.split(command)
         assert name == "hymba"
@@ -68,14 +70,7 @@ def run(capsys, commands):
             continue
         if "--start_from" not in arguments:
             arguments += ["--model.net.vocab_size", "400"]
-        done = subprocess.run(
-            [sys.executable, "-m", "hymba_lightning", *arguments],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+        assert finish([start(arguments, log)]) == [0], f"{command}\n{log_of(log)[-2000:]}"
     return capsys.readouterr().out
 
 

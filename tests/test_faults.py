@@ -13,7 +13,7 @@ import injected
 import pytest
 import torch
 import yaml
-from fit_process import finish, start, start_ranks, wait_for, write_config
+from fit_process import finish, start, start_ranks, typed, wait_for, write_config
 
 from hymba_lightning.quantization import load_artifact
 
@@ -100,22 +100,7 @@ def test_a_rank_that_fails_tells_the_others_why(tmp_path, config):
 def test_a_killed_rank_ends_a_run_that_lightning_launched(tmp_path, config, dead):
     """The command as a user types it: Lightning starts rank 1 itself."""
     run, log = tmp_path / "run", open(tmp_path / "log", "w")  # noqa: SIM115
-    command = [
-        sys.executable,
-        "-m",
-        "hymba_lightning",
-        "fit",
-        "--config",
-        str(config),
-        "--run_dir",
-        str(run),
-        "--trainer.devices",
-        "2",
-        "--trainer.strategy",
-        "ddp",
-        "--trainer.max_steps",
-        "100000",
-    ]
+    command = typed(config, run, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "100000")
     with subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True) as main:
         wait_for((run / "checkpoints" / "last.ckpt").is_file, timeout=120)
         child = int(

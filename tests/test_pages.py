@@ -24,6 +24,22 @@ def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
         assert not anchor or anchor in anchors(path), f"{page.name} links to {target}#{anchor}, which has no heading"
 
 
+# Alone between backticks, with a folder's slash or a file's ending: `ops/<op>/naive.py`, `tests/ops/`.
+PATH = re.compile(r"`([\w.<>/-]*(?:/|\.(?:py|md|ya?ml|toml|txt)))`")
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/extending.md", "docs/architecture.md", "docs/fuzz.md"])
+def test_every_folder_and_file_of_the_code_that_a_page_names_is_there(name):
+    """As they are written, from the repository or the package; a file's name alone is that of a file somewhere."""
+    files = {path.name for folder in ("hymba_lightning", "tests", "docs") for path in (ROOT / folder).rglob("*")}
+    named = PATH.findall((ROOT / name).read_text(encoding="utf-8"))
+    assert len(named) >= 2
+    for path in named:
+        pattern = re.sub(r"<\w+>", "*", path.rstrip("/"))
+        found = any(next(root.glob(pattern), None) for root in (ROOT, ROOT / "hymba_lightning"))
+        assert found or path in files, f"{name} names {path}"
+
+
 def test_the_readme_is_read_in_a_minute():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import injected
 import pytest
 import torch
-from fit_process import finish, log_of, start, start_ranks, wait_for, write_config
+from fit_process import finish, log_of, start, start_ranks, typed, wait_for, write_config
 
 PHASES = {"setup": injected.waits_in_setup, "warm-up": injected.waits_in_warmup, "finish": injected.waits_in_the_finish}
 
@@ -211,22 +211,7 @@ def test_a_pools_workers_are_ended_by_signals_as_usual():
 @pytest.mark.parametrize("hook_point", ["training", "before"])
 def test_a_signal_to_the_command_ends_the_ranks_that_lightning_started(tmp_path, config, hook_point):
     run, log = tmp_path / "run", tmp_path / "log"
-    command = [
-        sys.executable,
-        "-m",
-        "hymba_lightning",
-        "fit",
-        "--config",
-        str(config),
-        "--run_dir",
-        str(run),
-        "--trainer.devices",
-        "2",
-        "--trainer.strategy",
-        "ddp",
-        "--trainer.max_steps",
-        "100000",
-    ]
+    command = typed(config, run, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "100000")
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True) as main:
         marker = (
             (run / "checkpoints" / "last.ckpt").is_file

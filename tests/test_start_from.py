@@ -1,7 +1,10 @@
 """`hymba fit --start_from`: fine-tuning begins with the weights that are named, and with a clock of its own."""
 
 import dataclasses
+import json
 
+import official_statement as statement
+import pytest
 import torch
 import yaml
 from fit_process import finish, start
@@ -9,6 +12,7 @@ from tiny import TOKENIZER
 
 from hymba_lightning.data.tokenizer import train_tokenizer
 from hymba_lightning.generation import load_network
+from hymba_lightning.interop import official
 from hymba_lightning.run.record import RunRecord
 from hymba_lightning.training.optim_config import OptimizerConfig
 
@@ -62,3 +66,28 @@ def test_a_missing_start_is_one_sentence(fitted_run, tmp_path):
     assert finish([start(fit(fitted_run, tmp_path / "run", "--start_from", "nowhere"), tmp_path / "log")]) == [2]
     assert (tmp_path / "log").read_text().strip().endswith("a checkpoint or a folder of save_pretrained")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_released_hymba_of_the_same_vocabulary_is_fine_tuned(fitted_run, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    released = statement.SMALL | {"vocab_size": 1024, "num_hidden_layers": 3, "kv_reuse_group": [[1, 2]]}
+    released |= {"global_attn_idx": [0]}
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    safetensors.save_file(statement.random_weights(released), tmp_path / "model.safetensors")
+    run = tmp_path / "run"
+    more = ["--model.optimizer.matrix_lr", "0.01", "--trainer.max_steps", "6", "--export.enabled", "true"]
+    assert finish([start(fit(fitted_run, run, "--start_from", str(tmp_path)), tmp_path / "refused")]) == [2]
+    assert "save the network with that one" in (tmp_path / "refused").read_text()
+    named = official.from_hf(tmp_path).save_pretrained(tmp_path / "named", tokenizer=TOKENIZER)
+    arguments = fit(fitted_run, run, "--start_from", str(named), *more)
+    assert finish([start(arguments, tmp_path / "log")]) == [0], (tmp_path / "log").read_text()
+    got, _ = load_network(run / "artifact.hymba")
+    before = load_network(tmp_path)[0]
+    assert got.config == before.config
+    assert RunRecord.load(run).trained.steps == 6
+    # It goes out as it came in.
+    out = official.from_hf(official.to_hf(got, tmp_path / "out"))
+    tokens = torch.arange(300, 340)[None]
+    with torch.no_grad():
+        assert torch.equal(out(tokens), got(tokens))
+        assert got(tokens[:, :-1], tokens[:, 1:]) < before(tokens[:, :-1], tokens[:, 1:])

@@ -1,4 +1,4 @@
-"""Errors in one sentence with the right exit code, near misses by name, help and versions that answer at once."""
+"""Errors in one sentence with the right exit code, and whose fault an exception is."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ import torch
 import yaml
 from fit_process import finish, log_of, start, write_config
 
-from hymba_lightning import errors, help_text, usage
+from hymba_lightning import errors
 from hymba_lightning.model import HymbaConfig
 from hymba_lightning.ops.registry import BackendUnavailableError
-from hymba_lightning.signals import Saved
 
 HYMBA = [sys.executable, "-m", "hymba_lightning"]
 
@@ -93,6 +92,9 @@ FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
         ),
         ((*FIT, "--config", "{}/monitor.yaml"), ["EarlyStopping monitors 'val/nope'", "use val/bpb or val/loss"]),
         ((*FIT, "--config"), ["--config needs a file"]),
+        (("fit", "--config", "/dev/null"), ["--config /dev/null is empty", "names with values"]),
+        ((*FIT, "--run_dir", "~nobody_of_this_name/a"), ["a user who is not known here", "./~nobody_of_this_name/a"]),
+        ((*FIT, "--model.budget_seconds", ".inf"), ["budget_seconds is inf; it must be positive, or null"]),
         ((*FIT, "--model.net", "3"), ["--model.net: '3' is no YAML file, and no mapping of options"]),
         ((*FIT, "--model.net", '{"window": "x"}'), ["--model.net.window: expected a whole number, got 'x'"]),
         ((*FIT, "--model.net.window", "null"), ["--model.net.window: expected a whole number, got null"]),
@@ -221,9 +223,6 @@ def test_of_two_ranks_the_first_speaks(work):
     assert "Traceback" not in texts[0] + texts[1]
 
 
-# Whose fault an exception is -----------------------------------------------------------------------------------------
-
-
 def error_of(code: str, module: str) -> BaseException:
     """What `code` raises as if it stood in a module."""
     try:
@@ -273,161 +272,6 @@ def test_a_sentence_is_one_line_that_names_the_file():
     assert errors.sentence(raised.value) == "/nowhere/at/all: No such file or directory"
     assert errors.sentence(ValueError("one\n  two")) == "one two"
     assert "micro_batch_size" in errors.sentence(MemoryError())
-
-
-# Commands, versions, help ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("command", "near"),
-    [("train", "fit"), ("tset", "test"), ("import_reference", "import-reference"), ("generate", "sample")],
-)
-def test_an_unknown_command_is_answered_without_any_library(command, near):
-    code = (
-        "import sys\nfrom hymba_lightning.__main__ import main\n"
-        f"sys.argv = ['hymba', {command!r}, '--config', 'x']\n"
-        "try:\n    main()\nexcept SystemExit as end:\n"
-        "    print(end.code, sorted({'torch', 'lightning', 'jsonargparse', 'yaml'} & set(sys.modules)))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout == "2 []\n"
-    assert f"did you mean {near}?" in done.stderr
-    assert all(name in done.stderr for name in usage.COMMANDS)
-    assert done.stderr.count("\n") == 1
-
-
-def test_an_option_before_the_command_is_named():
-    done = subprocess.run([*HYMBA, "--config", "x", "fit"], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "--config comes before a command" in done.stderr
-
-
-def test_versions_are_told_without_importing_what_they_are_of():
-    done = subprocess.run([*HYMBA, "--version"], capture_output=True, text=True, check=True, timeout=60)
-    first, second = done.stdout.splitlines()
-    assert first == f"hymba {usage.__version__}"
-    assert f"torch {torch.__version__}" in second
-    assert "lightning " in second
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("--model.net.widnow", "--model.net.window"),
-        ("--model.budgetseconds", "--model.budget_seconds"),
-        ("--seq_len", "--data.seq_len"),
-        ("--data.seq-len", "--data.seq_len"),
-        ("--trainer.maxsteps", "--trainer.max_steps"),
-        ("--zzz", None),
-    ],
-)
-def test_near_misses(name, expected):
-    known = [
-        "--model.net.window",
-        "--model.net.d_conv",
-        "--model.net.dt_min",
-        "--model.budget_seconds",
-        "--data.seq_len",
-        "--trainer.max_steps",
-        "--trainer.min_steps",
-        "--run_dir",
-    ]
-    assert usage.near_misses(name, known)[:1] == ([expected] if expected else [])
-
-
-def test_the_config_of_an_old_run_loses_only_what_did_nothing():
-    idle = {"model": {"qat_start": 1.0, "compile": False, "runtime": {"qat_bits": 0, "loss_backend": "auto"}}}
-    assert usage.without_removed(idle) == {"model": {"compile": False, "runtime": {"loss_backend": "auto"}}}
-    used = {"model": {"qat_start": 0.85, "runtime": {"qat_bits": 4}}}
-    assert usage.without_removed(used) == {"model": {"qat_start": 0.85, "runtime": {"qat_bits": 4}}}
-    assert usage.without_removed({"model": None}) == {"model": None}
-    assert usage.without_removed("text") == "text"
-
-
-def test_the_command_that_goes_on_keeps_what_was_asked_for():
-    saved = Saved(Path("runs/a b/checkpoints/last.ckpt"), 7)
-    args = ["fit", "--config", "c.yaml", "--ckpt_path", "old.ckpt", "--overwrite=true", "--model.compile", "true"]
-    assert usage.resume_command(args, saved) == (
-        "hymba fit --config c.yaml --model.compile true --run_dir 'runs/a b' --ckpt_path last"
-    )
-    elsewhere = Saved(Path("/ckpt/last.ckpt"), 7)
-    assert usage.resume_command(["fit", "--run_dir", "a"], elsewhere) == (
-        "hymba fit --run_dir a --ckpt_path /ckpt/last.ckpt"
-    )
-
-
-@pytest.fixture(scope="module")
-def help_of(tmp_path_factory):
-    """Runs `hymba <command> --help` with a cache of its own; says what it printed and whether torch was imported."""
-    cache = tmp_path_factory.mktemp("cache")
-
-    def ask(command: str, folder: Path = cache) -> tuple[str, bool]:
-        code = (
-            "import sys\nfrom hymba_lightning.__main__ import main\n"
-            f"sys.argv = ['hymba', {command!r}, '--help']\nmain()\nprint('torch' in sys.modules, file=sys.stderr)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=120,
-            env=os.environ | {"XDG_CACHE_HOME": str(folder)},
-        )
-        return done.stdout, done.stderr.splitlines()[-1] == "True"
-
-    return ask
-
-
-@pytest.mark.parametrize("command", help_text.COMMANDS)
-def test_help_is_made_once_and_then_answers_without_torch(help_of, command):
-    live, imported = help_of(command)
-    assert imported
-    assert help_of(command) == (live, False)
-
-
-def test_help_is_live_where_nothing_can_be_kept(help_of, tmp_path):
-    (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    text, imported = help_of("validate", tmp_path / "file")
-    assert imported
-    assert text == help_of("validate")[0]
-
-
-def test_kept_help_belongs_to_these_very_sources(monkeypatch, tmp_path):
-    before = help_text.kept_path("fit")
-    (tmp_path / "other.py").write_text("x = 1\n", encoding="utf-8")
-    monkeypatch.setattr(help_text, "ROOT", tmp_path)
-    assert help_text.kept_path("fit") != before
-
-
-def test_help_begins_with_what_is_most_used_and_ends_with_lightnings_options(help_of):
-    text, _ = help_of("fit")
-    places = [
-        text.index(part)
-        for part in (
-            "most used:",
-            "  --config ",
-            "  --model.budget_seconds",
-            "--model.net.window WINDOW",
-            "--export.quantization.bits",
-            "Lightning's Trainer:",
-            "--trainer.accumulate_grad_batches ACC",
-        )
-    ]
-    assert places == sorted(places)
-    assert text.count("\n", 0, text.index("--model.net.window WINDOW")) < 120
-    assert "usage: hymba fit --config FILE [options]\n" in text
-    assert "Keys a token sees" in text
-
-
-def test_every_option_called_common_is_one(help_of):
-    from hymba_lightning.training_options import COMMON, NOT_IN_HELP
-
-    fit, test = help_of("fit")[0], help_of("test")[0]
-    for name in COMMON:
-        assert f"  --{name} " in fit.partition("most used:")[2].partition("\n\n")[2] + test or f"--{name}" in fit
-    for name in NOT_IN_HELP:
-        assert f"--{name} " not in fit
 
 
 def test_a_config_of_a_run_is_yaml_with_every_letter(work):

@@ -188,18 +188,24 @@ def encode_documents(
     if left_out:
         reader.skips.note("training document that is for validation too, left out", "equal texts", left_out)
     if both_splits:
-        _check_split(splits, lowest_rank, highest_rank, splitter.val_fraction, reader)
+        _check_split(splits, lowest_rank, highest_rank, splitter.val_fraction, reader, left_out)
     return splits
 
 
 def _check_split(
-    splits: dict[str, SplitTotals], lowest_rank: float, highest_rank: float, val_fraction: float, reader: DocumentReader
+    splits: dict[str, SplitTotals],
+    lowest_rank: float,
+    highest_rank: float,
+    val_fraction: float,
+    reader: DocumentReader,
+    left_out: int,
 ) -> None:
     n_documents = sum(split.documents for split in splits.values())
     if any(file.split for file in reader.files):
         for split, inputs in (("train", "inputs"), ("val", "validation inputs")):
             if splits[split].documents == 0:
-                raise ValueError(f"the {inputs} hold no document that can be read{unread(reader)}")
+                too = ", but those that are for validation too" if split == "train" and left_out else ""
+                raise ValueError(f"the {inputs} hold no document that can be read{too}{unread(reader)}")
         return
     if n_documents < 2:
         raise ValueError(

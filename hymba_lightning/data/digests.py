@@ -169,7 +169,7 @@ def _read(folder: Path) -> dict[str, list]:
     memory: dict[str, list] = {}
     for path in reversed(_memories(folder)):
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            content = json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes()) if path.is_file() else {}
             memory |= (
                 {name: entry for name, entry in content.items() if _is_entry(entry)}
                 if (isinstance(content, dict))

@@ -1,4 +1,7 @@
-"""Files → documents: the text of each, a document at a time, whatever the files hold."""
+"""Reads documents out of files, one at a time: plain text, JSON lines, CSV, Parquet, data sets of the Hugging Face hub.
+
+What cannot be read is left out, named and counted (see skips.py); memory is bounded by the longest document allowed.
+"""
 
 from __future__ import annotations
 
@@ -28,41 +31,45 @@ CUTS = ("\n\n", "\n", " ")
 
 
 class Document(NamedTuple):
-    """A document's text."""
+    """A text that is tokenized by itself, between two starts of a document."""
 
     text: str
     utf8: bytes
+    """The text in UTF-8, which bits per byte divide by."""
     split: str | None = None
-    """Its split, where it is not its content that decides."""
+    """"train" or "val", where the user chose; None lets the content decide (`split_rank`)."""
 
 
 def split_rank(document: Document, seed: int) -> float:
-    """A number in [0, 1) drawn from the document's content and the seed.
+    """A number in [0, 1) that depends on the document's text and the seed alone.
 
-    Documents of a rank below the validation fraction are for validation: equal texts are always on the same side, and
-    more documents or other files around change nothing.
+    A document whose number is below the validation fraction is for validation. So equal texts are always on the same
+    side, and a document stays on its side whatever other files are prepared with it.
     """
     digest = hashlib.blake2b(document.utf8, digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 
 def document_digest(document: Document) -> bytes:
-    """Equal for equal texts."""
+    """16 bytes that are the same for equal texts, and practically never for different ones (BLAKE2b)."""
     return hashlib.blake2b(document.utf8, digest_size=16).digest()
 
 
 def unescaped(separator: str) -> str:
-    r"""A separator as typed in a shell: \n, \t, \r, \\ are what they mean, and line ends those of the text."""
+    r"""A separator as it was typed in a shell, with \n, \t, \r and \\ replaced by what they stand for.
+
+    Line ends of every kind become "\n", as they do in the texts that are cut.
+    """
     meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
     text = re.sub(r"\\([ntr\\])", lambda found: meant[found[1]], separator)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class DocumentReader:
-    """Iterates over the documents of files, one in memory at a time.
+    """Iterates over the documents of files, in the files' order, with one document in memory at a time.
 
-    A text file is one document (its line ends become "\\n", a byte order mark is dropped), a line of a JSON-lines file
-    another, and so is a row of a CSV or Parquet file or of a data set.
+    A document is a text file (its line ends become "\\n", a byte order mark is dropped), or what `separator` cuts out
+    of one; a line of a JSON-lines file; a row of a CSV or Parquet file, or of a data set of the hub.
 
     Args:
         files: What to read.
@@ -84,7 +91,9 @@ class DocumentReader:
         self.text_key = text_key
         self.separator = separator
         self.max_bytes = max_bytes
-        self.total_bytes = sum(file.size for file in files)
+        # Asked once: a file may vanish before its turn.
+        self._sizes = [file.size for file in files]
+        self.total_bytes = sum(self._sizes)
         """Size of all files on disk."""
         self.bytes_read = 0
         """Of total_bytes, how much is done."""
@@ -96,20 +105,23 @@ class DocumentReader:
         self._whole: dict[InputFile, Whole] = {}
 
     def of(self, files: Sequence[InputFile]) -> DocumentReader:
-        """The same of other files, with a count of its own."""
+        """A reader of other files with the same settings, which counts what it skips for itself."""
         return DocumentReader(files, self.text_key, self.separator, None, self.max_bytes)
 
     def position(self) -> dict[str, Any]:
-        """Plain values from which `resume` goes on with the next document."""
+        """Where the iteration stands, as plain values that JSON can hold: `resume` goes on from there."""
         return {"file": self._file, "document": self._document, "skips": self._skips_before}
 
     def resume(self, position: dict[str, Any]) -> None:
-        """Let the next iteration begin after `position`. What comes before in the same file is read, not returned."""
+        """Lets the next iteration begin with the document after `position`, with the skips counted until there.
+
+        Documents of the same file that come before it are read again, since files have no index, but not returned.
+        """
         self._resume_at = (position["file"], position["document"])
         self.skips.restore(position["skips"])
 
     def __iter__(self) -> Iterator[Document]:
-        """Documents that are not empty.
+        """All documents but the empty ones.
 
         Raises:
             ImportError: A package for this kind of input is not installed.
@@ -119,7 +131,7 @@ class DocumentReader:
         (first_file, first_document), self._resume_at = self._resume_at, (0, 0)
         if first_file == first_document == 0:
             self.skips.restore(self._skips_before_all)
-        self.bytes_read = sum(file.size for file in self.files[:first_file])
+        self.bytes_read = sum(self._sizes[:first_file])
         for index, file in enumerate(self.files[first_file:], start=first_file):
             done_before = self.bytes_read
             to_skip = first_document if index == first_file else 0
@@ -130,14 +142,14 @@ class DocumentReader:
                     self._document += 1
                     if self._document <= to_skip:
                         continue
-                    self.bytes_read = done_before + int(share * file.size)
+                    self.bytes_read = done_before + int(share * self._sizes[index])
                     if document.utf8:
                         yield document
             except SourceError as error:
                 self._skip(file, error.kind, str(error))
             except OSError as error:
                 self._skip(file, "cannot be read", error.strerror or str(error))
-            self.bytes_read = done_before + file.size
+            self.bytes_read = done_before + self._sizes[index]
 
     def _texts(self, file: InputFile) -> Iterator[tuple[str, float]]:
         """Documents of one file, and how much of it is read with each."""
@@ -214,15 +226,17 @@ class DocumentReader:
                 continue
             finally:
                 csv.field_size_limit(before)
+            if not row:
+                continue
             if not header:
                 header = row
                 if self.text_key not in header:
                     raise SourceError(
                         "no text column", f"no column {self.text_key!r} among {', '.join(header[:20])}; set text_key"
                     )
-            elif row and len(row) != len(header):
+            elif len(row) != len(header):
                 self._skip(file, "damaged CSV", f"{len(row)} fields, not {len(header)}", f":{rows.line_num}")
-            elif row:
+            else:
                 yield row[header.index(self.text_key)]
 
     def _csv_lines(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
@@ -234,9 +248,10 @@ class DocumentReader:
     def _text_file(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
         raw.seek(file.start)
         # One that fits is decoded as a whole before anything of it is given.
-        fits = file.size <= self.max_bytes
+        size = file.size
+        fits = size <= self.max_bytes
         rest, n_cut = "", 0
-        for text in _decoded_blocks([raw.read(file.size)] if fits else _range(raw, file.size), fits):
+        for text in _decoded_blocks([raw.read(size)] if fits else _range(raw, size), fits):
             rest += text
             if self.separator is not None:
                 *whole, rest = rest.split(self.separator)

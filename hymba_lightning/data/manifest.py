@@ -211,7 +211,7 @@ def finish_install(folder: Path) -> None:
         _check_form(manifest)
         if any(not re.fullmatch(r"([0-9]+/)?(?!\.)[^/\\\0]+", place) for place in places.values()):
             raise ValueError("no place of ours")
-        if work not in (WORK_FOLDER, PARTS_FOLDER) or not isinstance(name, str):
+        if work not in (WORK_FOLDER, PARTS_FOLDER) or not re.fullmatch(r"(?!\.)[^/\\\0]+", name):
             raise ValueError("no folder of ours")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(

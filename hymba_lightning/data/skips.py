@@ -6,8 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hymba_lightning.text import printable
+
 NAMED = 10
 NAMED_OF_A_KIND = 3
+# Suffixes are kinds, and a folder of numbered files has as many of them as files.
+MOST_KINDS = 50
+OTHER_KINDS = "others"
+# What a library or a file's own header says may be of any length, and hold anything.
+MOST_CHARS = 1000
 
 
 class Skips:
@@ -34,6 +41,7 @@ class Skips:
         Raises:
             ValueError: With strict.
         """
+        what = printable(what.replace("\n", " "), MOST_CHARS)
         if self.strict:
             raise ValueError(f"{what} ({kind}); leave it out, or prepare without strict to skip what cannot be read")
         self.count += 1
@@ -43,7 +51,7 @@ class Skips:
 
     def note(self, kind: str, what: str, number: int = 1) -> None:
         """Counts something that is told but is no fault."""
-        _count(self._notes, kind, what, number)
+        _count(self._notes, kind, printable(what, MOST_CHARS), number)
 
     def merge(self, other: dict[str, Any]) -> None:
         """Adds what another one's `state` says."""
@@ -51,7 +59,7 @@ class Skips:
         self._first = (self._first + other["first"])[:NAMED]
         for mine, theirs in ((self._kinds, other["kinds"]), (self._notes, other["notes"])):
             for kind, entry in theirs.items():
-                known = mine.setdefault(kind, {"count": 0, "first": []})
+                known = _entry(mine, kind)
                 known["count"] += entry["count"]
                 known["first"] = (known["first"] + entry["first"])[:NAMED_OF_A_KIND]
 
@@ -92,10 +100,16 @@ def _line(kind: str, entry: dict[str, Any]) -> str:
 
 
 def _count(kinds: dict[str, dict[str, Any]], kind: str, what: str, number: int) -> None:
-    entry = kinds.setdefault(kind, {"count": 0, "first": []})
+    entry = _entry(kinds, kind)
     entry["count"] += number
     if len(entry["first"]) < NAMED_OF_A_KIND and what not in entry["first"]:
         entry["first"].append(what)
+
+
+def _entry(kinds: dict[str, dict[str, Any]], kind: str) -> dict[str, Any]:
+    if kind not in kinds and len(kinds) >= MOST_KINDS:
+        kind = OTHER_KINDS
+    return kinds.setdefault(kind, {"count": 0, "first": []})
 
 
 def _copy(kinds: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

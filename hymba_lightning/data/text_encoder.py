@@ -42,7 +42,7 @@ JOINING = re.compile("[\u1160-\u11ff\ud7b0-\ud7ff]")
 
 
 class TextPiece(NamedTuple):
-    """Part of a document, as `TextEncoder.cut` makes it."""
+    """A part of a document that is encoded by itself, as `TextEncoder.cut` makes it."""
 
     first: bool
     """The document's first part; gets the BOS."""
@@ -50,7 +50,7 @@ class TextPiece(NamedTuple):
 
 
 class ByteAudit(NamedTuple):
-    """Bytes counted token by token against the text's own length."""
+    """Whether bits per byte of a text divide by its true length: bytes counted token by token, and the text's own."""
 
     counted_bytes: int
     text_bytes: int
@@ -58,18 +58,18 @@ class ByteAudit(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Bits per byte of this text divide by its true length."""
+        """Both counts are the same."""
         return self.counted_bytes == self.text_bytes
 
 
 class TextEncoder:
-    """Encodes documents with a tokenizer.
+    """Turns documents into token ids whose text is the document's, to the byte.
 
-    SentencePiece writes a space as "▁" and so loses the difference to a "▁" (U+2581) in the text. With byte fallback
-    such a character is encoded as its three bytes, which decode to itself.
+    SentencePiece writes a space as "▁" (U+2581), and so takes a "▁" in the text for a space. Where the vocabulary has
+    pieces for single bytes such a character is encoded as its three bytes, which decode to itself.
 
     Args:
-        processor: The loaded model.
+        processor: The loaded tokenizer.
     """
 
     def __init__(self, processor: sentencepiece.SentencePieceProcessor) -> None:
@@ -98,10 +98,10 @@ class TextEncoder:
         self._kept: dict[str, bool] = {" ": True, SPACE: False}
 
     def cut(self, text: str) -> list[TextPiece]:
-        """Pieces of about PIECE_CHARS characters, whose ids in a row are those of the whole text.
+        """Cuts a text into pieces of about PIECE_CHARS characters, whose ids in a row are those of the whole text.
 
-        Between characters that some piece of the vocabulary holds side by side nothing is cut: one endless word of
-        these stays whole.
+        A cut falls only between two characters that no piece of the vocabulary holds side by side; a text that offers
+        none, such as an endless word, stays whole.
         """
         pieces = []
         start = 0
@@ -139,7 +139,7 @@ class TextEncoder:
         return kept
 
     def encode_pieces(self, pieces: list[TextPiece]) -> np.ndarray:
-        """Ids (n,) uint16 of consecutive pieces, BOS before every first one."""
+        """Token ids (n,) uint16 of consecutive pieces, with a BOS before the first piece of each document."""
         rows = self.processor.encode([piece.text if piece.first else self._anchor + piece.text for piece in pieces])
         bos = [self.processor.bos_id()]
         for index, piece in enumerate(pieces):
@@ -149,14 +149,14 @@ class TextEncoder:
         return np.fromiter(chain.from_iterable(rows), dtype=np.uint16)
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids (n,) uint16 of a document, without BOS."""
+        """Token ids (n,) uint16 of a document, without BOS."""
         return self.encode_pieces(self.cut(text))[1:]
 
     def audit(self, text: str) -> ByteAudit:
-        """Bytes that bits per byte would divide by, against the UTF-8 length of `text`.
+        """Counts the bytes that bits per byte of `text` would divide by, and the bytes that it has.
 
-        They differ where the tokenizer rewrites the text (normalisation, collapsed spaces) or does not know a
-        character and has no byte fallback, as the challenge's 1,024-piece one does.
+        They differ where the tokenizer rewrites the text (normalised letters, collapsed spaces), or meets a character
+        that it neither knows nor can spell in bytes, as with the challenge's vocabulary of 1,024 pieces.
         """
         ids = self.encode_pieces(self.cut(text)).astype(np.int64)
         counted = TokenBytes.from_processor(self.processor).count(ids[:-1], ids[1:])
@@ -182,15 +182,15 @@ class TextEncoder:
 
 
 class EncoderPool:
-    """Encodes lists of pieces in `workers` processes (in this one if there is only one worker).
+    """Encodes lists of pieces in several processes, or in this one where one is enough.
 
-    The processes are plain Python ones that import numpy and SentencePiece only: unlike multiprocessing's they start
-    neither with a copy of this process's threads nor by importing its main module, so that this works from a notebook
-    or a script without a guard too.
+    A process is a Python that imports numpy and the tokenizer's library, and nothing else. It is not multiprocessing's,
+    which would copy this process's threads or import its main module: so it also works in a notebook, and in a script
+    without `if __name__ == "__main__"`.
 
     Args:
-        model: SentencePiece model file.
-        workers: Processes.
+        model: The tokenizer's file.
+        workers: Processes; 1 for none but this one.
     """
 
     def __init__(self, model: Path, workers: int) -> None:
@@ -201,7 +201,7 @@ class EncoderPool:
         self._workers: list[_Worker] = []
 
     def submit(self, pieces: list[TextPiece]) -> Future[np.ndarray]:
-        """Start encoding; the future's result is what `TextEncoder.encode_pieces` returns."""
+        """Starts to encode `pieces`; the future gives their ids (n,) uint16, as `TextEncoder.encode_pieces` does."""
         if self._encoder is not None:
             return self._threads.submit(self._encoder.encode_pieces, pieces)
         return self._threads.submit(self._encode_in_process, pieces)
@@ -256,7 +256,8 @@ class _Worker(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-    """Encode pickled lists of pieces from standard input until it ends; the parent process is the only one to send."""
+    """A process of the pool: reads pickled lists of pieces from standard input, which the parent alone writes to, and
+    answers each with its ids, until the input ends."""
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     encoder = TextEncoder(load_tokenizer(arguments[0]))
     while True:

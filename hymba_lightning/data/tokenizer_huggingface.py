@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from hymba_lightning.data.tokenizer import ByteTokenizer
+from hymba_lightning.text import printable
 
 # Names under which vocabularies keep the token that begins a document, and the one that ends it.
 BOS_NAMES = ("<s>", "<bos>", "<|bos|>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>")
 EOS_NAMES = ("</s>", "<eos>", "<|eos|>", "<|end_of_text|>", "<|endoftext|>")
+# No vocabulary of the world has as many ids; a table of all of them is kept.
+MOST_IDS = 1 << 20
+# Steps before the merges that cut a text and take nothing from it.
+CUTTING_STEPS = ("ByteLevel", "Split", "Digits", "Punctuation", "UnicodeScripts")
 INSTALL = "pip install 'hymba-lightning[tokenizers]'"
 
 
@@ -34,7 +39,7 @@ def byte_symbols() -> dict[str, int]:
 class HuggingFaceTokenizer(ByteTokenizer):
     """
     Args:
-        content: The file's JSON.
+        content: The file's JSON, which `check_exact` has passed.
         tokenizer: The loaded `tokenizers.Tokenizer`.
 
     Raises:
@@ -42,7 +47,6 @@ class HuggingFaceTokenizer(ByteTokenizer):
     """
 
     def __init__(self, content: dict[str, Any], tokenizer: Any) -> None:
-        check_exact(content)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         # "<s>" in a text is text.
@@ -56,12 +60,16 @@ class HuggingFaceTokenizer(ByteTokenizer):
         added = {token["content"]: token for token in content.get("added_tokens") or []}
         self._controls = {token["id"] for token in added.values() if token.get("special")}
         ids = vocabulary | {name: token["id"] for name, token in added.items()}
+        if len(set(ids.values())) < len(ids) or max(ids.values()) >= MOST_IDS:
+            raise ValueError(f"two of its pieces have one id, or one has an id over {MOST_IDS:,}")
         self._raw = [b""] * (max(ids.values()) + 1)
         for piece, token in ids.items():
             if piece in added:
                 self._raw[token] = b"" if token in self._controls else piece.encode()
-            else:
+            elif set(piece) <= symbols.keys():
                 self._raw[token] = bytes(symbols[symbol] for symbol in piece)
+            else:
+                raise ValueError(f"its piece {printable(piece, 40)} stands for no bytes")
         special = {name: token["id"] for name, token in added.items() if token["id"] in self._controls}
         self._bos = next((special[name] for name in BOS_NAMES if name in special), -1)
         self._eos = next((special[name] for name in EOS_NAMES if name in special), -1)
@@ -97,10 +105,16 @@ def check_exact(content: dict[str, Any]) -> None:
         raise ValueError(f"its model is {model.get('type')}, and only a byte-level BPE counts every byte")
     if model.get("dropout"):
         raise ValueError("its dropout makes another encoding of a text each time")
+    for setting in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(setting):
+            raise ValueError(f"its {setting} stands in pieces and in no text")
     if content.get("normalizer"):
         raise ValueError(f"its normalizer {content['normalizer'].get('type')} changes texts")
     steps = content.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
+    others = [str(step.get("type")) for step in steps if step.get("type") not in (*CUTTING_STEPS, None)]
+    if others:
+        raise ValueError(f"its pre-tokenizer {printable(others[0], 40)} may take characters from a text")
     levels = [step for step in steps if step.get("type") == "ByteLevel"]
     if not levels:
         raise ValueError("its pre-tokenizer is not byte-level")
@@ -111,6 +125,16 @@ def check_exact(content: dict[str, Any]) -> None:
     for token in content.get("added_tokens") or []:
         if not token.get("special") and (token.get("lstrip") or token.get("rstrip")):
             raise ValueError(f"its added token {token['content']!r} takes the spaces beside it")
+
+
+def _loaded(library: Any, text: str) -> Any:
+    """The package's own object. Raises ValueError for whatever it raises, panics of its Rust code too."""
+    try:
+        return library.from_str(text)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the package tokenizers cannot read it ({printable(str(error), 300)})") from error
 
 
 def load(path: str | os.PathLike[str]) -> HuggingFaceTokenizer:
@@ -128,11 +152,11 @@ def load(path: str | os.PathLike[str]) -> HuggingFaceTokenizer:
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = json.loads(text)
-        # The package raises plain Exceptions.
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no tokenizer.json ({error})") from error
     try:
-        return HuggingFaceTokenizer(content, tokenizer)
-    except ValueError as error:
+        # First, since the package ends in a panic over some of what is refused.
+        check_exact(content)
+        return HuggingFaceTokenizer(content, _loaded(Tokenizer, text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be used: {error}; train a byte-level BPE without normalizer") from error

@@ -7,8 +7,11 @@ The rules, of any evaluator that gives every token of a stream its nats:
                           before it may not. So a token is scored before any training that saw it, and is not rescored
     a full distribution   the probabilities of all that could stand at a position sum to one
 
-An evaluator cannot tell that it is audited: every stream is made of the given one's own text and nearly all have its
-length, the true stream comes several times among the others, and the order is drawn at random. Positions are drawn from
+An evaluator cannot tell that it is audited from what comes before a changed position, which is the true text; what
+comes after it may be noise, since an evaluator that goes by that breaks the rule. The true stream comes several times
+among the others, nearly all have its length, and the order is drawn at random. Noise, and one id over and over, also
+find out whoever chooses among whole passes by their totals: on more text of the same kind the choice would be the same.
+Positions are drawn from
 the whole stream, one from each of as many equal stretches as are asked for. What is rare is found by chance: a cheat on
 a share s of the tokens passes n positions with probability (1 - s)^n, so that what it gains is small.
 """
@@ -32,6 +35,8 @@ EVERY_TOKEN, SAME_AGAIN = "every token once", "the same again"
 PAST_FIXED, DISTRIBUTION = "the past is fixed", "a full distribution"
 RULES = (EVERY_TOKEN, SAME_AGAIN, PAST_FIXED, DISTRIBUTION)
 SUM_TOLERANCE = 1e-3
+# What stands from a changed position on.
+FUTURES = ("one token", "text from elsewhere", "its ids in disorder", "noise", "one id")
 
 
 class RuleBrokenError(Exception):
@@ -57,11 +62,13 @@ class AuditReport:
     seed: int
     """Draws the same streams again."""
     seconds: float
+    also: tuple[str, ...] = ()
+    """Rules besides these that whoever called it has tried."""
 
     def __str__(self) -> str:
         rules = "\n".join(
             f"  kept: {rule}" if rule != DISTRIBUTION or self.distribution_positions else f"  not tried: {rule}"
-            for rule in RULES
+            for rule in (*RULES, *self.also)
         )
         return (
             f"{rules}\n{self.evaluations} evaluations of streams of {self.tokens} tokens in {self.seconds:.1f} s; "
@@ -115,7 +122,11 @@ def audit(
     past = _spread(rng, n, past_positions)
     summed = _spread(rng, n, distribution_positions)
     trials = [_Trial(tokens, SAME_AGAIN, n) for _ in range(3)]
-    trials += [_Trial(_another_future(rng, tokens, k, vocab_size), PAST_FIXED, k) for k in past]
+    kinds = [kind for _ in past for kind in rng.sample(FUTURES, len(FUTURES))]
+    trials += [
+        _Trial(_another_future(rng, kind, tokens, k, vocab_size), PAST_FIXED, k)
+        for k, kind in zip(past, kinds, strict=False)
+    ]
     trials += [_Trial(_with(tokens, k, token), DISTRIBUTION, k) for k in summed for token in range(vocab_size)]
     trials += [_Trial(tokens[:k].clone(), EVERY_TOKEN, k) for k in (2, *(max(k, 2) for k in _spread(rng, n, 3)))]
     order = list(range(len(trials)))
@@ -159,12 +170,18 @@ def _with(tokens: Tensor, position: int, token: int) -> Tensor:
     return changed
 
 
-def _another_future(rng: random.Random, tokens: Tensor, k: int, vocab_size: int) -> Tensor:
-    """The stream with another token at k and, half of the times, text from elsewhere in the stream after it."""
+def _another_future(rng: random.Random, kind: str, tokens: Tensor, k: int, vocab_size: int) -> Tensor:
+    """The stream with another token at k and, for most kinds, another text after it."""
     n = tokens.numel()
     changed = tokens.clone()
-    if rng.random() < 0.5:
+    if kind == "text from elsewhere":
         changed[k:] = tokens.roll(-rng.randrange(1, n))[k:]
+    elif kind == "its ids in disorder":
+        changed[k:] = tokens[torch.tensor([rng.randrange(n) for _ in range(k, n)])]
+    elif kind == "noise":
+        changed[k:] = torch.tensor([rng.randrange(vocab_size) for _ in range(k, n)])
+    elif kind == "one id":
+        changed[k:] = tokens[rng.randrange(n)]
     if changed[k] == tokens[k]:
         others = tokens[tokens != tokens[k]]
         changed[k] = others[rng.randrange(others.numel())] if others.numel() else (int(tokens[k]) + 1) % vocab_size

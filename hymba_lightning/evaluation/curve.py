@@ -1,4 +1,4 @@
-"""What context is worth: bits per byte against the tokens a target was predicted from, in bins that double."""
+"""What context is worth: bits per byte of the tokens that were predicted from 1, 2–3, 4–7, 8–15, … tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIN_TOKENS = 200
 
 
 class CurvePoint(NamedTuple):
-    """One bin: contexts `at_least` … 2·at_least - 1."""
+    """The score of the tokens that were predicted from `at_least` to 2·at_least - 1 tokens."""
 
     at_least: int
     bpb: float
@@ -28,13 +28,19 @@ class CurvePoint(NamedTuple):
 
 
 class ContextCurve:
-    """Float64 sums by context of tokens, nats, bytes and their products: constant memory, however long the stream."""
+    """Gathers the curve over a stream of any length, in constant memory: float64 sums for each bin of contexts."""
 
     def __init__(self) -> None:
         self._sums = torch.zeros(6, N_BINS, dtype=torch.float64)
 
     def add(self, context: Tensor, nats: Tensor, target_bytes: Tensor) -> None:
-        """context (n,) >= 1: tokens each target was predicted from; its nats (n,) and bytes (n,)."""
+        """Takes in n scored tokens.
+
+        Args:
+            context: (n,) int64, at least 1: from how many tokens each was predicted.
+            nats: (n,), its loss.
+            target_bytes: (n,), the UTF-8 bytes that it stands for.
+        """
         # Exact in float64 for every length of text there is: log2 rounds up to a power of two only beyond 2^48.
         bins = torch.log2(context.double()).floor().long()
         nats, n_bytes = nats.double().cpu(), target_bytes.double().cpu()
@@ -42,7 +48,7 @@ class ContextCurve:
         self._sums.index_add_(1, bins, values)
 
     def points(self) -> list[CurvePoint]:
-        """The bins that have text in them."""
+        """The curve: a point for each bin with at least one byte of text, shortest contexts first."""
         nats, n_tokens, n_bytes, squares, products, byte_squares = self._sums
         rate = nats / n_bytes
         # Of a ratio of sums: the spread of nats - rate · bytes (Cochran, Sampling Techniques, 1977, section 6.3).
@@ -60,14 +66,18 @@ class ContextCurve:
 
 
 class DocumentPosition:
-    """Tokens since the start of the document, for consecutive parts of a stream."""
+    """Follows a stream of documents, part by part, and tells how far each token is from its document's start.
+
+    Args:
+        bos_id: The token that starts a document.
+    """
 
     def __init__(self, bos_id: int) -> None:
         self._bos_id = bos_id
         self._position = 0
 
     def of_targets(self, tokens: Tensor) -> Tensor:
-        """How many tokens of its own document stand before each token.
+        """How many tokens of its own document stand before each token of the next part.
 
         Args:
             tokens: (n+1,) int64; the first one is the last of the part before, and is not counted for itself.

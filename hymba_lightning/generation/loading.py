@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from hymba_lightning.checkpoints import ANOTHER, TOKENIZER_KEY, CheckpointError, read_checkpoint
+from hymba_lightning.checkpoints import ANOTHER, TOKENIZER_KEY, CheckpointError, check_tokenizer, read_checkpoint
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
 from hymba_lightning.interop.pretrained import find_folder, is_folder, load_pretrained
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
@@ -95,11 +95,8 @@ def find_tokenizer(weights: str | Path, given: str | None, fingerprint: str | No
     if path is None or not path.is_file():
         found = "no config.yaml of a run lies beside the weights" if path is None else f"{path} does not exist"
         raise FileNotFoundError(f"which tokenizer? {found}: give --tokenizer MODEL")
-    if fingerprint is not None and file_sha256(path) != fingerprint:
-        raise ValueError(
-            f"{weights} was made for another tokenizer (sha256 {fingerprint}) than {path}: give "
-            "--tokenizer the right one"
-        )
+    if fingerprint is not None:
+        check_tokenizer(weights, fingerprint, file_sha256(path), path, "--tokenizer")
     return path
 
 
@@ -110,6 +107,11 @@ def _tokenizer_beside(weights: str | Path) -> Path | None:
     for folder in (weights.parent, weights.parent.parent):
         config = folder / "config.yaml"
         if config.is_file():
-            data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
-            return Path(data["tokenizer"] or Path(data["data_dir"]) / TOKENIZER_FILE).expanduser()
+            try:
+                data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
+                return Path(data["tokenizer"] or Path(data["data_dir"]) / TOKENIZER_FILE).expanduser()
+            except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"{config}, which would name the tokenizer, is damaged ({type(error).__name__}): give --tokenizer"
+                ) from error
     return None

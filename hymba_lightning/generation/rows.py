@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -80,6 +81,7 @@ def join(states: Iterable[HymbaState]) -> HymbaState:
         torch.cat([state.last_id for state in states]),
         torch.cat([state.last_vector for state in states]),
         position,
+        None if states[0].doc_tokens is None else torch.cat([cast(Tensor, state.doc_tokens) for state in states]),
     )
 
 
@@ -101,6 +103,7 @@ def select(state: HymbaState, rows: list[int] | Tensor) -> HymbaState:
         state.last_id[index],
         state.last_vector[index],
         position,
+        None if state.doc_tokens is None else state.doc_tokens[index],
     )
 
 

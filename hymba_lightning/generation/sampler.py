@@ -1,4 +1,8 @@
-"""Logits → tokens, one after another, on the network's carried state. B prompts, V vocab_size."""
+"""Draws tokens from a network, one after another.
+
+A token costs the same time and memory however long the text before it is, because the network's state is carried from
+token to token instead of reading the text again. B prompts, V vocab_size.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,16 @@ class SamplingConfig:
 
 
 def distribution(logits_V: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Token ids, likeliest first, and their probabilities (float64, sum 1) after temperature, top-k and top-p."""
+    """The tokens that may come next, by temperature, then top-k, then top-p.
+
+    Args:
+        logits_V: (V,) of the next token, on any device.
+        config: Its temperature, top_k and top_p.
+
+    Returns:
+        Token ids (n,) int64, likeliest first, and their probabilities (n,) float64, which sum to 1. At temperature 0
+        the likeliest token alone.
+    """
     logits_V = logits_V.detach().cpu().double()
     if config.temperature == 0:
         return logits_V.argmax()[None], torch.ones(1, dtype=torch.float64)
@@ -60,7 +73,7 @@ def distribution(logits_V: Tensor, config: SamplingConfig) -> tuple[Tensor, Tens
 
 
 def draw(logits_V: Tensor, config: SamplingConfig, generator: torch.Generator) -> int:
-    """One token id."""
+    """One token id from `distribution`, by one number of the CPU generator."""
     ids, probabilities = distribution(logits_V, config)
     point = torch.rand((), generator=generator, dtype=torch.float64)
     place = torch.searchsorted(probabilities.cumsum(0), point, right=True)
@@ -75,13 +88,21 @@ def generate(
     mask: Tensor | None = None,
     ended: Container[int] = (),
 ) -> Iterator[list[int | None]]:
-    """Continues B prompts of token ids, which may differ in length, each with at least one token.
+    """Continues B prompts, step by step. Each gets the tokens that it would get alone.
 
-    The prompts are lists, or a tensor (B, T) whose rows may be padded on the left or on the right: `mask` (B, T) is
-    then 0 where padding stands. Each row gets what it would get alone. Yields a list a step: each row's new token, or
-    None after its text has ended (a stop token is yielded, as the row's last); rows that ended are computed no more.
-    `ended` is looked at after each step: rows that are in it then have ended too. Raises ValueError for an empty
-    prompt, or a mask with more than padding on one side.
+    Args:
+        net: The network; its device is used.
+        prompts: Token ids, at least one for each prompt: lists of any lengths, or a tensor (B, T).
+        config: How tokens are drawn, and what ends a text.
+        mask: (B, T) for a tensor of prompts, 0 where padding stands, which each row may have on one side.
+        ended: Numbers of rows that the caller wants no more of; looked at after every step.
+
+    Yields:
+        For each step a list of B: the row's new token, or None once its text has ended. A stop token is yielded, as the
+        last of its row. Rows that have ended cost nothing any more.
+
+    Raises:
+        ValueError: a prompt is empty, or the mask marks more than padding on one side.
     """
     if isinstance(prompts, Tensor):
         prompts = without_padding(prompts, torch.ones_like(prompts) if mask is None else mask)

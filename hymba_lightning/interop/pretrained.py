@@ -19,6 +19,7 @@ from torch import Tensor
 
 import hymba_lightning
 from hymba_lightning.checkpoints import weights_sha256
+from hymba_lightning.claim import LOCK, OWNER
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
 from hymba_lightning.files import write_atomic
 from hymba_lightning.interop.tokenizer import write_tokenizer
@@ -55,6 +56,11 @@ def need(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(f"this needs {package.partition('.')[0]}: {INSTALL}") from error
+
+
+def official() -> Any:
+    """The module for folders of the released Hymba models, which is built on this one."""
+    return importlib.import_module("hymba_lightning.interop.official")
 
 
 def save_pretrained(
@@ -148,7 +154,7 @@ def folder_config(config: HymbaConfig, processor: Any, tokenizer_sha256: str | N
 def load_pretrained(
     name: str | Path, *, weights: str | None = None, revision: str | None = None, **hub: Any
 ) -> Pretrained:
-    """What a folder, or a repository of the hub, holds.
+    """What a folder, or a repository of the hub, holds; one of the released Hymba models' too.
 
     Args:
         name: The folder, or owner/name on the hub.
@@ -162,6 +168,9 @@ def load_pretrained(
         ImportError: an optional package is not installed.
     """
     folder = find_folder(name, revision=revision, **hub)
+    content = read_json(folder / CONFIG)
+    if content.get("model_type") == official().MODEL_TYPE:
+        return official().load(folder, content)
     extra = read_config(folder)
     if weights not in (None, "safetensors", "artifact"):
         raise ValueError(f"weights={weights!r} is unknown: choose safetensors or artifact")
@@ -199,7 +208,10 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool | None = N
     message = f"hymba_lightning {hymba_lightning.__version__}"
     try:
         api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=str(folder), commit_message=message).commit_url)
+        done = api.upload_folder(
+            repo_id=repository, folder_path=str(folder), commit_message=message, ignore_patterns=[LOCK, OWNER]
+        )
+        return str(done.commit_url)
     except hub.errors.HFValidationError as error:
         raise ValueError(f"{repository!r} is no name of a repository: give owner/name") from error
     except (hub.errors.HfHubHTTPError, hub.errors.LocalTokenNotFoundError, OSError) as error:
@@ -242,14 +254,9 @@ def find_folder(name: str | Path, **hub: Any) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json, of which "net" is a config of ours. Raises FileNotFoundError or PretrainedError."""
     path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: give a folder that save_pretrained wrote")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PretrainedError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("model_type") != MODEL_TYPE:
-        kind = content.get("model_type") if isinstance(content, dict) else None
+    content = read_json(path)
+    if content.get("model_type") != MODEL_TYPE:
+        kind = content.get("model_type")
         raise PretrainedError(f"{path} is that of another kind of model ({kind!r} where {MODEL_TYPE!r} is needed)")
     if not isinstance(content.get("net"), dict):
         raise PretrainedError(f"{path} has no network's config under 'net'")
@@ -258,6 +265,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise PretrainedError(f"{path}: {error}") from error
     return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The dictionary in a JSON file. Raises FileNotFoundError or PretrainedError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: give a folder that save_pretrained wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PretrainedError(f"{path} cannot be read: {error}") from error
+    return content if isinstance(content, dict) else {}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
-"""The attention branch of the mixer.
+"""The attention branch of a block: queries and keys normalised, rotated by position and compared inside a window.
+
+It comes without its projections, which the block makes together with the recurrent branch's as one matrix product.
+Sources: RoPE, arXiv:2104.09864; grouped queries, arXiv:2305.13245; normalised queries and keys, arXiv:2010.04245.
 
 B batch, T new tokens, S keys (kept ones + T), H query heads, G key/value heads, K head_dim.
 """
@@ -52,7 +55,8 @@ def _(first: int, length: int, head_dim: int, base: float, like: Tensor) -> tupl
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the two halves of the last axis: (x1*cos + x2*sin, x2*cos - x1*sin)."""
+    """x (B, T, H, K) with the halves x1, x2 of its last axis turned: (x1·cos + x2·sin, x2·cos - x1·sin), by the tables
+    of `rope_table`."""
     # Not put together from its halves: a compiler would write those out in the backward pass.
     halves = x_BTHK.unflatten(-1, (2, -1))
     return (halves * cos.to(x_BTHK.dtype) + halves.flip(-2) * sin.to(x_BTHK.dtype)).flatten(-2)
@@ -89,7 +93,7 @@ class RotaryNorm(torch.autograd.Function):
 
 
 def turn_back(keys_BPGK: Tensor, shift: int | Tensor, base: float) -> Tensor:
-    """Rotated keys (B, P, G, K) as if their positions were `shift` lower, (B,) where that differs by row."""
+    """Rotated keys (B, P, G, K) as they would be at positions lower by `shift`: a number, or (B,) of a row each."""
     head_dim = keys_BPGK.size(-1)
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=keys_BPGK.device) / head_dim
     turns = shift[:, None, None, None] if isinstance(shift, Tensor) else shift
@@ -110,12 +114,28 @@ def attention_branch(
     window: int | None,
     past: tuple[Tensor, Tensor, Tensor | None] | None,
     backend: str,
+    doc_position_BT: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
-    """Normalised, rotated, gained grouped-query attention.
+    """Grouped-query attention of T new tokens to themselves and to what is kept of the tokens before.
 
-    q (B, T, H*K), k and v (B, T, G*K); `past` holds the keys and values (B, P, G, K) of earlier tokens and how many of
-    each row's first ones are padding (B,), None without any. Returns the branch's output (B, T, H*K) and the same for
-    the next piece of the sequence: the last window-1 keys and values, or all in a global layer (window None).
+    Args:
+        q_BTD: Queries (B, T, H·K) as projected.
+        k_BTC: Keys (B, T, G·K) as projected.
+        v_BTC: Values (B, T, G·K).
+        q_gain_H: (H,), what normalised queries are multiplied with.
+        rope: `rope_table` of the new tokens' positions.
+        head_dim: K.
+        window: Keys that a token sees, itself included; None for all before it (a global layer).
+        past: What the last call returned: keys and values (B, P, G, K) of earlier tokens, and how many of each row's
+            first ones are padding (B,), or None without padding. None at the start of a sequence.
+        backend: Of `sliding_window_attention`.
+
+    Returns:
+        The branch's output (B, T, H·K), and `past` for the call with the next tokens: the last window - 1 keys and
+        values, or all of them in a global layer.
+
+    Raises:
+        BackendUnavailableError: the backend cannot serve this call.
     """
     batch, length, _ = q_BTD.shape
     q_BTHK = RotaryNorm.apply(q_BTD.view(batch, length, -1, head_dim), q_gain_H, *rope)
@@ -126,7 +146,16 @@ def attention_branch(
         hidden_B = past[2]
         k_BSGK = torch.cat([past[0], k_BSGK], dim=1)
         v_BSGK = torch.cat([past[1], v_BSGK], dim=1)
-    out_BTHK = sliding_window_attention(q_BTHK, k_BSGK, v_BSGK, window=window, hidden_B=hidden_B, backend=backend)
+    out_BTHK = sliding_window_attention(
+        q_BTHK,
+        k_BSGK,
+        v_BSGK,
+        window=window,
+        # No padding is of a query's document: its position says all.
+        hidden_B=None if doc_position_BT is not None else hidden_B,
+        doc_position_BT=doc_position_BT,
+        backend=backend,
+    )
     keep = k_BSGK.size(1) if window is None else min(window - 1, k_BSGK.size(1))
     first = k_BSGK.size(1) - keep
     hidden_B = None if hidden_B is None else (hidden_B - first).clamp_min(0)

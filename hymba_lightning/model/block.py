@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
-from hymba_lightning.model.layers import Linear, rms_norm
+from hymba_lightning.model.layers import Linear, is_plain, rms_norm
 from hymba_lightning.model.mixer import LayerState
 from hymba_lightning.model.mixers import mixer_class
 from hymba_lightning.model.roles import Module, Role, parameter
@@ -15,18 +15,18 @@ from hymba_lightning.ops.leaky_square_mlp import leaky_square_mlp
 
 
 class MLP(Module):
-    """W_2 (leaky_relu(W_1 x))², hidden width mlp_mult * d_model, W_2 zero-initialised."""
+    """W_2 (leaky_relu(W_1 x))², W_2 zero-initialised."""
 
     part = "mlp"
 
-    def __init__(self, d_model: int, mult: int, slope: float, backend: str = "auto") -> None:
+    def __init__(self, d_model: int, width: int, slope: float, backend: str = "auto") -> None:
         super().__init__()
         self.slope, self.backend = slope, backend
-        self.fc = Linear(d_model, mult * d_model)
-        self.proj = Linear(mult * d_model, d_model, zero_init=True)
+        self.fc = Linear(d_model, width)
+        self.proj = Linear(width, d_model, zero_init=True)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and is_plain(self.fc) and is_plain(self.proj):
             w_in, w_out = (linear.cast_weight(x_BTD.dtype) for linear in (self.fc, self.proj))
             return leaky_square_mlp(x_BTD, w_in, w_out, self.slope, backend=self.backend)
         # Calibration looks at what the two modules are called with.
@@ -42,18 +42,24 @@ class Block(Module):
         super().__init__()
         d = config.d_model
         self.attn = mixer_class(config.mixer)(config, runtime, window, shared_kv)
-        self.mlp = MLP(d, config.mlp_mult, config.mlp_slope, runtime.mlp_backend)
+        self.mlp = MLP(d, config.mlp_hidden, config.mlp_slope, runtime.mlp_backend)
         self.attn_scale = parameter(torch.ones(d), Role.CONTROL)
         self.mlp_scale = parameter(torch.ones(d), Role.CONTROL)
         self.resid_mix = parameter(torch.stack([torch.ones(d), torch.zeros(d)]), Role.CONTROL)
 
     def forward(
-        self, x_BTD: Tensor, x0_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None, return_state: bool
+        self,
+        x_BTD: Tensor,
+        x0_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        state: LayerState | None,
+        return_state: bool,
+        doc_position_BT: Tensor | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """x and x0 (B, T, D) → x (B, T, D), and the mixer's new state when asked."""
         mix = self.resid_mix.to(x_BTD.dtype)
         x_BTD = mix[0] * x_BTD + mix[1] * x0_BTD
-        mixed_BTD, new_state = self.attn(rms_norm(x_BTD), rope, state, return_state)
+        mixed_BTD, new_state = self.attn(rms_norm(x_BTD), rope, state, return_state, doc_position_BT)
         x_BTD = x_BTD + self.attn_scale.to(x_BTD.dtype) * mixed_BTD
         x_BTD = x_BTD + self.mlp_scale.to(x_BTD.dtype) * self.mlp(rms_norm(x_BTD))
         return x_BTD, new_state

@@ -26,17 +26,21 @@ class HymbaConfig:
     n_kv_heads: int = 4
     """Key/value heads G (grouped-query attention); must divide n_heads."""
     window: int = 512
-    """Keys a token sees in sliding-window attention, itself included: 0 <= i - j < window."""
+    """Keys a token sees in sliding-window attention, itself included: 0 <= i - j < window. The released Hymba models
+    count without itself."""
     layer_windows: list[int] | None = None
     """A window for each layer instead of the same one for all, e.g. short ones with a few long ones between."""
     global_layers: str | list[int] = "none"
     """Layers with full causal attention instead of the window: 'none', 'auto' (first, middle, last) or a list."""
     mlp_mult: int = 4
     """Hidden width of the MLP as a multiple of d_model."""
+    mlp_width: int = 0
+    """Hidden width of the MLP where it is no multiple of d_model; 0 takes mlp_mult."""
     mlp_slope: float = 0.9
     """Negative slope of the MLP's leaky ReLU, whose output is squared."""
     mixer: str = "mamba"
-    """The recurrent branch beside attention, by the name of its file in model/mixers."""
+    """The recurrent branch beside attention, by the name of its file in model/mixers. 'official' is the whole network
+    of the released Hymba models: that file says how it differs."""
     mixer_options: dict[str, int | float] | None = None
     """What a mixer has beyond these fields, by name; its file says what."""
     expand: int = 1
@@ -63,17 +67,28 @@ class HymbaConfig:
     """Let SmearGate and BigramHash see nothing before a document's first token. False keeps the reference's
     defect 10: both reach across document boundaries."""
     bos_id: int = 1
-    """Token id that starts a document (used by reset_at_bos)."""
+    """Token id that starts a document (used by reset_at_bos and packed_documents)."""
+    packed_documents: bool = False
+    """Compute each document of a sequence as if it stood alone: scan, convolution and attention see nothing before the
+    latest bos_id (intra-document masking, as in Llama 3, arXiv:2407.21783). False lets them read on from the documents
+    before."""
     kv_share_every: int = 1
     """Layers in groups of this size share one key/value projection; 1 shares nothing."""
+    kv_groups: list[list[int]] | None = None
+    """Groups of layers in which the later ones read the first one's keys and values, as they are, and have no
+    projection of their own (only mixer 'official')."""
     meta_tokens: int = 0
-    """Learned vectors put before the embedded sequence and stripped before the head."""
+    """Learned vectors put before the embedded sequence and stripped before the head. Under mixer 'official' every
+    token sees them, however far it is; otherwise those that lie within its window."""
     rope_base: float = 10000.0
     """Base of the rotary position embedding."""
+    rope_scale: float = 1.0
+    """Context wanted over the context trained with: rope_base is multiplied by (2·rope_scale - 1)^(K/(K-2)) at head_dim
+    K (NTK-aware scaling, always on)."""
     qk_gain: float = 1.5
     """Starting value of the learned per-head gain on the normalised queries."""
     logit_softcap: float = 30.0
-    """Logits are softcap * tanh(logits / softcap)."""
+    """Logits are softcap * tanh(logits / softcap); 0 leaves them as they are."""
     ortho_init: bool = True
     """Orthogonal start for linears with both sides >= 16 (zero-initialised ones stay zero)."""
     dt_init: str = "linear"
@@ -98,6 +113,8 @@ class HymbaConfig:
     dynamics_norm: bool = False
     """RMS-normalise what the scan takes from its input: the time step's low-rank vector, B and C (as the released Hymba
     models do, there with learned weights)."""
+    norm_eps: float = 1e-6
+    """What norms with learned weights add to the mean square (only mixer 'official')."""
     dynamics_dtype: str = "float32"
     """Storage of A_log and of the dt projection's weight. 'bfloat16' keeps the reference's defect 2 (it also stores
     them in bfloat16, about 13 thousandths of a bit per byte in another's measurement)."""
@@ -143,15 +160,30 @@ class HymbaConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose from {', '.join(allowed)}")
         if not 0 < self.dt_min <= self.dt_max:
             raise ValueError(f"0 < dt_min <= dt_max is needed, got dt_min={self.dt_min}, dt_max={self.dt_max}")
-        for name in ("logit_softcap", "rope_base"):
+        for name in ("rope_base", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        if not 0 <= self.logit_softcap < math.inf:
+            raise ValueError(f"logit_softcap must be positive and finite, or 0 for none, got {self.logit_softcap}")
+        if not 1 <= self.rope_scale < math.inf:
+            raise ValueError(f"rope_scale must be finite and at least 1, got {self.rope_scale}")
+        if self.rope_scale != 1 and self.head_dim == 2:
+            raise ValueError("rope_scale needs a head_dim over 2: change n_heads or leave rope_scale at 1")
+        if self.mlp_width < 0:
+            raise ValueError(f"mlp_width={self.mlp_width} must not be negative; 0 takes mlp_mult")
         if not 0 <= self.tied_embed_std < math.inf:
             raise ValueError(f"tied_embed_std must be finite and not negative, got {self.tied_embed_std}")
         if not (math.isfinite(self.mlp_slope) and math.isfinite(self.qk_gain)):
             raise ValueError(f"mlp_slope={self.mlp_slope} and qk_gain={self.qk_gain} must be finite")
         if not 0 <= self.bos_id < self.vocab_size:
             raise ValueError(f"bos_id={self.bos_id} is not a token id below vocab_size={self.vocab_size}")
+        if self.packed_documents and not self.reset_at_bos:
+            raise ValueError("packed_documents needs reset_at_bos: embeddings must not reach across documents either")
+        if self.packed_documents and self.meta_tokens:
+            raise ValueError(
+                f"packed_documents leaves no way to meta_tokens={self.meta_tokens}, which stand before a sequence and "
+                "not before each of its documents: set one of the two to 0 or false"
+            )
         if self.n_layers < 2:
             raise ValueError("n_layers must be at least 2: the U-Net skips need a first and a second half")
         if self.layer_windows is not None and (len(self.layer_windows) != self.n_layers or min(self.layer_windows) < 1):
@@ -160,6 +192,32 @@ class HymbaConfig:
                 "1, or null for the same window in all layers"
             )
         self.global_layer_set()
+        self._check_kv_groups()
+        if self.mixer == "official":
+            lacking = {name: off for name, off in NOT_OFFICIAL.items() if getattr(self, name) != off}
+            if lacking:
+                wanted = ", ".join(f"{name}={off!r}" for name, off in lacking.items())
+                raise ValueError(f"mixer 'official' is the released models' network, which has no such part: {wanted}")
+        elif self.kv_groups is not None or self.norm_eps != 1e-6:
+            raise ValueError(f"kv_groups and norm_eps are of mixer 'official', and this is {self.mixer!r}: leave both")
+
+    def _check_kv_groups(self) -> None:
+        """Groups are of rising layers with one window, and no layer is in two."""
+        groups = self.kv_groups or []
+        layers = [layer for group in groups for layer in group]
+        wrong = [
+            group
+            for group in groups
+            if len(group) < 2
+            or group != sorted(set(group))
+            or not 0 <= group[0] <= group[-1] < self.n_layers
+            or len({self.window_of(layer) for layer in group}) > 1
+        ]
+        if wrong or len(layers) != len(set(layers)):
+            raise ValueError(
+                f"kv_groups={groups} must be lists of two or more rising layers from 0 to {self.n_layers - 1}, all of "
+                f"a list with the same window, and no layer in two of them{f': look at {wrong}' if wrong else ''}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -170,6 +228,30 @@ class HymbaConfig:
     def d_inner(self) -> int:
         """Channels E of the recurrent branch."""
         return self.expand * self.d_model
+
+    @property
+    def value_dim(self) -> int:
+        """Width V of a head's values: wider than its keys under mixer 'official', so that attention's output has the
+        recurrent branch's width."""
+        return self.d_inner // self.n_heads if self.mixer == "official" else self.head_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden width of the MLP after resolving 0."""
+        return self.mlp_width or self.mlp_mult * self.d_model
+
+    @property
+    def resolved_rope_base(self) -> float:
+        """Base of the rotary position embedding after rope_scale."""
+        if self.rope_scale == 1:
+            return self.rope_base
+        return self.rope_base * (2 * self.rope_scale - 1) ** (self.head_dim / (self.head_dim - 2))
+
+    @property
+    def kv_owners(self) -> list[int]:
+        """For each layer the one whose keys and values it reads, by kv_groups."""
+        owner = {layer: group[0] for group in self.kv_groups or [] for layer in group}
+        return [owner.get(layer, layer) for layer in range(self.n_layers)]
 
     @property
     def resolved_dt_rank(self) -> int:
@@ -203,9 +285,8 @@ class HymbaConfig:
         return self.n_heads + (self.d_inner if self.merge == "concat" else self.d_model) // self.head_dim
 
     def to_dict(self) -> dict:
-        """Plain values, for checkpoints and artifacts; readable by versions before the mixers where it has none."""
-        plain = {"mixer": "mamba", "mixer_options": None}
-        return {name: value for name, value in dataclasses.asdict(self).items() if plain.get(name, self) != value}
+        """Plain values, for checkpoints and artifacts; readable by versions before a later field that is not used."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if LATER.get(name, self) != value}
 
     @classmethod
     def from_dict(cls, values: dict) -> "HymbaConfig":
@@ -244,8 +325,34 @@ def _is_options(value: Any) -> bool:
     return type(value) is dict and all(type(name) is str and _is_of(float, value[name]) for name in value)
 
 
+def _is_groups(value: Any) -> bool:
+    return type(value) is list and all(_is_list(group) for group in value)
+
+
+# Fields that came later, with what they are in every network of before.
+LATER: dict[str, Any] = {
+    "packed_documents": False,
+    "mixer": "mamba",
+    "mixer_options": None,
+    "mlp_width": 0,
+    "kv_groups": None,
+    "rope_scale": 1.0,
+    "norm_eps": 1e-6,
+}
+# Parts of ours that mixer 'official' has no place for, and what is none of them.
+NOT_OFFICIAL: dict[str, Any] = {
+    "packed_documents": False,
+    "smear_gate": False,
+    "bigram_hash": False,
+    "kv_share_every": 1,
+    "branch_norm": False,
+    "branch_gate": 0,
+    "value_gate": False,
+    "dynamics_norm": False,
+}
+
 # What fields may be beyond the type of their default.
-LISTS = {"global_layers": _is_list, "layer_windows": _is_list, "mixer_options": _is_options}
+LISTS = {"global_layers": _is_list, "layer_windows": _is_list, "mixer_options": _is_options, "kv_groups": _is_groups}
 
 
 def backend_of(op: str) -> Any:

@@ -18,11 +18,13 @@ def matmul_params(net: Hymba) -> int:
 def train_flops_per_token(net: Hymba, seq_len: int) -> float:
     """Floating-point operations a training token needs, forward and backward, without recomputation.
 
-    Matrix products 6·N, attention 12·D·(mean keys seen), and three times what a recurrent branch needs forward.
+    Matrix products 6·N, attention 6·(widths of queries and outputs)·(mean keys seen), and three times what a recurrent
+    branch needs forward.
     """
     total = 6.0 * matmul_params(net)
+    widths = net.config.d_model + net.config.n_heads * net.config.value_dim
     for block in net.layers:
         span = min(block.attn.window or seq_len, seq_len)
         keys = span - span * (span - 1) / (2 * seq_len)
-        total += 12 * net.config.d_model * keys + 3 * block.attn.branch_flops()
+        total += 6 * widths * keys + 3 * block.attn.branch_flops()
     return total

@@ -21,7 +21,9 @@ from hymba_lightning.model.embedding import BigramHash, SmearGate, embed_tokens
 from hymba_lightning.model.init import initialise
 from hymba_lightning.model.layers import Embedding, Linear, rms_norm
 from hymba_lightning.model.mixer import LayerState, own
+from hymba_lightning.model.mixers import network_class
 from hymba_lightning.model.roles import Module, Role, parameter
+from hymba_lightning.ops.documents import document_positions
 from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
 
 
@@ -37,15 +39,24 @@ class HymbaState(NamedTuple):
     last_id: Tensor  # (B, 1) the last token, for the bigram hash
     last_vector: Tensor  # (B, 1, D) its embedding before smearing
     position: int | Tensor  # rotary position of the next token, (B,) int64 where it differs by row
+    doc_tokens: Tensor | None = None  # (B,) int32 tokens so far of the last document, where documents are packed
 
     def tensors(self) -> list[Tensor]:
         """All tensors of it, those of a layer one after another; each has the batch first."""
         own = [tensor for layer in self.layers for tensor in (layer.keys, layer.values, *layer.recurrent, layer.hidden)]
-        return [tensor for tensor in (*own, self.last_id, self.last_vector) if tensor is not None]
+        return [tensor for tensor in (*own, self.last_id, self.last_vector, self.doc_tokens) if tensor is not None]
 
 
 class Hymba(Module):
-    """A Hymba language model. Raises ValueError where its mixer does not have the sizes or options of the config."""
+    """A Hymba language model. Raises ValueError where its mixer does not have the sizes or options of the config.
+
+    A mixer's file may have a network of its own, a subclass `Network`, which is then what is made.
+    """
+
+    def __new__(cls, config: HymbaConfig | None = None, *args: Any, **kwargs: Any) -> Hymba:
+        # Copies and pickles make an object of the class that they know, without arguments.
+        made = cls if config is None or cls is not Hymba else network_class(config.mixer) or cls
+        return super().__new__(made)
 
     def __init__(self, config: HymbaConfig, runtime: RuntimeConfig | None = None) -> None:
         super().__init__()
@@ -84,7 +95,7 @@ class Hymba(Module):
         attention sees differences of positions only."""
         shift = state.position if int(torch.as_tensor(state.position).max()) >= rebase_at else 0
         layers = [block.attn.compact(layer, shift) for block, layer in zip(self.layers, state.layers, strict=True)]
-        return HymbaState(layers, own(state.last_id), own(state.last_vector), state.position - shift)
+        return HymbaState(layers, own(state.last_id), own(state.last_vector), state.position - shift, state.doc_tokens)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> Path:
         """Writes config.json and weights for Hugging Face's libraries: `interop.pretrained.save_pretrained`."""
@@ -119,28 +130,36 @@ class Hymba(Module):
         if targets is None:
             out = self.logits(hidden_BTD)
         else:
-            nats_N = softcapped_cross_entropy(
-                self.raw_logits(hidden_BTD).flatten(0, 1),
-                targets.flatten(),
-                cap=self.config.logit_softcap,
-                backend=self.runtime.loss_backend,
-            )
+            nats_N = self.nats(self.raw_logits(hidden_BTD).flatten(0, 1), targets.flatten())
             out = nats_N.view_as(targets) if reduction == "none" else getattr(nats_N, reduction)()
         return out if new_state is None else (out, new_state)
 
+    def nats(self, raw_logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+        """Cross-entropy (N,) float32 of logits before the softcap."""
+        cap = self.config.logit_softcap
+        if not cap:
+            return F.cross_entropy(raw_logits_NV.float(), targets_N, reduction="none")
+        return softcapped_cross_entropy(raw_logits_NV, targets_N, cap=cap, backend=self.runtime.loss_backend)
+
     def raw_logits(self, hidden_BTD: Tensor) -> Tensor:
         """Logits (B, T, V) of the last block's output (B, T, D) before the softcap, in the compute dtype."""
-        head = (
-            self.tok_emb.weight.to(hidden_BTD.dtype)
-            if self.lm_head is None
-            else self.lm_head.cast_weight(hidden_BTD.dtype)
-        )
-        return F.linear(rms_norm(hidden_BTD), head)
+        normed_BTD = self.normed(hidden_BTD)
+        if self.lm_head is not None:
+            return self.lm_head(normed_BTD)
+        return F.linear(normed_BTD, self.tok_emb.weight.to(normed_BTD.dtype))
+
+    def enter(self, embedded_BTD: Tensor) -> Tensor:
+        """What the first block reads of the embedded tokens (B, T, D)."""
+        return rms_norm(embedded_BTD)
+
+    def normed(self, hidden_BTD: Tensor) -> Tensor:
+        """What the head reads of the last block's output (B, T, D)."""
+        return rms_norm(hidden_BTD)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Softcapped logits (B, T, V) of the last block's output (B, T, D), in the compute dtype."""
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(self.raw_logits(hidden_BTD) / cap)
+        cap, logits_BTV = self.config.logit_softcap, self.raw_logits(hidden_BTD)
+        return cap * torch.tanh(logits_BTV / cap) if cap else logits_BTV
 
     def hidden(
         self, inputs: Tensor, state: HymbaState | None = None, return_state: bool = False
@@ -156,25 +175,35 @@ class Hymba(Module):
             last_id_B1=None if state is None else state.last_id,
             last_vector_B1D=None if state is None else state.last_vector,
         )
-        x_BTD = rms_norm(x_BTD)
+        x_BTD = self.enter(x_BTD)
         n_meta = self.config.meta_tokens if state is None else 0
         if n_meta:
             x_BTD = torch.cat([self.meta_tokens.to(x_BTD.dtype).expand(x_BTD.size(0), -1, -1), x_BTD], dim=1)
         first = 0 if state is None else state.position
-        head_dim, base = self.config.head_dim, self.config.rope_base
+        head_dim, base = self.config.head_dim, self.config.resolved_rope_base
         if isinstance(first, Tensor):
             rope = rope_table_of_rows(first, x_BTD.size(1), head_dim, base)
         else:
             rope = rope_table(first, x_BTD.size(1), head_dim, base, x_BTD.device)
-        x_BTD, layers = self.run_blocks(x_BTD, rope, state, return_state)
+        doc_position_BT = None
+        if self.config.packed_documents:
+            earlier_B = None if state is None else state.doc_tokens
+            doc_position_BT = document_positions(inputs, self.config.bos_id, earlier_B)
+        x_BTD, layers = self.run_blocks(x_BTD, rope, state, return_state, doc_position_BT)
         if n_meta:
             x_BTD = x_BTD[:, n_meta:]
         if not return_state:
             return x_BTD, None
-        return x_BTD, HymbaState(layers, inputs[:, -1:], last_vector, first + n_meta + inputs.size(1))
+        doc_tokens_B = None if doc_position_BT is None else doc_position_BT[:, -1] + 1
+        return x_BTD, HymbaState(layers, inputs[:, -1:], last_vector, first + n_meta + inputs.size(1), doc_tokens_B)
 
     def run_blocks(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: HymbaState | None, return_state: bool
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        state: HymbaState | None,
+        return_state: bool,
+        doc_position_BT: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerState]]:
         """Runs all blocks; each block of the second half first adds the weighted output of its mirror in the first."""
         x0_BTD = x_BTD
@@ -185,7 +214,7 @@ class Hymba(Module):
             if index >= self.n_skips and skips:
                 x_BTD = x_BTD + self.skip_weights[0, index - self.n_skips].to(x_BTD.dtype) * skips.pop()
             layer_state = None if state is None else state.layers[index]
-            args = (x_BTD, x0_BTD, rope, layer_state, return_state)
+            args = (x_BTD, x0_BTD, rope, layer_state, return_state, doc_position_BT)
             x_BTD, new_layer = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
             if index < self.n_skips:
                 skips.append(x_BTD)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +23,17 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
-class Linear(Module):
+class Linear(Module, nn.Linear):
     """A matrix without bias, float32 in storage, cast to the activations' dtype where it is used.
 
-    `zero_init` marks it for a zero start.
+    One of torch's linears, so that libraries which look for those (peft) know what it is. `zero_init` marks it for a
+    zero start.
     """
 
     def __init__(self, d_in: int, d_out: int, *, zero_init: bool = False, role: Role = Role.MATRIX) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = d_in, d_out
+        self.register_parameter("bias", None)
         self.weight = parameter(torch.empty(d_out, d_in), role)
         self.zero_init = zero_init
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
@@ -84,11 +88,18 @@ class TimeStepProjection(Module):
             self.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
-def fused_linear(x: Tensor, linears: list[Linear], sizes: list[int], unit: int) -> list[Tensor]:
+def is_plain(linear: nn.Module) -> bool:
+    """Whether it is a `Linear` itself, whose weight says all; not e.g. a LoRA adapter that was put in its place."""
+    return type(linear) is Linear
+
+
+def fused_linear(x: Tensor, linears: list[Linear], sizes: list[int], unit: int) -> Sequence[Tensor]:
     """Several projections of the same input (B, T, D) as one matrix product, cut into outputs (B, T, size).
 
     `unit`, a divisor of every size, is the granularity of the cut.
     """
+    if not all(is_plain(linear) for linear in linears):
+        return torch.cat([linear(x) for linear in linears], dim=-1).split(sizes, dim=-1)
     weights = [linear.cast_weight(x.dtype) for linear in linears]
     if x.numel() <= FEW_ROWS * x.size(-1) and not torch.is_grad_enabled():
         # Putting the matrices together would cost more than the products.

@@ -77,12 +77,7 @@ class HybridMixer(Module):
         d, e = config.d_model, config.d_inner
         self.config, self.window, self.runtime = config, window, runtime
         self.head_dim = config.head_dim
-        given = config.mixer_options or {}
-        unknown = sorted(set(given) - set(self.options))
-        if unknown:
-            known = ", ".join(self.options) or "none"
-            raise ValueError(f"mixer_options has {', '.join(unknown)}, and {config.mixer!r} takes {known}")
-        self.widths = self.input_widths(self.options | given)
+        self.widths = self.input_widths(self.given_options())
         self.c_q = Linear(d, d)
         own_kv = Linear(d, 2 * config.n_kv_heads * config.head_dim) if shared_kv is None else shared_kv
         self.kv_proj = own_kv
@@ -103,6 +98,15 @@ class HybridMixer(Module):
             parameter(torch.zeros(config.gate_groups, config.branch_gate), Role.SCALAR) if config.branch_gate else None
         )
 
+    def given_options(self) -> dict[str, int | float]:
+        """All options, with the config's values. Raises ValueError for one that this mixer does not have."""
+        given = self.config.mixer_options or {}
+        unknown = sorted(set(given) - set(self.options))
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise ValueError(f"mixer_options has {', '.join(unknown)}, and {self.config.mixer!r} takes {known}")
+        return self.options | given
+
     def input_widths(self, options: dict[str, int | float]) -> list[int]:
         """Columns of each projection of the input that the branch takes; called first, with all `options`. Raises
         ValueError for sizes that it does not have."""
@@ -113,10 +117,16 @@ class HybridMixer(Module):
         raise NotImplementedError
 
     def branch(
-        self, x_BTD: Tensor, inputs: list[Tensor], state: tuple[Tensor, ...] | None, return_state: bool
+        self,
+        x_BTD: Tensor,
+        inputs: list[Tensor],
+        state: tuple[Tensor, ...] | None,
+        return_state: bool,
+        doc_position_BT: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The mixer's input, its projections (B, T, width) and the state before (None: no tokens) → (B, T, E), and with
-        `return_state` the state after these tokens."""
+        `return_state` the state after these tokens. Where there are document positions (ops.documents), a token at 0
+        sees nothing before it."""
         raise NotImplementedError
 
     def branch_flops(self) -> float:
@@ -136,15 +146,31 @@ class HybridMixer(Module):
         """Linears that multiply this module's input as one matrix, without being called: calibration asks for them."""
         return [self.c_q, self.kv_proj, self.mamba_proj]
 
+    def silencing(self) -> tuple[Tensor, Tensor]:
+        """Views of weights without which attention's branch gives zeros, and of those without which the other does."""
+        values = self.kv_proj.weight[self.kv_proj.weight.size(0) // 2 :]
+        if self.mamba_out_proj is None:
+            return values, self.proj.weight[:, self.config.d_model :]
+        return values, self.mamba_out_proj.weight
+
+    def forget(self, state: LayerState) -> LayerState:
+        """The same state with the recurrent branch's part empty."""
+        return state._replace(recurrent=tuple(torch.zeros_like(part) for part in state.recurrent))
+
     def compact(self, state: LayerState, shift: int | Tensor) -> LayerState:
         """The same state without memory that it only keeps alive, as if its tokens stood `shift` positions lower, (B,)
         where that differs by row."""
         turn = isinstance(shift, Tensor) or shift > 0
-        keys = turn_back(state.keys, shift, self.config.rope_base) if turn else own(state.keys)
+        keys = turn_back(state.keys, shift, self.config.resolved_rope_base) if turn else own(state.keys)
         return LayerState(keys, own(state.values), tuple(own(tensor) for tensor in state.recurrent), state.hidden)
 
     def forward(
-        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor], state: LayerState | None, return_state: bool
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        state: LayerState | None,
+        return_state: bool,
+        doc_position_BT: Tensor | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """x (B, T, D) → (B, T, D), and the layer's new state when asked."""
         kv = self.kv_proj.weight.size(0) // 2
@@ -166,9 +192,11 @@ class HybridMixer(Module):
             head_dim=self.head_dim,
             window=self.window,
             past=past,
+            doc_position_BT=doc_position_BT,
             backend=self.runtime.attention_backend,
         )
-        y_BTE, recurrent = self.branch(x_BTD, inputs, None if state is None else state.recurrent, return_state)
+        recurrent_before = None if state is None else state.recurrent
+        y_BTE, recurrent = self.branch(x_BTD, inputs, recurrent_before, return_state, doc_position_BT)
         scanned_BTD = y_BTE if self.mamba_out_proj is None else self.mamba_out_proj(y_BTE)
         if self.config.branch_norm:
             attended_BTD, scanned_BTD = rms_norm(attended_BTD), rms_norm(scanned_BTD)

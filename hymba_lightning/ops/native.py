@@ -49,6 +49,13 @@ def rows(x_BTX: Tensor) -> tuple[np.ndarray, int]:
     return flat(x_BTX), width
 
 
+def positions(doc_position_BT: Tensor | None) -> tuple[np.ndarray, bool]:
+    """Document positions as a flat int32 array, and whether there are any: one compiled kernel serves both."""
+    if doc_position_BT is None:
+        return np.zeros(1, np.int32), False
+    return doc_position_BT.contiguous().view(-1).numpy(), True
+
+
 def _prepare(kernel: Callable[..., None], name: str, arguments: tuple) -> None:
     """Loads `kernel` from numba's cache on disk, or compiles it; says so, because the latter takes seconds."""
     with _preparing:

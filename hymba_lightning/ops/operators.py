@@ -17,7 +17,7 @@ class Contract(NamedTuple):
     """The operands of an operator and what its backward is given, as words: `Tensor u, Tensor? z, float cap`."""
 
     operands: str
-    """With their types; a `Tensor?` may be None."""
+    """With their types; a `Tensor?` may be None, and one that is `=None` may be left out."""
     results: str
     """Names of the outputs. The first `n_differentiable` of them have gradients; through the others there is none."""
     n_differentiable: int
@@ -37,7 +37,7 @@ def make_operator(
     differentiable results, *kept) -> the gradients; that of an absent operand is empty. `shapes` (*operands) gives
     results without values. Gradients are contiguous, in the shape and dtype of what the contract says.
     """
-    types = {word.split()[1]: word.split()[0] for word in contract.operands.split(", ")}
+    types = {word.split()[1].partition("=")[0]: word.split()[0] for word in contract.operands.split(", ")}
     results, kept = contract.results.split(), contract.kept.split()
     g_results = [f"g_{result}" for result in results[: contract.n_differentiable]]
     likes = {word.partition("=")[0]: word for word in contract.gradients.split()}

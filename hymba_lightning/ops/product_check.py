@@ -17,6 +17,7 @@ from hymba_lightning.ops.leaky_square_mlp import leaky_square_mlp
 from hymba_lightning.ops.leaky_square_mlp import triton_launches as mlp_triton
 from hymba_lightning.ops.newton_schulz import newton_schulz_step
 from hymba_lightning.ops.newton_schulz import triton_launches as schulz_triton
+from hymba_lightning.ops.prefix_window import prefix_window_attention
 from hymba_lightning.ops.sliding_window import available_backends as attention_backends
 from hymba_lightning.ops.sliding_window import sliding_window_attention
 from hymba_lightning.ops.testing import rms_ratio
@@ -34,6 +35,13 @@ ATTENTIONS = (
     (1, 513, 513, 2, 2, 128, None),
     (2, 1, 300, 8, 4, 64, 300),
     (2, 130, 130, 4, 2, 64, 1),
+)
+# B, T, S, H, G, K, V, window, prefix
+PREFIXES = (
+    (1, 3000, 3000, 25, 5, 64, 128, 1025, 128),
+    (2, 700, 1852, 25, 5, 64, 128, 1025, 128),
+    (2, 1, 1153, 25, 5, 64, 128, 1025, 128),
+    (1, 300, 300, 4, 2, 64, 64, 33, 5),
 )
 # M, D, F
 MLPS = ((700, 512, 2048), (45, 24, 72), (1, 8, 8), (65536, 512, 2048))
@@ -81,6 +89,21 @@ def attention_inputs(batch: int, queries: int, keys: int, heads: int, kv_heads: 
 def run_attention(i: Any, window: int | None, backend: str) -> tuple[Tensor]:
     """The output alone."""
     return (sliding_window_attention(i["q"], i["k"], i["v"], window=window, backend=backend),)
+
+
+def prefix_inputs(batch: int, queries: int, keys: int, heads: int, kv_heads: int, width: int, value: int) -> Inputs:
+    """Random operands, bfloat16."""
+    shapes = {
+        "q": (batch, queries, heads, width),
+        "k": (batch, keys, kv_heads, width),
+        "v": (batch, keys, kv_heads, value),
+    }
+    return {name: torch.randn(*shape, device="cuda").bfloat16() for name, shape in shapes.items()}
+
+
+def run_prefix(i: Any, window: int, prefix: int, backend: str) -> tuple[Tensor]:
+    """The output alone."""
+    return (prefix_window_attention(i["q"], i["k"], i["v"], window=window, prefix=prefix, backend=backend),)
 
 
 def mlp_inputs(tokens: int, width: int, hidden: int) -> Inputs:
@@ -134,6 +157,14 @@ def check(quick: bool = False) -> bool:
                 attention_inputs(*shape),
                 torch.bfloat16,
             )
+    for *shape, window, prefix in PREFIXES[:count]:
+        passed &= compare(
+            f"attention and prefix {tuple(shape)} window {window} prefix {prefix}",
+            functools.partial(run_prefix, window=window, prefix=prefix, backend="blocked"),
+            functools.partial(run_prefix, window=window, prefix=prefix, backend="naive"),
+            prefix_inputs(*shape),
+            torch.bfloat16,
+        )
     if "triton" in mlp_backends("cuda"):
         for mlp in MLPS[:count]:
             passed &= compare(

@@ -1,7 +1,8 @@
-"""A thread pool for independent work items, with as many threads as torch uses.
+"""Runs the independent parts of an op on several CPU threads: one barrier for all the work instead of one per operator.
 
-OpenMP makes every thread wait for the slowest at the end of each operator, which costs much on a busy machine; here
-only the end of all the work is waited for.
+torch's own operators (OpenMP) share each operator out over the threads and make all of them wait for the slowest at its
+end. On a busy machine those waits cost more than the threads gain. Here a thread takes a whole part, such as one
+sequence, goes through all its operators alone, and takes the next; only the end of the last part is waited for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 
 @contextlib.contextmanager
 def one_torch_thread() -> Iterator[int]:
-    """Keeps torch's CPU operators to the thread that calls them; gives how many threads they had before."""
+    """Inside, torch's CPU operators run on the thread that calls them. Yields the number of threads they had before,
+    which they have again afterwards."""
     threads = torch.get_num_threads()
     if threads == 1:
         yield threads
@@ -36,9 +38,16 @@ def _pool(process_id: int, workers: int) -> ThreadPoolExecutor:
 
 
 def spread(work: Callable[[int], None], n_items: int, threads: int) -> None:
-    """Calls work(item) once for every item in [0, n_items), on the calling thread and up to threads-1 others.
+    """Calls `work(item)` once for each item 0 … n_items - 1, on several threads; returns when all are done.
 
-    The items must be independent and release the GIL in their long parts. An exception in one of them is raised here.
+    Args:
+        work: What is done for an item. Calls run side by side, so that they must not write to the same memory, and they
+            gain time only where they release the GIL, as numba's functions and torch's operators do.
+        n_items: Number of items.
+        threads: Most threads, the calling one included.
+
+    Raises:
+        Exception: what `work` raised first on the calling thread or, failing that, on another one.
     """
     # Taking the next number of a count is atomic, and a thread that is held up delays no more than one item.
     counter = itertools.count()
@@ -55,7 +64,11 @@ def spread(work: Callable[[int], None], n_items: int, threads: int) -> None:
 
 
 def spread_torch(work: Callable[[int], None], n_items: int) -> None:
-    """`spread` for items made of torch operators, each of which keeps to its thread and records no gradient."""
+    """`spread` over as many threads as torch has now, for items that consist of torch operators.
+
+    Each operator keeps to its item's thread. No gradient is recorded; inference mode holds in the items where it holds
+    for the caller.
+    """
     inference = torch.is_inference_mode_enabled()
 
     def run(item: int) -> None:

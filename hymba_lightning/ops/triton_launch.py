@@ -1,4 +1,4 @@
-"""What the launches of every Triton kernel have in common."""
+"""What the launches of every Triton kernel have in common: facts about the GPU, and tensors as kernels want them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def can_prefetch(device: torch.device) -> bool:
-    """Whether kernels for the device may hold NVIDIA's assembly: not in the interpreter, nor on others' GPUs."""
+    """Whether kernels for the device may contain PTX, NVIDIA's assembly: not in Triton's interpreter, which runs on the
+    CPU, and not on other makers' GPUs."""
     return device.type != "cpu" and torch.version.hip is None
 
 
 def readable(x: Tensor) -> Tensor:
-    """x itself, with any stride but over its last dimension, or a copy if that is not contiguous."""
+    """`x` as a kernel can address it, with neighbours of the last dimension side by side in memory: `x` itself where
+    that holds, whatever its other strides, else a contiguous copy."""
     return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
 
 
 def as_gradient(x: Tensor, like: Tensor) -> Tensor:
-    """x in the type of `like`, contiguous and in memory of its own, as an operator has to return it."""
+    """`x` in the dtype of `like`, contiguous and in memory of its own: what torch.library asks of an operator's result,
+    which must not be a view of another tensor."""
     return x.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def hopper_missing(device_type: str) -> str | None:
-    """`missing` of a backend whose kernels were made for a Hopper: such a GPU, or the interpreter (tests)."""
+    """Why kernels that were made for a Hopper (compute capability 9) cannot run there, None where they can: on such a
+    GPU, or in Triton's interpreter (tests). For the `check` of a backend's entry."""
     reason = needs_triton(device_type)
     if reason is None and device_type == "cuda":
         major = torch.cuda.get_device_capability()[0]

@@ -7,6 +7,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# A time step after which nothing of a state is left, whatever its rate: exp2 of its product with a rate is exactly 0.
+# Finite, since 0 · ∞ would be no number.
+FORGET = tl.constexpr(1e30)
 
 
 @triton.jit
@@ -52,6 +55,15 @@ def inside_if(channel, E: tl.constexpr, condition):
     """The mask of the channels below E if the scalar condition holds, of none if not."""
     # Widening the condition itself to a vector makes the interpreter's masks integers, which its loads refuse.
     return channel < tl.where(condition, E, 0)
+
+
+@triton.jit
+def forget_if_first(doc_position, known, MASKED: tl.constexpr):
+    """FORGET where a document starts, else 0: a scalar to add to the time that a decay is of."""
+    if MASKED:
+        return tl.where(tl.load(doc_position, mask=known, other=1) == 0, FORGET, 0.0)
+    else:
+        return tl.where(tl.load(doc_position) == 0, FORGET, 0.0)
 
 
 @triton.jit

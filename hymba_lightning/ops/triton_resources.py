@@ -100,7 +100,9 @@ def recorded(module: ModuleType) -> Iterator[list[Launch]]:
             setattr(module, name, kernel)
 
 
-def scan_launches(batch: int, length: int, channels: int, states: int, dtype: torch.dtype) -> list[Launch]:
+def scan_launches(
+    batch: int, length: int, channels: int, states: int, dtype: torch.dtype, documents: bool = False
+) -> list[Launch]:
     """Every launch of the selective scan, forward and backward, gated, u and B, C being slices of wider tensors."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -110,21 +112,25 @@ def scan_launches(batch: int, length: int, channels: int, states: int, dtype: to
     z = empty(batch, length, 2 * channels, dtype=dtype)[..., channels:]
     B, C = empty(batch, length, 32 + 2 * states, dtype=dtype)[..., 32:].split(states, dim=-1)
     A, D, state = empty(channels, states), empty(channels), empty(batch, channels, states)
+    position = empty(batch, length, dtype=torch.int32) if documents else None
     with recorded(scan_triton) as launches:
-        _, _, starts = scan_triton._forward(u, dt, A, B, C, D, z, D, state)
-        scan_triton._backward(g_out, state, u, dt, A, B, C, D, z, D, starts)
+        _, _, starts = scan_triton._forward(u, dt, A, B, C, D, z, D, state, position)
+        scan_triton._backward(g_out, state, u, dt, A, B, C, D, z, D, starts, position)
     return launches
 
 
-def conv_launches(batch: int, length: int, channels: int, taps: int, dtype: torch.dtype) -> list[Launch]:
+def conv_launches(
+    batch: int, length: int, channels: int, taps: int, dtype: torch.dtype, documents: bool = False
+) -> list[Launch]:
     """Every launch of the convolution with SiLU, its input a slice of a wider tensor."""
     x = torch.empty(batch, length, 2 * channels, dtype=dtype, device="meta")[..., :channels]
     g_out = torch.empty(batch, length, channels, dtype=dtype, device="meta")
     weight, bias = torch.empty(channels, taps, device="meta"), torch.empty(channels, device="meta")
     state = torch.empty(batch, channels, taps - 1, dtype=dtype, device="meta")
+    position = torch.empty(batch, length, dtype=torch.int32, device="meta") if documents else None
     with recorded(conv_triton) as launches:
-        conv_triton._forward(x, weight, bias, True, state)
-        conv_triton._backward(g_out, state, x, weight, bias, True, state)
+        conv_triton._forward(x, weight, bias, True, state, position)
+        conv_triton._backward(g_out, state, x, weight, bias, True, state, position)
     return launches
 
 
@@ -237,8 +243,8 @@ def report(launches: list[Launch], title: str, capability: int) -> bool:
     return clean
 
 
-def main() -> int:
-    """Reports every kernel for three architectures at the training shapes; 1 if any spills."""
+def report_all() -> bool:
+    """Prints what every kernel takes on three architectures at the training shapes. Returns whether none spills."""
     print(
         f"triton {triton.__version__}; B 2, T 32768, E 512, W 4, loss of B·T tokens; registers, spills and stack of "
         "a thread, shared memory of a program"
@@ -251,7 +257,12 @@ def main() -> int:
             for states in (8, 16):
                 launches = scan_launches(2, 32768, 512, states, dtype)
                 clean &= report(launches, f"selective_scan N={states} {label}", capability)
-            clean &= report(conv_launches(2, 32768, 512, 4, dtype), f"causal_conv1d {label}", capability)
+                launches = scan_launches(2, 32768, 512, states, dtype, documents=True)
+                clean &= report(launches, f"documents N={states} {label}", capability)
+            for documents in (False, True):
+                launches = conv_launches(2, 32768, 512, 4, dtype, documents)
+                title = f"{'documents' if documents else 'causal_conv1d'} {label}"
+                clean &= report(launches, title, capability)
             for vocab in (1024, 50257):
                 clean &= report(loss_launches(65536, vocab, dtype), f"loss V={vocab} {label}", capability)
         for rows, columns in ((512, 2048), (48, 512)):
@@ -260,4 +271,4 @@ def main() -> int:
         if capability == 90:
             clean &= report(mlp_launches(65536, 512, 2048, torch.bfloat16), "leaky_square_mlp bfloat16", capability)
     print("no kernel spills" if clean else "SPILLS: see the table")
-    return 0 if clean else 1
+    return clean

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hymba_lightning.closure import ARCHIVE
+from hymba_lightning.checkpoints import check_tokenizer
+from hymba_lightning.closure import ARCHIVE, EVALUATE
 from hymba_lightning.data.sequences import Chunk, TokenStream
 from hymba_lightning.data.shards import find_shards, write_shard
 from hymba_lightning.data.token_bytes import TokenBytes
@@ -31,13 +32,12 @@ from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.auditor import AuditReport, Evaluator, RuleBrokenError, audit
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.ttt import score_first_ttt
-from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
-from hymba_lightning.package.referee import ARTIFACT, SETTINGS
+from hymba_lightning.package.digests import ARTIFACT, SETTINGS, DigestError, verify_folder
 from hymba_lightning.package.submission import KEPT_VARIABLES, SubmissionError
 from hymba_lightning.quantization import load_artifact
 from hymba_lightning.units import bits_per_byte
 
-SCORE_IS_SUM = "the score is the sum"
+SCORE_IS_SUM, AS_PACKAGED = "the score is the sum", "the folder is as packaged"
 VAL_FILES = "*_val_*.bin"
 # Runs in a folder's copy: evaluates each data folder named on a line, as the folder's evaluate.py would.
 WORKER = """
@@ -111,7 +111,7 @@ def audit_path(
         else _artifact_evaluator(source, sizes, model, token_bytes, where, ttt or TTTConfig())
     )
     with making as evaluate:
-        return audit(
+        report = audit(
             evaluate,
             stream[first : first + tokens],
             token_bytes.vocab_size,
@@ -121,6 +121,24 @@ def audit_path(
             seed=seed,
             progress=progress,
         )
+    if source.is_dir():
+        # Last, since a rule that its code breaks says more than that the code was changed.
+        _check_as_packaged(source)
+        report = dataclasses.replace(report, also=(SCORE_IS_SUM, AS_PACKAGED))
+    return report
+
+
+def _check_as_packaged(folder: Path) -> None:
+    try:
+        verify_folder(folder)
+    except DigestError as error:
+        raise RuleBrokenError(AS_PACKAGED, str(error)) from error
+    if (folder / "evaluate.py").read_bytes() != EVALUATE.encode():
+        raise RuleBrokenError(
+            AS_PACKAGED,
+            f"evaluate.py in {folder} is not the one that this version's `hymba package` writes: what it does with the "
+            f"code in {ARCHIVE}, which was tried, is not known",
+        )
 
 
 @contextlib.contextmanager
@@ -128,11 +146,10 @@ def _artifact_evaluator(
     path: Path, sizes: dict[str, int], tokenizer: Path, token_bytes: TokenBytes, device: str, ttt: TTTConfig
 ) -> Iterator[Evaluator]:
     artifact = load_artifact(path)
-    if artifact.tokenizer.get("sha256") not in (None, file_sha256(tokenizer)):
-        raise ValueError(f"{path} was made for another tokenizer than {tokenizer}: give --tokenizer the right one")
-    net = Hymba(HymbaConfig.from_dict(artifact.config), RuntimeConfig())
-    net.load_state_dict(artifact.state_dict)
-    net.to(device)
+    fingerprint = artifact.tokenizer.get("sha256")
+    if fingerprint is not None:
+        check_tokenizer(path, fingerprint, file_sha256(tokenizer), tokenizer, "--tokenizer")
+    net = artifact.network().to(device)
     # A clock would make scores depend on the machine's load.
     config = dataclasses.replace(ttt, limit_seconds=None)
 
@@ -195,7 +212,8 @@ def _folder_evaluator(
                         print(data, file=worker.stdin, flush=True)
                         result = json.loads(worker.stdout.readline())  # type: ignore[union-attr]
                         nats = torch.from_numpy(np.load(data / "nats.npy", allow_pickle=False))
-                    except (OSError, ValueError) as error:
+                        result = {key: float(result[key]) for key in ("val_bpb", "tokens", "bytes")}
+                    except (OSError, ValueError, KeyError, TypeError) as error:
                         errors.seek(0)
                         last = errors.read().decode(errors="replace").splitlines()[-15:]
                         raise SubmissionError(f"the code in {source} could not score:\n" + "\n".join(last)) from error
@@ -211,7 +229,7 @@ def _folder_evaluator(
 def _settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads((folder / SETTINGS).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SubmissionError(f"{folder / SETTINGS} is damaged ({error})") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("ttt"), dict):
         raise SubmissionError(f"{folder / SETTINGS} does not say how the network adapts")
@@ -225,7 +243,7 @@ def _check_sum(result: dict[str, Any], tokens: Tensor, nats: Tensor, token_bytes
     if result["tokens"] != tokens.numel() - 1 or result["bytes"] != n_bytes:
         raise RuleBrokenError(
             SCORE_IS_SUM,
-            f"it reports {result['tokens']} tokens of {result['bytes']} bytes, and "
+            f"it reports {result['tokens']:.0f} tokens of {result['bytes']:.0f} bytes, and "
             f"there were {tokens.numel() - 1} of {n_bytes}",
         )
     if not abs(result["val_bpb"] - bpb) <= 1e-5 * abs(bpb):

@@ -1,4 +1,7 @@
-"""`hymba export`: a checkpoint of any run → an artifact, by any scheme and limit, without training."""
+"""`hymba export`: writes the artifact of a checkpoint that is there already, under any scheme and limit in bytes.
+
+`hymba fit` does the same at its end, for the network in memory.
+"""
 
 import logging
 import time
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hymba_lightning import __version__
-from hymba_lightning.checkpoints import read_checkpoint
+from hymba_lightning.checkpoints import check_tokenizer, read_checkpoint
 from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
@@ -31,27 +34,35 @@ log = logging.getLogger("hymba_lightning")
 
 @dataclass(frozen=True)
 class Source:
-    """A network to export, and what is known of it."""
+    """A network to export, and what its file says about it."""
 
     net: Hymba
+    """Ready to run, with float32 weights."""
     metadata: dict[str, Any]
+    """What goes into the artifact besides: `steps` (optimizer steps it was trained for) and `seq_len` (tokens of its
+    training sequences), where they are known."""
     fingerprint: str | None
-    """SHA-256 of its tokenizer."""
+    """SHA-256, in hexadecimal, of the tokenizer it was trained with; None where the file does not say."""
     weights: str
-    """Which weights these are, in words."""
+    """Which weights these are, for a message: averaged, of the last step, or an artifact's."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An artifact that was written."""
+    """What `export` wrote; as text, a line for the terminal."""
 
     path: Path
+    """The artifact."""
     report: ArtifactReport
+    """Its bytes, tensor by tensor."""
     code_bytes: int
+    """Bytes of the code that scores it, which count against the limit too."""
     limit_bytes: int
+    """Most bytes that both may have together."""
     weights: str
+    """Which weights were taken, as in `Source`."""
     seconds: float
-    """For calibration, quantization and compression."""
+    """Seconds that calibration, rounding and compression took together."""
 
     def __str__(self) -> str:
         total = self.report.bytes + self.code_bytes
@@ -135,7 +146,18 @@ def export(
 
 
 def read_source(path: Path, tokenizer: str | None, runtime: RuntimeConfig, device: torch.device) -> Source:
-    """The network in a checkpoint or an artifact. Raises FileNotFoundError, or ValueError naming the file."""
+    """The network in a checkpoint of `hymba fit`, with its averaged weights where it has them, or in an artifact.
+
+    Args:
+        path: The file.
+        tokenizer: File of the tokenizer, for a checkpoint that does not name its own; None looks beside it.
+        runtime: How the network is executed.
+        device: Where it is put.
+
+    Raises:
+        FileNotFoundError: there is no such file, or `tokenizer` is none.
+        ValueError: the file is damaged, or of another kind.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"--ckpt {path} does not exist")
     net, fingerprint = load_network(path, runtime, device)
@@ -160,16 +182,17 @@ def read_source(path: Path, tokenizer: str | None, runtime: RuntimeConfig, devic
 
 
 def check_data(source: Source, data: HymbaDataModule) -> str:
-    """SHA-256 of the data's tokenizer. Raises ValueError where the network was trained with another one."""
+    """Makes sure that the network was trained with the data's tokenizer; returns its SHA-256 in hexadecimal.
+
+    Raises:
+        ValueError: the vocabularies differ in size, or the tokenizers in content.
+    """
     if data.vocab_size != source.net.config.vocab_size:
         raise ValueError(
             f"{data.tokenizer} has {data.vocab_size} pieces, but the network's vocab_size is "
             f"{source.net.config.vocab_size}: give --data_dir and --tokenizer of its training"
         )
     fingerprint = data.tokenizer_fingerprint()
-    if source.fingerprint not in (None, fingerprint):
-        raise ValueError(
-            f"the network was made for another tokenizer (sha256 {source.fingerprint}) than "
-            f"{data.tokenizer}: give --data_dir and --tokenizer of its training"
-        )
+    if source.fingerprint is not None:
+        check_tokenizer("the network", source.fingerprint, fingerprint, data.tokenizer, "--data_dir or --tokenizer")
     return fingerprint

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
+from hymba_lightning.claim import LOCK, OWNER, FolderClaim
 from hymba_lightning.generation.loading import find_tokenizer, load_network
-from hymba_lightning.interop.pretrained import CONFIG, PretrainedError, push_to_hub, read_config, save_pretrained
+from hymba_lightning.interop.pretrained import (
+    CONFIG,
+    WEIGHTS,
+    PretrainedError,
+    push_to_hub,
+    read_config,
+    save_pretrained,
+)
 from hymba_lightning.quantization import is_artifact
 from hymba_lightning.report.card import model_card
 from hymba_lightning.run.folder import ARTIFACT, RunFolder
 from hymba_lightning.run.record import RunRecord
+
+# Where the files are written, inside the folder, until all are there.
+BUILDING = ".publishing"
 
 
 def publish(
@@ -38,6 +51,7 @@ def publish(
         FileNotFoundError: there is no such run, no weights in it, or no tokenizer.
         ValueError: a file is damaged, or does not fit the others.
         FileExistsError: `out` holds something else.
+        FolderInUseError: another process writes to it.
     """
     folder, target = Path(path).expanduser(), Path(out).expanduser()
     _check_target(target)
@@ -57,16 +71,36 @@ def publish(
     net, fingerprint = load_network(source)
     model_file = find_tokenizer(source, tokenizer, fingerprint)
     card = model_card(name or target.resolve().name, net.config, RunRecord.load(folder), folder)
-    save_pretrained(net, target, tokenizer=model_file, weights=weights, artifact=artifact, card=card)
-    if push_to is None:
-        return str(target)
-    return push_to_hub(target, push_to, private=private or None)
+    with FolderClaim(target, "hymba publish"):
+        _check_target(target)
+        building = target / BUILDING
+        shutil.rmtree(building, ignore_errors=True)
+        try:
+            save_pretrained(net, building, tokenizer=model_file, weights=weights, artifact=artifact, card=card)
+            _install(building, target)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        if push_to is None:
+            return str(target)
+        return push_to_hub(target, push_to, private=private or None)
+
+
+def _install(building: Path, folder: Path) -> None:
+    """Moves what is finished into place, the config last: a folder with one is of one publish."""
+    names = {path.name for path in building.iterdir()}
+    (folder / CONFIG).unlink(missing_ok=True)
+    for name in sorted(names, key=lambda name: name == CONFIG):
+        os.replace(building / name, folder / name)
+    for name in {WEIGHTS, ARTIFACT} - names:
+        # The weights of an earlier publish are not these.
+        (folder / name).unlink(missing_ok=True)
 
 
 def _check_target(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--out {folder} is a file: name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    # A publish that was killed while it moved its files into place left its own folder behind.
+    if not folder.is_dir() or (folder / BUILDING).is_dir() or {path.name for path in folder.iterdir()} <= {LOCK, OWNER}:
         return
     try:
         read_config(folder)

@@ -21,8 +21,8 @@ from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.score import Score, world
 from hymba_lightning.evaluation.ttt import ScoreFirstTTT
-from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
-from hymba_lightning.package.digests import ARTIFACT, RESULT, SETTINGS, verify_count, verify_data
+from hymba_lightning.model import RuntimeConfig
+from hymba_lightning.package.digests import ARTIFACT, RESULT, SETTINGS, verify_count, verify_data, verify_score
 from hymba_lightning.quantization.artifact import load_artifact
 
 
@@ -39,8 +39,7 @@ def evaluate(folder: Path, data_dir: Path, tokenizer: Path, device: torch.device
     token_bytes = TokenBytes.from_model(tokenizer)
     if file_sha256(tokenizer) != artifact.tokenizer["sha256"]:
         raise ValueError(f"{tokenizer} is not the tokenizer this artifact was made for")
-    net = Hymba(HymbaConfig.from_dict(artifact.config), RuntimeConfig(**settings["runtime"]))
-    net.load_state_dict(artifact.state_dict)
+    net = artifact.network(RuntimeConfig(**settings["runtime"]))
     limit = settings["val_tokens_limit"]
     stream = TokenStream(
         find_shards(settings["val_files"], data_dir), token_bytes.vocab_size, None if limit is None else limit + 1
@@ -75,13 +74,16 @@ def main(folder: Path, digests: dict[str, Any]) -> None:
     """The command line of evaluate.py; under torchrun one process per device. `digests`: see package/digests.py.
 
     Raises:
-        DigestError: the data are not those of the recorded score.
+        DigestError: the data are not those of the recorded score, or the score is not the one that is claimed.
         What `evaluate` raises.
     """
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Score the artifact of this folder.")
     parser.add_argument("--data", type=Path, required=True, help="folder of the validation shards")
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model (default: tokenizer.model with the data)")
     parser.add_argument("--out", type=Path, default=Path(RESULT), help="where the result is written, as JSON")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-3, help="most bits per byte by which the score may differ from the claim"
+    )
     args = parser.parse_args()
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -102,5 +104,6 @@ def main(folder: Path, digests: dict[str, Any]) -> None:
     if world()[0] == 0:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(result))
+        verify_score(folder, result["val_bpb"], args.tolerance)
     if distributed:
         dist.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 import secrets
 import shutil
@@ -217,7 +218,8 @@ def _lay_out(folder: Path, run: Run, tested: ScoreRecord, options: dict[str, Any
     write_atomic(folder / SETTINGS, json.dumps(_settings(tested, options), indent=1) + "\n")
     assert tested.data is not None
     data = dataclasses.asdict(tested.data) | {"tokens": tested.tokens, "bytes": tested.bytes}
-    digests = describe(folder, code, data)
+    logs = [path.relative_to(folder) for path in (folder / "train.log", *(folder / "logs").iterdir())]
+    digests = describe(folder, code, logs, data)
     if digests["artifact"] != tested.weights:
         raise SubmissionError(f"{run.folder / ARTIFACT} changed while it was copied: package again")
     write_atomic(folder / DIGESTS, json.dumps(digests, indent=1) + "\n")
@@ -232,7 +234,8 @@ def _lay_out(folder: Path, run: Run, tested: ScoreRecord, options: dict[str, Any
 
 def _referee_score(folder: Path, data: Path, tokenizer: Path, tested: ScoreRecord, tolerance: float) -> dict[str, Any]:
     """What the folder says that it scores. Raises SubmissionError where that is not what the run's test says."""
-    referee = run_referee(folder, data, tokenizer, int(tested.settings.get("world_size") or 1))
+    # Compared below, in the words of who packages.
+    referee = run_referee(folder, data, tokenizer, int(tested.settings.get("world_size") or 1), math.inf)
     difference = abs(referee["val_bpb"] - tested.bpb)
     # Written so that NaN is refused too.
     if not difference <= tolerance:
@@ -258,7 +261,9 @@ def _write_about(folder: Path, run: Run, about: dict[str, Any], made: Submission
     write_atomic(folder / "README.md", readme(run, content, launch))
 
 
-def run_referee(folder: Path, data: Path, tokenizer: Path, world_size: int = 1) -> dict[str, Any]:
+def run_referee(
+    folder: Path, data: Path, tokenizer: Path, world_size: int = 1, tolerance: float = 1e-3
+) -> dict[str, Any]:
     """Copies the folder elsewhere and runs its evaluate.py with nothing of this process's environment or package.
 
     Raises SubmissionError where the folder is not what its digests say, with the end of the output where evaluate.py
@@ -286,6 +291,8 @@ def run_referee(folder: Path, data: Path, tokenizer: Path, world_size: int = 1) 
             str(tokenizer),
             "--out",
             str(Path(temporary) / RESULT),
+            "--tolerance",
+            str(tolerance),
         ]
         done = subprocess.run(command, cwd=temporary, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -97,7 +97,7 @@ Evaluation: {tested.seconds or 0.0:.1f} s, mode {tested.mode}, {tested.tokens:,}
 needs torch, numpy, sentencepiece and zstandard (numba besides on a CPU). The tokens are scored once, left to right, in
 chunks of {tested.settings["chunk_tokens"]:,}; the network trains on a chunk only after its score is final.
 evaluate.py refuses what is not as it was packaged: digests.json has the SHA-256 of every file of code, the settings,
-the artifact and the validation data.
+the artifact, the logs and the validation data. It also refuses a score that is not the one that submission.json claims.
 
 | of | SHA-256 |
 |---|---|

@@ -22,20 +22,15 @@ def mixers_of(net: Hymba) -> list[HybridMixer]:
 
 @contextmanager
 def without_attention(net: Hymba) -> Iterator[None]:
-    """Attention's branch gives zeros in every layer: its values are zero."""
-    kept = [mixer.kv_proj.weight for mixer in mixers_of(net)]
-    with _zeroed([weight[len(weight) // 2 :] for weight in kept]):
+    """Attention's branch gives zeros in every layer."""
+    with _zeroed([mixer.silencing()[0] for mixer in mixers_of(net)]):
         yield
 
 
 @contextmanager
 def without_recurrence(net: Hymba) -> Iterator[None]:
-    """The recurrent branch gives zeros in every layer: what projects its output is zero."""
-    parts = [
-        mixer.proj.weight[:, net.config.d_model :] if mixer.mamba_out_proj is None else mixer.mamba_out_proj.weight
-        for mixer in mixers_of(net)
-    ]
-    with _zeroed(parts):
+    """The recurrent branch gives zeros in every layer."""
+    with _zeroed([mixer.silencing()[1] for mixer in mixers_of(net)]):
         yield
 
 
@@ -88,10 +83,8 @@ def nats_of(net: Hymba, tokens_NT1: Tensor, *, forget_every: int | None = None, 
         for inputs, targets in zip(tokens[:, :-1].split(piece, 1), tokens[:, 1:].split(piece, 1), strict=True):
             nats_BT, state = net(inputs, targets, state=state, return_state=True, reduction="none")
             nats.append(nats_BT.float())
-            empty = [
-                layer._replace(recurrent=tuple(torch.zeros_like(part) for part in layer.recurrent))
-                for layer in state.layers
-            ]
-            state = state._replace(layers=empty)
+            if forget_every is not None:
+                layers = [mixer.forget(layer) for mixer, layer in zip(mixers_of(net), state.layers, strict=True)]
+                state = state._replace(layers=layers)
         found.append(torch.cat(nats, 1))
     return torch.cat(found)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hymba_lightning.model import Hymba
 from hymba_lightning.probes import cuts
+from hymba_lightning.units import bits_per_byte
 
 # Tokens after which the recurrent state is emptied, and windows that attention is cut to, where they are short enough.
 FORGET_EVERY = (256, 1024, 4096, 16384)
@@ -107,6 +108,6 @@ def ratio(nats_NX: Tensor, bytes_NX: Tensor) -> tuple[float, float]:
     n, total = len(nats_N), float(bytes_N.sum())
     if total == 0:
         return 0.0, 0.0
-    rate = float(nats_N.sum()) / total
-    spread = float(((nats_N - rate * bytes_N) ** 2).sum())
-    return rate / math.log(2), math.sqrt(spread * n / (n - 1)) / total / math.log(2)
+    nats = float(nats_N.sum())
+    spread = float(((nats_N - nats / total * bytes_N) ** 2).sum())
+    return bits_per_byte(nats, total), bits_per_byte(math.sqrt(spread * n / (n - 1)), total)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from hymba_lightning.model.config import HymbaConfig
+from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
 from hymba_lightning.quantization import format
 from hymba_lightning.quantization.format import (
     ArtifactError,
@@ -27,6 +27,8 @@ from hymba_lightning.text import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from hymba_lightning.model import Hymba
 
 # A network is laid out layer by layer, 2 ms each, before its tensors are compared.
 MAX_LAYERS = 256
@@ -42,6 +44,14 @@ class Artifact(NamedTuple):
     metadata: dict
     state_dict: dict[str, Tensor]  # float32
     quantization: dict  # the QuantizationConfig it was written with
+
+    def network(self, runtime: RuntimeConfig | None = None) -> Hymba:
+        """The network with these weights, on the CPU; without `runtime` executed as `RuntimeConfig` has it."""
+        from hymba_lightning.model import Hymba
+
+        net = Hymba(HymbaConfig.from_dict(self.config), runtime or RuntimeConfig())
+        net.load_state_dict(self.state_dict)
+        return net
 
 
 def load_artifact(path: str | os.PathLike) -> Artifact:

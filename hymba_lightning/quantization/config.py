@@ -1,4 +1,7 @@
-"""What the export does with each tensor: the settings and the rules by name and size. No numbers are made here."""
+"""How weights are stored in an artifact: the settings, and which tensor is rounded to how many bits.
+
+The rounding itself is in schemes/.
+"""
 
 import pkgutil
 from dataclasses import dataclass, field
@@ -16,7 +19,11 @@ FLOAT32_ROLES, FLOAT16_ROLES = ("control", "dynamics"), ("embedding",)
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """How a network becomes an artifact."""
+    """How a network's weights are rounded and packed into an artifact.
+
+    Raises:
+        ValueError: a value is out of range, the scheme does not exist, or it cannot honour a setting.
+    """
 
     scheme: str = "rows"
     """How weights are rounded."""
@@ -82,13 +89,22 @@ class QuantizationConfig:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it needs what calibration on training batches gives."""
+        """Whether rounding needs training batches to be run through the network first (GPTQ's Hessians)."""
         from hymba_lightning.quantization.schemes import scheme_of
 
         return scheme_of(self).needs_hessians(self)
 
     def storage_of(self, name: str, numel: int, role: "Role") -> tuple[str, int]:
-        """How a tensor of `numel` entries is kept: ('float32', 32), ('float16', 16) or ('int', bits)."""
+        """How a tensor is stored.
+
+        Args:
+            name: In the state dict.
+            numel: Its number of entries.
+            role: What it is in the network.
+
+        Returns:
+            ("float32", 32), ("float16", 16), or ("int", bits) for integers of at most `bits` bits with row scales.
+        """
         for pattern, bits in self.name_bits.items():
             if pattern in name:
                 return "int", bits

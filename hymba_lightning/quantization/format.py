@@ -21,6 +21,7 @@ import math
 import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +178,8 @@ def parse_header(packed_header: bytes) -> dict:
     if raw_bytes > MAX_HEADER_BYTES:
         raise ArtifactError(f"its header claims {raw_bytes} bytes of text, over the limit of {MAX_HEADER_BYTES}")
     try:
-        header = json.loads(decompress(packed_header, raw_bytes, "header").decode(), parse_constant=reject_constant)
+        text = decompress(packed_header, raw_bytes, "header").decode()
+        header = json.loads(text, parse_constant=reject_constant, object_pairs_hook=without_repeats)
     except ArtifactError:
         raise
     except (ValueError, RecursionError) as error:
@@ -190,6 +192,15 @@ def parse_header(packed_header: bytes) -> dict:
 def reject_constant(word: str) -> None:
     """Refuses NaN and Infinity, which JSON does not know but Python's reader accepts."""
     raise ValueError(f"{word} is not a JSON value")
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuses a name that stands twice in an object: readers would differ in which one they take."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (repeated, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {repeated!r} stands twice in an object")
+    return values
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hymba_lightning.model.hymba import Hymba
-from hymba_lightning.model.layers import Linear, rms_norm
+from hymba_lightning.model.layers import Linear
 from hymba_lightning.model.mixer import HybridMixer
 from hymba_lightning.model.roles import Role
 from hymba_lightning.ops.threads import spread_torch
@@ -146,7 +146,7 @@ def collect_hessians(net: Hymba, batches: Iterable[Tensor]) -> dict[str, Tensor]
             for inputs in batches:
                 hidden_BTD, _ = net.hidden(inputs)
                 if net.lm_head is not None:
-                    add(net.lm_head, rms_norm(hidden_BTD))
+                    add(net.lm_head, net.normed(hidden_BTD))
     finally:
         for handle in handles:
             handle.remove()

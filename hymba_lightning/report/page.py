@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hymba_lightning.claim import FolderClaim
 from hymba_lightning.evaluation.curve import MIN_TOKENS
 from hymba_lightning.files import write_atomic
 from hymba_lightning.quantization import ArtifactReport
@@ -42,22 +43,24 @@ def write_report(run: Sequence[str], out: str = "report") -> Path:
 
     Raises:
         FileNotFoundError: A folder holds no run.
+        FolderInUseError: Another process writes to `out`.
         ValueError: No run, or one twice. What is damaged is named on the page.
     """
     if not run:
         raise ValueError("no run to report on: give the folder of one or more")
     runs = load_runs(run)
     folder = Path(out).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = [chart for chart in build_charts(runs) if not chart.empty]
-    for chart in drawn:
-        charts.to_png(chart, folder / f"{chart.name}.png")
-    for index, one in enumerate(runs):
-        if one.artifact:
-            title = f"Artifact of {one.name}: {one.artifact.bytes:,} bytes"
-            treemap.to_png(one.artifact, one.artifact_config, title, folder / f"artifact-{index}.png")
     path = folder / "report.html"
-    write_atomic(path, build_page(runs, drawn))
+    # The pictures of two reports must not come to lie beside each other's page.
+    with FolderClaim(folder, "hymba report"):
+        for chart in drawn:
+            charts.to_png(chart, folder / f"{chart.name}.png")
+        for index, one in enumerate(runs):
+            if one.artifact:
+                title = f"Artifact of {one.name}: {one.artifact.bytes:,} bytes"
+                treemap.to_png(one.artifact, one.artifact_config, title, folder / f"artifact-{index}.png")
+        write_atomic(path, build_page(runs, drawn))
     return path
 
 

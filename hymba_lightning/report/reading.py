@@ -10,6 +10,9 @@ from typing import Any
 
 import yaml
 
+# What a run writes has a handful of levels, and a value takes a byte or more; aliases of YAML can claim anything.
+MOST_LEVELS, VALUES_A_BYTE = 64, 4
+
 
 def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     """The dictionary in a JSON file; empty where there is no such file, or with a note where it is damaged."""
@@ -25,7 +28,9 @@ def _read(path: Path, notes: list[str], parse: Any) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = parse(path.read_bytes().decode("utf-8"))
+        raw = path.read_bytes()
+        content = parse(raw.decode("utf-8"))
+        _check_size(content, VALUES_A_BYTE * len(raw))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         notes.append(f"{path.name} is damaged ({' '.join(str(error).split())}): what it holds is left out")
         return {}
@@ -33,6 +38,18 @@ def _read(path: Path, notes: list[str], parse: Any) -> dict[str, Any]:
         notes.append(f"{path.name} is damaged (no dictionary of named values): what it holds is left out")
         return {}
     return content
+
+
+def _check_size(content: Any, most: int) -> None:
+    """Raises ValueError where a value is nested too deep, or is more than `most` values."""
+    waiting, count = [(content, 0)], 0
+    while waiting:
+        value, level = waiting.pop()
+        count += 1
+        if level > MOST_LEVELS or count > most:
+            raise ValueError("it is nested too deep" if level > MOST_LEVELS else "its aliases stand for too much")
+        if isinstance(value, dict | list):
+            waiting += [(inner, level + 1) for inner in (value.values() if isinstance(value, dict) else value)]
 
 
 def is_number(value: Any) -> bool:

@@ -27,7 +27,7 @@ from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.batches import score_batches
 from hymba_lightning.evaluation.score import sum_over_ranks
 from hymba_lightning.files import write_atomic
-from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.model import Hymba
 from hymba_lightning.quantization import (
     ArtifactReport,
     QuantizationConfig,
@@ -299,10 +299,7 @@ class _Ending:
     def reload(self) -> Hymba:
         """The network that was written."""
         self.run.phases.begin("export")
-        artifact = load_artifact(self.path)
-        net = Hymba(HymbaConfig.from_dict(artifact.config), self.net.runtime)
-        net.load_state_dict(artifact.state_dict)
-        return net.to(self.module.device)
+        return load_artifact(self.path).network(self.net.runtime).to(self.module.device)
 
     def summarise(self, plots: bool) -> None:
         """record.json last: with it the run is finished."""

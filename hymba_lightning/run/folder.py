@@ -254,7 +254,7 @@ class RunFolder:
         inside = [path.resolve() for path in self.log_dirs if root in path.resolve().parents]
         try:
             noted = json.loads((self.path / LOGGED).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             noted = []
         noted = [name for name in noted if isinstance(name, str)] if isinstance(noted, list) else []
         noted = [name for name in noted if not {"..", "/"} & set(Path(name).parts)]

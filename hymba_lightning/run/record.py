@@ -173,7 +173,7 @@ class RunRecord:
             )
         except RecordError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RecordError(f"{path} is damaged ({error}): move it away, or run again") from error
 
 

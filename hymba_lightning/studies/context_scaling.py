@@ -10,6 +10,7 @@ from pathlib import Path
 from hymba_lightning.files import write_atomic
 from hymba_lightning.report.charts import Chart, Series, to_png
 from hymba_lightning.report.runs import load_runs
+from hymba_lightning.studies.arguments import StudyParser
 from hymba_lightning.studies.runs import hardware, run_once
 
 
@@ -94,3 +95,20 @@ def run_lengths(lengths: Sequence[int], tokens: int, steps: int, folder: Path, a
             folder / f"context_{name}.png",
         )
     return table
+
+
+def main(args: list[str]) -> None:
+    """`hymba study context`."""
+    parser = StudyParser(
+        "context",
+        "Tokens and steps are the same at every length. Writes table.md, context_scaling.json and two plots. "
+        "Example, on a CPU: hymba study context --out runs/context --seq_len 512 1024 2048 --tokens 4096 --steps 40 "
+        "-- --config demo.yaml",
+        of_fit=True,
+    )
+    parser.add_argument("--out", type=str, required=True, help="Folder of the runs, the table and the plots")
+    parser.add_argument("--seq_len", type=int, nargs="+", default=[8192, 16384, 32768, 65536], help="Lengths")
+    parser.add_argument("--tokens", type=int, default=65536, help="Tokens per rank and step, a multiple of each length")
+    parser.add_argument("--steps", type=int, default=13780, help="Optimizer steps of each run")
+    options = parser.read(args)
+    print(run_lengths(options.seq_len, options.tokens, options.steps, Path(options.out), parser.fit_options))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hymba_lightning.files import write_atomic
+from hymba_lightning.studies.arguments import StudyParser
 
 JUNK: list[Any] = [
     None,
@@ -230,3 +231,16 @@ def _peaks() -> list[int]:
 def _seconds() -> float:
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def main(args: list[str]) -> None:
+    """`hymba study fuzz`."""
+    from hymba_lightning.studies.fuzz_formats import FORMATS
+
+    parser = StudyParser("fuzz", "Prints a table of how many were refused, read rightly and read wrongly.")
+    parser.add_argument("formats", type=str, nargs="*", help=f"Of {', '.join(FORMATS)} (default: all)")
+    parser.add_argument("--n", type=int, default=10_000, help="Mutations of each format")
+    parser.add_argument("--seed", type=int, default=0, help="Of the mutations")
+    parser.add_argument("--out", type=str, help="File that the table is written to, besides")
+    options = parser.read(args)
+    print(run(FORMATS, options.formats, options.n, options.seed, None if options.out is None else Path(options.out)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import random
@@ -23,7 +24,7 @@ from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.quantization import ArtifactError, QuantizationConfig, format, load_artifact, save_artifact
 from hymba_lightning.studies import fuzz_inputs
-from hymba_lightning.studies.fuzz import Format, Reading, damage, edit
+from hymba_lightning.studies.fuzz import Format, NotTriedError, Reading, damage, edit
 
 NET = HymbaConfig(
     vocab_size=60, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, d_state=4, bigram_buckets=8, bigram_dim=8
@@ -145,6 +146,42 @@ def tokenizer() -> Format:
     return Format("tokenizer, damaged", make, damage, read, (ValueError,), "t.model")
 
 
+def tokenizer_json() -> Format:
+    """A tokenizer.json, damaged or edited: one that is taken gives every text back, and counts its bytes exactly."""
+    try:
+        library = importlib.import_module("tokenizers")
+    except ImportError as error:
+        raise NotTriedError('tokenizers is not installed: pip install "hymba-lightning[tokenizers]"') from error
+    true: list[list[int]] = []
+
+    def make(path: Path) -> bytes:
+        made = library.Tokenizer(library.models.BPE())
+        made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = library.trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=["<s>"],
+            initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        made.train_from_iterator(fuzz_inputs.TEXTS, trainer)
+        made.save(str(path))
+        true.extend(made.encode(text).ids for text in fuzz_inputs.TEXTS)
+        return path.read_bytes()
+
+    def mutate(content: bytes, rng: random.Random) -> bytes:
+        return damage(content, rng) if rng.random() < 0.5 else json.dumps(edit(json.loads(content), rng)).encode()
+
+    def read(path: Path, content: bytes) -> Reading:
+        encoder = TextEncoder(load_tokenizer(path))
+        ids = [encoder.encode(text).tolist() for text in fuzz_inputs.TEXTS]
+        decoded = [encoder.processor.decode(row) for row in ids]
+        if decoded != fuzz_inputs.TEXTS or not all(encoder.audit(text).exact for text in fuzz_inputs.TEXTS):
+            return Reading.WRONG
+        return Reading.RIGHT if ids == true else Reading.OTHER
+
+    return Format("tokenizer.json, damaged or edited", make, mutate, read, (ValueError,), "t.json")
+
+
 FORMATS: dict[str, Callable[[], Format]] = {
     "artifact": damaged_artifact,
     "forged-artifact": forged_artifact,
@@ -154,6 +191,7 @@ FORMATS: dict[str, Callable[[], Format]] = {
     "manifest": manifest,
     "forged-manifest": forged_manifest,
     "tokenizer": tokenizer,
+    "tokenizer-json": tokenizer_json,
     "text": fuzz_inputs.text,
     "jsonl": fuzz_inputs.jsonl,
     "csv": fuzz_inputs.csv_rows,

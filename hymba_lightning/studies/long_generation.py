@@ -12,8 +12,22 @@ import torch
 from torch import Tensor
 
 from hymba_lightning.evaluation.carried import read
-from hymba_lightning.model import Hymba
+from hymba_lightning.generation.loading import load_network
+from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.hymba import HymbaState
+from hymba_lightning.studies.arguments import StudyParser
+
+# Of the demo, without its training: the time and the memory are the same.
+UNTRAINED = HymbaConfig(
+    n_layers=4,
+    d_model=192,
+    n_heads=6,
+    n_kv_heads=2,
+    window=256,
+    mlp_mult=3,
+    bigram_buckets=2048,
+    bigram_dim=64,
+)
 
 
 class LengthResult(NamedTuple):
@@ -76,3 +90,22 @@ def table(results: list[LengthResult]) -> str:
             f"{result.peak_rss_mib:,.0f} MiB | {rate:,.0f} tokens/s |"
         )
     return "\n".join(rows) + "\n"
+
+
+def main(args: list[str]) -> None:
+    """`hymba study generation`."""
+    parser = StudyParser("generation", "The context is random tokens.")
+    parser.add_argument(
+        "--ckpt_path", type=str, help="Artifact or checkpoint (default: an untrained network like the demo's)"
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="Tokens of context")
+    parser.add_argument("--new_tokens", type=int, default=100, help="Tokens drawn at each, whose median time is shown")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    parser.add_argument("--compute_dtype", type=str, default="float32", help="float32 or bfloat16")
+    options = parser.read(args)
+    runtime, device = RuntimeConfig(compute_dtype=options.compute_dtype), torch.device(options.device)
+    if options.ckpt_path is None:
+        net = Hymba(UNTRAINED, runtime).to(device)
+    else:
+        net = load_network(options.ckpt_path, runtime, device)[0]
+    print(table(list(measure(net, options.lengths, options.new_tokens))), end="")

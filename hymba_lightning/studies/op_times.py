@@ -12,51 +12,25 @@ import functools
 import logging
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hymba_lightning.ops import causal_conv1d, selective_scan, sliding_window
 from hymba_lightning.ops.testing import rms_ratio
-from hymba_lightning.studies.op_peers import (
-    Contender,
-    attention_contenders,
-    conv_contenders,
-    loss_contenders,
-    scan_contenders,
-    softcapped_loss,
-)
+from hymba_lightning.studies.arguments import StudyParser, source_version
+from hymba_lightning.studies.op_peers import Contender
+from hymba_lightning.studies.op_subjects import OPS, Operands, Subject, subjects
 
 log = logging.getLogger("hymba_lightning")
-
-Operands = dict[str, Tensor]
 
 # Largest RMS(error) / RMS(reference) of a contender that is timed. Tensor cores round float32 factors to 10 bits.
 TOLERANCE = {("cpu", torch.float32): 1e-4, ("cuda", torch.float32): 5e-3}
 TOLERANCE_16_BIT = 2e-2
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An op at one size."""
-
-    title: str
-    operands: Callable[[int], Operands]
-    """Length -> random operands."""
-
-    length: int
-    definition: Callable[..., Any]
-    contenders: list[Contender]
-    megabytes: float
-    """What forward and backward must at least read and write, once each."""
-
-    gigaflops: float
-    """Matrix products of forward and backward, nothing outside the band and nothing recomputed."""
 
 
 @dataclass(frozen=True)
@@ -84,116 +58,6 @@ class OpTime:
     problem: str = ""
     with_launches: bool = False
     """On a GPU: Python's launches count too."""
-
-
-def scan_subject(
-    batch: int, length: int, channels: int, states: int, device: torch.device, dtype: torch.dtype
-) -> Subject:
-    """The gated selective scan."""
-
-    def operands(tokens: int) -> Operands:
-        wide = functools.partial(torch.randn, batch, tokens, dtype=dtype, device=device)
-        return {
-            "u_BTE": wide(channels),
-            "dt_BTE": wide(channels),
-            "A_EN": -3 * torch.rand(channels, states, device=device),
-            "B_BTN": wide(states),
-            "C_BTN": wide(states),
-            "D_E": torch.randn(channels, device=device),
-            "z_BTE": wide(channels),
-            "dt_bias_E": torch.randn(channels, device=device) - 3,
-        }
-
-    # Forward reads u, dt, z, B, C and writes out; backward reads those and g_out, and writes five gradients.
-    values = batch * length * (11 * channels + 6 * states)
-    return Subject(
-        f"selective scan, forward + backward (B {batch}, T {length:,}, E {channels}, N {states})",
-        operands,
-        length,
-        functools.partial(selective_scan.selective_scan, backend="naive"),
-        scan_contenders(device),
-        values * dtype.itemsize / 1e6,
-        0.0,
-    )
-
-
-def conv_subject(
-    batch: int, length: int, channels: int, taps: int, device: torch.device, dtype: torch.dtype
-) -> Subject:
-    """The causal convolution with SiLU."""
-
-    def operands(tokens: int) -> Operands:
-        return {
-            "x_BTE": torch.randn(batch, tokens, channels, dtype=dtype, device=device),
-            "weight_EW": torch.randn(channels, taps, device=device),
-            "bias_E": torch.randn(channels, device=device),
-        }
-
-    # Forward reads x and writes y; backward reads x and g_y and writes g_x.
-    return Subject(
-        f"causal convolution + SiLU, forward + backward (B {batch}, T {length:,}, E {channels}, W {taps})",
-        operands,
-        length,
-        functools.partial(causal_conv1d.causal_conv1d, backend="naive"),
-        conv_contenders(device),
-        5 * batch * length * channels * dtype.itemsize / 1e6,
-        0.0,
-    )
-
-
-def attention_subject(
-    batch: int,
-    length: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    window: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Subject:
-    """Sliding-window attention."""
-
-    def operands(tokens: int) -> Operands:
-        make = functools.partial(torch.randn, dtype=dtype, device=device)
-        return {
-            "q_BTHK": make(batch, tokens, heads, head_dim),
-            "k_BSGK": make(batch, tokens, kv_heads, head_dim),
-            "v_BSGK": make(batch, tokens, kv_heads, head_dim),
-        }
-
-    seen = length * window - window * (window - 1) / 2 if window < length else length * (length + 1) / 2
-    # Two products forward, four backward, of 2·K operations for each pair of a query and a key it sees.
-    flops = 6 * 2 * batch * heads * head_dim * seen
-    values = batch * length * head_dim * (6 * heads + 6 * kv_heads)
-    shape = f"B {batch}, T {length:,}, heads {heads}:{kv_heads}, K {head_dim}, window {window}"
-    definition = functools.partial(sliding_window.sliding_window_attention, window=window, backend="naive")
-    return Subject(
-        f"window attention, forward + backward ({shape})",
-        operands,
-        length,
-        definition,
-        attention_contenders(device, window, length, dtype),
-        values * dtype.itemsize / 1e6,
-        flops / 1e9,
-    )
-
-
-def loss_subject(tokens: int, vocab: int, cap: float, device: torch.device, dtype: torch.dtype) -> Subject:
-    """The cross-entropy of softcapped logits."""
-
-    def operands(n_tokens: int) -> Operands:
-        return {"logits_NV": 10 * torch.randn(n_tokens, vocab, dtype=dtype, device=device)}
-
-    # Forward reads the logits; backward reads them and writes their gradient.
-    return Subject(
-        f"softcapped cross-entropy, forward + backward (N {tokens:,}, V {vocab:,}, cap {cap:g})",
-        operands,
-        tokens,
-        functools.partial(softcapped_loss, cap=cap, backend="naive"),
-        loss_contenders(device, cap),
-        3 * tokens * vocab * dtype.itemsize / 1e6,
-        0.0,
-    )
 
 
 def _synchronize(device: torch.device) -> None:
@@ -372,3 +236,38 @@ def table(subject: Subject, results: dict[str, OpTime], ceiling: Ceilings) -> st
         both = f"{result.both:.2f} ({result.spread[0]:.2f}–{result.spread[1]:.2f})"
         lines.append(f"| {name} | {result.forward:.2f} | {both} | {ratio} | {floor / result.both:.0%} | {memory} |")
     return "\n".join(lines)
+
+
+def main(args: list[str]) -> None:
+    """`hymba study ops`. Exits with 1 where a backend differs from the definition."""
+    parser = StudyParser(
+        "ops",
+        "A backend whose output or gradients differ from the naive definition is not timed, and the exit status is 1. "
+        "Example: hymba study ops --device cpu --threads 1 --only scan --rounds 9",
+    )
+    parser.add_argument(
+        "--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
+    parser.add_argument("--threads", type=int, nargs="+", help="CPU threads, a table each (default: 1 2)")
+    parser.add_argument("--rounds", type=int, default=7, help="Timed rounds of which the median is taken")
+    parser.add_argument("--only", choices=OPS, nargs="+", default=list(OPS), help="These ops only")
+    options = parser.read(args)
+    device = torch.device(options.device)
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    wrong = False
+    for threads in options.threads or ([torch.get_num_threads()] if on_gpu else [1, 2]):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        ceiling = ceilings(device, dtype)
+        print(
+            f"\n{machine(device)}, {threads} threads, {dtype}, {source_version()}, median of {options.rounds}; "
+            f"copy {ceiling.copy_gb_per_s:.0f} GB/s, matmul {ceiling.matmul_tflops:.3g} TFLOP/s"
+        )
+        for make in (make for op in options.only for make in subjects(op, device, dtype)):
+            subject = make()
+            results = time_subject(subject, options.rounds if subject.length <= 4096 or on_gpu else 3)
+            wrong |= any(result.problem for result in results.values())
+            print(f"\n{table(subject, results, ceiling)}", flush=True)
+    if wrong:
+        sys.exit(1)

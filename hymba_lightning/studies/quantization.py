@@ -30,12 +30,14 @@ from hymba_lightning.files import write_atomic
 from hymba_lightning.interop.checkpoint import read_reference_file
 from hymba_lightning.interop.quantized import quantized_reference_file
 from hymba_lightning.interop.reference import rename
-from hymba_lightning.model import Hymba
+from hymba_lightning.model import Hymba, RuntimeConfig
+from hymba_lightning.package.export import check_data, read_source
 from hymba_lightning.plots import save_figure
 from hymba_lightning.quantization import QuantizationConfig, load_artifact, save_artifact
 from hymba_lightning.quantization.artifact import read_parts
 from hymba_lightning.quantization.format import boundaries, compress
-from hymba_lightning.quantization.schemes import Calibration
+from hymba_lightning.quantization.schemes import Calibration, calibrate
+from hymba_lightning.studies.arguments import StudyParser
 from hymba_lightning.units import bits_per_byte
 
 REFERENCE = "reference's file, int6"
@@ -269,3 +271,40 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     axis.set_ylabel("KL from the float weights,\nthousandths of a nat a token")
     axis.legend(frameon=False)
     save_figure(figure, path)
+
+
+def main(args: list[str]) -> None:
+    """`hymba study quantization`."""
+    parser = StudyParser(
+        "quantization",
+        "Writes the files, results.json, table.md and plot.png. A recipe that has a result is not run again.",
+    )
+    parser.add_argument("--ckpt", type=str, required=True, help="Checkpoint of `hymba fit`; its averaged weights count")
+    parser.add_argument("--data_dir", type=str, required=True, help="Folder of the training and validation shards")
+    parser.add_argument("--out", type=str, required=True, help="Folder of the results")
+    parser.add_argument(
+        "--tokenizer", type=str, help="SentencePiece model (default: tokenizer.model beside the shards)"
+    )
+    parser.add_argument("--seq_len", type=int, help="Tokens of a sequence (default: as in training)")
+    parser.add_argument("--tokens", type=int, default=131_072, help="Validation tokens to score")
+    parser.add_argument("--calibration_batches", type=int, default=16, help="Training sequences to calibrate on")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    parser.add_argument("--compute_dtype", type=str, default="float32", help="float32 or bfloat16")
+    parser.add_argument("--only", nargs="+", choices=list(COLORS), help="These series (and the reference's file) only")
+    parser.add_argument("--coders", type=bool, default=True, help="Compress every payload by other coders too")
+    options = parser.read(args)
+    device = torch.device(options.device)
+    runtime = RuntimeConfig(compute_dtype=options.compute_dtype)
+    source = read_source(Path(options.ckpt), options.tokenizer, runtime, device)
+    seq_len = options.seq_len or source.metadata.get("seq_len") or 32768
+    data = HymbaDataModule(
+        options.data_dir, options.tokenizer, seq_len=seq_len, micro_batch_size=1, val_tokens_limit=options.tokens
+    )
+    check_data(source, data)
+    started = time.monotonic()
+    batches = [batch.inputs.to(device) for batch in data.calibration_batches(options.calibration_batches)]
+    calibration = calibrate(source.net, QuantizationConfig(scheme="mixed", gptq=True), batches).cpu()
+    print(
+        f"calibrated on {len(batches)} sequences of {seq_len} tokens in {time.monotonic() - started:.1f} s", flush=True
+    )
+    print(run_study(source.net, data, calibration, Path(options.out), device, options.only, options.coders))

@@ -17,7 +17,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hymba_lightning.studies.runs import run_once
+import torch
+
+from hymba_lightning.studies.arguments import StudyParser
+from hymba_lightning.studies.runs import RunFailedError, run_once
 
 # The published command's settings (SLIDING_WINDOW=512 …), one micro-batch a step, no warmdown, no evaluation between.
 SETTINGS = {
@@ -128,12 +131,12 @@ def run_reference(
             process.wait()
     text = log.read_text(encoding="utf-8", errors="replace")
     if f"step:{steps}/{steps} train_loss" not in text:
-        raise RuntimeError(f"{script} did not reach step {steps} (exit code {process.returncode}):\n{text[-1500:]}")
+        raise RunFailedError(f"{script} did not reach step {steps} (exit code {process.returncode}):\n{text[-1500:]}")
     return steady_step_ms(text)
 
 
 def run_ours(
-    data_dir: Path, run_dir: Path, *, config: Path, seq_len: int, tokens: int, steps: int, extra: list[str]
+    data_dir: Path, run_dir: Path, *, config: str, seq_len: int, tokens: int, steps: int, extra: list[str]
 ) -> float:
     """`hymba fit` for as many steps without a budget; returns training milliseconds a step, warm-up left out."""
     summary = run_once(
@@ -142,7 +145,7 @@ def run_ours(
         "summary.json",
         [
             "--config",
-            str(config),
+            config,
             "--data.data_dir",
             str(data_dir),
             "--data.seq_len",
@@ -183,3 +186,42 @@ def table(pairs: list[Pair]) -> str:
         f"({min(ratios):.3f}–{max(ratios):.3f}) |"
     )
     return "\n".join(rows)
+
+
+def main(args: list[str]) -> None:
+    """`hymba study reference`."""
+    parser = StudyParser(
+        "reference",
+        "Both train on the same GPU, shards, batch, sequence length, optimizer and average, in turn. Needs what that "
+        "script needs: mamba-ssm, causal-conv1d, sentencepiece.",
+        of_fit=True,
+    )
+    parser.add_argument("--train_gpt", type=str, required=True, help="The reference's train_gpt.py")
+    parser.add_argument("--data_dir", type=str, required=True, help="Shards and tokenizer.model")
+    parser.add_argument("--out", type=str, required=True, help="Folder of the logs and runs")
+    parser.add_argument("--config", type=str, default="hymba_32k.yaml", help="Of our runs")
+    parser.add_argument("--seq_len", type=int, default=32768, help="Tokens of a sequence")
+    parser.add_argument("--tokens", type=int, default=65536, help="Tokens of a step on one GPU")
+    parser.add_argument("--steps", type=int, default=120, help="Steps of each run")
+    parser.add_argument("--repeats", type=int, default=3, help="Runs of each")
+    options = parser.read(args)
+    out, data = Path(options.out), Path(options.data_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    size = {"seq_len": options.seq_len, "tokens": options.tokens, "steps": options.steps}
+    pairs = []
+    for repeat in range(options.repeats):
+        log = out / f"reference-{repeat}.log"
+        reference = run_reference(Path(options.train_gpt), data, data / "tokenizer.model", log, **size)
+        ours = run_ours(data, out / f"ours-{repeat}", config=options.config, extra=parser.fit_options, **size)
+        pairs.append(Pair(reference, ours))
+        memory = MEMORY_LINE.findall(log.read_text(encoding="utf-8", errors="replace"))
+        print(
+            f"run {repeat + 1}: reference {reference:.1f} ms/step, ours {ours:.1f}"
+            + (f"; reference's peak memory {memory[-1]} MiB" if memory else ""),
+            flush=True,
+        )
+    print(
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}, "
+        f"{options.steps} steps of {options.tokens:,} tokens, sequences of {options.seq_len:,}"
+    )
+    print(table(pairs))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hymba_lightning.files import write_atomic
 from hymba_lightning.studies.worker import Worker
+
+
+class RunFailedError(RuntimeError):
+    """A run of the `hymba` command ended with an error; the text has the end of its log."""
 
 
 def run_once(
@@ -19,43 +23,91 @@ def run_once(
     run_dir: Path,
     result: str,
     arguments: Sequence[str],
-    environment: Mapping[str, str] | None = None,
+    *,
+    beside: Sequence[str] = (),
     worker: Worker | None = None,
 ) -> dict[str, Any]:
     """The JSON file `result` of `hymba <command> --run_dir <run_dir>`, from an earlier call or from one made now.
 
-    `environment` is added to this process's; a `worker` has its own. A fit that was interrupted goes on from its
-    checkpoint. The output goes to <run_dir>/<command>.log. Raises RuntimeError with the log's end where the
-    command fails.
+    A fit that was interrupted goes on from its checkpoint. The output goes to <run_dir>/<command>.log.
+
+    Args:
+        command: "fit" or "test".
+        run_dir: The run's folder.
+        result: A file in it, which is there when the command has ended well.
+        arguments: Options of the command. They are kept in <run_dir>/<command>_arguments.json.
+        beside: More of them, which the result does not depend on.
+        worker: Of several runs; without one the command has a process of its own.
+
+    Raises:
+        RunFailedError: the command failed.
+        ValueError: what is there already was made with other arguments.
     """
     path = run_dir / result
+    killed = command == "fit" and (run_dir / "checkpoints" / "last.ckpt").is_file()
+    before = made_with(run_dir, command)
+    if (path.is_file() or killed) and before not in (None, list(arguments)):
+        was, now = _options(before), _options(arguments)
+        gone = " ".join(option for option in was if option not in now) or "nothing"
+        new = " ".join(option for option in now if option not in was) or "nothing"
+        raise ValueError(
+            f"{run_dir} holds a run with other options ({gone} where {new} is asked for now): give those again, "
+            "another name or folder, or delete it"
+        )
     if not path.is_file():
         run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomic(run_dir / f"{command}_arguments.json", json.dumps(list(arguments)) + "\n")
         resume: list[str] = []
         if command == "fit":
-            killed = (run_dir / "checkpoints" / "last.ckpt").is_file()
             resume = ["--ckpt_path", "last"] if killed else ["--overwrite", "true"]
-        line = [command, "--run_dir", str(run_dir), *arguments, *resume]
+        line = [command, "--run_dir", str(run_dir), *arguments, *beside, *resume]
         started, log = time.monotonic(), run_dir / f"{command}.log"
-        if worker is not None:
-            code = worker.run(line, log)
-        else:
-            with open(log, "a", encoding="utf-8") as file:
-                code = subprocess.run(
-                    [sys.executable, "-m", "hymba_lightning", *line],
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    check=False,
-                    env=os.environ | dict(environment or {}),
-                ).returncode
+        code = _run(line, log) if worker is None else worker.run(line, log)
         if code or not path.is_file():
             # A crash in C++ ends with dozens of addresses; what went wrong stands above them.
             text = log.read_text(encoding="utf-8", errors="replace")
             lines = [line for line in text.splitlines() if not line.startswith("frame #")]
             tail = "\n".join(lines[-15:])
-            raise RuntimeError(f"hymba {command} in {run_dir} ended with code {code}:\n{tail}")
+            raise RunFailedError(f"hymba {command} in {run_dir} ended with code {code}:\n{tail}")
         print(f"{run_dir.name}: {command} in {time.monotonic() - started:.0f} s", flush=True)
     return json.loads(path.read_bytes())
+
+
+def made_with(run_dir: Path, command: str) -> list[str] | None:
+    """The arguments that `run_once` gave the command there, None where it did not."""
+    kept = run_dir / f"{command}_arguments.json"
+    return json.loads(kept.read_bytes()) if kept.is_file() else None
+
+
+def _options(arguments: Sequence[str]) -> list[str]:
+    """["--a", "1", "--b", "2"] → ["--a 1", "--b 2"]."""
+    options: list[str] = []
+    for word in arguments:
+        if word.startswith("--") or not options:
+            options.append(word)
+        else:
+            options[-1] += f" {word}"
+    return options
+
+
+def _run(line: Sequence[str], log: Path) -> int:
+    """`hymba <line>` in a process of its own, its output appended to `log`; the exit code.
+
+    What interrupts this process lets that one save what it has.
+    """
+    with open(log, "a", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hymba_lightning", *line],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def artifact_of(run_dir: Path) -> Path | None:

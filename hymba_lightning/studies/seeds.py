@@ -12,6 +12,7 @@ import numpy as np
 
 from hymba_lightning.files import write_atomic
 from hymba_lightning.report.charts import Chart, Series, to_png
+from hymba_lightning.studies.arguments import StudyParser
 from hymba_lightning.studies.runs import hardware, run_once
 
 STAGES = {"raw": "raw weights", "ema": "averaged weights", "artifact": "artifact", "ttt": "after TTT"}
@@ -85,7 +86,7 @@ def run_seeds(
         values = dict(summary["bpb"])
         if test:
             weights = ["--ckpt_path", str(run_dir / summary.get("artifact", "checkpoints/last.ckpt"))]
-            values["ttt"] = run_once("test", run_dir, "test_summary.json", [*options, *weights])["ttt_bpb"]
+            values["ttt"] = run_once("test", run_dir, "test_summary.json", options, beside=weights)["ttt_bpb"]
         rows.append(values | {key: summary.get(key) for key in ("steps", "artifact_bytes")})
     table = f"{hardware(environment)}, n = {len(seeds)}\n\n" + _table(seeds, rows)
     last = next(stage for stage in reversed(STAGES) if stage in rows[0])
@@ -134,3 +135,29 @@ def _table(seeds: Sequence[int], rows: Sequence[dict]) -> str:
         spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         cells.append(f"{statistics.mean(values):.4f}{spread}" if key in STAGES else f"{statistics.mean(values):,.0f}")
     return "\n".join([*lines, "| mean ± std | " + " | ".join(cells) + " |"]) + "\n"
+
+
+def main(args: list[str]) -> None:
+    """`hymba study seeds`."""
+    parser = StudyParser(
+        "seeds",
+        "With --baseline, also the one-sided p of Welch's t-test that ours are lower. Writes table.md and seeds.png. "
+        "Example: hymba study seeds --out runs/seeds --baseline 1.1866 1.1881 1.1873 -- --config hymba_32k.yaml",
+        of_fit=True,
+    )
+    parser.add_argument("--out", type=str, required=True, help="Folder of the runs, table.md and seeds.png")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337, 42, 7], help="One run for each")
+    parser.add_argument("--baseline", type=float, nargs="+", default=[], help="Bits per byte to be better than")
+    parser.add_argument("--margin", type=float, default=0.0, help="By how much, in bits per byte")
+    parser.add_argument("--test", type=bool, default=True, help="Also test-time training")
+    options = parser.read(args)
+    print(
+        run_seeds(
+            options.seeds,
+            Path(options.out),
+            parser.fit_options,
+            baseline=options.baseline,
+            margin=options.margin,
+            test=options.test,
+        )
+    )

@@ -13,17 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.sequences import Chunk, chunk_at, n_chunks
+from hymba_lightning.errors import UserError
 from hymba_lightning.evaluation import Score, ScoreFirstTTT, TTTConfig
 from hymba_lightning.files import write_atomic
-from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.model import Hymba, RuntimeConfig
+from hymba_lightning.options import read_settings
 from hymba_lightning.plots import save_figure
 from hymba_lightning.quantization import load_artifact
+from hymba_lightning.studies.arguments import StudyParser
+from hymba_lightning.studies.variants import SHIPPED
+
+EXAMPLE = "recipes: {cold: {epochs: 0}}"
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,12 @@ class TTTStudy:
     def from_yaml(cls, path: Path) -> TTTStudy:
         """Reads a study. Raises ValueError naming the file and what is wrong with it."""
         try:
-            study = cls(**yaml.safe_load(path.read_text(encoding="utf-8")))
+            study = cls(**read_settings(str(path), "", SHIPPED, EXAMPLE)[1])
             for name in study.recipes:
                 study.settings(name)
-        except (TypeError, ValueError) as error:
+        except UserError:
+            raise
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no study of recipes: {error}") from error
         if study.baseline not in study.recipes:
             raise ValueError(f"{path}: baseline {study.baseline!r} is not among the recipes {sorted(study.recipes)}")
@@ -52,14 +59,6 @@ class TTTStudy:
         values = self.common | self.recipes[name]
         chunk_tokens = values.pop("chunk_tokens", None)
         return TTTConfig(**values), chunk_tokens
-
-
-def load_net(path: Path, runtime: RuntimeConfig, device: torch.device) -> Hymba:
-    """The artifact's network with its dequantized weights."""
-    artifact = load_artifact(path)
-    net = Hymba(HymbaConfig.from_dict(artifact.config), runtime)
-    net.load_state_dict(artifact.state_dict)
-    return net.to(device)
 
 
 def run_recipe(net: Hymba, data: HymbaDataModule, config: TTTConfig, chunk_tokens: int) -> dict[str, Any]:
@@ -117,8 +116,8 @@ def run_study(
             continue
         config, own_chunk = study.settings(name)
         chunk_tokens = own_chunk or data.ttt_chunk_tokens
-        warm_up(load_net(artifact, runtime or RuntimeConfig(), where), data, config, chunk_tokens)
-        result = run_recipe(load_net(artifact, runtime or RuntimeConfig(), where), data, config, chunk_tokens)
+        warm_up(load_artifact(artifact).network(runtime).to(where), data, config, chunk_tokens)
+        result = run_recipe(load_artifact(artifact).network(runtime).to(where), data, config, chunk_tokens)
         results[name] = result | {"settings": dataclasses.asdict(config) | {"chunk_tokens": chunk_tokens}}
         write_atomic(path, json.dumps(results, indent=1) + "\n")
         print(f"{name}: {result['bpb']:.5f} bpb in {result['seconds']:.1f} s", flush=True)
@@ -151,3 +150,49 @@ def report(study: TTTStudy, results: dict[str, dict[str, Any]], out: Path) -> st
     axis.set_ylabel("bits per byte")
     save_figure(figure, out / "plot.png")
     return table
+
+
+def main(args: list[str]) -> None:
+    """`hymba study ttt`."""
+    parser = StudyParser(
+        "ttt",
+        "A YAML file names the recipes. One that has a result is not run again. Writes table.md, plot.png and "
+        "results.json.",
+    )
+    parser.add_argument(
+        "study", type=str, help="YAML file with baseline, recipes, common; or the shipped one: ttt_recipes"
+    )
+    parser.add_argument("--artifact", type=str, required=True, help="The network")
+    parser.add_argument("--data_dir", type=str, required=True, help="Folder of the shards")
+    parser.add_argument("--out", type=str, required=True, help="Folder of the results")
+    parser.add_argument(
+        "--tokenizer", type=str, help="SentencePiece model (default: tokenizer.model beside the shards)"
+    )
+    parser.add_argument("--val_files", type=str, default="*_val_*.bin", help="Text to choose a recipe on")
+    parser.add_argument("--seq_len", type=int, default=32768, help="Tokens of a sequence")
+    parser.add_argument("--chunk_tokens", type=int, default=524288, help="Tokens that are scored before an update")
+    parser.add_argument("--limit_tokens", type=int, help="Only the first tokens of the stream")
+    parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
+    parser.add_argument("--compute_dtype", type=str, default="float32", help="float32 or bfloat16")
+    parser.add_argument("--only", type=str, nargs="+", help="These recipes (and the baseline) only")
+    options = parser.read(args)
+    path, _ = read_settings(options.study, "", SHIPPED, EXAMPLE)
+    data = HymbaDataModule(
+        options.data_dir,
+        options.tokenizer,
+        val_files=options.val_files,
+        seq_len=options.seq_len,
+        ttt_chunk_tokens=options.chunk_tokens,
+        val_tokens_limit=options.limit_tokens,
+    )
+    print(
+        run_study(
+            TTTStudy.from_yaml(path),
+            Path(options.artifact),
+            data,
+            Path(options.out),
+            device=options.device,
+            runtime=RuntimeConfig(compute_dtype=options.compute_dtype),
+            only=options.only,
+        )
+    )

@@ -41,7 +41,12 @@ class Worker:
         if self._process is None:
             line = [sys.executable, "-m", "hymba_lightning.studies.worker"]
             self._process = subprocess.Popen(
-                line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=os.environ | self.environment
+                line,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                encoding="utf-8",
+                env=os.environ | self.environment,
+                start_new_session=True,
             )
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
@@ -56,6 +61,12 @@ class Worker:
         if code or not answer:
             self.close()
         return code
+
+    def stop(self) -> None:
+        """Has the run in progress save what it has and end, from another thread than the one in `run`."""
+        process = self._process
+        if process is not None:
+            process.terminate()
 
     def close(self) -> None:
         """Ends the process."""

@@ -6,32 +6,32 @@ and its `backward` has nothing left to do but to share them among the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-import lightning.pytorch as pl
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from hymba_lightning.model.gradients import Gradients
-from hymba_lightning.trainer_internals import graph_obstacle
 
 
-def uses_cuda_graph(trainer: pl.Trainer, wanted: bool | None, compiled: bool) -> bool:
-    """Whether a run's step is recorded: as `wanted` says, or, where that is None, if it is compiled and can be.
+def uses_cuda_graph(obstacle: str | None, wanted: bool | None, compiled: bool) -> bool:
+    """Whether a step is recorded: as `wanted` says, or, where that is None, if it is compiled and has no `obstacle`.
 
     Raises:
         ValueError: a graph is wanted where there can be none.
     """
-    obstacle = graph_obstacle(trainer)
     if wanted and obstacle:
         raise ValueError(f"model.cuda_graph is true, but {obstacle}: leave it at null")
     return obstacle is None and (compiled if wanted is None else wanted)
 
 
-def start_gradients(trainer: pl.Trainer, forward: Callable[..., Tensor], parameters: list[Tensor]) -> Gradients:
+def start_gradients(
+    optimizers: Iterable[Optimizer], forward: Callable[..., Tensor], parameters: list[Tensor]
+) -> Gradients:
     """The gradients of a run, cleared after every step of its optimizers; recorded on a GPU only."""
-    gradients = Gradients(forward, parameters, record=trainer.strategy.root_device.type == "cuda")
-    for optimizer in trainer.optimizers:
+    gradients = Gradients(forward, parameters, record=parameters[0].is_cuda)
+    for optimizer in optimizers:
         optimizer.register_step_post_hook(lambda *_: gradients.clear())
     return gradients
 

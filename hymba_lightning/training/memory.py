@@ -60,7 +60,7 @@ def estimate_memory(
     d, layers = net.d_model, net.n_layers
     network = outline(net)
     mixers = [block.attn for block in network.layers]
-    kv = 2 * net.n_kv_heads * net.head_dim
+    kv = net.n_kv_heads * (net.head_dim + net.value_dim)
     tables = net.vocab_size * d * (1 if net.tie_embeddings else 2)
     tables += net.bigram_buckets * net.bigram_dim if net.bigram_hash else 0
     matrices = max(matmul_params(network) - d * net.vocab_size, 0)
@@ -74,7 +74,7 @@ def estimate_memory(
 
     tokens = (seq_len + net.meta_tokens) * micro_batch_size
     size = 2 if runtime.compute_dtype == "bfloat16" else 4
-    block = 12 * d + mixers[0].branch_activations() + 1.5 * kv + 3 * net.mlp_mult * d
+    block = 12 * d + mixers[0].branch_activations() + 1.5 * kv + 3 * net.mlp_hidden
     outside = 6.5 * d + net.vocab_size
     # The saved tensors of a recomputed block are its inputs, d; its peak of resident memory grows by ten times that,
     # as measured between 4 and 16 layers.

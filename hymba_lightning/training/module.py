@@ -17,7 +17,7 @@ from hymba_lightning.callbacks.loss_guard import LossGuard
 from hymba_lightning.callbacks.rank_watch import RankWatch
 from hymba_lightning.callbacks.stats import TrainingStats
 from hymba_lightning.callbacks.wall_clock import WallClock
-from hymba_lightning.checkpoints import TOKENIZER_KEY
+from hymba_lightning.checkpoints import TOKENIZER_KEY, check_tokenizer
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.sequences import AnyBatch, Chunk, as_batch, known_ids
 from hymba_lightning.evaluation.score import Score
@@ -31,6 +31,7 @@ from hymba_lightning.trainer_internals import (
     callbacks_of,
     datamodule_of,
     gradient_sync_wanted,
+    graph_obstacle,
     log_evaluations_by_step,
 )
 from hymba_lightning.training.checks import check_callbacks, check_fit, check_options, check_schedulers
@@ -173,11 +174,9 @@ class HymbaModule(pl.LightningModule):
                 # One graph under DDP too: cut at its gradient buckets, a step on two GPUs took 58.3 ms, whole 56.9.
                 torch._dynamo.config.optimize_ddp = False
 
-    def use_network(self, config: HymbaConfig, state_dict: dict[str, Tensor]) -> None:
-        """Replaces the network by another one, such as an artifact's, executed as this module's runtime says."""
-        runtime = self.net.runtime
-        self.net = Hymba(config, runtime)
-        self.net.load_state_dict(state_dict)
+    def use_network(self, net: Hymba) -> None:
+        """Replaces the network by another one, such as an artifact's."""
+        self.net = net
         if self._has_trainer:
             self.run.net = self.net
 
@@ -215,8 +214,8 @@ class HymbaModule(pl.LightningModule):
         run = self.run
         run.batch_tokens, run.batch_seq_len = batch.targets.numel(), batch.targets.size(1)
         forward = self._compiled_forward or self.net
-        if self._gradients is None and uses_cuda_graph(self.trainer, self.cuda_graph, self.compile_net):
-            self._gradients = start_gradients(self.trainer, forward, list(self.net.parameters()))
+        if self._gradients is None and uses_cuda_graph(graph_obstacle(self.trainer), self.cuda_graph, self.compile_net):
+            self._gradients = start_gradients(self.trainer.optimizers, forward, list(self.net.parameters()))
         if self._gradients is None:
             loss = forward(batch.inputs, batch.targets)
         else:
@@ -387,11 +386,13 @@ class HymbaModule(pl.LightningModule):
                 "the checkpoint does not say which tokenizer it was trained with: what comes out means "
                 "something only with that one"
             )
-        elif saved != data.tokenizer_fingerprint():
-            raise ValueError(
-                f"the checkpoint was trained with another tokenizer (sha256 {saved}) than "
-                f"{data.tokenizer} ({data.tokenizer_fingerprint()}): give --data.tokenizer, or "
-                "--data.data_dir, of its training"
+        else:
+            check_tokenizer(
+                "the checkpoint",
+                saved,
+                data.tokenizer_fingerprint(),
+                data.tokenizer,
+                "--data.tokenizer or --data.data_dir",
             )
 
 

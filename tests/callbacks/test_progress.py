@@ -6,9 +6,8 @@ import os
 import pty
 import re
 import subprocess
-import sys
 
-from fit_process import write_config
+from fit_process import typed, write_config
 
 
 def on_a_terminal(command: list[str]) -> tuple[int, str]:
@@ -33,24 +32,12 @@ def on_a_terminal(command: list[str]) -> tuple[int, str]:
 def test_bars_end_at_100_percent_and_leave_log_lines_alone(tmp_path):
     config = write_config(tmp_path)
     code, text = on_a_terminal(
-        [
-            sys.executable,
-            "-m",
-            "hymba_lightning",
-            "fit",
-            "--config",
-            str(config),
-            "--run_dir",
-            str(tmp_path / "run"),
-            "--trainer.max_steps",
-            "5",
-            "--export.enabled",
-            "true",
-            "--progress.refresh_seconds",
-            "0.001",
-            "--trainer.val_check_interval",
-            "2",
-        ]
+        typed(
+            config,
+            tmp_path / "run",
+            *("--trainer.max_steps", "5", "--export.enabled", "true", "--progress.refresh_seconds", "0.001"),
+            *("--trainer.val_check_interval", "2"),
+        )
     )
     assert code == 0, text
     lines = re.split(r"[\r\n]+", text)

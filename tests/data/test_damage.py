@@ -181,6 +181,27 @@ def test_a_manifest_of_another_form_is_refused_and_can_be_replaced(source, tmp_p
     assert not run(source, tmp_path / "out", overwrite=True).up_to_date
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "/"},
+        {"name": "../x"},
+        {"name": 7},
+        {"work": ".."},
+        {"places": {"tokenizer.model": "../../x"}},
+        {"manifest": {}},
+    ],
+    ids=str,
+)
+def test_a_journal_of_another_form_is_refused(source, tmp_path, change):
+    run(source, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    journal = {"work": ".partial", "name": "text", "manifest": manifest, "places": {}} | change
+    (tmp_path / "out" / ".install.json").write_text(json.dumps(journal))
+    with pytest.raises(ValueError, match=r"\.install\.json is damaged .*remove it, and prepare the data again"):
+        run(source, tmp_path / "out")
+
+
 def test_a_manifest_of_before_is_read(source, tmp_path):
     run(source, tmp_path / "out")
     path = tmp_path / "out" / "manifest.json"

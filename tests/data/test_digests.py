@@ -97,6 +97,11 @@ def test_a_damaged_memory_is_made_anew(files, hashed, content):
     assert len(hashed) == 3
 
 
+def test_a_pipe_in_the_place_of_the_memory_is_no_reason_to_wait(files):
+    os.mkfifo(files[0].parent / ".digests.json")
+    assert file_digests(files) == plain(files)
+
+
 def test_a_folder_that_cannot_be_written_to_is_remembered_in_the_cache(files, hashed, monkeypatch):
     write = digests.write_atomic
 

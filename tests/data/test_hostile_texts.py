@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from prepared import TEXTS, json_lines, only_kind, read
 
 from hymba_lightning.data import documents
-from hymba_lightning.data.documents import unescaped
+from hymba_lightning.data.documents import DocumentReader, unescaped
+from hymba_lightning.data.inputs import InputFile
 from hymba_lightning.data.skips import Skips
 from hymba_lightning.data.streams import bounded_lines
 
@@ -148,6 +149,35 @@ def test_csv_and_tsv_are_read(tmp_path):
     assert read(tmp_path / "a.csv", text_key="body")[1]["first"][0].endswith(
         "no column 'body' among id, text; set text_key"
     )
+
+
+def test_blank_lines_before_a_csv_header_are_no_header(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"\n\r\nid,text\n\n1,a\n")
+    assert read(tmp_path / "a.csv") == (["a"], Skips().state())
+
+
+def test_what_is_said_of_a_file_is_short_and_steers_no_terminal(tmp_path):
+    """A column's name is the file's own word, and may be anything."""
+    (tmp_path / "a.csv").write_text('id,"\x1b[2J\nfree",' + "x" * 100_000 + "\n1,2,3\n")
+    said = read(tmp_path / "a.csv")[1]["first"][0]
+    assert said.isprintable()
+    assert len(said) < 1100
+    assert "no column 'text' among id, " in said
+    with pytest.raises(ValueError, match="no column 'text'") as refused:
+        read(tmp_path / "a.csv", strict=True)
+    assert str(refused.value).isprintable()
+
+
+def test_a_file_that_vanishes_before_its_turn_is_skipped_and_named(tmp_path):
+    files = []
+    for name in ("a.jsonl", "b.jsonl", "c.jsonl"):
+        (tmp_path / name).write_bytes(LINES)
+        files.append(InputFile(tmp_path / name, name))
+    reader = DocumentReader(files, "text", None)
+    (tmp_path / "b.jsonl").unlink()
+    assert [document.text for document in reader] == 2 * TEXTS
+    assert reader.skips.state()["first"] == [f"{tmp_path / 'b.jsonl'}: No such file or directory"]
+    assert reader.bytes_read == reader.total_bytes
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,11 @@ def test_a_file_for_both_is_refused(tmp_path, tokenizer, way):
     [
         (TEXTS, [], "the validation inputs hold no document that can be read"),
         ([], TEXTS, "the inputs hold no document that can be read"),
-        (TEXTS[:3], [*TEXTS[:3], "more"], "the inputs hold no document"),
+        (
+            TEXTS[:3],
+            [*TEXTS[:3], "more"],
+            "the inputs hold no document that can be read, but those that are for validation too",
+        ),
     ],
 )
 def test_a_split_without_documents_is_named(tmp_path, tokenizer, train, val, message):

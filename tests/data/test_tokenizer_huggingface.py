@@ -79,6 +79,33 @@ def test_what_would_not_count_every_byte_is_refused(file, tmp_path, change, mess
         load_tokenizer(tmp_path / "t.json")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix stands in pieces"),
+        (lambda content: content["model"].update(continuing_subword_prefix="##"), "continuing_subword_prefix stands"),
+        (lambda content: content["model"]["vocab"].update({"zz": 7}), "two of its pieces have one id"),
+        (lambda content: content["model"]["vocab"].update({"zz": (1 << 32) - 1}), "has an id over 1,048,576"),
+        (lambda content: content["model"]["vocab"].update({"▁the": 400}), "its piece ▁the stands for no bytes"),
+        (
+            lambda content: content.update(
+                pre_tokenizer={
+                    "type": "Sequence",
+                    "pretokenizers": [{"type": "WhitespaceSplit"}, content["pre_tokenizer"]],
+                }
+            ),
+            "its pre-tokenizer WhitespaceSplit may take characters",
+        ),
+    ],
+)
+def test_pieces_that_are_no_bytes_of_the_text_are_refused(file, tmp_path, change, message):
+    content = json.loads(file.read_text())
+    change(content)
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"t\.json (cannot be used|is no tokenizer\.json).*{message}"):
+        load_tokenizer(tmp_path / "t.json")
+
+
 def test_a_byte_without_piece_and_a_damaged_file_are_refused(file, tmp_path):
     content = json.loads(file.read_text())
     del content["model"]["vocab"]["!"]

@@ -120,6 +120,14 @@ def test_skips_stay_small_however_many_they_are():
     lines = skip_lines(state)
     assert lines[0] == "  skipped 5,000:"
     assert "    2,500 × even: file 0; file 2; file 4; …" in lines
+    for number in range(5000):
+        skips.add(f".{number:04d} file, which is not read", f"part.{number:04d}")
+    state = skips.state()
+    assert len(state["kinds"]) < 60
+    assert state["kinds"]["others"]["count"] > 4900
+    assert sum(entry["count"] for entry in state["kinds"].values()) == state["count"] == 10_000
+    skips.merge(state)
+    assert len(skips.state()["kinds"]) == len(state["kinds"])
     assert skip_lines({"count": 3, "first": ["a", "b"]})[1] == "    3 × could not be read: a; b; …"  # an older manifest
 
 

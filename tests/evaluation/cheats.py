@@ -66,6 +66,16 @@ def better_of_two_passes(tokens: Tensor) -> Tensor:
     return torch.minimum(evaluation(epochs=0)(tokens), two_passes(tokens))
 
 
+def best_in_all(tokens: Tensor) -> Tensor:
+    """Of three whole passes, by how much they trust what came before, the one whose total is least."""
+    before = F.one_hot(tokens[:-1], VOCAB).cumsum(0)
+    passes = [
+        -torch.log((before.gather(1, tokens[1:, None])[:, 0] + more) / (before.sum(1) + more * VOCAB))
+        for more in (0.1, 1.0, 10.0)
+    ]
+    return min(passes, key=lambda nats: float(nats.sum()))
+
+
 def rescored_at_the_end(tokens: Tensor) -> Tensor:
     """Scores the third chunk on anew once all have been read."""
     nats = evaluation(epochs=0)(tokens).clone()
@@ -170,6 +180,7 @@ CHEATS: dict[str, dict[str, tuple[Callable[[], Evaluator], set[str]]]] = {
     "scores again": {
         "second pass": (always(two_passes), {PAST_FIXED, DISTRIBUTION}),
         "the better of two": (always(better_of_two_passes), {PAST_FIXED, DISTRIBUTION}),
+        "the best of three in all": (always(best_in_all), {PAST_FIXED, DISTRIBUTION}),
         "from the third chunk": (always(rescored_at_the_end), {PAST_FIXED, DISTRIBUTION}),
     },
     "peeks": {

@@ -162,7 +162,6 @@ def test_learning_rates_over_the_chunks():
 
 def test_dequantized_weights_are_what_adapts(tmp_path):
     """From an artifact: the scored and adapted net starts at the file's values, not at the trained ones."""
-    from hymba_lightning.model import Hymba, HymbaConfig
     from hymba_lightning.quantization import QuantizationConfig, load_artifact, save_artifact
 
     net = lively_net()
@@ -177,8 +176,7 @@ def test_dequantized_weights_are_what_adapts(tmp_path):
         scheme=QuantizationConfig(),
     )
     artifact = load_artifact(tmp_path / "a.hymba")
-    loaded = Hymba(HymbaConfig.from_dict(artifact.config))
-    loaded.load_state_dict(artifact.state_dict)
+    loaded = artifact.network()
     ttt = ScoreFirstTTT(loaded, SEQ_LEN, TTTConfig(**(ADAPT | {"anchor": 1.0})))
     for chunk in chunks(stream())[:2]:
         ttt.score_chunk(chunk)

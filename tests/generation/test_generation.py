@@ -2,6 +2,7 @@
 
 import io
 import math
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -191,6 +192,18 @@ def sample(*options: str) -> str:
     with redirect_stdout(out):
         run_command("sample", [*options, "--max_new_tokens", "8", "--device", "cpu"])
     return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content", [b"data: [1, {", b"[1]", b"data: 7", b"\xff\xfe", b"data: {}", b"a: " + b"[" * 5000]
+)
+def test_a_damaged_config_beside_the_weights_is_named(files, tmp_path, content):
+    shutil.copy(files / "run" / "artifact.hymba", tmp_path)
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"config\.yaml, which would name the tokenizer, is damaged .* give --tokenizer"
+    ):
+        sample(str(tmp_path / "artifact.hymba"), "the end")
 
 
 def test_sample_from_checkpoint_and_artifact(files):

@@ -16,6 +16,7 @@ VARIANTS = {
     "plain": {},
     "global layer, meta tokens": {"global_layers": [1], "meta_tokens": 3},
     "keys and values shared, own head": {"kv_share_every": 2, "tie_embeddings": False},
+    "packed documents": {"packed_documents": True, "global_layers": [1]},
 }
 GREEDY = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
 
@@ -36,8 +37,12 @@ def plain(tmp_path_factory):
 
 
 def prompts(*lengths):
+    """Random ones, in the longer of which a document starts."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 1024, (n,), generator=generator).tolist() for n in lengths]
+    rows = [torch.randint(3, 1024, (n,), generator=generator) for n in lengths]
+    for row in rows:
+        row[2 : len(row) - 1 : 9] = 1
+    return [row.tolist() for row in rows]
 
 
 def padded(rows, side):

@@ -124,7 +124,7 @@ def test_integers_for_weights_are_refused(folder):
         ({"net": NET | {"d_state": 8}}, r"does not fit config\.json: its tensor .* has the shape"),
         ({"net": NET | {"windows": 3}}, "fields this version does not know: windows"),
         ({"net": None}, "no network's config under 'net'"),
-        ({"model_type": "hymba"}, r"another kind of model \('hymba' where 'hymba_lightning' is needed\)"),
+        ({"model_type": "llama"}, r"another kind of model \('llama' where 'hymba_lightning' is needed\)"),
     ],
 )
 def test_a_config_that_does_not_fit_is_named(folder, change, message):

@@ -76,8 +76,7 @@ def test_plain_checkpoint_is_read_and_imported_exactly(tmp_path):
     out = import_reference(str(path), window=16, global_layers="auto", tokenizer=str(TOKENIZER))
     assert out == str(tmp_path / "final_model.hymba")
     artifact, _ = inspect_artifact(out)
-    net = Hymba(HymbaConfig.from_dict(artifact.config))
-    net.load_state_dict(artifact.state_dict)
+    net = artifact.network()
     config, back = to_reference(net)
     assert config == settings("model_paper_options") | {
         "hymba_dt_rank": 3,

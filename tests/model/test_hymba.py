@@ -264,7 +264,7 @@ def test_recomputation_changes_no_gradient():
         ({"dt_min": 0.2}, "dt_min"),
         ({"bos_id": 64}, "bos_id"),
         ({"n_layers": 1}, "n_layers"),
-        ({"logit_softcap": 0.0}, "logit_softcap"),
+        ({"logit_softcap": -1.0}, "logit_softcap"),
         ({"branch_gate": 33}, "branch_gate"),
         ({"layer_windows": [8, 8]}, "layer_windows"),
         ({"layer_windows": [8, 8, 8, 0]}, "layer_windows"),

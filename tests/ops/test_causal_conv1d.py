@@ -135,9 +135,9 @@ def test_automatic_choice_and_refusals(monkeypatch):
         choose("causal_conv1d", "causal_conv1d", "cuda")
     installed.update({"numba", "causal_conv1d"})
     assert (pick("cpu"), pick("cuda")) == ("numba", "causal_conv1d")
-    assert pick("cuda", taps=5, channels=8) == "torch"
+    assert pick("cuda", taps=5, channels=8, documents=False) == "torch"
     with pytest.raises(BackendUnavailableError, match="2 to 4 taps"):
-        choose("causal_conv1d", "causal_conv1d", "cuda", taps=5, channels=8)
+        choose("causal_conv1d", "causal_conv1d", "cuda", taps=5, channels=8, documents=False)
     installed.add("triton")
     assert pick("cuda") == "triton"
     assert {"naive", "torch", "numba", "triton", "causal_conv1d"} <= set(BACKENDS)

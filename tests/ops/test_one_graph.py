@@ -85,10 +85,29 @@ def _scan_operands(gated):
     )
 
 
+POSITIONS = (torch.arange(33, dtype=torch.int32) % 9).repeat(2, 1)
 CALLS = {
     "selective_scan_numba": _scan_operands(True),
     "selective_scan_chunked": _scan_operands(True),
     "selective_scan_chunked without gate": _scan_operands(False),
+    "selective_scan_numba of documents": (*_scan_operands(True), POSITIONS),
+    "selective_scan_chunked of documents": (*_scan_operands(True), POSITIONS),
+    "causal_conv1d_numba of documents": (
+        random(2, 33, 20),
+        random(20, 4),
+        random(20),
+        True,
+        random(2, 20, 3),
+        POSITIONS,
+    ),
+    "sliding_window_blocked of documents": (
+        random(2, 33, 4, 8),
+        random(2, 40, 2, 8),
+        random(2, 40, 2, 8),
+        7,
+        0.5,
+        POSITIONS,
+    ),
     "causal_conv1d_numba": (random(2, 33, 20), random(20, 4), random(20), True, random(2, 20, 3)),
     "causal_conv1d_torch": (random(2, 33, 20), random(20, 4), random(20), False, random(2, 20, 3)),
     "softcapped_cross_entropy_torch": (random(33, 20), torch.arange(33) % 20, 30.0),

@@ -108,8 +108,8 @@ def test_a_file_in_an_ops_folder_is_a_backend(tmp_path, monkeypatch):
 def test_the_help_of_every_backend_option_is_its_ops_table():
     registry.register_all()
     ops = {field.metadata["op"] for field in dataclasses.fields(RuntimeConfig) if field.name.endswith("_backend")}
-    # The optimizer takes its own choice, and the state-space dual that of the scan in whose place it stands.
-    assert ops == set(registry._operations) - {"newton_schulz", "ssd"}
+    # The optimizer takes its own choice, the others that of the op in whose place they stand.
+    assert ops == set(registry._operations) - {"newton_schulz", "ssd", "prefix_window_attention"}
     parser = CommandParser()
     parser.add_class_arguments(RuntimeConfig, "runtime")
     text = " ".join(parser.format_help().split())

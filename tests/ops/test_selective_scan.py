@@ -313,12 +313,13 @@ def test_automatic_choice(monkeypatch):
     assert (pick("cpu"), pick("cuda")) == ("numba", "chunked"), "mamba-ssm is there, but without its extension"
     installed.add("selective_scan_cuda")
     assert pick("cuda") == "mamba_ssm"
-    assert pick("cuda", initial_state=True, state_gradient=False) == "chunked"
-    assert pick("cuda", initial_state=False, state_gradient=True) == "chunked"
+    plain = {"initial_state": False, "state_gradient": False, "documents": False}
+    assert pick("cuda", **plain | {"initial_state": True}) == "chunked"
+    assert pick("cuda", **plain | {"state_gradient": True}) == "chunked"
     installed.add("triton")
-    assert pick("cuda", initial_state=True, state_gradient=False) == "triton"
+    assert pick("cuda", **plain | {"initial_state": True}) == "triton"
     with pytest.raises(BackendUnavailableError, match="starts from a zero state; use backend 'triton'"):
-        choose("selective_scan", "mamba_ssm", "cuda", initial_state=True, state_gradient=False)
+        choose("selective_scan", "mamba_ssm", "cuda", **plain | {"initial_state": True})
 
 
 @pytest.mark.parametrize(

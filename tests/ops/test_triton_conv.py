@@ -9,6 +9,7 @@ import torch
 from interpreted import assert_within, collect, differences, needs_triton, run_cases
 
 from hymba_lightning.ops.causal_conv1d.naive import causal_conv1d_naive
+from hymba_lightning.ops.documents import document_positions
 
 pytestmark = needs_triton
 FLOAT32, BFLOAT16 = 2e-6, 8e-3
@@ -23,7 +24,19 @@ SHAPES = {
     "a slice of a wider tensor": (2, 33, 8, 4, torch.float32, "silu", ("slice",)),
     "only the state is used": (1, 20, 4, 4, torch.float32, "silu", ("state only",)),
     "bfloat16": (1, 40, 70, 4, torch.bfloat16, "silu", ()),
+    "documents": (2, 63, 20, 4, torch.float32, "silu", ("documents",)),
+    "documents, several tiles in a program": (1, 70, 6, 3, torch.float32, None, ("documents", "few programs")),
+    "documents shorter than the state": (2, 20, 5, 8, torch.float32, "silu", ("documents",)),
+    "documents, bfloat16": (1, 40, 70, 4, torch.bfloat16, "silu", ("documents",)),
 }
+
+
+def documents(batch, length):
+    """Document positions that begin at a tile's edge, next to each other and, in the second row, at 0."""
+    ids = torch.zeros(batch, length, dtype=torch.int64)
+    ids[:, [3, 15, 16]] = 1
+    ids[1:, [0, length - 1]] = 1
+    return document_positions(ids, 1, torch.full((batch,), 2))
 
 
 def outcome(run, inputs, gradients, special):
@@ -58,11 +71,13 @@ def compare(shape):
     inputs = {name: x.to(dtype) if x.dim() == 3 else x for name, x in inputs.items()}
     gradients = tuple(torch.randn(sizes[name], generator=generator).to(dtype) for name in ("x", "initial_state"))
 
+    doc_position = documents(batch, length) if "documents" in special else None
+
     def run_triton(x, weight, bias, initial_state):
-        return module.causal_conv1d_triton_op(x, weight, bias, activation == "silu", initial_state)
+        return module.causal_conv1d_triton_op(x, weight, bias, activation == "silu", initial_state, doc_position)
 
     def run_naive(x, weight, bias, initial_state):
-        return causal_conv1d_naive(x, weight, bias, activation == "silu", initial_state)
+        return causal_conv1d_naive(x, weight, bias, activation == "silu", initial_state, doc_position)
 
     expected = outcome(run_naive, inputs, gradients, special)
     return {"ratios": differences(outcome(run_triton, inputs, gradients, special), expected)}
@@ -76,6 +91,8 @@ def compile_and_check():
     leaves = [torch.randn(*size, requires_grad=True) for size in ((1, 6, 4), (4, 3), (4,), (1, 4, 2))]
     x, weight, bias, state = leaves
     torch.library.opcheck(causal_conv1d_triton_op, (x, weight, bias, True, state))
+    positions = torch.arange(6, dtype=torch.int32)[None] % 4
+    torch.library.opcheck(causal_conv1d_triton_op, (x, weight, bias, True, state, positions))
 
     def loss(x, weight, bias, initial_state):
         out, state = causal_conv1d(

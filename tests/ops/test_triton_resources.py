@@ -41,6 +41,18 @@ def test_production_kernels_do_not_spill_on_hopper(resources, capsys):
 
 
 @pytest.mark.slow
+def test_documents_cost_no_spill_and_no_program_less(resources, capsys):
+    launches = resources.scan_launches(2, 32768, 512, 8, torch.bfloat16, documents=True)
+    plain = resources.scan_launches(2, 32768, 512, 8, torch.bfloat16)
+    assert [launch.arguments["PACKED"] for launch in launches if "PACKED" in launch.arguments] == [True] * 4
+    assert resources.report([launches[2], launches[5]], "documents", 90)
+    assert resources.report(resources.conv_launches(2, 32768, 512, 4, torch.bfloat16, documents=True), "conv", 90)
+    for index in (2, 5):
+        warps = [resources.compile_launch(which[index], 90).resident_warps for which in (launches, plain)]
+        assert warps[0] == warps[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(14, 512, 2048), (7, 48, 512)])
 def test_a_banks_products_do_not_spill_on_hopper(resources, shape):
     launches = resources.newton_schulz_launches(*shape, torch.bfloat16)

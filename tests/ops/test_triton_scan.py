@@ -9,6 +9,7 @@ import pytest
 import torch
 from interpreted import assert_within, collect, differences, needs_triton, run_cases
 
+from hymba_lightning.ops.documents import document_positions
 from hymba_lightning.ops.selective_scan.naive import selective_scan_naive
 
 pytestmark = needs_triton
@@ -28,6 +29,10 @@ SHAPES = {
     "slices of wider tensors": (2, 17, 8, 2, torch.float32, ("slices",)),
     "only the state is used": (1, 17, 8, 2, torch.float32, ("state only",)),
     "bfloat16": (1, 40, 60, 3, torch.bfloat16, ()),
+    "documents": (2, 63, 20, 3, torch.float32, ("documents",)),
+    "documents, whole tiles, odd chunks": (1, 104, 64, 2, torch.float32, ("documents", "odd chunks")),
+    "documents, one chunk, no gate": (2, 20, 8, 2, torch.float32, ("documents", "one chunk", "no gate")),
+    "documents, bfloat16": (2, 40, 60, 3, torch.bfloat16, ("documents",)),
     "bfloat16, no gate": (1, 16, 64, 2, torch.bfloat16, ("no gate",)),
 }
 
@@ -54,6 +59,14 @@ def operands(batch, length, channels, states, dtype, special):
     }
     gradients = normal(batch, length, channels).to(dtype), normal(batch, channels, states)
     return found, gradients
+
+
+def documents(batch, length):
+    """Document positions that begin at tiles' and chunks' edges, next to each other and, in the second row, at 0."""
+    ids = torch.zeros(batch, length, dtype=torch.int64)
+    ids[:, [3, 8, 9, 16]] = 1
+    ids[1:, [0, length - 1]] = 1
+    return document_positions(ids, 1, torch.full((batch,), 5))
 
 
 def outcome(run, inputs, gradients, special):
@@ -86,11 +99,14 @@ def compare(shape):
         module.FORWARD_PROGRAMS, module.BACKWARD_PROGRAMS, module.MIN_CHUNK_TILES = 5, 3, 1
     module.multiprocessors = lambda device: 1 if "odd chunks" in shape[-1] else 132
 
+    doc_position = documents(*shape[:2]) if "documents" in shape[-1] else None
+
     def run_triton(u, dt, A, B, C, D, z, dt_bias, initial_state):
-        return module.selective_scan_triton_op(u, dt, A, B, C, D, z, dt_bias, initial_state)[:2]
+        return module.selective_scan_triton_op(u, dt, A, B, C, D, z, dt_bias, initial_state, doc_position)[:2]
 
     inputs, gradients = operands(*shape)
-    expected = outcome(selective_scan_naive, inputs, gradients, shape[-1])
+    naive = functools.partial(selective_scan_naive, doc_position_BT=doc_position)
+    expected = outcome(naive, inputs, gradients, shape[-1])
     return {"ratios": differences(outcome(run_triton, inputs, gradients, shape[-1]), expected)}
 
 
@@ -102,6 +118,7 @@ def compile_and_check():
     inputs, _ = operands(1, 2, 4, 1, torch.float32, ())
     leaves = [x.requires_grad_() for x in inputs.values()]
     torch.library.opcheck(selective_scan_triton_op, tuple(leaves))
+    torch.library.opcheck(selective_scan_triton_op, (*leaves, torch.tensor([[3, 0]], dtype=torch.int32)))
 
     def loss(u, dt, A, B, C, D, z, dt_bias, initial_state):
         out, state = selective_scan(

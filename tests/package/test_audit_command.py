@@ -1,5 +1,6 @@
 """`hymba audit` on an artifact and on a submission's folder: honest ones pass, forged code is named."""
 
+import json
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ from code_archive import rewrite_code
 
 from hymba_lightning.commands import run_command
 from hymba_lightning.errors import report
+from hymba_lightning.package.digests import sha256, shorten
 from hymba_lightning.package.submission import package
 
 QUICK = ["--tokens", "40", "--past_positions", "4", "--seed", "3", "--ttt.freeze_blocks", "0"]
@@ -46,6 +48,8 @@ def test_an_honest_folder_passes_with_its_own_code(folder, fitted_run, capsys):
     assert code == 0, said
     assert "not tried: a full distribution" in said
     assert "kept: the same again" in said
+    assert "kept: the score is the sum" in said
+    assert "kept: the folder is as packaged" in said
 
 
 FORGERIES = {
@@ -94,6 +98,53 @@ def test_forged_code_is_named(folder, fitted_run, tmp_path, capsys, forgery):
     rewrite_code(forged, lambda name, text: text.replace(old, new, 1) if name == file else text)
     code, said = outcome(forged, fitted_run, capsys, "--past_positions", "8", *NO_SUMS)
     assert (code, f"rule broken: {rule}" in said) == (1, True), said
+
+
+def another_entry(folder):
+    """evaluate.py halves what the code of the archive scores, and every digest is repaired."""
+    text = (folder / "evaluate.py").read_text()
+    halved = text.replace("main(FOLDER", "import hymba_lightning.evaluation.score as s; main(FOLDER")
+    assert halved != text
+    (folder / "evaluate.py").write_text(halved)
+    digests = json.loads((folder / "digests.json").read_text())
+    digests["code"]["evaluate.py"] = sha256(folder / "evaluate.py")
+    (folder / "digests.json").write_text(json.dumps(digests))
+    about = json.loads((folder / "submission.json").read_text())
+    about |= {"digests": shorten(digests), "bytes_total": about["bytes_total"] + len(halved) - len(text)}
+    (folder / "submission.json").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda folder: rewrite_code(folder, lambda _, text: text + "\n"), "code.tar.xz in "),
+        (lambda folder: (folder / "cache.npz").write_bytes(bytes(9)), "cache.npz in "),
+        (another_entry, "evaluate.py in "),
+    ],
+    ids=["code", "a file besides", "its entry"],
+)
+def test_a_folder_that_keeps_the_rules_and_is_not_as_packaged_is_named(
+    folder, fitted_run, tmp_path, capsys, change, what
+):
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    change(changed)
+    code, said = outcome(changed, fitted_run, capsys, *NO_SUMS)
+    assert (code, f"rule broken: the folder is as packaged: {what}" in said) == (1, True), said
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["[]", "{}", "{'val_bpb': 'low', 'tokens': 1, 'bytes': 1}", "{'val_bpb': 1.0, 'tokens': None, 'bytes': []}"],
+)
+def test_code_that_answers_with_anything_ends_in_one_sentence(folder, fitted_run, tmp_path, capsys, answer):
+    odd = tmp_path / "odd"
+    shutil.copytree(folder, odd)
+    say = f"import torch\n\n\ndef evaluate(*_):\n    return {answer} | {{'nats': torch.zeros(3)}}\n"
+    rewrite_code(odd, lambda name, text: say if name.endswith("package/referee.py") else text)
+    code, said = outcome(odd, fitted_run, capsys)
+    assert code == 2
+    assert "could not score" in said
 
 
 def test_bad_input_ends_with_2_and_one_sentence(fitted_run, folder, tmp_path, capsys):

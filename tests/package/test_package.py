@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,14 @@ def admit_the_change(folder):
     (folder / "digests.json").write_text(json.dumps(digests))
 
 
+def change_submission(**values):
+    def change(folder):
+        about = json.loads((folder / "submission.json").read_text())
+        (folder / "submission.json").write_text(json.dumps(about | values))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -149,6 +158,13 @@ def admit_the_change(folder):
         (lambda folder: (folder / "submission.json").write_text("{}"), r"submission\.json .* is damaged"),
         (drop_a_module, r"code\.tar\.xz in .* is not what was packaged"),
         (lambda folder: (folder / "code.tar.xz").unlink(), r"code\.tar\.xz is missing"),
+        (lambda folder: (folder / "cache.npz").write_bytes(bytes(9)), r"cache\.npz in .* was not packaged"),
+        (lambda folder: (folder / "logs" / "more.txt").write_text(""), r"logs/more\.txt in .* was not packaged"),
+        (lambda folder: os.mkfifo(folder / "pipe"), r"pipe in .* was not packaged"),
+        (lambda folder: (folder / "train.log").write_text("step:9"), r"train\.log in .* is not what was packaged"),
+        (lambda folder: (folder / "logs" / "record.json").unlink(), r"logs/record\.json is missing"),
+        (change_submission(bytes_total=1000), r"submission\.json in .* says 1000 bytes"),
+        (lambda folder: (folder / "digests.json").write_text("[" * 100_000), r"digests\.json is damaged"),
     ],
     ids=[
         "artifact",
@@ -163,6 +179,13 @@ def admit_the_change(folder):
         "no submission",
         "a module less",
         "missing code",
+        "a cache beside",
+        "another log",
+        "a pipe",
+        "the history",
+        "a log less",
+        "fewer bytes",
+        "deep digests",
     ],
 )
 def test_a_folder_that_was_changed_is_refused_by_name(run, made, tmp_path, change, named):
@@ -181,6 +204,26 @@ def test_a_folder_that_was_changed_is_refused_by_name(run, made, tmp_path, chang
     )
     assert done.returncode
     assert "val_bpb" not in done.stdout
+
+
+def test_a_score_that_is_claimed_and_not_scored_is_refused(run, made, tmp_path):
+    folder, data = tmp_path / "other", run.parent / "data"
+    shutil.copytree(made.folder, folder)
+    change_submission(val_bpb=1.0)(folder)
+    with pytest.raises(
+        SubmissionError, match=r"submission\.json in .* claims 1\.0 bits per byte, and the folder scores"
+    ):
+        run_referee(folder, data, data / "tokenizer.model")
+    done = subprocess.run(
+        [sys.executable, "-I", str(folder / "evaluate.py"), "--data", str(data)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("evaluate.py: submission.json in ")
+    assert "Traceback" not in done.stderr
 
 
 def test_other_validation_data_are_refused(run, made, tmp_path):

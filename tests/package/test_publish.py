@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from hymba_lightning import Hymba, HymbaConfig, load_network
+from hymba_lightning.claim import FolderClaim, FolderInUseError
 from hymba_lightning.commands import run_command
+from hymba_lightning.files import write_atomic
+from hymba_lightning.interop import pretrained
 from hymba_lightning.package.publish import publish
 from hymba_lightning.report.card import model_card
 from hymba_lightning.run.record import RunRecord
@@ -53,5 +56,34 @@ def test_nothing_of_others_is_overwritten(fitted_run, tmp_path):
     assert (tmp_path / "mine" / "README.md").read_text() == "mine"
     publish(str(fitted_run), str(tmp_path / "out"))
     publish(str(fitted_run), str(tmp_path / "out"))
+    with (
+        FolderClaim(tmp_path / "out", "hymba publish"),
+        pytest.raises(FolderInUseError, match="in use by hymba publish"),
+    ):
+        publish(str(fitted_run), str(tmp_path / "out"))
     with pytest.raises(FileNotFoundError, match="holds no checkpoint and no artifact"):
         publish(str(tmp_path / "mine"), str(tmp_path / "other"))
+
+
+def test_a_full_disk_leaves_what_was_published_before_or_nothing(fitted_run, tmp_path, monkeypatch):
+    publish(str(fitted_run), str(tmp_path / "out"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(path, content):
+        if path.name == "generation_config.json":
+            raise OSError(28, "No space left on device")
+        write_atomic(path, content)
+
+    monkeypatch.setattr(pretrained, "write_atomic", full)
+    for out in ("out", "new"):
+        with pytest.raises(OSError, match="No space left"):
+            publish(str(fitted_run), str(tmp_path / out), weights="artifact")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert not (tmp_path / "new").exists()
+    monkeypatch.undo()
+    # A killed one leaves its half of the work, which is none of the user's.
+    (tmp_path / "new" / ".publishing").mkdir(parents=True)
+    (tmp_path / "new" / ".publishing" / "model.safetensors").write_text("half")
+    (tmp_path / "new" / "artifact.hymba").write_text("moved already, without its config")
+    publish(str(fitted_run), str(tmp_path / "new"), weights="artifact")
+    assert not {".publishing", "model.safetensors"} & {path.name for path in (tmp_path / "new").iterdir()}

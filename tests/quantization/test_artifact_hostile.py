@@ -226,6 +226,21 @@ def test_deeply_nested_headers_are_refused(tmp_path):
         load(tmp_path / "a", format.seal(nested, b""))
 
 
+def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path, sample):
+    header, payload = split(sample[0])
+    text = json.dumps(header).encode()
+    for old, name in ((b'{"config"', "tensors"), (b'"offset"', "offset")):
+        twice = text.replace(old, b'{"tensors": [], "config"' if name == "tensors" else b'"offset": 0, "offset"', 1)
+        assert json.loads(twice) == header
+        with pytest.raises(ArtifactError, match=f"the name '{name}' stands twice in an object"):
+            load(tmp_path / "a", format.seal(format.compress(twice, 3), payload))
+    many = b"{" + b",".join(b'"%d":0' % number for number in range(300_000)) + b',"299999":1}'
+    start = time.process_time()
+    with pytest.raises(ArtifactError, match="'299999' stands twice"):
+        load(tmp_path / "a", format.seal(format.compress(many, 3), payload))
+    assert time.process_time() - start < 1
+
+
 def test_unknown_version_is_named(tmp_path, sample):
     header, payload = split(sample[0])
     packed = format.compress(json.dumps(header).encode(), 3)

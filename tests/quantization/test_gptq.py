@@ -214,8 +214,7 @@ def test_branches_side_by_side_with_gates_go_through_the_artifact(tmp_path):
         hessians=hessians,
     )
     artifact = load_artifact(tmp_path / "a.hymba")
-    other = Hymba(HymbaConfig.from_dict(artifact.config))
-    other.load_state_dict(artifact.state_dict)
+    other = artifact.network()
     torch.testing.assert_close(other.blocks[0].attn.branch_gate, net.blocks[0].attn.branch_gate, rtol=1e-3, atol=1e-3)
     with torch.no_grad():
         assert (other(ids) - net(ids)).norm() < 0.1 * net(ids).norm()

@@ -1,7 +1,5 @@
 """The report: everything in one file, every figure drawn, differences found, damaged and killed runs told apart."""
 
-import dataclasses
-import hashlib
 import html
 import json
 import math
@@ -11,15 +9,16 @@ from html.parser import HTMLParser
 
 import pytest
 import yaml
+from changed import change_json, truncate
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hymba_lightning.claim import FolderClaim, FolderInUseError
 from hymba_lightning.commands import run_command
 from hymba_lightning.report import charts, treemap
 from hymba_lightning.report.charts import Chart, Series, ticks
 from hymba_lightning.report.page import write_report
 from hymba_lightning.report.runs import differences, load_runs
-from hymba_lightning.run.record import DataIdentity, RunRecord
 from hymba_lightning.text import printable
 
 VOID = {"meta"}
@@ -44,18 +43,6 @@ class Balanced(HTMLParser):
 
     def handle_data(self, data):
         self.words.append(data)
-
-
-@pytest.fixture(scope="module")
-def runs(fitted_run, tmp_path_factory):
-    """A run, and a second one like it with another name and window."""
-    run = fitted_run
-    other = tmp_path_factory.mktemp("report") / "wide"
-    shutil.copytree(run, other)
-    config = yaml.safe_load((other / "config.yaml").read_text())
-    config["model"]["net"]["window"] = 77
-    (other / "config.yaml").write_text(yaml.safe_dump(config))
-    return run, other
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +127,13 @@ def test_a_damaged_artifact_is_a_note(runs, tmp_path):
     assert "artifact.hymba cannot be loaded" in run.notes[0]
 
 
-def change_json(path, **values):
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def truncate(path):
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
+def test_two_reports_do_not_write_into_one_folder_at_once(runs, tmp_path):
+    with (
+        FolderClaim(tmp_path / "report", "hymba report"),
+        pytest.raises(FolderInUseError, match="in use by hymba report"),
+    ):
+        write_report([str(runs[0])], str(tmp_path / "report"))
+    assert not (tmp_path / "report").exists()
 
 
 DAMAGE = {
@@ -171,6 +158,32 @@ def test_a_damaged_file_is_named_and_the_rest_shown(runs, tmp_path, name):
     # Both runs' parameters, whatever else is missing: record and summary stand in for each other.
     assert page.count(f"{summary['parameters']:,}</td>") == 2
     assert f"{summary['bpb']['artifact']:.4f}" in page
+
+
+def bomb(levels=40):
+    """YAML of a few hundred bytes whose aliases stand for 2^levels values."""
+    lines = ["a0: &a0 [1, 1]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, levels))]
+    return "\n".join(lines) + f"\nmodel: {{a: {{b: *a{levels - 1}}}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", bomb()),
+        ("config.yaml", "model: " + "{a: " * 300 + "1" + "}" * 300),
+        ("history.json", '{"train": ' + '{"a": ' * 500 + "1" + "}" * 501),
+        ("history.json", '{"train": ' + "[" * 100_000),
+        ("record.json", '{"version": ' + "[" * 100_000),
+        ("test_summary.json", '{"bpb_by_context": ' + "[" * 400 + "]" * 400 + "}"),
+    ],
+    ids=["aliases", "deep YAML", "deep JSON", "deeper JSON", "deep record", "deep test"],
+)
+def test_a_file_that_is_nested_without_end_is_named(runs, tmp_path, name, content):
+    strange = tmp_path / "strange"
+    shutil.copytree(runs[0], strange)
+    (strange / name).write_text(content)
+    page = write_report([str(strange)], str(tmp_path / "report")).read_text()
+    assert f"<b>strange</b>: {name}" in page.partition("<h2>Missing</h2>")[2]
 
 
 def test_a_damaged_checkpoint_of_a_killed_run_is_named(runs, tmp_path):
@@ -220,134 +233,6 @@ def test_values_of_other_kinds_are_left_out(runs, tmp_path, file, values, note):
         assert note in page.partition("<h2>Missing</h2>")[2]
 
 
-# Numbers that do not belong ------------------------------------------------------------------------------------------
-
-
-def rewrite_test(run, **values):
-    """Gives the test another identity, in the record and in test_summary.json alike."""
-    record = RunRecord.load(run)
-    record.scores = [dataclasses.replace(score, **values) if score.stage == "ttt" else score for score in record.scores]
-    record.save(run)
-    score = next(score for score in record.scores if score.stage == "ttt")
-    change_json(
-        run / "test_summary.json",
-        weights_sha256=score.weights,
-        data=score.data.digest,
-        tokens=score.tokens,
-        nats=score.nats,
-        ttt_bpb=score.bpb,
-    )
-
-
-@pytest.mark.parametrize(
-    ("values", "why"),
-    [
-        ({"weights": "0" * 64}, "was of other weights"),
-        ({"data": DataIdentity("0" * 64, "1" * 64)}, "was on other data"),
-    ],
-)
-def test_a_test_of_something_else_is_left_out_with_a_note(runs, tmp_path, values, why):
-    other = tmp_path / "other"
-    shutil.copytree(runs[0], other)
-    rewrite_test(other, **values)
-    (run,) = load_runs([other])
-    assert "ttt" not in run.stages
-    assert run.without_adaptation is None
-    assert run.running_ttt() == []
-    assert run.test["bpb_by_context"] == []
-    assert any(why in note for note in run.notes)
-    test = json.loads((runs[0] / "test_summary.json").read_text())
-    page = write_report([str(other)], str(tmp_path / "report")).read_text().partition("<h2>Missing")[0]
-    assert f"{test['ttt_bpb']:.4f}" not in page
-
-
-def test_a_later_test_of_other_data_does_not_hide_the_runs_own(runs, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(runs[0], other)
-    record = RunRecord.load(other)
-    own = record.tested()
-    record.add(dataclasses.replace(own, data=DataIdentity("0" * 64, "1" * 64), nats=2 * own.nats))
-    record.save(other)
-    (run,) = load_runs([other])
-    assert run.stages["ttt"] == own.bpb
-    assert any("other data" in note for note in run.notes)
-
-
-def test_without_adaptation_needs_the_same_tokens(runs, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(runs[0], other)
-    rewrite_test(other, tokens=500)
-    (run,) = load_runs([other])
-    assert run.stages["ttt"] == RunRecord.load(other).tested().bpb
-    assert run.without_adaptation is None
-
-
-def test_a_run_that_exported_nothing_shows_only_tests_of_its_own_weights(runs, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(runs[0], other)
-    record = RunRecord.load(other)
-    record.artifact = None
-    record.save(other)
-    summary = json.loads((other / "summary.json").read_text())
-    summary["bpb"].pop("artifact")
-    (other / "summary.json").write_text(json.dumps(summary))
-    (run,) = load_runs([other])
-    assert "ttt" not in run.stages
-    assert "artifact_bytes" not in run.summary
-    rewrite_test(other, weights=hashlib.sha256((other / "checkpoints" / "last.ckpt").read_bytes()).hexdigest())
-    (run,) = load_runs([other])
-    assert "ttt" in run.stages
-
-
-def test_another_artifact_in_the_folder_is_not_the_runs(runs, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(runs[0], other)
-    record = RunRecord.load(other)
-    record.artifact.sha256 = "0" * 64
-    record.save(other)
-    (run,) = load_runs([other])
-    assert run.artifact is None
-    assert "artifact" not in run.stages
-    assert any("is not the file that the fit exported" in note for note in run.notes)
-
-
-def test_a_summary_that_the_record_does_not_bear_out_is_left_out(runs, tmp_path):
-    forged = tmp_path / "forged"
-    shutil.copytree(runs[0], forged)
-    change_json(forged / "summary.json", bpb={"raw": 1.0, "ema": 1.0, "artifact": 1.0}, unigram_bpb=9.0)
-    change_json(forged / "test_summary.json", ttt_bpb=0.5)
-    (run,) = load_runs([forged])
-    (whole,) = load_runs([runs[0]])
-    assert run.stages == {stage: bpb for stage, bpb in whole.stages.items() if stage != "unigram"}
-    assert any("summary.json has other scores" in note for note in run.notes)
-    assert any("it says 0.5 bits per byte" in note for note in run.notes)
-    assert run.running_ttt() == []
-
-
-def test_a_run_from_before_there_were_records_is_shown_with_a_note(runs, tmp_path):
-    old = tmp_path / "old"
-    shutil.copytree(runs[0], old)
-    (old / "record.json").unlink()
-    (run,) = load_runs([old])
-    assert run.stages == load_runs([runs[0]])[0].stages
-    assert any("no record.json" in note for note in run.notes)
-    change_json(old / "test_summary.json", weights_sha256="0" * 64)
-    (run,) = load_runs([old])
-    assert "ttt" not in run.stages
-    assert any("of other weights than summary.json's artifact" in note for note in run.notes)
-
-
-def test_runs_on_different_data_are_told_apart(runs, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(runs[0], other)
-    record = RunRecord.load(other)
-    record.scores = [dataclasses.replace(score, data=DataIdentity("0" * 64, "1" * 64)) for score in record.scores]
-    record.save(other)
-    said = "not scored on the same validation data"
-    assert said in write_report([str(runs[0]), str(other)], str(tmp_path / "a")).read_text()
-    assert said not in write_report([str(run) for run in runs], str(tmp_path / "b")).read_text()
-
-
 def test_several_runs_have_keys_where_a_screen_is_too_narrow_for_names(runs, report, tmp_path):
     text = report.read_text()
     head = text.partition("<h2>Results</h2>")[2].partition("</thead>")[0]
@@ -362,8 +247,6 @@ def test_several_runs_have_keys_where_a_screen_is_too_narrow_for_names(runs, rep
     alone = write_report([str(runs[0])], str(tmp_path / "report")).read_text()
     assert "<b>1</b>" not in alone
 
-
-# Names ---------------------------------------------------------------------------------------------------------------
 
 HOSTILE = ["<b>&x", "$x$", "[red]x", "$\\frac{", "\x1b[31mred", "_hidden", "a\nb", "\udcff", "'\"><script>", "x" * 200]
 

@@ -1,12 +1,20 @@
 """Ablations: what is run with which options, and the tables of whole and of interrupted studies."""
 
+import dataclasses
 import json
+import threading
+from pathlib import Path
 
 import pytest
 import yaml
 
+from hymba_lightning.options import shipped_configs
 from hymba_lightning.studies import ablation
-from hymba_lightning.studies.ablation import Study, report, run_study
+from hymba_lightning.studies.ablation import run_study
+from hymba_lightning.studies.paired import report
+from hymba_lightning.studies.runs import RunFailedError
+from hymba_lightning.studies.variants import Study
+from hymba_lightning.studies.worker import Worker
 
 STUDY = Study(
     config=["base.yaml"],
@@ -22,8 +30,8 @@ def calls(monkeypatch):
     """Records the runs, and leaves what they would: 'wide' is 0.02 better, its seed 1 by 0.04."""
     made = []
 
-    def fake(command, run_dir, result, arguments, worker):
-        made.append((command, run_dir.name, list(arguments), worker.environment))
+    def fake(command, run_dir, result, arguments, *, worker, beside=()):
+        made.append((command, run_dir.name, [*arguments, *beside], worker.environment))
         run_dir.mkdir(parents=True, exist_ok=True)
         name, seed = run_dir.name.rsplit("-", 1)
         bpb = 2.0 + int(seed) / 10 - (0.02 * (1 + int(seed)) if name == "wide" else 0.0)
@@ -71,28 +79,36 @@ def test_options_config_and_test(calls, tmp_path):
 def test_tables_pair_by_seed(calls, tmp_path):
     table = run_study(STUDY, [0, 1], tmp_path, [], [None])
     assert (tmp_path / "table.md").read_text() == table
-    assert "| plain | 2.0500 ± 0.0707 | – | 2 |" in table
-    assert "| wide | 2.0200 ± 0.0566 | -30.0 ± 14.1 | 2 |" in table  # differences -20 and -40
+    assert "| plain | 2.0500 ± 0.0707 | – | – | 2 |" in table
+    # Differences -20 and -40: their mean's error is 14.1 / √2, t = 3 with one degree of freedom.
+    assert "| wide | 2.0200 ± 0.0566 | -30.0 ± 10.0 | 0.2 | 2 |" in table
     assert "| variant | raw weights | averaged weights |" in table
     assert "| plain | 2.0600 ± 0.0707 | 2.0500 ± 0.0707 |" in table
-    assert "| wide | 2.0300 ± 0.0566 (-30.0 ± 14.1) | 2.0200 ± 0.0566 (-30.0 ± 14.1) |" in table
+    assert "| wide | 2.0300 ± 0.0566 (-30.0 ± 10.0) | 2.0200 ± 0.0566 (-30.0 ± 10.0) |" in table
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
-def test_a_failed_run_costs_no_other(calls, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "failure",
+    [RunFailedError("hymba fit in wide-0 ended with code -6: CUDA error"), OSError(28, "No space left on device")],
+    ids=["the run's", "the study's"],
+)
+def test_a_failed_run_costs_no_other(calls, tmp_path, monkeypatch, failure):
     works = ablation.run_once
 
     def fails_once(command, run_dir, *rest, **worker):
         if run_dir.name == "wide-0":
-            raise RuntimeError("hymba fit in wide-0 ended with code -6: CUDA error")
+            raise failure
         works(command, run_dir, *rest, **worker)
 
     monkeypatch.setattr(ablation, "run_once", fails_once)
-    with pytest.raises(RuntimeError, match=r"(?s)1 runs failed.*wide-0 ended with code -6"):
+    with pytest.raises(
+        RunFailedError, match=r"(?s)1 runs failed.*(wide-0 ended with code -6|'wide', 0.*No space left)"
+    ):
         run_study(STUDY, [0, 1], tmp_path, [], [None])
-    assert "| wide | 2.0600 | -40.0 | 1 |" in (tmp_path / "table.md").read_text()
+    assert "| wide | 2.0600 | -40.0 | – | 1 |" in (tmp_path / "table.md").read_text()
     monkeypatch.setattr(ablation, "run_once", works)
-    assert "| wide | 2.0200 ± 0.0566 | -30.0 ± 14.1 | 2 |" in run_study(STUDY, [0, 1], tmp_path, [], [None])
+    assert "| wide | 2.0200 ± 0.0566 | -30.0 ± 10.0 | 0.2 | 2 |" in run_study(STUDY, [0, 1], tmp_path, [], [None])
 
 
 def test_the_file_of_a_study_is_read_anew_for_every_run(calls, tmp_path, monkeypatch):
@@ -186,14 +202,77 @@ def test_report_of_an_interrupted_study(calls, tmp_path):
     run_study(STUDY, [0, 1], tmp_path, [], [None])
     (tmp_path / "wide-0" / "summary.json").unlink()
     table = report(STUDY, tmp_path, [0, 1, 2], ["wide"])  # and the baseline
-    assert "| wide | 2.0600 | -40.0 | 1 |" in table  # seed 1 alone
-    assert "| plain | 2.0500 ± 0.0707 | – | 2 |" in table
+    assert "| wide | 2.0600 | -40.0 | – | 1 |" in table  # seed 1 alone
+    assert "| plain | 2.0500 ± 0.0707 | – | – | 2 |" in table
     for seed in (0, 1):
         (tmp_path / f"plain-{seed}" / "summary.json").unlink()
     with pytest.raises(FileNotFoundError, match="no finished run of the baseline 'plain'"):
         report(STUDY, tmp_path, [0, 1])
     with pytest.raises(ValueError, match=r"no such variants: \['narrow'\]"):
         report(STUDY, tmp_path, [0, 1], ["narrow"])
+
+
+def test_an_ended_run_whose_options_have_changed_is_not_taken_for_the_new_one(calls, tmp_path):
+    run_study(STUDY, [0], tmp_path, [], [None])
+    asked = {name: arguments for command, name, arguments, _ in calls if command == "fit"}
+    calls.clear()
+    for name, arguments in asked.items():
+        (tmp_path / name / "fit_arguments.json").write_text(json.dumps(arguments))
+    run_study(STUDY, [0], tmp_path, [], [None])
+    assert calls == []
+    changed = dataclasses.replace(STUDY, variants=STUDY.variants | {"plain": {"model.net.window": 8}})
+    run_study(changed, [0], tmp_path, [], [None])
+    assert [name for _, name, *_ in calls] == ["plain-0"]  # where the real run_once refuses it
+
+
+def test_an_interrupted_study_has_its_runs_save_what_they_have(tmp_path, monkeypatch, ctrl_c):
+    stopped, started = threading.Event(), []
+
+    def waits(*_, **__):
+        started.append(1)
+        threading.Timer(0.05, ctrl_c).start()
+        assert stopped.wait(20)
+        raise RunFailedError("hymba fit ended with code 143")
+
+    monkeypatch.setattr(ablation, "run_once", waits)
+    monkeypatch.setattr(Worker, "stop", lambda _: stopped.set())
+    with pytest.raises(KeyboardInterrupt):
+        run_study(STUDY, [0, 1], tmp_path, [], [None])
+    assert len(started) == 1  # and nothing that was waiting
+
+
+@pytest.mark.parametrize("seeds", [[], [1, 1]])
+def test_seeds_are_different_numbers(tmp_path, seeds):
+    with pytest.raises(ValueError, match="seeds must be one or more different numbers"):
+        run_study(STUDY, seeds, tmp_path, [], [None])
+
+
+@pytest.mark.parametrize("name", ["ablations", "results"])
+def test_the_shipped_studies_are_studies(name):
+    study = Study.from_yaml(shipped_configs("studies")[name])
+    assert len(study.variants) >= 3
+    known = shipped_configs()
+    for config in [*study.config, *(file for changes in study.variants.values() for file in changes.get("config", []))]:
+        assert Path(config).stem in known
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "needs config, baseline, variants"),
+        ("[1]", "holds a list"),
+        ("variants: [", "line 1, column 12: this is no YAML"),
+        ("config: a.yaml\nbaseline: a\nvariants: {a: {}}", "config is 'a.yaml'; a list of files is needed"),
+        ("config: [a.yaml]\nbaseline: a\nvariants: [a]", r"variants is \['a'\]; names of options"),
+        ("config: [a.yaml]\nbaseline: a\nvariants: {a: 3}", "a is 3; names of options with values are needed"),
+        ("config: [a.yaml]\nbaseline: a/b\nvariants: {a/b: {}}", "'a/b', which cannot name the folder of its runs"),
+    ],
+)
+def test_a_file_that_is_no_study_is_refused(tmp_path, text, message):
+    file = tmp_path / "study.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=rf"study\.yaml.*{message}"):
+        Study.from_yaml(file)
 
 
 def test_a_study_without_its_baseline_is_refused(tmp_path):

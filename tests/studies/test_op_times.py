@@ -5,17 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-from hymba_lightning.studies import op_peers, op_times
+from hymba_lightning.studies import op_peers, op_subjects, op_times
 
 CPU = torch.device("cpu")
 
 
 def subjects():
     return {
-        "scan": op_times.scan_subject(1, 40, 8, 2, CPU, torch.float32),
-        "conv": op_times.conv_subject(1, 40, 8, 4, CPU, torch.float32),
-        "attention": op_times.attention_subject(1, 40, 4, 2, 8, 16, CPU, torch.float32),
-        "loss": op_times.loss_subject(40, 64, 30.0, CPU, torch.float32),
+        "scan": op_subjects.scan_subject(1, 40, 8, 2, CPU, torch.float32),
+        "conv": op_subjects.conv_subject(1, 40, 8, 4, CPU, torch.float32),
+        "attention": op_subjects.attention_subject(1, 40, 4, 2, 8, 16, CPU, torch.float32),
+        "loss": op_subjects.loss_subject(40, 64, 30.0, CPU, torch.float32),
     }
 
 
@@ -54,7 +54,7 @@ def test_floor_is_the_nearer_of_both_limits():
 
 
 def test_attention_work_counts_only_the_band():
-    whole = op_times.attention_subject(1, 100, 2, 1, 8, 1000, CPU, torch.float32)
-    banded = op_times.attention_subject(1, 100, 2, 1, 8, 10, CPU, torch.float32)
+    whole = op_subjects.attention_subject(1, 100, 2, 1, 8, 1000, CPU, torch.float32)
+    banded = op_subjects.attention_subject(1, 100, 2, 1, 8, 10, CPU, torch.float32)
     assert whole.gigaflops == pytest.approx(6 * 2 * 2 * 8 * 5050 / 1e9)
     assert banded.gigaflops == pytest.approx(6 * 2 * 2 * 8 * sum(min(i + 1, 10) for i in range(100)) / 1e9)

@@ -2,10 +2,12 @@
 
 import json
 import math
-import subprocess
+import sys
+import threading
+import time
 
 import pytest
-from fit_process import write_config
+from fit_process import finish, start, write_config
 
 from hymba_lightning.studies import runs, seeds
 from hymba_lightning.studies.context_scaling import run_lengths
@@ -47,12 +49,12 @@ def test_welch_by_hand():
 
 
 def test_table_of_seeds(tmp_path, monkeypatch, capsys):
-    def fake(command, run_dir, result, arguments):
+    def fake(command, run_dir, result, arguments, *, beside=()):
         seed = int(run_dir.name.removeprefix("seed-"))
         assert arguments[arguments.index("--seed_everything") + 1] == str(seed)
-        assert ("--ckpt_path" in arguments) == (command == "test")
+        assert ("--ckpt_path" in beside) == (command == "test")
         if command == "test":
-            assert arguments[-1] == str(run_dir / ("checkpoints/last.ckpt" if seed == 3 else "small.hymba"))
+            assert beside[-1] == str(run_dir / ("checkpoints/last.ckpt" if seed == 3 else "small.hymba"))
             return {"ttt_bpb": 1.1 + seed / 1000}
         return {
             "bpb": {"raw": 1.0, "ema": 1.1, "artifact": 1.2},
@@ -78,6 +80,8 @@ def test_table_of_seeds(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_lengths_are_fitted_once_and_an_interrupted_fit_goes_on(tmp_path, monkeypatch):
     arguments = ["--config", str(write_config(tmp_path))]
+    # Forked from a process that has imported everything.
+    monkeypatch.setattr(runs, "_run", lambda line, log: finish([start(list(line), log)])[0])
     # As if the run at the second length had been killed after two of its four steps.
     run_once(
         "fit",
@@ -95,7 +99,8 @@ def test_lengths_are_fitted_once_and_an_interrupted_fit_goes_on(tmp_path, monkey
             "null",
         ],
     )
-    (tmp_path / "out" / "seq-64" / "summary.json").unlink()
+    for name in ("summary.json", "fit_arguments.json"):
+        (tmp_path / "out" / "seq-64" / name).unlink()
     table = run_lengths([32, 64], 128, 4, tmp_path / "out", arguments)
     points = json.loads((tmp_path / "out" / "context_scaling.json").read_text())
     assert [(point["seq_len"], point["steps"]) for point in points] == [(32, 4), (64, 4)]
@@ -103,20 +108,63 @@ def test_lengths_are_fitted_once_and_an_interrupted_fit_goes_on(tmp_path, monkey
     assert f"| val_bpb | {points[0]['bpb']:.4f} | {points[1]['bpb']:.4f} |" in table
     assert (tmp_path / "out" / "context_ms.png").is_file()
 
-    def none(*_, **__):
+    def none(*_):
         raise AssertionError("a finished run was run again")
 
-    monkeypatch.setattr(runs.subprocess, "run", none)
+    monkeypatch.setattr(runs, "_run", none)
     assert run_lengths([32, 64], 128, 4, tmp_path / "out", arguments) == table
 
 
 def test_a_failed_run_shows_the_end_of_its_log(tmp_path, monkeypatch):
-    def fail(line, stdout, **_):
-        stdout.write("first\n" * 20 + "the reason\n")
-        return subprocess.CompletedProcess(line, 3)
+    def fail(line, log):
+        log.write_text("first\n" * 20 + "the reason\n")
+        return 3
 
-    monkeypatch.setattr(runs.subprocess, "run", fail)
+    monkeypatch.setattr(runs, "_run", fail)
     with pytest.raises(RuntimeError, match=r"ended with code 3:\n(first\n)+the reason"):
         run_once("fit", tmp_path / "x", "summary.json", [])
     with pytest.raises(ValueError, match="no multiple"):
         run_lengths([48], 128, 4, tmp_path, [])
+
+
+def test_an_ended_run_is_not_taken_for_one_with_other_options(tmp_path, monkeypatch):
+    def fit(line, log):
+        (tmp_path / "x" / "summary.json").write_text("{}")
+        return 0
+
+    monkeypatch.setattr(runs, "_run", fit)
+    options = ["--trainer.max_steps", "5", "--seed_everything", "1"]
+    assert run_once("fit", tmp_path / "x", "summary.json", options, beside=["--here", "a"]) == {}
+    assert run_once("fit", tmp_path / "x", "summary.json", options, beside=["--here", "b"]) == {}
+    with pytest.raises(
+        ValueError, match=r"x holds a run with other options \(--trainer.max_steps 5 where --trainer.max_steps 6 is"
+    ):
+        run_once("fit", tmp_path / "x", "summary.json", ["--trainer.max_steps", "6", "--seed_everything", "1"])
+
+
+@pytest.fixture
+def stubborn(tmp_path, monkeypatch):
+    """In place of Python, a program that says when it is there, and saves what it has when it is told to end."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\ntrap 'echo saved; exit 143' TERM\necho started\nwhile :; do sleep 0.02; done\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+
+def when_started(log, act):
+    """Calls `act` from a thread as soon as the log says that the program is there."""
+
+    def wait():
+        while not (log.is_file() and "started" in log.read_text()):
+            time.sleep(0.01)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_an_interrupted_run_saves_what_it_has(tmp_path, stubborn, ctrl_c):
+    log = tmp_path / "x" / "fit.log"
+    when_started(log, ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        run_once("fit", tmp_path / "x", "summary.json", [])
+    assert log.read_text() == "started\nsaved\n"

@@ -1,7 +1,6 @@
 """The study of recipes and the measurement of long generation."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ import yaml
 from tiny import NET, tiny_data, write_data
 
 from hymba_lightning.model import Hymba, HymbaConfig
+from hymba_lightning.options import shipped_configs
 from hymba_lightning.quantization import QuantizationConfig, save_artifact
 from hymba_lightning.studies.long_generation import measure, table
 from hymba_lightning.studies.ttt import TTTStudy, run_study
@@ -74,7 +74,7 @@ def test_a_wrong_study_is_refused(tmp_path, change, message):
 
 
 def test_the_kept_recipes_are_a_study():
-    study = TTTStudy.from_yaml(Path(__file__).parents[2] / "scripts" / "ttt_recipes.yaml")
+    study = TTTStudy.from_yaml(shipped_configs("studies")["ttt_recipes"])
     assert study.settings(study.baseline)[0].epochs == 3
     assert study.settings("chunks of 32K")[1] == 32768
 

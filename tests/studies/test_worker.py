@@ -1,5 +1,8 @@
 """A study's process: one for many runs, a new one after a failure, each run's output in its own log."""
 
+import signal
+import threading
+
 from hymba_lightning.studies.worker import Worker
 
 
@@ -32,3 +35,14 @@ def test_a_process_that_dies_is_a_failed_run(tmp_path):
         assert worker.run(["--help"], tmp_path / "c.log") == 0
     finally:
         worker.close()
+
+
+def test_a_run_that_is_told_to_stop_ends_its_process(tmp_path):
+    """By a signal that `hymba` answers with what it has saved."""
+    worker = Worker()
+    assert worker.run(["--help"], tmp_path / "a.log") == 0
+    process = worker._process
+    threading.Timer(0.2, worker.stop).start()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    assert worker.run(["--help"], tmp_path / "b.log") != 0
+    worker.stop()  # with nothing to stop

@@ -38,7 +38,12 @@ class Mixer(HybridMixer):
         self.D = parameter(torch.ones(e), Role.CONTROL)
 
     def branch(
-        self, x_BTD: Tensor, inputs: list[Tensor], state: tuple[Tensor, ...] | None, return_state: bool
+        self,
+        x_BTD: Tensor,
+        inputs: list[Tensor],
+        state: tuple[Tensor, ...] | None,
+        return_state: bool,
+        doc_position_BT: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         u_BTE, z_BTE = inputs
         conv_state, scan_state = (None, None) if state is None else state
@@ -48,14 +53,14 @@ class Mixer(HybridMixer):
             self.conv1d.bias,
             activation="silu",
             initial_state_BEW1=conv_state,
+            doc_position_BT=doc_position_BT,
             return_state=return_state,
             backend=self.runtime.conv_backend,
         )
         u_BTE, *new_conv = convolved if isinstance(convolved, tuple) else (convolved,)
         n = self.config.d_state
         dt_low_BTR, B_BTN, C_BTN = self.x_proj(u_BTE).split([self.dt_proj.weight.size(1), n, n], dim=-1)
-        if self.config.dynamics_norm:
-            dt_low_BTR, B_BTN, C_BTN = rms_norm(dt_low_BTR), rms_norm(B_BTN), rms_norm(C_BTN)
+        dt_low_BTR, B_BTN, C_BTN = self.normed_dynamics(dt_low_BTR, B_BTN, C_BTN)
         scanned = selective_scan(
             u_BTE,
             F.linear(dt_low_BTR, self.dt_proj.weight.to(u_BTE.dtype)),
@@ -66,20 +71,31 @@ class Mixer(HybridMixer):
             z_BTE,
             dt_bias_E=self.dt_proj.bias,
             initial_state_BEN=scan_state,
+            doc_position_BT=doc_position_BT,
             return_state=return_state,
             backend=self.runtime.scan_backend,
         )
         y_BTE, *new_scan = scanned if isinstance(scanned, tuple) else (scanned,)
         return y_BTE, (*new_conv, *new_scan)
 
+    def normed_dynamics(self, dt_low_BTR: Tensor, B_BTN: Tensor, C_BTN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the scan takes from its input, normalised where the config says so."""
+        if not self.config.dynamics_norm:
+            return dt_low_BTR, B_BTN, C_BTN
+        return rms_norm(dt_low_BTR), rms_norm(B_BTN), rms_norm(C_BTN)
+
+    def scan_input(self, x_BTD: Tensor) -> Tensor:
+        """Of the mixer's input (B, T, D) what goes into the convolution (B, T, E)."""
+        return self.mamba_proj(x_BTD).split(self.widths, dim=-1)[0]
+
     def decay_times(self, x_BTD: Tensor) -> Tensor:
         """(E, N) for each channel and state."""
-        u_BTE = self.mamba_proj(x_BTD).split(self.widths, dim=-1)[0]
+        u_BTE = self.scan_input(x_BTD)
         convolved_BTE = causal_conv1d(u_BTE, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu")
         assert isinstance(convolved_BTE, Tensor)
-        dt_low_BTR = self.x_proj(convolved_BTE)[..., : self.dt_proj.weight.size(1)]
-        if self.config.dynamics_norm:
-            dt_low_BTR = rms_norm(dt_low_BTR)
+        n = self.config.d_state
+        dynamics = self.x_proj(convolved_BTE).split([self.dt_proj.weight.size(1), n, n], dim=-1)
+        dt_low_BTR = self.normed_dynamics(*dynamics)[0]
         dt_BTE = F.softplus(F.linear(dt_low_BTR.float(), self.dt_proj.weight.float()) + self.dt_proj.bias)
         return 1 / (dt_BTE.mean((0, 1))[:, None] * self.A_log.float().exp())
 

@@ -46,7 +46,12 @@ class Mixer(HybridMixer):
         self.D = parameter(torch.ones(self.heads), Role.CONTROL)
 
     def branch(
-        self, x_BTD: Tensor, inputs: list[Tensor], state: tuple[Tensor, ...] | None, return_state: bool
+        self,
+        x_BTD: Tensor,
+        inputs: list[Tensor],
+        state: tuple[Tensor, ...] | None,
+        return_state: bool,
+        doc_position_BT: Tensor | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         z_BTE, joint_BTX = inputs
         conv_state, ssd_state = (None, None) if state is None else state
@@ -56,6 +61,7 @@ class Mixer(HybridMixer):
             self.conv1d.bias,
             activation="silu",
             initial_state_BEW1=conv_state,
+            doc_position_BT=doc_position_BT,
             return_state=return_state,
             backend=self.runtime.conv_backend,
         )
@@ -74,6 +80,7 @@ class Mixer(HybridMixer):
             self.D,
             dt_bias_H=self.dt_proj.bias,
             initial_state_BHPN=ssd_state,
+            doc_position_BT=doc_position_BT,
             return_state=return_state,
             backend=self.runtime.scan_backend,
         )

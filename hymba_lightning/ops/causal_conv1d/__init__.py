@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hymba_lightning.ops import registry
 from hymba_lightning.ops.causal_conv1d.naive import causal_conv1d_naive
+from hymba_lightning.ops.documents import check_doc_position
 
 BACKENDS = registry.register_folder("causal_conv1d", __name__, causal_conv1d_naive)
 available_backends = functools.partial(registry.available_backends, "causal_conv1d")
@@ -23,6 +24,7 @@ def causal_conv1d(
     *,
     activation: str | None = "silu",
     initial_state_BEW1: Tensor | None = None,
+    doc_position_BT: Tensor | None = None,
     return_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -32,20 +34,31 @@ def causal_conv1d(
     `return_state` also returns it for the next piece of the sequence, in x's dtype, as is y. Arithmetic is float32.
     Differentiable in every input, also through the returned state.
 
+    `doc_position_BT`, int32, is how many earlier tokens of its own document each token has: inputs further back are not
+    in its sum. Without it a sequence is one document.
+
     Raises ValueError for an unknown activation, shapes that do not fit and an unknown backend, BackendUnavailableError
     for a named backend that cannot serve the call.
     """
     if activation not in ("silu", None):
         raise ValueError(f"causal_conv1d: activation must be 'silu' or None, not {activation!r}")
     _check_shapes(x_BTE, weight_EW, bias_E, initial_state_BEW1)
+    check_doc_position("causal_conv1d", doc_position_BT, x_BTE)
     batch, _, channels = x_BTE.shape
     taps = weight_EW.size(1)
     if backend == "auto" and registry.is_one_step(x_BTE):
         backend = "naive"
-    conv = registry.implementation("causal_conv1d", backend, x_BTE.device.type, taps=int(taps), channels=int(channels))
+    conv = registry.implementation(
+        "causal_conv1d",
+        backend,
+        x_BTE.device.type,
+        taps=int(taps),
+        channels=int(channels),
+        documents=doc_position_BT is not None,
+    )
     if initial_state_BEW1 is None:
         initial_state_BEW1 = x_BTE.new_zeros(batch, channels, taps - 1)
-    y_BTE, state_BEW1 = conv(x_BTE, weight_EW, bias_E, activation == "silu", initial_state_BEW1)
+    y_BTE, state_BEW1 = conv(x_BTE, weight_EW, bias_E, activation == "silu", initial_state_BEW1, doc_position_BT)
     return (y_BTE, state_BEW1) if return_state else y_BTE
 
 

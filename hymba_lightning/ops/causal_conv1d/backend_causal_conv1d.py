@@ -33,7 +33,9 @@ def _operands(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor
     )
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor, _documents: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     from causal_conv1d.causal_conv1d_interface import CausalConv1dFn
 
     y_BET, final_BEW1 = CausalConv1dFn.forward(FunctionContext(), *_operands(x, weight, bias, silu, state))
@@ -41,7 +43,14 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor)
 
 
 def _backward(
-    g_y: Tensor, g_final: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor
+    g_y: Tensor,
+    g_final: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    silu: bool,
+    state: Tensor,
+    _documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from causal_conv1d.causal_conv1d_interface import CausalConv1dFn
 
@@ -78,6 +87,11 @@ BACKEND = Backend(
         (
             lambda call: call.channels % 8 != 0,
             "causal-conv1d wants a multiple of 8 channels; use backend 'triton' or 'torch'",
+        ),
+        (
+            lambda call: call.documents,
+            "causal-conv1d takes documents within a sequence or a state before it, not both; use backend 'triton' or "
+            "'torch'",
         ),
     ),
     auto={"cuda": 20},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hymba_lightning.ops.causal_conv1d.operator import last_inputs, make_conv_op
 from hymba_lightning.ops.lanes import LANES, f32, load, sigmoid, splat, store
-from hymba_lightning.ops.native import flat, native_loop, rows, run_items
+from hymba_lightning.ops.native import flat, native_loop, positions, rows, run_items
 from hymba_lightning.ops.threads import one_torch_thread
 
 # Tokens of a work item, and channels that are taken through all of them before the next ones.
@@ -36,9 +36,11 @@ def _forward(
     weight,
     bias,
     silu,
+    doc_position,
+    packed,
     y,
 ):
-    """Work items first … last-1. weight (W, E)."""
+    """Work items first … last-1. weight (W, E); doc_position (B, T) is read if `packed`."""
     runs, kept = (length + RUN - 1) // RUN, taps - 1
     # The run's inputs and the W-1 before them, so that no tap has to ask where its input lies.
     inputs = np.empty((RUN + kept) * WIDTH, f32)
@@ -55,9 +57,10 @@ def _forward(
                     else:
                         store(inputs, i * WIDTH + c, load(x, (b * length + t) * x_row + c0 + c))
             for i in range(tokens):
+                oldest = max(0, kept - doc_position[b * length + t0 + i]) if packed else 0
                 for c in range(0, width, LANES):
                     value = load(bias, c0 + c)
-                    for tap in range(taps):
+                    for tap in range(oldest, taps):
                         value = value + load(weight, tap * channels + c0 + c) * load(inputs, (i + tap) * WIDTH + c)
                     if silu:
                         value = value * sigmoid(value)
@@ -78,6 +81,8 @@ def _backward(
     weight,
     bias,
     silu,
+    doc_position,
+    packed,
     g_y,
     g_y_row,
     g_x,
@@ -105,13 +110,16 @@ def _backward(
                     elif t < length:
                         store(inputs, i * WIDTH + c, load(x, (b * length + t) * x_row + c0 + c))
             for i in range(tokens + kept):
+                oldest = 0
+                if packed and t0 + i < length:
+                    oldest = max(0, kept - doc_position[b * length + t0 + i])
                 for c in range(0, width, LANES):
                     value = zero
                     if t0 + i < length:
                         value = load(g_y, (b * length + t0 + i) * g_y_row + c0 + c)
                         if silu:
                             y = load(bias, c0 + c)
-                            for tap in range(taps):
+                            for tap in range(oldest, taps):
                                 y = y + load(weight, tap * channels + c0 + c) * load(inputs, (i + tap) * WIDTH + c)
                             s = sigmoid(y)
                             value = value * (s + y * s * (one - s))
@@ -124,6 +132,8 @@ def _backward(
                 for tap in range(taps):
                     total_tap = zero
                     for i in range(tokens):
+                        if packed and doc_position[b * length + t0 + i] < kept - tap:
+                            continue
                         total_tap = total_tap + load(g, i * WIDTH + c) * load(inputs, (i + tap) * WIDTH + c)
                     store(g_weight, (item * taps + tap) * channels + c0 + c, total_tap)
             # Input t reaches token t + j through tap W-1-j; the first run also owns the inputs before the sequence.
@@ -131,6 +141,9 @@ def _backward(
                 for c in range(0, width, LANES):
                     value = zero
                     for j in range(max(0, t0 - t), taps):
+                        # The g of a token behind the last is zero.
+                        if packed and t + j < length and doc_position[b * length + t + j] < j:
+                            continue
                         value = value + load(weight, (kept - j) * channels + c0 + c) * load(g, (t - t0 + j) * WIDTH + c)
                     if t < 0:
                         store(g_past, (b * kept + t + kept) * channels + c0 + c, value)
@@ -144,7 +157,7 @@ def _widened(x: Tensor) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
-def _operands(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor) -> tuple:
+def _operands(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor, doc_position: Tensor | None) -> tuple:
     """The arguments that both kernels begin with, after the work items."""
     wide = _widened(x)
     return (
@@ -155,6 +168,7 @@ def _operands(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor
         flat(_widened(weight.t())),
         flat(_widened(bias)),
         silu,
+        *positions(doc_position),
     )
 
 
@@ -166,9 +180,11 @@ def _empty(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32)
 
 
-def _forward_numba(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor) -> tuple[Tensor, Tensor]:
+def _forward_numba(
+    x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor, doc_position: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     with one_torch_thread() as threads:
-        operands = _operands(x, weight, bias, silu, state)
+        operands = _operands(x, weight, bias, silu, state, doc_position)
         y = _empty(*operands[:3])
         run_items(
             _forward, "causal convolution", _items(x), float(x.numel() * weight.size(1)), (*operands, flat(y)), threads
@@ -177,10 +193,17 @@ def _forward_numba(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: T
 
 
 def _backward_numba(
-    g_y: Tensor, g_final: Tensor, x: Tensor, weight: Tensor, bias: Tensor, silu: bool, state: Tensor
+    g_y: Tensor,
+    g_final: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    silu: bool,
+    state: Tensor,
+    doc_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with one_torch_thread() as threads:
-        operands = _operands(x, weight, bias, silu, state)
+        operands = _operands(x, weight, bias, silu, state, doc_position)
         batch, length, width, taps = operands[:4]
         channels, items = x.size(2), _items(x)
         g_x, g_past = _empty(batch, length, width), _empty(batch, taps - 1, width)

@@ -11,9 +11,15 @@ from torch import Tensor
 
 
 def causal_conv1d_naive(
-    x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: bool, initial_state_BEW1: Tensor
+    x_BTE: Tensor,
+    weight_EW: Tensor,
+    bias_E: Tensor,
+    silu: bool,
+    initial_state_BEW1: Tensor,
+    doc_position_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y_t = bias + Σ_j weight[:, W-1-j] x_{t-j}, then SiLU if asked, in float32.
+    """y_t = bias + Σ_j weight[:, W-1-j] x_{t-j}, then SiLU if asked, in float32; the sum ends at the document's start,
+    where j is doc_position.
 
     The state holds the W-1 inputs before the first, oldest first. Returns y (B, T, E) and the last W-1 inputs
     (B, E, W-1), both in x's dtype.
@@ -23,7 +29,10 @@ def causal_conv1d_naive(
     padded = torch.cat([past_BWE, x_BTE], dim=1)
     y_BTE = bias_E.float().expand(x_BTE.shape)
     for tap in range(taps):
-        y_BTE = y_BTE + padded[:, tap : tap + length].float() * weight_EW[:, tap].float()
+        input_BTE = padded[:, tap : tap + length].float()
+        if doc_position_BT is not None:
+            input_BTE = input_BTE.masked_fill((doc_position_BT < taps - 1 - tap)[..., None], 0)
+        y_BTE = y_BTE + input_BTE * weight_EW[:, tap].float()
     if silu:
         y_BTE = F.silu(y_BTE)
     return y_BTE.to(x_BTE.dtype), padded[:, length:].transpose(1, 2).contiguous()

@@ -1,9 +1,11 @@
 """The convolution as an operator: what a pair of functions, forward and backward, has to take and give.
 
 B batch, T sequence, E channels, W taps. Tensors of the pair:
-    forward(x, weight, bias, silu, state) -> y (B, T, E), the last W-1 inputs (B, E, W-1), both in x's dtype
-    backward(g_y, g_final, x, weight, bias, silu, state) -> the gradients of x, weight, bias and state
-Backward recomputes what stood before the activation, so that only inputs are kept.
+    forward(x, weight, bias, silu, state, doc_position) -> y (B, T, E), the last W-1 inputs (B, E, W-1), both in x's
+        dtype
+    backward(g_y, g_final, x, weight, bias, silu, state, doc_position) -> the gradients of x, weight, bias and state
+doc_position (B, T) int32 is absent where every sequence is one document. Backward recomputes what stood before the
+activation, so that only inputs are kept.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from torch import Tensor
 from hymba_lightning.ops.operators import Contract, make_operator
 
 CONTRACT = Contract(
-    operands="Tensor x, Tensor weight, Tensor bias, bool silu, Tensor state",
+    operands="Tensor x, Tensor weight, Tensor bias, bool silu, Tensor state, Tensor? doc_position=None",
     results="y final",
     n_differentiable=2,
-    kept="x weight bias silu state",
+    kept="x weight bias silu state doc_position",
     gradients="x weight bias state",
 )
 
@@ -27,7 +29,7 @@ CONTRACT = Contract(
 def make_conv_op(name: str, forward: Callable, backward: Callable) -> Callable:
     """The differentiable operator hymba::`name` of a pair."""
 
-    def shapes(x, weight, bias, silu, state):  # type: ignore[no-untyped-def]
+    def shapes(x, weight, bias, silu, state, doc_position=None):  # type: ignore[no-untyped-def]
         return tuple(torch.empty(tensor.shape, dtype=x.dtype, device=x.device) for tensor in (x, state))
 
     return make_operator(name, CONTRACT, forward, backward, shapes)

@@ -29,7 +29,12 @@ def tiles_per_program(batch: int, length: int, channels: int, block: int) -> int
 
 
 def _forward(
-    x_BTE: Tensor, weight_EW: Tensor, bias_E: Tensor, silu: bool, initial_state_BEW1: Tensor
+    x_BTE: Tensor,
+    weight_EW: Tensor,
+    bias_E: Tensor,
+    silu: bool,
+    initial_state_BEW1: Tensor,
+    doc_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, length, channels = x_BTE.shape
     taps = weight_EW.size(1)
@@ -43,6 +48,8 @@ def _forward(
             weight_EW.contiguous(),
             bias_E.contiguous(),
             initial_state_BEW1.contiguous(),
+            # Without documents a pointer that is not read.
+            x if doc_position is None else doc_position.contiguous(),
             out,
             length,
             tiles,
@@ -51,6 +58,7 @@ def _forward(
             W=taps,
             X_ROW=x.stride(1),
             SILU=silu,
+            PACKED=doc_position is not None,
             ROWS=ROWS,
             BLOCK_E=FORWARD_BLOCK_E,
             **COMPILE_OPTIONS,
@@ -66,6 +74,7 @@ def _backward(
     bias_E: Tensor,
     silu: bool,
     initial_state_BEW1: Tensor,
+    doc_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, channels = x_BTE.shape
     taps = weight_EW.size(1)
@@ -81,6 +90,7 @@ def _backward(
             weight_EW.contiguous(),
             bias_E.contiguous(),
             initial,
+            x if doc_position is None else doc_position.contiguous(),
             g_out,
             dx,
             dinitial,
@@ -94,6 +104,7 @@ def _backward(
             X_ROW=x.stride(1),
             DOUT_ROW=g_out.stride(1),
             SILU=silu,
+            PACKED=doc_position is not None,
             ROWS=ROWS,
             BLOCK_E=BACKWARD_BLOCK_E,
             **COMPILE_OPTIONS,

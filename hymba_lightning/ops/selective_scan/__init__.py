@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hymba_lightning.ops import registry
+from hymba_lightning.ops.documents import check_doc_position
 from hymba_lightning.ops.selective_scan.naive import selective_scan_naive
 
 BACKENDS = registry.register_folder("selective_scan", __name__, selective_scan_naive)
@@ -28,6 +29,7 @@ def selective_scan(
     *,
     dt_bias_E: Tensor,
     initial_state_BEN: Tensor | None = None,
+    doc_position_BT: Tensor | None = None,
     return_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -37,10 +39,14 @@ def selective_scan(
     B, C and z may be bfloat16, and `out` has u's dtype. With `return_state` also returns the state after the last token
     (B, E, N), in float32. Differentiable in every input, also through the returned state.
 
+    `doc_position_BT`, int32, is how many earlier tokens of its own document each token has: where it is 0 a document
+    starts, and the state before it is forgotten (a decay of 0). Without it a sequence is one document.
+
     Raises ValueError for shapes that do not fit and for an unknown backend, BackendUnavailableError for a named backend
     that cannot serve the call.
     """
     _check_shapes(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E, initial_state_BEN)
+    check_doc_position("selective_scan", doc_position_BT, u_BTE)
     if backend == "auto" and registry.is_one_step(u_BTE):
         backend = "naive"
     scan = registry.implementation(
@@ -49,11 +55,12 @@ def selective_scan(
         u_BTE.device.type,
         initial_state=initial_state_BEN is not None,
         state_gradient=return_state and torch.is_grad_enabled(),
+        documents=doc_position_BT is not None,
     )
     if initial_state_BEN is None:
         initial_state_BEN = A_EN.new_zeros(u_BTE.size(0), *A_EN.shape, dtype=torch.float32)
     # Some return more than this, which is for their backward.
-    result = scan(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E, initial_state_BEN)
+    result = scan(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E, initial_state_BEN, doc_position_BT)
     return (result[0], result[1]) if return_state else result[0]
 
 

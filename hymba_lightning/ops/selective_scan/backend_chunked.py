@@ -24,6 +24,8 @@ from hymba_lightning.ops.threads import one_torch_thread
 
 # Tokens between two saved states.
 CHUNK = 64
+# A step after which no state of before is left, whatever its rate: exp(dt·A) is exactly 0. Finite, since 0 · ∞ is NaN.
+FORGET = 1e30
 # A CPU's block has at most MAX_BLOCK chunks and, with more than one, BLOCK_ELEMENTS of B·L·N·E: small operands need
 # long blocks to be worth an operator's call, large ones fill the cache.
 MAX_BLOCK, BLOCK_ELEMENTS = 4, 2**19
@@ -84,13 +86,19 @@ class _Operands:
         D: Tensor,
         z: Tensor | None,
         dt_bias: Tensor,
+        doc_position: Tensor | None,
     ) -> None:
         self.u, self.dt = layout.cut(u), layout.cut(dt, float("-inf"))
+        self.forget = None if doc_position is None else layout.cut((doc_position == 0)[..., None], False)
         self.B, self.C = layout.cut(B), layout.cut(C)
         self.z = None if z is None else layout.cut(z)
         self.A_NE, self.D, self.dt_bias = A.float().t().contiguous(), D.float(), dt_bias.float()
         # A CPU's exp2 takes a third of the time of its exp, and less where the result vanishes.
         self.A_log2e_NE = self.A_NE * math.log2(math.e)
+
+    def passed(self, span: slice, step: Tensor) -> Tensor:
+        """The time that a span's decays are of: its steps (B, P, L, E), endless where a document starts."""
+        return step if self.forget is None else step.masked_fill(self.forget[:, :, span], FORGET)
 
 
 @functools.cache
@@ -161,9 +169,10 @@ class _Block:
         self.raw = ops.dt[:, :, span].float() + ops.dt_bias
         self.step = F.softplus(self.raw)
         self.inflow = self.step * self.u
+        passed = ops.passed(span, self.step)
         self.decay, self.x = work.decay[:, :, : self.tokens], work.x[:, :, : self.tokens]
         self.g = work.g[:, :, : self.tokens]
-        torch.mul(self.step.unsqueeze(-2), ops.A_log2e_NE, out=self.decay).exp2_()
+        torch.mul(passed.unsqueeze(-2), ops.A_log2e_NE, out=self.decay).exp2_()
         if inflows:
             torch.mul(self.inflow.unsqueeze(-2), self.B.unsqueeze(-1), out=self.x)
 
@@ -177,8 +186,9 @@ def _silu_gradient(z: Tensor) -> tuple[Tensor, Tensor]:
 
 def _segment_decay(layout: _Layout, ops: _Operands) -> Tensor:
     """exp(A Σ dt) of each segment, (B, P, N, E): what a state before it is worth after it."""
-    blocks = (ops.dt[:, :, layout.span(chunks)].float() + ops.dt_bias for chunks in layout.blocks())
-    total = torch.stack([F.softplus(raw).sum(2) for raw in blocks]).sum(0)
+    spans = (layout.span(chunks) for chunks in layout.blocks())
+    steps = (ops.passed(span, F.softplus(ops.dt[:, :, span].float() + ops.dt_bias)) for span in spans)
+    total = torch.stack([step.sum(2) for step in steps]).sum(0)
     return torch.exp2(total.unsqueeze(-2) * ops.A_log2e_NE)
 
 
@@ -225,9 +235,10 @@ def _forward_chunked(
     z: Tensor | None,
     dt_bias: Tensor,
     initial_state: Tensor,
+    doc_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = _Layout(u, A.size(1))
-    ops = _Operands(layout, u, dt, A, B, C, D, z, dt_bias)
+    ops = _Operands(layout, u, dt, A, B, C, D, z, dt_bias, doc_position)
     out = layout.empty(u)
     starts = torch.empty(u.size(0), layout.count, layout.chunks, *ops.A_NE.shape, dtype=torch.float32, device=u.device)
     # A CPU's other threads would meet at a barrier after each of thousands of tiny steps.
@@ -258,9 +269,10 @@ def _backward_chunked(
     z: Tensor | None,
     dt_bias: Tensor,
     starts: Tensor,
+    doc_position: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     layout = _Layout(u, A.size(1))
-    ops = _Operands(layout, u, dt, A, B, C, D, z, dt_bias)
+    ops = _Operands(layout, u, dt, A, B, C, D, z, dt_bias, doc_position)
     g_out = layout.cut(g_out)
     starts = F.pad(starts, (0, 0, 0, 0, 0, layout.count * layout.chunks - starts.size(1)))
     starts = starts.unflatten(1, (layout.count, layout.chunks))

@@ -27,10 +27,13 @@ def selective_scan_doubling(
     z_BTE: Tensor | None,
     dt_bias_E: Tensor,
     initial_state_BEN: Tensor,
+    doc_position_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, T, E) in u's dtype and the state after the last token (B, E, N), float32 inside."""
     u, dt = u_BTE.float(), F.softplus(dt_BTE.float() + dt_bias_E.float())
     decay_BTEN = torch.exp(dt[..., None] * A_EN.float())
+    if doc_position_BT is not None:
+        decay_BTEN = decay_BTEN.masked_fill((doc_position_BT == 0)[..., None, None], 0)
     state_BTEN = (dt * u)[..., None] * B_BTN.float()[:, :, None]
     first_B1EN = state_BTEN[:, :1] + decay_BTEN[:, :1] * initial_state_BEN.float()[:, None]
     state_BTEN = torch.cat([first_B1EN, state_BTEN[:, 1:]], dim=1)

@@ -74,8 +74,8 @@ selective_scan_mamba_ssm = make_operator(
 
 
 def _from_zero(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The scan without the initial state, which is zeros: with others the call is refused."""
-    return selective_scan_mamba_ssm(*operands[:-1])
+    """The scan without initial state, which is zeros, and documents: with others the call is refused."""
+    return selective_scan_mamba_ssm(*operands[:8])
 
 
 def selective_scan_own_autograd(
@@ -110,6 +110,7 @@ BACKEND = Backend(
             lambda call: call.state_gradient,
             f"mamba-ssm drops the final state's gradient; {REMEDY}, or torch.no_grad()",
         ),
+        (lambda call: call.documents, f"mamba-ssm's kernel knows no documents within a sequence; {REMEDY}"),
     ),
     auto={"cuda": 20},
 )

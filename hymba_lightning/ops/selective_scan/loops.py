@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hymba_lightning.ops.lanes import LANES, LOG2E, exp2, f32, load, sigmoid, softplus, splat, store, total
-from hymba_lightning.ops.native import flat, native_loop, rows, run_items
+from hymba_lightning.ops.native import flat, native_loop, positions, rows, run_items
 from hymba_lightning.ops.selective_scan.operator import make_scan_op, n_chunks
 from hymba_lightning.ops.threads import one_torch_thread
 
@@ -46,12 +46,15 @@ def _forward(
     z_row,
     gated,
     dt_bias,
+    doc_position,
+    packed,
     initial,
     out,
     final,
     starts,
 ):
-    """Work items first … last-1. A (N, E); initial, final (B, N, E); starts (B, chunks, N, E)."""
+    """Work items first … last-1. A (N, E); initial, final (B, N, E); starts (B, chunks, N, E); doc_position (B, T) is
+    read if `packed`."""
     blocks = (channels + WIDTH - 1) // WIDTH
     chunks = (length + CHUNK - 1) // CHUNK
     h, rate = np.empty(states * WIDTH, f32), np.empty(states * WIDTH, f32)
@@ -69,6 +72,9 @@ def _forward(
                     for c in range(0, width, LANES):
                         place = ((b * chunks + t // CHUNK) * states + n) * channels + e + c
                         store(starts, place, load(h, n * WIDTH + c))
+            if packed and doc_position[token] == 0:
+                for place in range(0, states * WIDTH, LANES):
+                    store(h, place, splat(f32(0)))
             for c in range(0, width, LANES):
                 u_t = load(u, token * u_row + e + c)
                 step = softplus(load(dt, token * dt_row + e + c) + load(dt_bias, e + c))
@@ -110,6 +116,8 @@ def _backward(
     z_row,
     gated,
     dt_bias,
+    doc_position,
+    packed,
     g_out,
     g_out_row,
     g_final,
@@ -158,6 +166,7 @@ def _backward(
             # The states inside the chunk, once more from the saved one before it.
             for i in range(tokens):
                 token = b * length + t0 + i
+                starts_document = packed and doc_position[token] == 0
                 for c in range(0, width, LANES):
                     u_t = load(u, token * u_row + e + c)
                     raw = load(dt, token * dt_row + e + c) + load(dt_bias, e + c)
@@ -166,7 +175,9 @@ def _backward(
                     y = load(D, e + c) * u_t
                     for n in range(states):
                         place = i * block_size + n * WIDTH + c
-                        factor = exp2(step * load(rate, n * WIDTH + c))
+                        factor = zero
+                        if not starts_document:
+                            factor = exp2(step * load(rate, n * WIDTH + c))
                         state = factor * load(h, place) + inflow * splat(B[token * B_row + n])
                         store(decay, place, factor)
                         store(h, place + block_size, state)
@@ -235,7 +246,15 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _operands(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    dt_bias: Tensor,
+    doc_position: Tensor | None,
 ) -> tuple:
     """The arguments that both kernels begin with, after the work items."""
     batch, length, channels = u.shape
@@ -255,6 +274,7 @@ def _operands(
         *rows(_widened(gate)),
         z is not None,
         flat(_widened(dt_bias)),
+        *positions(doc_position),
     )
 
 
@@ -276,13 +296,14 @@ def _forward_numba(
     z: Tensor | None,
     dt_bias: Tensor,
     initial_state: Tensor,
+    doc_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, length, channels), states, width = u.shape, A.size(1), _padded(u.size(2))
     out, final = _empty(batch, length, width), _empty(batch, states, width)
     starts = _empty(batch, n_chunks(length, CHUNK), states, width)
     with one_torch_thread() as threads:
         arguments = (
-            *_operands(u, dt, A, B, C, D, z, dt_bias),
+            *_operands(u, dt, A, B, C, D, z, dt_bias, doc_position),
             flat(_widened(initial_state.transpose(1, 2))),
             flat(out),
             flat(final),
@@ -308,6 +329,7 @@ def _backward_numba(
     z: Tensor | None,
     dt_bias: Tensor,
     starts: Tensor,
+    doc_position: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     (batch, length, channels), states, width = u.shape, A.size(1), _padded(u.size(2))
     g_u, g_dt = _empty(batch, length, width), _empty(batch, length, width)
@@ -323,7 +345,7 @@ def _backward_numba(
 
     with one_torch_thread() as threads:
         arguments = (
-            *_operands(u, dt, A, B, C, D, z, dt_bias),
+            *_operands(u, dt, A, B, C, D, z, dt_bias, doc_position),
             *rows(_widened(g_out)),
             flat(_widened(g_final.transpose(1, 2))),
             flat(_widened(starts)),

@@ -20,9 +20,11 @@ def selective_scan_naive(
     z_BTE: Tensor | None,
     dt_bias_E: Tensor,
     initial_state_BEN: Tensor,
+    doc_position_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t;  y_t = C_t·h_t + D u_t;  out_t = y_t silu(z_t), all in float32.
 
+    Where doc_position is 0 a document starts, and h_{t-1} has no part in h_t.
     dt_t = softplus(dt_BTE + dt_bias). Equation 2 of Mamba (arXiv:2312.00752) with its simplified discretisation of B.
     Returns out (B, T, E) in u's dtype and the state after the last token (B, E, N) in float32.
     """
@@ -30,8 +32,11 @@ def selective_scan_naive(
     A = A_EN.float()
     state_BEN = initial_state_BEN.float()
     outputs = []
-    for u_BE, dt_BE, B_BN, C_BN in zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True):
+    tokens = zip(u.unbind(1), dt.unbind(1), B.unbind(1), C.unbind(1), strict=True)
+    for t, (u_BE, dt_BE, B_BN, C_BN) in enumerate(tokens):
         decay_BEN = torch.exp(dt_BE[:, :, None] * A)
+        if doc_position_BT is not None:
+            decay_BEN = decay_BEN.masked_fill((doc_position_BT[:, t] == 0)[:, None, None], 0)
         state_BEN = decay_BEN * state_BEN + (dt_BE * u_BE)[:, :, None] * B_BN[:, None, :]
         outputs.append((state_BEN * C_BN[:, None, :]).sum(-1))
     y_BTE = torch.stack(outputs, dim=1) + u * D_E.float()

@@ -13,6 +13,7 @@ import triton.language as tl
 from hymba_lightning.ops.triton_math import (
     LN2,
     LOG2E,
+    forget_if_first,
     inside_if,
     load_float32,
     prefetch_rows,
@@ -29,6 +30,7 @@ def chunk_adjoints(
     C,
     z,
     dt_bias,
+    doc_position,
     dout,
     adjoints,
     dt_sums,
@@ -48,6 +50,7 @@ def chunk_adjoints(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """What each chunk but the first sends to the state before it if nothing comes after it, and its sum of time steps.
 
@@ -63,6 +66,7 @@ def chunk_adjoints(
     last = tile.to(tl.int64) * ROWS
     dt += batch * dt_batch + last * DT_ROW
     C += batch * C_batch + last * C_ROW
+    doc_position += batch * T + last
     dout += batch * dout_batch + last * DOUT_ROW
     if HAS_Z:
         z += batch * z_batch + last * Z_ROW
@@ -83,6 +87,8 @@ def chunk_adjoints(
             if HAS_Z:
                 z_row = load_float32(z + channel + row * Z_ROW, known, MASKED)
                 dy_row = dy_row * z_row * sigmoid(z_row)
+            if PACKED:
+                step += forget_if_first(doc_position + row, tile * ROWS + row < T, MASKED)
             steps += (step,)
             dy += (dy_row,)
             total += step
@@ -95,6 +101,7 @@ def chunk_adjoints(
             store_rounded(adjoints + n * E + channel, q, inside, MASKED)
         dt -= ROWS * DT_ROW
         C -= ROWS * C_ROW
+        doc_position -= ROWS
         dout -= ROWS * DOUT_ROW
         if HAS_Z:
             z -= ROWS * Z_ROW
@@ -132,6 +139,7 @@ def chunk_gradients(
     D,
     z,
     dt_bias,
+    doc_position,
     dout,
     starts,
     adjoints,
@@ -164,6 +172,7 @@ def chunk_gradients(
     DOT_TYPE: tl.constexpr,
     PREFETCHED: tl.constexpr,
     MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Gradients of u, dt and z (B, T, E), and partial sums of the others.
 
@@ -187,6 +196,7 @@ def chunk_gradients(
     dt += batch * dt_batch + last * DT_ROW
     B += batch * B_batch + last * B_ROW
     C += batch * C_batch + last * C_ROW
+    doc_position += batch * T + last
     dout += batch * dout_batch + last * DOUT_ROW
     du += batch * T * E + last * E
     ddt += batch * T * E + last * E
@@ -221,8 +231,10 @@ def chunk_gradients(
             if HAS_Z:
                 z_row = load_float32(z + channel + row * Z_ROW, known, MASKED)
                 dy_row = dy_row * z_row * sigmoid(z_row)
-            steps += (step,)
             driven += (step * u_row,)
+            if PACKED:
+                step += forget_if_first(doc_position + row, tile * ROWS + row < T, MASKED)
+            steps += (step,)
             dy += (dy_row,)
             y += (skip * u_row,)
             d_driven += (tl.zeros([BLOCK_E], tl.float32),)
@@ -306,7 +318,11 @@ def chunk_gradients(
             d_bias += d_raw
             d_skip += dy[row] * u_row
             store_rounded(ddt + channel + row * E, d_raw, known, MASKED)
-            store_rounded(du + channel + row * E, d_driven[row] * steps[row] + skip * dy[row], known, MASKED)
+            step = steps[row]
+            if PACKED:  # noqa: SIM102 (decided when compiled; the other while running)
+                if forget_if_first(doc_position + row, tile * ROWS + row < T, MASKED) > 0:
+                    step = softplus(raw)
+            store_rounded(du + channel + row * E, d_driven[row] * step + skip * dy[row], known, MASKED)
             if HAS_Z:
                 z_row = load_float32(z + channel + row * Z_ROW, known, MASKED)
                 gate = sigmoid(z_row)
@@ -318,6 +334,7 @@ def chunk_gradients(
         dt -= ROWS * DT_ROW
         B -= ROWS * B_ROW
         C -= ROWS * C_ROW
+        doc_position -= ROWS
         dout -= ROWS * DOUT_ROW
         du -= ROWS * E
         ddt -= ROWS * E

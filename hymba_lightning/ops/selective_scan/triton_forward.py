@@ -7,6 +7,9 @@ One program owns BLOCK_E channels and a chunk, and each thread owns whole channe
 as tuples of (BLOCK_E,) vectors, so the recurrence needs no exchange between threads, loads and stores are coalesced
 over the contiguous channels, and nothing of size (T, E, N) exists. The loop over states is not unrolled: between tiles
 the states wait in `starts`, which keeps N free and the code small enough for the instruction cache.
+
+Where a document starts (PACKED: doc_position (B, T) int32 is 0) the time that decays are of is endless, while what
+enters the state knows the true step.
 """
 
 from __future__ import annotations
@@ -14,7 +17,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hymba_lightning.ops.triton_math import LOG2E, inside_if, load_float32, sigmoid, softplus, store_rounded
+from hymba_lightning.ops.triton_math import (
+    LOG2E,
+    forget_if_first,
+    inside_if,
+    load_float32,
+    sigmoid,
+    softplus,
+    store_rounded,
+)
 
 
 @triton.jit(do_not_specialize=["T", "tiles_per_chunk"])
@@ -24,6 +35,7 @@ def chunk_ends(
     A,
     B,
     dt_bias,
+    doc_position,
     starts,
     dt_sums,
     T,
@@ -39,6 +51,7 @@ def chunk_ends(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """The state each chunk but the last ends in when it starts from zero, and its sum of time steps.
 
@@ -54,6 +67,7 @@ def chunk_ends(
     u += batch * u_batch + first * U_ROW
     dt += batch * dt_batch + first * DT_ROW
     B += batch * B_batch + first * B_ROW
+    doc_position += batch * T + first
     starts += (batch * n_tiles + (chunk + 1) * tiles_per_chunk) * (N * E)
     bias = load_float32(dt_bias + channel, inside, MASKED)
     for n in range(N):
@@ -65,8 +79,10 @@ def chunk_ends(
         driven = ()
         for row in tl.static_range(ROWS):
             step = softplus(load_float32(dt + channel + row * DT_ROW, inside, MASKED) + bias)
-            steps += (step,)
             driven += (step * load_float32(u + channel + row * U_ROW, inside, MASKED),)
+            if PACKED:
+                step += forget_if_first(doc_position + row, True, False)
+            steps += (step,)
             total += step
         for n in range(N):
             decay_rate = load_float32(A + n * E + channel, inside, MASKED) * LOG2E
@@ -78,6 +94,7 @@ def chunk_ends(
         u += ROWS * U_ROW
         dt += ROWS * DT_ROW
         B += ROWS * B_ROW
+        doc_position += ROWS
         tile += 1
         tl.debug_barrier()
     n_chunks = tl.num_programs(1) + 1
@@ -143,6 +160,7 @@ def chunk_outputs(
     D,
     z,
     dt_bias,
+    doc_position,
     out,
     starts,
     final,
@@ -164,6 +182,7 @@ def chunk_outputs(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """Outputs (B, T, E), the state before every tile, and after the last token (B, N, E).
 
@@ -180,6 +199,7 @@ def chunk_outputs(
     dt += batch * dt_batch + first * DT_ROW
     B += batch * B_batch + first * B_ROW
     C += batch * C_batch + first * C_ROW
+    doc_position += batch * T + first
     out += batch * T * E + first * E
     if HAS_Z:
         z += batch * z_batch + first * Z_ROW
@@ -197,9 +217,11 @@ def chunk_outputs(
             if MASKED:
                 step = tl.where(known, step, 0.0)
             u_row = load_float32(u + channel + row * U_ROW, known, MASKED)
-            steps += (step,)
             driven += (step * u_row,)
             y += (skip * u_row,)
+            if PACKED:
+                step += forget_if_first(doc_position + row, tile * ROWS + row < T, MASKED)
+            steps += (step,)
         for n in range(N):
             decay_rate = load_float32(A + n * E + channel, inside, MASKED) * LOG2E
             state = load_float32(starts + n * E + channel, inside, MASKED)
@@ -224,6 +246,7 @@ def chunk_outputs(
         dt += ROWS * DT_ROW
         B += ROWS * B_ROW
         C += ROWS * C_ROW
+        doc_position += ROWS
         out += ROWS * E
         if HAS_Z:
             z += ROWS * Z_ROW

@@ -48,7 +48,7 @@ def _by_state(x_EN: Tensor) -> Tensor:
     return x_EN.float().transpose(-1, -2).contiguous()
 
 
-def _shape(dt: Tensor, n_states: int, block: int) -> dict[str, int | bool]:
+def _shape(dt: Tensor, n_states: int, block: int, packed: bool) -> dict[str, int | bool]:
     """Compile-time arguments that all but the carry take."""
     length, channels = dt.shape[1:]
     return {
@@ -58,6 +58,7 @@ def _shape(dt: Tensor, n_states: int, block: int) -> dict[str, int | bool]:
         "BLOCK_E": block,
         "DT_ROW": dt.stride(1),
         "MASKED": length % ROWS != 0 or channels % block != 0,
+        "PACKED": packed,
         **COMPILE_OPTIONS,
     }
 
@@ -95,12 +96,14 @@ def _forward(
     z: Tensor | None,
     dt_bias: Tensor,
     initial_state: Tensor,
+    doc_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, channels = u.shape
     n_states = A.size(1)
     u, dt, B, C = map(readable, (u, dt, B, C))
-    # Without a gate its pointer is passed on but never read.
+    # Without a gate or documents their pointers are passed on but never read.
     gate = u if z is None else readable(z)
+    positions = u if doc_position is None else doc_position.contiguous()
     A_NE, D, dt_bias = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
     n_tiles = triton.cdiv(length, ROWS)
     n_blocks = triton.cdiv(channels, FORWARD_BLOCK_E)
@@ -110,7 +113,10 @@ def _forward(
     starts = torch.empty(batch, n_tiles, n_states, channels, dtype=torch.float32, device=u.device)
     final_BNE = torch.empty(batch, n_states, channels, dtype=torch.float32, device=u.device)
     dt_sums = torch.empty(batch, n_chunks, channels, dtype=torch.float32, device=u.device)
-    shape = _shape(dt, n_states, FORWARD_BLOCK_E) | {"U_ROW": u.stride(1), "B_ROW": B.stride(1)}
+    shape = _shape(dt, n_states, FORWARD_BLOCK_E, doc_position is not None) | {
+        "U_ROW": u.stride(1),
+        "B_ROW": B.stride(1),
+    }
     with torch.cuda.device_of(u):
         if n_chunks > 1:
             chunk_ends[n_blocks, n_chunks - 1, batch](
@@ -119,6 +125,7 @@ def _forward(
                 A_NE,
                 B,
                 dt_bias,
+                positions,
                 starts,
                 dt_sums,
                 length,
@@ -138,6 +145,7 @@ def _forward(
             D,
             gate,
             dt_bias,
+            positions,
             out,
             starts,
             final_BNE,
@@ -168,11 +176,13 @@ def _backward(
     z: Tensor | None,
     dt_bias: Tensor,
     starts: Tensor,
+    doc_position: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     batch, length, channels = u.shape
     n_states, device = A.size(1), u.device
     u, dt, B, C, g_out = map(readable, (u, dt, B, C, g_out))
     gate = u if z is None else readable(z)
+    positions = u if doc_position is None else doc_position.contiguous()
     A_NE, skip_E, bias_E = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
     n_blocks = triton.cdiv(channels, BLOCK_E)
     chunk_tiles = tiles_per_chunk(batch, length, n_blocks, BACKWARD_PROGRAMS * multiprocessors(device))
@@ -184,7 +194,7 @@ def _backward(
     dz = u.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=device)
     channel_sums = torch.empty(batch * n_chunks, n_states + 2, channels, dtype=torch.float32, device=device)
     token_sums = torch.empty(n_blocks, batch, length, 2, n_states, dtype=torch.float32, device=device)
-    shape = _shape(dt, n_states, BLOCK_E) | {
+    shape = _shape(dt, n_states, BLOCK_E, doc_position is not None) | {
         "C_ROW": C.stride(1),
         "Z_ROW": gate.stride(1),
         "DOUT_ROW": g_out.stride(1),
@@ -199,6 +209,7 @@ def _backward(
                 C,
                 gate,
                 bias_E,
+                positions,
                 g_out,
                 adjoints,
                 dt_sums,
@@ -220,6 +231,7 @@ def _backward(
             skip_E,
             gate,
             bias_E,
+            positions,
             g_out,
             starts,
             adjoints,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hymba_lightning.ops import registry
+from hymba_lightning.ops.documents import check_doc_position
 from hymba_lightning.ops.sliding_window.naive import sliding_window_attention_naive
 
 BACKENDS = registry.register_folder("sliding_window_attention", __name__, sliding_window_attention_naive)
@@ -25,6 +26,7 @@ def sliding_window_attention(
     window: int | None,
     scale: float | None = None,
     hidden_B: Tensor | None = None,
+    doc_position_BT: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(scale q·k) v over the keys 0 <= i-j < window, where query t stands at key position i = S-T+t.
@@ -34,12 +36,14 @@ def sliding_window_attention(
     put the last window-1 keys and values (all of them with None) before those of the next piece.
 
     `hidden_B`, int64, has of each row how many first keys no query of it sees, at most S-T: what pads rows that kept
-    fewer keys than others.
+    fewer keys than others. `doc_position_BT`, int32, is how many earlier tokens of its own document each query has: it
+    sees no key further back.
 
     Raises ValueError for shapes that do not fit, a window below 1 and an unknown backend, BackendUnavailableError for a
     named backend that cannot serve the call.
     """
     _check(q_BTHK, k_BSGK, v_BSGK, window, hidden_B)
+    check_doc_position("sliding_window_attention", doc_position_BT, q_BTHK)
     n_queries, n_keys, head_dim = q_BTHK.size(1), k_BSGK.size(1), q_BTHK.size(3)
     device_type = q_BTHK.device.type
     # A window that no query outgrows hides nothing: the cheaper kernels of plain causal attention will do.
@@ -51,15 +55,18 @@ def sliding_window_attention(
         device_type,
         windowed=window is not None,
         hidden=hidden_B is not None,
+        documents=doc_position_BT is not None,
+        one_query=n_queries == 1,
         offset_on_cpu=n_keys > n_queries > 1 and device_type == "cpu",
         half_precision=q_BTHK.dtype in (torch.bfloat16, torch.float16),
         head_dim=int(head_dim),
     )
     scale = head_dim**-0.5 if scale is None else scale
     k_BSGK, v_BSGK = k_BSGK.to(q_BTHK.dtype), v_BSGK.to(q_BTHK.dtype)
-    if hidden_B is None:
-        return attention(q_BTHK, k_BSGK, v_BSGK, window, scale)
-    return attention(q_BTHK, k_BSGK, v_BSGK, window, scale, hidden_B)
+    # Only those that do not refuse them know these.
+    rows = {"hidden_B": hidden_B, "doc_position_BT": doc_position_BT}
+    given = {name: value for name, value in rows.items() if value is not None}
+    return attention(q_BTHK, k_BSGK, v_BSGK, window, scale, **given)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, hidden: Tensor | None) -> None:

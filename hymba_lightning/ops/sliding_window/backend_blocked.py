@@ -1,7 +1,8 @@
 """Sliding-window attention block by block for the CPU: time and memory linear in T, backward recomputes each block.
 
-A block of queries meets the keys from the oldest that its first query sees to its last one's own; a mask cuts out the
-band inside. Work items, one to a thread, are groups of kv heads, so that no two of them add to the same gradient.
+A block of queries meets the keys from the oldest that one of them sees to its last one's own; a mask cuts out the band
+inside, and what is of earlier documents. Work items, one to a thread, are groups of kv heads, so that no two of them
+add to the same gradient.
 
 B batch, T queries, S keys, H query heads, G kv heads, R = H/G query heads to a kv head, K head_dim.
 """
@@ -35,7 +36,7 @@ class _Block(NamedTuple):
 class _Problem:
     """Shapes of one call and its blocks of queries, the same for every head."""
 
-    def __init__(self, q: Tensor, k: Tensor, window: int) -> None:
+    def __init__(self, q: Tensor, k: Tensor, window: int, doc_position: Tensor | None) -> None:
         self.batch, self.n_queries, heads, self.head_dim = q.shape
         self.n_keys, self.kv_heads = k.shape[1:3]
         self.ratio = heads // self.kv_heads
@@ -46,6 +47,10 @@ class _Problem:
         span = self.window - 1 + self.block
         seen = window_mask(self.block, span, self.window, q.device)
         self.mask = torch.zeros(self.block, span, device=q.device).masked_fill_(~seen, float("-inf"))
+        self.first_BT = None
+        """The first key of each query's document."""
+        if doc_position is not None:
+            self.first_BT = torch.arange(self.n_keys - self.n_queries, self.n_keys, device=q.device) - doc_position
 
     def item(self, number: int) -> tuple[int, slice, slice]:
         """The sequence, the kv heads and the query heads of a work item."""
@@ -53,14 +58,23 @@ class _Problem:
         first, last = (edge * self.kv_heads // self.groups for edge in (group, group + 1))
         return b, slice(first, last), slice(first * self.ratio, last * self.ratio)
 
-    def blocks(self) -> Iterator[_Block]:
+    def blocks(self, row: int) -> Iterator[_Block]:
+        """Those of a sequence."""
         offset = self.n_keys - self.n_queries
         for start in range(0, self.n_queries, self.block):
             stop = min(start + self.block, self.n_queries)
             oldest = offset + start - self.window + 1
             # The mask is that of a block whose keys all exist; the first ones have none to the left.
             mask = self.mask[: stop - start, max(0, -oldest) : self.window - 1 + stop - start]
-            yield _Block(slice(start, stop), slice(max(0, oldest), offset + stop), mask)
+            oldest = max(0, oldest)
+            if self.first_BT is not None:
+                first_T = self.first_BT[row, start:stop]
+                skipped = max(0, int(first_T.min()) - oldest)
+                oldest, mask = oldest + skipped, mask[:, skipped:]
+                if int(first_T.max()) > oldest:
+                    j = torch.arange(oldest, offset + stop, device=mask.device)
+                    mask = mask.masked_fill(j < first_T[:, None], float("-inf"))
+            yield _Block(slice(start, stop), slice(oldest, offset + stop), mask)
 
     def stack(self, x_THK: Tensor) -> Tensor:
         """(t, g*R, K) -> (g, R*t, K) float32, maybe a view: query heads of a kv head become one matrix's rows."""
@@ -90,14 +104,14 @@ def _matrices(buffers: list[Tensor], q_GRK: Tensor, block: _Block) -> list[Tenso
     return [buffer[: shape[0] * shape[1] * shape[2]].view(shape) for buffer in buffers]
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-    problem = _Problem(q, k, window)
+def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, doc_position: Tensor | None = None) -> Tensor:
+    problem = _Problem(q, k, window, doc_position)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
     def work(number: int) -> None:
         b, kv_heads, heads = problem.item(number)
         buffers = problem.scores_buffers(kv_heads.stop - kv_heads.start, 2)
-        for block in problem.blocks():
+        for block in problem.blocks(b):
             q_GRK = problem.stack(q[b, block.queries, heads]) * scale
             k_GSK, v_GSK = (x[b, block.keys, kv_heads].transpose(0, 1).float() for x in (k, v))
             scores, p = _matrices(buffers, q_GRK, block)
@@ -109,9 +123,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tens
 
 
 def _backward(
-    g_out: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float
+    g_out: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, doc_position: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = _Problem(q, k, window)
+    problem = _Problem(q, k, window, doc_position)
     g_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Float32 sums with the heads outermost, so that a block's share is added in the matrix product itself.
     shape_BGSK = problem.batch, problem.kv_heads, problem.n_keys, problem.head_dim
@@ -120,7 +134,7 @@ def _backward(
     def work(number: int) -> None:
         b, kv_heads, heads = problem.item(number)
         buffers = problem.scores_buffers(kv_heads.stop - kv_heads.start, 3)
-        for block in problem.blocks():
+        for block in problem.blocks(b):
             q_GRK = problem.stack(q[b, block.queries, heads]) * scale
             g_GRK = problem.stack(g_out[b, block.queries, heads])
             k_GSK, v_GSK = (x[b, block.keys, kv_heads].transpose(0, 1).float() for x in (k, v))
@@ -141,10 +155,15 @@ _attention = make_attention_op("sliding_window_blocked", _forward, _backward)
 
 
 def sliding_window_attention_blocked(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None, scale: float
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    window: int | None,
+    scale: float,
+    doc_position_BT: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q·k) v over the keys seen, float32 inside; the window None sees every earlier key."""
-    return _attention(q_BTHK, k_BSGK, v_BSGK, k_BSGK.size(1) if window is None else window, scale)
+    return _attention(q_BTHK, k_BSGK, v_BSGK, k_BSGK.size(1) if window is None else window, scale, doc_position_BT)
 
 
 BACKEND = Backend(

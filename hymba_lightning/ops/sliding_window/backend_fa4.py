@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hymba_lightning.ops.registry import Backend
-from hymba_lightning.ops.sliding_window.naive import HIDDEN
+from hymba_lightning.ops.sliding_window.naive import DOCUMENTS, HIDDEN
 from hymba_lightning.ops.sliding_window.operator import make_attention_op
 
 # Compute capabilities it has kernels for, both passes: Hopper, Blackwell of data centres.
@@ -97,13 +97,15 @@ BACKEND = Backend(
     check=_missing,
     refuses=(
         (lambda call: call.hidden, HIDDEN),
+        (lambda call: call.documents, DOCUMENTS),
         (
             lambda call: not call.half_precision,
             "flash-attn-4 takes float16 and bfloat16; cast q, k and v, or use backend 'flex'",
         ),
         (
             lambda call: call.head_dim not in HEAD_DIMS,
-            "flash-attn-4 is used for heads of width 64 and 128, for which its gradients were checked; use backend 'flex'",
+            "flash-attn-4 is used for heads of width 64 and 128, for which its gradients were checked; "
+            "use backend 'flex'",
         ),
     ),
     auto={"cuda": 40},

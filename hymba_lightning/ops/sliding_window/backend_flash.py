@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hymba_lightning.ops.registry import Backend
-from hymba_lightning.ops.sliding_window.naive import HIDDEN
+from hymba_lightning.ops.sliding_window.naive import DOCUMENTS, HIDDEN
 
 
 def sliding_window_attention_flash(
@@ -30,6 +30,7 @@ BACKEND = Backend(
     install="pip install flash-attn --no-build-isolation",
     refuses=(
         (lambda call: call.hidden, HIDDEN),
+        (lambda call: call.documents, DOCUMENTS),
         (
             lambda call: not call.half_precision,
             "flash-attn takes float16 and bfloat16; cast q, k and v, or use backend 'flex'",

@@ -10,21 +10,28 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from hymba_lightning.ops.registry import Backend
-from hymba_lightning.ops.sliding_window.naive import mask_of_rows
+from hymba_lightning.ops.sliding_window.naive import DOCUMENTS, mask_of_rows
 
 
 def causal_attention_sdpa(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None, scale: float, hidden_B: Tensor | None = None
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    window: int | None,
+    scale: float,
+    hidden_B: Tensor | None = None,
+    doc_position_BT: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale q·k over the keys seen) v; the last query sees every key but each row's first `hidden_B`.
+    """softmax(scale q·k over the keys seen) v; the last query sees every key but each row's first `hidden_B`, and of
+    documents its own.
 
     Returns q's shape and dtype.
     """
     n_queries, n_keys = q_BTHK.size(1), k_BSGK.size(1)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     grouped = q.size(1) != k.size(1)
-    if hidden_B is not None:
-        mask = mask_of_rows(n_queries, n_keys, None, hidden_B)[:, None]
+    if hidden_B is not None or doc_position_BT is not None:
+        mask = mask_of_rows(n_queries, n_keys, None, hidden_B, doc_position_BT)[:, None]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     elif n_queries == n_keys:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
@@ -49,6 +56,7 @@ BACKEND = Backend(
             lambda call: call.offset_on_cpu,
             "with more keys than queries it needs a dense mask on a CPU; use backend 'blocked'",
         ),
+        (lambda call: call.documents and not call.one_query, f"for documents it needs a dense mask: {DOCUMENTS}"),
     ),
     auto={"any": 20},
 )

@@ -6,13 +6,14 @@ B batch, T queries, S keys, H query heads, G kv heads, K head_dim, Q blocks of q
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.weak import WeakTensorKeyDictionary
 
 # Rows and columns of the block mask's blocks.
 BLOCK = 128
@@ -32,10 +33,13 @@ MIN_HEAD_DIM = 16
 MAX_COMPILED_SHAPES = 128
 
 
-def window_block_mask(n_queries: int, n_keys: int, window: int, device: torch.device) -> BlockMask:
-    """The block mask of 0 <= i-j < window, query t at key position i = S-T+t, without ever making the (T, S) mask.
+def window_block_mask(
+    n_queries: int, n_keys: int, window: int, device: torch.device, doc_position_BT: Tensor | None = None
+) -> BlockMask:
+    """The block mask of 0 <= i-j < window, query t at key position i = S-T+t, without ever making the (T, S) mask; with
+    documents also of i-j <= doc_position, for each sequence.
 
-    A block of keys is needed if it holds one between the oldest key of the first query and the last query's own. It is
+    A block of keys is needed if it holds one between the oldest key that a query sees and the last query's own. It is
     full, and used without a look at single entries, if every query of a complete block sees its first key and its last.
     """
     offset = n_keys - n_queries
@@ -43,29 +47,59 @@ def window_block_mask(n_queries: int, n_keys: int, window: int, device: torch.de
     last_Q1 = (first_Q1 + BLOCK - 1).clamp(max=n_keys - 1)
     start_C = torch.arange(0, n_keys, BLOCK, device=device)
     stop_C = start_C + BLOCK - 1
-    needed_QC = (start_C <= last_Q1) & (stop_C > first_Q1 - window)
+    # Over the queries of a block, the least and the greatest of the oldest keys that they see.
+    if doc_position_BT is None:
+        least_BQ1, greatest_BQ1 = (first_Q1 - window + 1)[None], (last_Q1 - window + 1)[None]
+
+        def mask_mod(b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
+            distance = t + offset - j
+            return (distance >= 0) & (distance < window)
+
+    else:
+        reach_BT = doc_position_BT.clamp(max=window - 1)
+        oldest_BT = torch.arange(offset, n_keys, device=device) - reach_BT
+        oldest_BQL = F.pad(oldest_BT, (0, -n_queries % BLOCK), value=n_keys).unflatten(1, (-1, BLOCK))
+        least_BQ1, greatest_BQ1 = oldest_BQL.amin(2, keepdim=True), oldest_BQL.amax(2, keepdim=True)
+
+        def mask_mod(b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
+            distance = t + offset - j
+            return (distance >= 0) & (distance <= reach_BT[b, t])
+
+    needed_BQC = (start_C <= last_Q1) & (stop_C >= least_BQ1)
     complete_Q1 = first_Q1 + BLOCK <= n_keys
-    full_QC = complete_Q1 & (start_C > last_Q1 - window) & (stop_C <= first_Q1)
-    partial = _ordered(needed_QC & ~full_QC)
-    full = _ordered(full_QC)
-
-    def mask_mod(b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
-        distance = t + offset - j
-        return (distance >= 0) & (distance < window)
-
+    full_BQC = complete_Q1 & (start_C >= greatest_BQ1) & (stop_C <= first_Q1)
+    partial = _ordered(needed_BQC & ~full_BQC)
+    full = _ordered(full_BQC)
     return BlockMask.from_kv_blocks(
         *partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(n_queries, n_keys)
     )
 
 
-def _ordered(wanted_QC: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries wants (1, 1, Q), and which, those first (1, 1, Q, C)."""
-    order = torch.argsort(wanted_QC.int(), dim=1, descending=True, stable=True)
-    return wanted_QC.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+def _ordered(wanted_BQC: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries wants (B, 1, Q), and which, those first (B, 1, Q, C)."""
+    order = torch.argsort(wanted_BQC.int(), dim=2, descending=True, stable=True)
+    return wanted_BQC.sum(2, dtype=torch.int32)[:, None], order.int()[:, None]
 
 
 # Masks of the shapes met lately; training has one, evaluation a few.
-_cached_block_mask = functools.lru_cache(maxsize=16)(window_block_mask)
+_mask_of_shape = functools.lru_cache(maxsize=16)(window_block_mask)
+# Masks of a batch's documents, which go with their positions: made for its first layer, of use to the others.
+_masks_of_documents: MutableMapping[Tensor, dict[tuple, BlockMask]] = WeakTensorKeyDictionary()
+
+
+def _cached_block_mask(
+    n_queries: int, n_keys: int, window: int, device: torch.device, doc_position_BT: Tensor | None, first: int
+) -> BlockMask:
+    """`window_block_mask` of queries that `pad_to_few_shapes` has put `first` others in front of, and some behind."""
+    if doc_position_BT is None:
+        return _mask_of_shape(n_queries, n_keys, window, device)
+    masks = _masks_of_documents.setdefault(doc_position_BT, {})
+    shape = n_queries, n_keys, window, first
+    if shape not in masks:
+        # The others see themselves alone.
+        padded_BT = F.pad(doc_position_BT, (first, n_queries - first - doc_position_BT.size(1)))
+        masks[shape] = window_block_mask(n_queries, n_keys, window, device, padded_BT)
+    return masks[shape]
 
 
 class UncompiledAttentionError(RuntimeError):
@@ -120,7 +154,12 @@ def pad_to_few_shapes(
 
 
 def sliding_window_attention_flex(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, window: int | None, scale: float
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    window: int | None,
+    scale: float,
+    doc_position_BT: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale q·k over the keys seen) v; the window None sees every earlier key.
 
@@ -141,7 +180,7 @@ def sliding_window_attention_flex(
     options: dict[str, Any] = {"scale": scale, "enable_gqa": grouped, "kernel_options": tiles}
     if compiling:
         # Part of a larger graph: the few small tensors of the mask are computed there.
-        out = flex_attention(q, k, v, block_mask=window_block_mask(*arguments), **options)
+        out = flex_attention(q, k, v, block_mask=window_block_mask(*arguments, doc_position_BT), **options)
     else:
-        out = _call_compiled(q, k, v, block_mask=_cached_block_mask(*arguments), **options)
+        out = _call_compiled(q, k, v, block_mask=_cached_block_mask(*arguments, doc_position_BT, first), **options)
     return out[:, :, first : first + length, :head_dim].transpose(1, 2)

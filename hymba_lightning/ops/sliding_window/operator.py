@@ -1,8 +1,10 @@
 """Attention as an operator: what a pair of functions, forward and backward, has to take and give.
 
 B batch, T queries, S keys, H query heads, G kv heads, K head_dim. Tensors of the pair:
-    forward(q, k, v, window, scale) -> out (B, T, H, K), and log Σ exp of the scores (B, H, T) where backward wants them
-    backward(g_out, q, k, v[, out, log_sums], window, scale) -> the gradients of q, k and v
+    forward(q, k, v, window, scale, doc_position) -> out (B, T, H, K), and log Σ exp of the scores (B, H, T) where
+        backward wants them
+    backward(g_out, q, k, v[, out, log_sums], window, scale, doc_position) -> the gradients of q, k and v
+doc_position (B, T) int32 is absent where every sequence is one document; a pair with log_sums never gets it.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from torch import Tensor
 from hymba_lightning.ops.operators import Contract, make_operator
 
 CONTRACT = Contract(
-    operands="Tensor q, Tensor k, Tensor v, int window, float scale",
+    operands="Tensor q, Tensor k, Tensor v, int window, float scale, Tensor? doc_position=None",
     results="out",
     n_differentiable=1,
-    kept="q k v window scale",
+    kept="q k v window scale doc_position",
     gradients="q k v",
 )
 WITH_LOG_SUMS = CONTRACT._replace(results="out log_sums", kept="q k v out log_sums window scale")
@@ -27,7 +29,7 @@ WITH_LOG_SUMS = CONTRACT._replace(results="out log_sums", kept="q k v out log_su
 def make_attention_op(name: str, forward: Callable, backward: Callable, log_sums: bool = False) -> Callable:
     """The differentiable operator hymba::`name` of a pair; `log_sums`: forward returns them, backward takes them."""
 
-    def shapes(q, k, v, window, scale):  # type: ignore[no-untyped-def]
+    def shapes(q, k, v, window, scale, doc_position=None):  # type: ignore[no-untyped-def]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         return (out, _log_sums(q)) if log_sums else out
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hymba_lightning.ops import registry
+from hymba_lightning.ops.documents import check_doc_position
 from hymba_lightning.ops.ssd.naive import ssd_naive
 
 BACKENDS = registry.register_folder("ssd", __name__, ssd_naive)
@@ -27,6 +28,7 @@ def ssd(
     *,
     dt_bias_H: Tensor,
     initial_state_BHPN: Tensor | None = None,
+    doc_position_BT: Tensor | None = None,
     return_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -36,17 +38,22 @@ def ssd(
     has x's dtype. With `return_state` also returns the state after the last token (B, H, P, N), in float32.
     Differentiable in every input, also through the returned state.
 
+    `doc_position_BT`, int32, is how many earlier tokens of its own document each token has: where it is 0 a document
+    starts, and the state before it is forgotten (a decay of 0). Without it a sequence is one document.
+
     Raises ValueError for shapes that do not fit and for an unknown backend, BackendUnavailableError for a named backend
     that cannot serve the call.
     """
     _check_shapes(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, dt_bias_H, initial_state_BHPN)
+    check_doc_position("ssd", doc_position_BT, x_BTHP)
     if backend == "auto" and registry.is_one_step(x_BTHP):
         backend = "naive"
     compute = registry.implementation("ssd", backend, x_BTHP.device.type)
     if initial_state_BHPN is None:
         shape = x_BTHP.size(0), *x_BTHP.shape[2:], B_BTGN.size(-1)
         initial_state_BHPN = torch.zeros(shape, dtype=torch.float32, device=x_BTHP.device)
-    y_BTHP, state_BHPN = compute(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, dt_bias_H, initial_state_BHPN)
+    operands = x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, D_H, dt_bias_H, initial_state_BHPN, doc_position_BT
+    y_BTHP, state_BHPN = compute(*operands)
     return (y_BTHP, state_BHPN) if return_state else y_BTHP
 
 

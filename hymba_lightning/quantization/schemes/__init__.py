@@ -33,7 +33,7 @@ AIM, CLOSE = 0.998, 0.995  # of the budget: where to go, and what is near enough
 
 @dataclass(frozen=True)
 class Weights:
-    """What is to be stored, and what is known of it."""
+    """The tensors to be stored, and what a scheme may know about them."""
 
     tensors: dict[str, Tensor]
     quantized: dict[str, QuantizedTensor]
@@ -50,24 +50,29 @@ class Weights:
 
 
 class Calibration(NamedTuple):
-    """What a scheme has to know about a network before it rounds: keyword arguments of `save_artifact`."""
+    """What runs of the network on training batches tell a scheme before it rounds: keyword arguments of
+    `save_artifact`."""
 
     hessians: dict[str, Tensor] | None
     sensitivities: dict[str, Tensor] | None
 
     def tensors(self) -> list[Tensor]:
-        """Each tensor once, whatever number of names it has."""
+        """All tensors in it, each once, also where several names share one."""
         known = [*(self.hessians or {}).values(), *(self.sensitivities or {}).values()]
         return list({id(tensor): tensor for tensor in known}.values())
 
     def cpu(self) -> Calibration:
-        """A copy in main memory, in which one tensor of several names is one again."""
+        """A copy in main memory; names that share a tensor share its copy."""
         moved = {id(tensor): tensor.cpu() for tensor in self.tensors()}
         return Calibration(*(known and {name: moved[id(tensor)] for name, tensor in known.items()} for known in self))
 
 
 class Scheme:
-    """Every large tensor rounded by itself, all row scales coarsened together as far as the limit needs."""
+    """How a network's weights become what an artifact stores.
+
+    By default every large tensor is rounded by itself, and all row scales are coarsened by one factor, as far as the
+    limit in bytes needs. A scheme overrides what it does otherwise, most often `round` alone.
+    """
 
     summary = ""
     """For help: a sentence."""
@@ -93,7 +98,7 @@ class Scheme:
         raise NotImplementedError
 
     def rounded(self, name: str, tensor: Tensor, role: Role, config: QuantizationConfig) -> QuantizedTensor:
-        """`round`, as coarse as the settings say."""
+        """`round` to the tensor's bits by the settings, its row scales then multiplied by `config.coarsen`."""
         rounded = self.round(name, tensor, config.storage_of(name, tensor.numel(), role)[1], config)
         return coarsen_rows(tensor, rounded, config.coarsen) if config.coarsen > 1 else rounded
 
@@ -196,7 +201,7 @@ def encode_weights(weights: Weights, config: QuantizationConfig) -> tuple[list[E
 
 
 def most_coarse(config: QuantizationConfig) -> float:
-    """The factor at which three or four levels are left in use."""
+    """The largest factor on the row scales worth trying: about three or four levels are left in use there."""
     return min(2.0 ** (config.bits - 2), MAX_COARSEN / config.coarsen)
 
 

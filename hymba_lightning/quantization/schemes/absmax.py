@@ -8,7 +8,8 @@ from hymba_lightning.quantization.schemes import Scheme
 
 
 class Absmax(Scheme):
-    """What others are compared with; at 8 bits it is as good as a search, and quicker."""
+    """No search: each row's largest magnitude is its largest integer, and the rest is rounded to the nearest. At 8 bits
+    that is as good as a search, and quicker."""
 
     summary = "per output row, its largest magnitude the clip: no search, good at 8 bits"
 

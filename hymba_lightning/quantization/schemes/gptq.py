@@ -5,7 +5,8 @@ from hymba_lightning.quantization.schemes.rows import Rows
 
 
 class GPTQ(Rows):
-    """See `quantize_gptq`; what has no Hessian is rounded as by 'rows'."""
+    """Matrices by `quantize_gptq` (quantization/gptq.py; Frantar et al., arXiv:2210.17323), with the Hessians of their
+    inputs on training batches; what has none is rounded by 'rows'."""
 
     summary = "'rows' with the option gptq: the layers' outputs on training batches change least"
 

@@ -1,4 +1,7 @@
-"""Every tensor's precision, the rows' steps included, solved for: see precision.py."""
+"""Bits where they matter: each tensor gets the precision at which the whole file loses least for its bytes.
+
+How the loss is predicted and the bytes are shared out is in precision.py.
+"""
 
 from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.format import Encoded
@@ -9,7 +12,8 @@ from hymba_lightning.quantization.tensors import encode_tensor
 
 
 class Mixed(Rows):
-    """Tensors named in name_bits are rounded as by 'rows'."""
+    """Solves for the precision of all tensors at once, so that the file just fits; what config.name_bits names is left
+    out of that and rounded by 'rows'."""
 
     summary = (
         "every tensor's precision, the rows' steps included, solved for so that the file just fits limit_bytes at "

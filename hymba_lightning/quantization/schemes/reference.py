@@ -39,7 +39,7 @@ def quantize_reference(weight: Tensor, bits: int, *, name: str = "tensor") -> Qu
 
 
 class Reference(Scheme):
-    """See `quantize_reference`."""
+    """Each tensor by itself, as the public reference run does: see `quantize_reference`."""
 
     summary = (
         "the reference's quantizer bit for bit, with its defect 4 (scale floor of 1/q_max whatever the row's size, one "

@@ -1,4 +1,4 @@
-"""Per output row, the clip searched for least squared error."""
+"""Integers with one scale for each row of a matrix, whose clip is searched for the least squared error."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from hymba_lightning.quantization.schemes import Scheme
 
 
 class Rows(Scheme):
-    """See `quantize_rows`."""
+    """Each tensor by itself: see `quantize_rows` in quantization/rows.py."""
 
     summary = "per output row, the clip searched for least squared error, the stored float16 scale used throughout"
 

@@ -1,0 +1,32 @@
+"""Documents packed into one sequence: where each begins, as every op that looks back takes it.
+
+B batch, T sequence. A token's document position is how many earlier tokens of its own document it has, so that it sees
+a token j behind it if j <= position: the scan forgets where it is 0, a tap or a key further back is not there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def document_positions(ids_BT: Tensor, bos_id: int, earlier_B: Tensor | None = None) -> Tensor:
+    """(B, T) int32 of ids (B, T) in which `bos_id` starts a document.
+
+    `earlier_B` counts the tokens before the first that are of its document, where it starts none; None: there are none.
+    """
+    index_T = torch.arange(ids_BT.size(1), dtype=torch.int32, device=ids_BT.device)
+    before_B1 = index_T.new_zeros(()) if earlier_B is None else -earlier_B.to(torch.int32)[:, None]
+    start_BT = torch.where(ids_BT == bos_id, index_T, before_B1)
+    return index_T - start_BT.cummax(1).values
+
+
+def check_doc_position(op: str, doc_position_BT: Tensor | None, like_BTX: Tensor) -> None:
+    """Raises ValueError unless there is none, or one int32 number for each token of a sequence (B, T, …)."""
+    if doc_position_BT is None:
+        return
+    if doc_position_BT.shape != like_BTX.shape[:2] or doc_position_BT.dtype != torch.int32:
+        raise ValueError(
+            f"{op}: doc_position_BT must be int32 {tuple(like_BTX.shape[:2])}, not {doc_position_BT.dtype} "
+            f"{tuple(doc_position_BT.shape)}"
+        )

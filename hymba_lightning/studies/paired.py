@@ -1,0 +1,158 @@
+"""Tables and plot of an ablation: differences to the baseline, paired by seed, with their errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import textwrap
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hymba_lightning.files import write_atomic
+from hymba_lightning.plots import save_figure
+from hymba_lightning.studies.seeds import STAGES, student_tail
+from hymba_lightning.studies.variants import Study
+
+# What results.json keeps of a run's summary.
+KEPT = (
+    "steps",
+    "train_seconds",
+    "tokens_per_s",
+    "parameters",
+    "scored_tokens",
+    "artifact_bytes",
+    "code_bytes",
+    "environment",
+)
+
+
+def scores_of(run_dir: Path) -> dict[str, float]:
+    """Stage → bits per byte of a finished run."""
+    stages = dict(json.loads((run_dir / "summary.json").read_bytes())["bpb"])
+    tested = run_dir / "test_summary.json"
+    return stages | ({"ttt": json.loads(tested.read_bytes())["ttt_bpb"]} if tested.is_file() else {})
+
+
+def write_results(study: Study, folder: Path) -> None:
+    """folder/results.json: of every run of `study` in it that ended, its options, its scores and what it took."""
+    rows = []
+    for path in sorted(folder.glob("*/summary.json")):
+        variant, _, seed = path.parent.name.rpartition("-")
+        if variant in study.variants and seed.isdigit():
+            summary = json.loads(path.read_bytes())
+            rows.append(
+                {
+                    "variant": variant,
+                    "seed": int(seed),
+                    "options": study.common | study.variants[variant],
+                    "bpb": scores_of(path.parent),
+                }
+                | {key: summary[key] for key in KEPT if key in summary}
+            )
+    write_atomic(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+
+
+def report(study: Study, folder: Path, seeds: list[int], only: list[str] | None = None) -> str:
+    """The tables: the study's stage, mean ± std over seeds, with the paired difference to the baseline, its standard
+    error and the p of a paired t-test; then every stage with its difference. A variant counts with the seeds that it
+    and the baseline have both ended with. Raises FileNotFoundError where the baseline has none with the study's stage.
+    """
+    runs = {
+        name: {
+            seed: scores_of(folder / f"{name}-{seed}")
+            for seed in seeds
+            if (folder / f"{name}-{seed}" / "summary.json").is_file()
+        }
+        for name in study.names(only)
+    }
+    base = runs[study.baseline]
+    if not any(study.stage in stages for stages in base.values()):
+        raise FileNotFoundError(
+            f"{folder} has no finished run of the baseline {study.baseline!r} with {study.stage!r} "
+            f"and a seed of {seeds}"
+        )
+
+    def column(name: str, stage: str) -> tuple[list[float], list[float]]:
+        """The variant's values, and their differences to the baseline's in thousandths."""
+        pairs = [
+            (run[stage], base[seed][stage])
+            for seed, run in runs[name].items()
+            if stage in run and stage in base.get(seed, {})
+        ]
+        return [a for a, _ in pairs], [1000 * (a - b) for a, b in pairs]
+
+    rows = [
+        f"| variant | bpb, mean ± std | difference to {study.baseline}, paired, thousandths ± standard error | p | n |",
+        "|---" * 5 + "|",
+    ]
+    differences = {}
+    for name in runs:
+        values, delta = column(name, study.stage)
+        if values:
+            differences[name] = (statistics.mean(delta), _standard_error(delta))
+            change, p = ("–", "–") if name == study.baseline else (_difference(delta), _p(delta))
+            rows.append(f"| {name} | {_mean(values)} | {change} | {p} | {len(values)} |")
+    known = [stage for stage in STAGES if any(stage in run for run in base.values())]
+    rows += ["", "| variant | " + " | ".join(STAGES[stage] for stage in known) + " |", "|---" * (len(known) + 1) + "|"]
+    for name in differences:
+        cells = []
+        for stage in known:
+            values, delta = column(name, stage)
+            change = "" if name == study.baseline or not delta else f" ({_difference(delta)})"
+            cells.append(_mean(values) + change if values else "–")
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    table = "\n".join(rows) + "\n"
+    write_atomic(folder / "table.md", table)
+    write_results(study, folder)
+    plot(differences, study.baseline, folder / "plot.png")
+    return table
+
+
+def _mean(values: list[float]) -> str:
+    """Mean ± std, without the latter for a single value."""
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
+
+
+def _difference(delta: list[float]) -> str:
+    """Mean ± standard error of paired differences, without the latter for a single pair."""
+    error = f" ± {_standard_error(delta):.1f}" if len(delta) > 1 else ""
+    return f"{statistics.mean(delta):+.1f}{error}"
+
+
+def _standard_error(delta: list[float]) -> float:
+    return statistics.stdev(delta) / math.sqrt(len(delta)) if len(delta) > 1 else math.nan
+
+
+def _p(delta: list[float]) -> str:
+    """Two-sided p of Student's paired t-test: how often chance alone makes a mean difference as large."""
+    error = _standard_error(delta)
+    if not error > 0:
+        return "–"
+    return f"{2 * student_tail(abs(statistics.mean(delta)) / error, len(delta) - 1):.2g}"
+
+
+def plot(differences: dict[str, tuple[float, float]], baseline: str, path: Path) -> None:
+    """Paired differences to the baseline with their standard errors; left of zero is better."""
+    names = [name for name in differences if name != baseline][::-1]
+    figure = Figure(figsize=(8.5, 1.4 + 0.36 * len(names)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.axvline(0, color="#9aa3ad", linewidth=1)
+    axis.errorbar(
+        [differences[n][0] for n in names],
+        range(len(names)),
+        xerr=[differences[n][1] for n in names],
+        fmt="o",
+        color="#2563a8",
+        capsize=3,
+    )
+    axis.set_yticks(range(len(names)), [textwrap.fill(name, 48) for name in names], fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_xlabel(
+        f"bits per byte against {baseline}, thousandths\n(mean and standard error over paired seeds)", fontsize=9
+    )
+    save_figure(figure, path)

@@ -1,0 +1,175 @@
+"""Near misses by name; help and versions that answer at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hymba_lightning import help_text, usage
+from hymba_lightning.signals import Saved
+
+HYMBA = [sys.executable, "-m", "hymba_lightning"]
+
+
+@pytest.mark.parametrize(
+    ("command", "near"),
+    [("train", "fit"), ("tset", "test"), ("import_reference", "import-reference"), ("generate", "sample")],
+)
+def test_an_unknown_command_is_answered_without_any_library(command, near):
+    code = (
+        "import sys\nfrom hymba_lightning.__main__ import main\n"
+        f"sys.argv = ['hymba', {command!r}, '--config', 'x']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n"
+        "    print(end.code, sorted({'torch', 'lightning', 'jsonargparse', 'yaml'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "2 []\n"
+    assert f"did you mean {near}?" in done.stderr
+    assert all(name in done.stderr for name in usage.COMMANDS)
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_option_before_the_command_is_named():
+    done = subprocess.run([*HYMBA, "--config", "x", "fit"], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--config comes before a command" in done.stderr
+
+
+def test_versions_are_told_without_importing_what_they_are_of():
+    done = subprocess.run([*HYMBA, "--version"], capture_output=True, text=True, check=True, timeout=60)
+    first, second = done.stdout.splitlines()
+    assert first == f"hymba {usage.__version__}"
+    assert f"torch {torch.__version__}" in second
+    assert "lightning " in second
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("--model.net.widnow", "--model.net.window"),
+        ("--model.budgetseconds", "--model.budget_seconds"),
+        ("--seq_len", "--data.seq_len"),
+        ("--data.seq-len", "--data.seq_len"),
+        ("--trainer.maxsteps", "--trainer.max_steps"),
+        ("--zzz", None),
+    ],
+)
+def test_near_misses(name, expected):
+    known = [
+        "--model.net.window",
+        "--model.net.d_conv",
+        "--model.net.dt_min",
+        "--model.budget_seconds",
+        "--data.seq_len",
+        "--trainer.max_steps",
+        "--trainer.min_steps",
+        "--run_dir",
+    ]
+    assert usage.near_misses(name, known)[:1] == ([expected] if expected else [])
+
+
+def test_the_config_of_an_old_run_loses_only_what_did_nothing():
+    idle = {"model": {"qat_start": 1.0, "compile": False, "runtime": {"qat_bits": 0, "loss_backend": "auto"}}}
+    assert usage.without_removed(idle) == {"model": {"compile": False, "runtime": {"loss_backend": "auto"}}}
+    used = {"model": {"qat_start": 0.85, "runtime": {"qat_bits": 4}}}
+    assert usage.without_removed(used) == {"model": {"qat_start": 0.85, "runtime": {"qat_bits": 4}}}
+    assert usage.without_removed({"model": None}) == {"model": None}
+    assert usage.without_removed("text") == "text"
+
+
+def test_an_interrupted_study_says_how_it_goes_on():
+    args = ["study", "seeds", "--out", "a b", "--", "--config", "demo"]
+    assert usage.after_stop(args, "SIGINT", None).endswith(
+        "To go on with them: hymba study seeds --out 'a b' -- --config demo"
+    )
+
+
+def test_the_command_that_goes_on_keeps_what_was_asked_for():
+    saved = Saved(Path("runs/a b/checkpoints/last.ckpt"), 7)
+    args = ["fit", "--config", "c.yaml", "--ckpt_path", "old.ckpt", "--overwrite=true", "--model.compile", "true"]
+    assert usage.resume_command(args, saved) == (
+        "hymba fit --config c.yaml --model.compile true --run_dir 'runs/a b' --ckpt_path last"
+    )
+    elsewhere = Saved(Path("/ckpt/last.ckpt"), 7)
+    assert usage.resume_command(["fit", "--run_dir", "a"], elsewhere) == (
+        "hymba fit --run_dir a --ckpt_path /ckpt/last.ckpt"
+    )
+
+
+@pytest.fixture(scope="module")
+def help_of(tmp_path_factory):
+    """Runs `hymba <command> --help` with a cache of its own; says what it printed and whether torch was imported."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def ask(command: str, folder: Path = cache) -> tuple[str, bool]:
+        code = (
+            "import sys\nfrom hymba_lightning.__main__ import main\n"
+            f"sys.argv = ['hymba', {command!r}, '--help']\nmain()\nprint('torch' in sys.modules, file=sys.stderr)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=120,
+            env=os.environ | {"XDG_CACHE_HOME": str(folder)},
+        )
+        return done.stdout, done.stderr.splitlines()[-1] == "True"
+
+    return ask
+
+
+@pytest.mark.parametrize("command", help_text.COMMANDS)
+def test_help_is_made_once_and_then_answers_without_torch(help_of, command):
+    live, imported = help_of(command)
+    assert imported
+    assert help_of(command) == (live, False)
+
+
+def test_help_is_live_where_nothing_can_be_kept(help_of, tmp_path):
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    text, imported = help_of("validate", tmp_path / "file")
+    assert imported
+    assert text == help_of("validate")[0]
+
+
+def test_kept_help_belongs_to_these_very_sources(monkeypatch, tmp_path):
+    before = help_text.kept_path("fit")
+    (tmp_path / "other.py").write_text("x = 1\n", encoding="utf-8")
+    monkeypatch.setattr(help_text, "ROOT", tmp_path)
+    assert help_text.kept_path("fit") != before
+
+
+def test_help_begins_with_what_is_most_used_and_ends_with_lightnings_options(help_of):
+    text, _ = help_of("fit")
+    places = [
+        text.index(part)
+        for part in (
+            "most used:",
+            "  --config ",
+            "  --model.budget_seconds",
+            "--model.net.window WINDOW",
+            "--export.quantization.bits",
+            "Lightning's Trainer:",
+            "--trainer.accumulate_grad_batches ACC",
+        )
+    ]
+    assert places == sorted(places)
+    assert text.count("\n", 0, text.index("--model.net.window WINDOW")) < 120
+    assert "usage: hymba fit --config FILE [options]\n" in text
+    assert "Keys a token sees" in text
+
+
+def test_every_option_called_common_is_one(help_of):
+    from hymba_lightning.training_options import COMMON, NOT_IN_HELP
+
+    fit, test = help_of("fit")[0], help_of("test")[0]
+    for name in COMMON:
+        assert f"  --{name} " in fit.partition("most used:")[2].partition("\n\n")[2] + test or f"--{name}" in fit
+    for name in NOT_IN_HELP:
+        assert f"--{name} " not in fit
