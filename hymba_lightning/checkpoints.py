@@ -134,6 +134,16 @@ def verify_checkpoint(path: str | os.PathLike[str], *, allow_undigested: bool = 
         return _verify(Path(path), file, allow_undigested)
 
 
+def has_digest(path: str | os.PathLike[str]) -> bool:
+    """Whether a file ends as those of `write_checkpoint` do, its content unread."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-COMMENT_BYTES, os.SEEK_END)
+            return file.read(len(MARK)) == MARK
+    except OSError:
+        return False
+
+
 def check_archive(file: BinaryIO) -> None:
     """Raises ValueError for anything but the uncompressed zip archive of torch.save, its parts within the file."""
     size = file.seek(0, os.SEEK_END)

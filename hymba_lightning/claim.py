@@ -95,8 +95,11 @@ class FolderClaim:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            file = next((path for path in (self.folder, *self.folder.parents) if path.is_file()), None)
-            why = error.strerror if file is None else f"{file} is a file"
+            paths = (self.folder, *self.folder.parents)
+            file = next((path for path in paths if os.path.lexists(path) and not path.is_dir()), None)
+            why = error.strerror
+            if file is not None:
+                why = f"{file} is a link to nowhere" if file.is_symlink() and not file.exists() else f"{file} is a file"
             raise NotADirectoryError(f"the folder {self.folder} cannot be made: {why}") from error
         except OSError as error:
             raise type(error)(error.errno, f"the folder cannot be made: {error.strerror}", str(self.folder)) from error

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import logging
 import time
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ log = logging.getLogger("hymba_lightning")
 
 # The docstring below each field of a config is its help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+# Lightning's own enumerations, such as the default of Timer's interval, are written as the text that they are.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
 
 # A checkpoint is a file from anywhere: tensors and plain values are built from it, nothing in it is executed.
 SAFE = {"weights_only": True}

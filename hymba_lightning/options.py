@@ -180,7 +180,11 @@ def read_settings(name: str, option: str, folder: str, example: str) -> tuple[Pa
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         reason = getattr(error, "problem", None) or "it cannot be parsed"
         raise UsageError(f"{option}{name}{where}: this is no YAML: {reason}") from None
-    if content is not None and not isinstance(content, dict):
+    if content is None:
+        raise UsageError(
+            f"--config {name} is empty: names with values are needed, such as model: {{budget_seconds: 90}}"
+        )
+    if not isinstance(content, dict):
         raise UsageError(
             f"{option}{name} holds a {type(content).__name__}; names with values are needed, such as {example}"
         )
@@ -209,7 +213,11 @@ def _check_groups(parser: Any, config: Any) -> None:
 
 def _at_home(value: Any) -> Any:
     """The same with every text that begins as a path in a user's folder written out: shells do so only at the start of
-    a word, which the value in `--run_dir=~/a` or in a file is not."""
+    a word, which the value in `--run_dir=~/a` or in a file is not.
+
+    Raises:
+        UsageError: there is no such user.
+    """
     if isinstance(value, Namespace):
         for key, inner in vars(value).items():
             if key not in TEXTS:
@@ -219,7 +227,12 @@ def _at_home(value: Any) -> Any:
         return {key: _at_home(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_at_home(inner) for inner in value]
-    return os.path.expanduser(value) if isinstance(value, str) and re.match(r"~[\w-]*(/|$)", value) else value
+    if not isinstance(value, str) or not re.match(r"~[\w-]*(/|$)", value):
+        return value
+    path = os.path.expanduser(value)
+    if path == value:
+        raise UsageError(f"{value} lies in the folder of a user who is not known here: write ./{value} if it does not")
+    return path
 
 
 def _names(parser: Any) -> list[str]:

@@ -30,6 +30,16 @@ def test_the_second_is_refused_and_told_of_the_first(tmp_path):
     FolderClaim(tmp_path / "run", "hymba fit").take()
 
 
+@pytest.mark.parametrize(("what", "why"), [("file", "is a file"), ("link", "is a link to nowhere")])
+def test_what_is_in_the_way_of_a_folder_is_named(tmp_path, what, why):
+    path = tmp_path / "run"
+    path.touch() if what == "file" else path.symlink_to("nowhere/deep")
+    for folder in (path, path / "inner"):
+        with pytest.raises(OSError, match=f"cannot be made: {path} {why}"):
+            FolderClaim(folder, "hymba fit").take()
+    assert os.path.lexists(path)
+
+
 def test_a_claim_of_another_process_ends_when_it_is_killed(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:

@@ -104,9 +104,9 @@ class TrainingStats(pl.Callback):
             "wall_clock/train_seconds": seconds,
             "weights_lr/scale": run.lr_scale,
         }
-        for group in trainer.optimizers[0].param_groups:
-            values[f"weights_lr/{group['name']}"] = group["lr"]
-            if group.get("momentum"):
+        for index, group in enumerate(trainer.optimizers[0].param_groups):
+            values[f"weights_lr/{group.get('name', index)}"] = group["lr"]
+            if "name" in group and group.get("momentum"):
                 values["weights_lr/muon_momentum"] = group["momentum"]
         if rate:
             values["wall_clock/tokens_per_s"] = rate

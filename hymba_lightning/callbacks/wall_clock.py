@@ -4,6 +4,7 @@ Time is rank 0's, sent to all ranks once per optimizer step over gloo, which nee
 that follows from it (learning rate, progress, the decision to stop) is therefore the same on all ranks.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -59,7 +60,7 @@ class WallClock(Callback):
         recent_steps: int = 20,
         time_fn: Callable[[], float] = time.monotonic,
     ) -> None:
-        if budget_seconds is not None and not budget_seconds > 0:
+        if budget_seconds is not None and not 0 < budget_seconds < math.inf:
             raise ValueError(f"budget_seconds is {budget_seconds}; it must be positive, or null for no budget")
         if not reserve_seconds >= 0:
             raise ValueError(f"reserve_seconds is {reserve_seconds}; it must be 0 or positive")
@@ -84,6 +85,8 @@ class WallClock(Callback):
         self._boundary = 0.0
         self._seen_step = 0
         self._inside_step = False
+        self._made_steps = False
+        """Whether this fit trained, and did not only look at what a run before had left to do."""
         self._requested_code = 0
         self._timer: Timer | None = None
         """Lightning's, of trainer.max_time."""
@@ -155,7 +158,7 @@ class WallClock(Callback):
             return
         Run.of(trainer).clock = self
         self.watch.reset()
-        self._inside_step, self._event = False, None
+        self._inside_step, self._event, self._made_steps = False, None, False
         self.stop_reason, self.stop_code, self._requested_code = None, 0, 0
         if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
@@ -207,7 +210,7 @@ class WallClock(Callback):
         if trainer.global_step == self._seen_step:
             return
         self._seen_step = trainer.global_step
-        self._inside_step = False
+        self._inside_step, self._made_steps = False, True
         in_flight = self._wait_for_gpu(pl_module)
         elapsed, self.stop_code = self._agree()
         self._steps += 1
@@ -229,7 +232,7 @@ class WallClock(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.watch.stop()
         usable = self.usable_seconds
-        if usable is not None and self.elapsed() > usable:
+        if usable is not None and self._made_steps and self.elapsed() > usable:
             rank_zero_warn(
                 f"training took {self.elapsed():.2f} s of {usable:.2f} s: its last step took longer than predicted"
                 + (" (it was the only one; the budget does not fit one step)" if self._steps == 1 else "")

@@ -10,7 +10,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,23 +46,52 @@ class Chunk(NamedTuple):
     """Position of tokens[0] in the stream; None where it is not known."""
 
 
+# Tensors of these hold no token ids.
+NO_IDS = {torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64}
 # What a loader may give: this package's batches, or pairs (inputs, targets) of (B, T) token ids.
 AnyBatch = Batch | tuple[Tensor, ...] | list[Tensor]
 
 
-def as_batch(batch: AnyBatch) -> Batch:
-    """(inputs, targets) of any loader as a `Batch`, whose bytes of text are unknown.
+def as_batch(batch: AnyBatch, vocab_size: int) -> Batch:
+    """(inputs, targets) of any loader as a `Batch` of int64, whose bytes of text are unknown.
 
     Raises:
-        TypeError: it is no pair of (B, T) tensors.
+        TypeError: it is no pair of (B, T) integers.
+        ValueError: it holds ids that no token of `vocab_size` has.
     """
     if isinstance(batch, Batch):
         return batch
     if isinstance(batch, list | tuple) and len(batch) in (2, 3) and all(isinstance(part, Tensor) for part in batch):
         inputs, targets, *more = batch
-        if inputs.dim() == 2 and inputs.shape == targets.shape:
-            return Batch(inputs, targets, more[0] if more else torch.empty(0, dtype=torch.int16))
-    raise TypeError(f"a batch is a pair (inputs, targets) of (B, T) int64 token ids, not {type(batch).__name__}")
+        if inputs.dim() == 2 and inputs.shape == targets.shape and not {inputs.dtype, targets.dtype} & NO_IDS:
+            no_bytes = torch.empty(0, dtype=torch.int16)
+            known = known_ids(inputs, vocab_size), known_ids(targets, vocab_size)
+            return Batch(*known, more[0] if more else no_bytes)
+    raise TypeError(f"a batch is a pair (inputs, targets) of (B, T) integer token ids, not {_description(batch)}")
+
+
+def known_ids(ids: Tensor, vocab_size: int) -> Tensor:
+    """Any integers as int64 ids of tokens. A look at those of a GPU waits for it.
+
+    Raises:
+        ValueError: naming an id that no token has.
+    """
+    lowest, highest = (int(end) for end in ids.aminmax()) if ids.numel() else (0, 0)
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"a batch holds token {lowest if lowest < 0 else highest}, but the network knows 0 … {vocab_size - 1} "
+            "(model.net.vocab_size); targets cannot be left out by a number such as -100"
+        )
+    return ids.to(torch.int64)
+
+
+def _description(batch: Any) -> str:
+    """What a batch is, for whoever made its loader."""
+    if isinstance(batch, Tensor):
+        return f"a tensor of {str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
+    if isinstance(batch, list | tuple):
+        return f"{type(batch).__name__} of {', '.join(_description(part) for part in batch)}"
+    return type(batch).__name__
 
 
 class TokenStream:

@@ -143,6 +143,11 @@ class _Ending:
                 and self.path.is_file()
                 and file_sha256(self.path) == artifact.sha256
             )
+        if done and record.stages():
+            # Another kind of average, asked for afterwards, exports other weights.
+            scored = record.stages().get("ema") or record.stages().get("raw")
+            with self.averaged_weights():
+                done = scored is None or scored.weights == weights_sha256(self.net.state_dict())
         if done and self.settings.score_stages and self.val_batches:
             done = bool(record.stages()) and (not self.settings.enabled or "artifact" in record.stages())
         return bool(self.trainer.strategy.broadcast(done))

@@ -9,6 +9,7 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
+from hymba_lightning.checkpoints import has_digest
 from hymba_lightning.claim import LOCK, OWNER, FolderClaim, missing_folders
 from hymba_lightning.files import write_atomic
 from hymba_lightning.run.record import RecordError, RunRecord
@@ -57,7 +58,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path, overwrite: bool = False, loggers: bool = False) -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         self.log_dirs: list[Path] = []
         """Where the loggers of the present stage write."""
         self._loggers = loggers
@@ -113,16 +114,32 @@ class RunFolder:
             held.append("config.yaml")
         return held
 
+    def _is_a_run(self) -> bool:
+        """Whether this package wrote what lies here; other programs have a config.yaml and checkpoints too."""
+        abandoned = self._abandoned if self.is_open else (self.path / OWNER).is_file()
+        if abandoned or any((self.path / name).exists() for name in ("record.json", ARTIFACT, LOGGED, ASIDE)):
+            return True
+        with contextlib.suppress(OSError):
+            config = (self.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+            if any(line.startswith("run_dir:") for line in config.splitlines()):
+                return True
+        return has_digest(self.checkpoint)
+
     def check(self, resumed_from: str | Path | None = None) -> None:
         """Whether a fit may write here: into a folder without a run, on from its own checkpoint, or to overwrite it.
 
         Raises:
             FolderInUseError: another process is writing the run that it holds.
-            RunExistsError: the folder holds a run that `resumed_from` is no checkpoint of.
+            RunExistsError: the folder holds a run that `resumed_from` is no checkpoint of, or another program's files
+                under names that a run would write.
         """
         if self.owns(resumed_from):
             return
         held = self.held()
+        if held and not self._is_a_run():
+            raise RunExistsError(
+                f"{self.path} holds {', '.join(held)} that no run of this package wrote: choose another --run_dir"
+            )
         if not held or self.overwrite:
             return
         if not self.is_open:
@@ -161,7 +178,7 @@ class RunFolder:
         if self.owns(resumed_from):
             self._note_loggers()
             return
-        if self.overwrite:
+        if self.overwrite and self._is_a_run():
             for path in dict.fromkeys([*self._files(), *(path for path in self._logged if path.exists())]):
                 aside = self.path / ASIDE / path.relative_to(self.path)
                 aside.parent.mkdir(parents=True, exist_ok=True)

@@ -5,11 +5,26 @@ from __future__ import annotations
 import logging
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 from hymba_lightning.callbacks.wall_clock import NO_END
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.trainer_internals import callbacks_of, datamodule_of, time_limit
+from hymba_lightning.training.optim import HymbaOptimizer
 
+# Callbacks of Lightning's, and what takes their place.
+AVERAGE = "model.average averages the weights that are validated and exported; leave the callback out"
+INSTEAD: dict[type[pl.Callback], str] = {
+    WeightAveraging: AVERAGE,
+    StochasticWeightAveraging: AVERAGE,
+    LearningRateFinder: "model.optimizer has a rate for each kind of weights, not one; leave the callback out",
+    BatchSizeFinder: "set data.micro_batch_size and trainer.accumulate_grad_batches; leave the callback out",
+}
 log = logging.getLogger("hymba_lightning")
 
 # The Trainer's precisions that leave the weights float32, as the optimizer needs them.
@@ -32,6 +47,59 @@ def check_options(trainer: pl.Trainer) -> None:
         value = getattr(trainer, option)
         if value is not None and not value > 0:
             raise ValueError(f"trainer.{option} is {value}; it must be positive")
+
+
+def check_callbacks(trainer: pl.Trainer) -> None:
+    """
+    Raises:
+        ValueError: a callback of Lightning's that does what the module does already, or cannot do it here.
+    """
+    for callback in callbacks_of(trainer):
+        remedy = next((remedy for kind, remedy in INSTEAD.items() if isinstance(callback, kind)), None)
+        if remedy is not None:
+            raise ValueError(f"{type(callback).__name__} does not go with this module: {remedy}")
+
+
+def check_fit(trainer: pl.Trainer, budget_seconds: float | None, measures_more: bool) -> None:
+    """All that concerns a fit alone.
+
+    Args:
+        trainer: Whose options and callbacks are looked at.
+        budget_seconds: Of the module.
+        measures_more: Whether the module may log other metrics than validations do.
+
+    Raises:
+        ValueError: as the checks below do.
+    """
+    check_end(trainer, budget_seconds)
+    check_validations(trainer)
+    check_monitors(trainer, measures_more)
+
+
+def check_schedulers(trainer: pl.Trainer) -> None:
+    """
+    Raises:
+        ValueError: a scheduler is to change the rates of the module's own optimizer, which follow the run's clock.
+    """
+    if trainer.lr_scheduler_configs and isinstance(trainer.optimizers[0], HymbaOptimizer):
+        raise ValueError(
+            "a learning-rate scheduler would change rates that follow the run's clock: set model.optimizer's "
+            "warmup_share, warmdown_share and warmdown_shape, or return an optimizer of your own with it"
+        )
+
+
+def check_validations(trainer: pl.Trainer) -> None:
+    """
+    Raises:
+        ValueError: validations at shares of a pass over data that have no end.
+    """
+    interval, limited = trainer.val_check_interval, isinstance(trainer.limit_train_batches, int)
+    share = isinstance(interval, float) and interval < 1.0
+    if share and not limited and isinstance(datamodule_of(trainer), HymbaDataModule):
+        raise ValueError(
+            f"trainer.val_check_interval is {interval}, a share of a pass over the data, which are read without end: "
+            "give a number of batches, such as 100, or a time, such as 00:00:01:00"
+        )
 
 
 def check_end(trainer: pl.Trainer, budget_seconds: float | None) -> None:

@@ -19,7 +19,7 @@ from hymba_lightning.callbacks.stats import TrainingStats
 from hymba_lightning.callbacks.wall_clock import WallClock
 from hymba_lightning.checkpoints import TOKENIZER_KEY, check_tokenizer
 from hymba_lightning.data.datamodule import HymbaDataModule
-from hymba_lightning.data.sequences import AnyBatch, Chunk, as_batch
+from hymba_lightning.data.sequences import AnyBatch, Chunk, as_batch, known_ids
 from hymba_lightning.evaluation.score import Score
 from hymba_lightning.evaluation.ttt import ScoreFirstTTT, TTTConfig
 from hymba_lightning.metrics import BitsPerByte
@@ -34,7 +34,7 @@ from hymba_lightning.trainer_internals import (
     graph_obstacle,
     log_evaluations_by_step,
 )
-from hymba_lightning.training.checks import check_end, check_monitors, check_options
+from hymba_lightning.training.checks import check_callbacks, check_fit, check_options, check_schedulers
 from hymba_lightning.training.graphed import average_over_ranks, start_gradients, uses_cuda_graph
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
 
@@ -125,6 +125,7 @@ class HymbaModule(pl.LightningModule):
     # Set-up ------------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[pl.Callback]:
+        check_callbacks(self.trainer)
         wanted: list[pl.Callback] = [
             CompileWarmup(self.compile_warmup_steps),
             RankWatch(),
@@ -165,8 +166,7 @@ class HymbaModule(pl.LightningModule):
                 f"{self.net.config.bos_id}: set it to {bos_id}"
             )
         if stage == "fit":
-            check_end(self.trainer, self.budget_seconds)
-            check_monitors(self.trainer, measures_more=type(self) is not HymbaModule)
+            check_fit(self.trainer, self.budget_seconds, measures_more=type(self) is not HymbaModule)
             if self.compile_net:
                 # Only what trains: an evaluation's last sequence is shorter, and a graph for every length costs more
                 # than it saves. Kept as a function, since a module here would name every weight twice.
@@ -185,13 +185,19 @@ class HymbaModule(pl.LightningModule):
 
     # Training ----------------------------------------------------------------------------------------------------
 
+    def on_fit_start(self) -> None:
+        check_schedulers(self.trainer)
+
     def set_schedule(self, reading: ClockReading) -> None:
         """Sets learning rates and momentum for the step about to run."""
         config = self.optimizer_config
-        self.run.lr_scale = config.lr_scale(reading)
         optimizer = self.trainer.optimizers[0]
         if not isinstance(optimizer, HymbaOptimizer):
-            return  # one's own, with a schedule of its own
+            # One's own, with a schedule of its own: schedulers keep the rate that they began with.
+            group = optimizer.param_groups[0]
+            self.run.lr_scale = min(group["lr"] / (group.get("initial_lr") or group["lr"] or 1.0), 1.0)
+            return
+        self.run.lr_scale = config.lr_scale(reading)
         optimizer.set_schedule(self.run.lr_scale, config.momentum(reading))
         if not self._lengths_told and reading.expected_steps is not None:
             self._lengths_told = True
@@ -204,7 +210,7 @@ class HymbaModule(pl.LightningModule):
         return self.net(ids_BT)
 
     def training_step(self, batch: AnyBatch, batch_idx: int) -> Tensor:
-        batch = as_batch(batch)
+        batch = as_batch(batch, self.net.config.vocab_size)
         run = self.run
         run.batch_tokens, run.batch_seq_len = batch.targets.numel(), batch.targets.size(1)
         forward = self._compiled_forward or self.net
@@ -237,7 +243,7 @@ class HymbaModule(pl.LightningModule):
         self.bpb.reset()
 
     def validation_step(self, batch: AnyBatch, batch_idx: int) -> None:
-        batch = as_batch(batch)
+        batch = as_batch(batch, self.net.config.vocab_size)
         if not batch.inputs.numel():
             return  # a rank whose share of the sequences is one short
         nats_BT = self.net(batch.inputs, batch.targets, reduction="none")
@@ -264,8 +270,8 @@ class HymbaModule(pl.LightningModule):
     def predict_step(self, batch: AnyBatch | Tensor, batch_idx: int) -> Tensor:
         """Of token ids (B, T) the logits (B, T, V); of inputs and targets every target's nats (B, T), float32."""
         if isinstance(batch, Tensor):
-            return self.net(batch)
-        batch = as_batch(batch)
+            return self.net(known_ids(batch, self.net.config.vocab_size))
+        batch = as_batch(batch, self.net.config.vocab_size)
         return self.net(batch.inputs, batch.targets, reduction="none")
 
     # Test: score first, then train on what was scored --------------------------------------------------------------

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from hymba_lightning.checkpoints import write_checkpoint
 from hymba_lightning.claim import FolderInUseError
 from hymba_lightning.run.folder import RunExistsError, RunFolder
 from hymba_lightning.run.record import ArtifactRecord, RunRecord, ScoreRecord
@@ -85,6 +86,41 @@ def test_a_config_alone_shows_that_a_run_began_there(tmp_path):
     run.restore()
     run.close()
     assert not (tmp_path / "config.yaml").exists(), "this run came to nothing, too"
+
+
+@pytest.mark.parametrize(
+    "names", [["config.yaml"], ["checkpoints/model.pt"], ["checkpoints/last.ckpt", "summary.json"]]
+)
+def test_files_of_another_program_are_not_overwritten_even_when_asked(tmp_path, names):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("learning_rate: 1")
+    for overwrite in (False, True):
+        folder = RunFolder(tmp_path, overwrite)
+        with pytest.raises(RunExistsError, match=r"holds .* that no run of this package wrote: choose another"):
+            folder.check()
+        folder.claim("hymba fit")
+        with pytest.raises(RunExistsError):
+            folder.start()
+        folder.restore()
+        folder.close()
+    assert all((tmp_path / name).read_text() == "learning_rate: 1" for name in names)
+
+
+@pytest.mark.parametrize("sign", ["config.yaml", "checkpoints/last.ckpt", ".owner.json", "artifact.hymba"])
+def test_what_is_left_of_a_run_is_known_as_one(tmp_path, sign):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "epoch=0-step=1.ckpt").write_text("of a callback of the user's")
+    if sign == "checkpoints/last.ckpt":
+        write_checkpoint(tmp_path / sign, {"a": 1})
+    else:
+        (tmp_path / sign).write_text("seed_everything: 1\nrun_dir: null\n")
+    run = RunFolder(tmp_path, overwrite=True)
+    run.claim("hymba fit")
+    run.start()
+    run.settle()
+    run.close()
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
 
 
 def test_results_of_tests_are_no_run_and_are_not_lost(tmp_path):

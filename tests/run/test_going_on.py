@@ -35,6 +35,17 @@ def test_a_finished_run_is_left_as_it_is(work, fitted, tmp_path, caplog):
     assert RunRecord.load(folder).artifact.settings["quantization"]["bits"] == 4
 
 
+def test_another_average_asked_for_at_the_end_is_exported(work, tmp_path):
+    folder = hymba(work, "fit", tmp_path / "run", "--model.average_window", "0.9")
+    stages = RunRecord.load(folder).stages()
+    assert stages["raw"].weights != stages["ema"].weights
+    hymba(work, "fit", folder, "--ckpt_path", "last", "--model.average", "none")
+    again = RunRecord.load(folder).stages()
+    assert list(again) == ["raw", "artifact"]
+    assert again["raw"].weights == stages["raw"].weights
+    assert again["artifact"].nats != stages["artifact"].nats
+
+
 def test_an_artifact_under_a_new_name_takes_the_old_ones_place(work, fitted, tmp_path):
     folder = copied(fitted, tmp_path / "run")
     hymba(work, "fit", folder, "--ckpt_path", "last", "--export.filename", "small.hymba")
