@@ -235,6 +235,9 @@ class HymbaCLI(LightningCLI):
             not_ours = (BudgetProgressBar,)
         if config.get("enable_checkpointing") is False:
             not_ours = (*not_ours, TrainingCheckpoint)
+        # The few batches are an epoch, so that one epoch, our default, would end the run long before its budget.
+        if config.get("overfit_batches") and config.get("max_epochs") == 1:
+            config["max_epochs"] = -1
         callbacks = [callback for callback in callbacks if not isinstance(callback, not_ours)]
         return super()._instantiate_trainer(config, callbacks)
 

@@ -49,6 +49,12 @@ def test_a_progress_bar_of_ones_own_takes_the_place_of_ours(work, tmp_path):
     assert TQDMProgressBar is not None
 
 
+def test_overfitting_on_the_command_line_goes_on_past_the_few_batches(work, tmp_path):
+    options = ["--trainer.overfit_batches", "1", "--trainer.max_steps", "3", "--export.enabled", "false"]
+    hymba(work, "fit", tmp_path / "run", *options)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
+
+
 @pytest.mark.parametrize("option", ["--optimizer", "--lr_scheduler"])
 def test_an_optimizer_of_ones_own_is_no_option(work, tmp_path, option):
     with pytest.raises((SystemExit, ValueError)):
