@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter
 
-from hymba_lightning.evaluation.curve import MIN_TOKENS
+from hymba_lightning.evaluation.curve import MIN_TEXTS, MIN_TOKENS, is_shown
 from hymba_lightning.files import write_atomic
 from hymba_lightning.text import printable
 
@@ -191,11 +191,11 @@ def plot_ttt(scores: list[Score], tokens_per_chunk: int, path: Path, artifact_bp
 def plot_context(by_context: list[CurvePoint], by_document: list[CurvePoint], path: Path, mode: str) -> Path | None:
     """Bits per byte against the tokens a target was predicted from, and against its place in the document, log scale.
 
-    Each bin doubles; points sit at the bin's geometric middle with bars of two standard errors. Bins of fewer than
-    MIN_TOKENS tokens are left out; None, and no file, where no bin is left.
+    Each bin doubles; points sit at the bin's geometric middle with bars of two standard errors. Bins that
+    rest on too little (`is_shown`) are left out; None, and no file, where no bin is left.
     """
     curves = [
-        ([point for point in points if point.n_tokens >= MIN_TOKENS], color, label)
+        ([point for point in points if is_shown(point.at_least, point.n_tokens)], color, label)
         for points, color, label in (
             (by_document, GREY, "place in the document"),
             (by_context, BLUE, "tokens it was predicted from"),
@@ -229,7 +229,7 @@ def plot_context(by_context: list[CurvePoint], by_document: list[CurvePoint], pa
     axis.text(
         1,
         1.02,
-        f"bins of at least {MIN_TOKENS} tokens, bars ± 2 standard errors",
+        f"bins of at least {MIN_TOKENS} tokens of {MIN_TEXTS} texts, bars ± 2 standard errors",
         transform=axis.transAxes,
         ha="right",
         fontsize=8,

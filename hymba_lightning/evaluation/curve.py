@@ -12,8 +12,9 @@ from hymba_lightning.units import bits_per_byte
 
 # Bin b holds the contexts 2^b … 2^(b+1) - 1.
 N_BINS = 40
-# A bin of fewer tokens says nothing that a picture should show.
-MIN_TOKENS = 200
+# A bin of fewer tokens, or of fewer texts, says nothing that a picture should show. A stream that is carried as one
+# sequence has every context once: its bins tell passages apart, not long contexts from short ones.
+MIN_TOKENS, MIN_TEXTS = 200, 4
 
 
 class CurvePoint(NamedTuple):
@@ -25,6 +26,11 @@ class CurvePoint(NamedTuple):
     error: float = 0.0
     """Standard error of `bpb` from the spread of the bin's tokens, taken as independent: neighbours in a text are not,
     so that it is a lower bound."""
+
+
+def is_shown(at_least: int, n_tokens: int) -> bool:
+    """Whether a bin of contexts from `at_least` on rests on enough: a text that reaches beyond it has as many in it."""
+    return n_tokens >= max(MIN_TOKENS, MIN_TEXTS * at_least)
 
 
 class ContextCurve:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hymba_lightning.claim import FolderClaim
-from hymba_lightning.evaluation.curve import MIN_TOKENS
+from hymba_lightning.evaluation.curve import MIN_TEXTS, MIN_TOKENS, is_shown
 from hymba_lightning.files import write_atomic
 from hymba_lightning.quantization import ArtifactReport
 from hymba_lightning.report import charts, treemap
@@ -124,7 +124,7 @@ def build_charts(runs: Sequence[Run]) -> list[Chart]:
                     [
                         (point["at_least"] * 2**0.5, point["bpb"])
                         for point in run.test.get("bpb_by_context", [])
-                        if point["at_least"] >= 1 and point["n_tokens"] >= MIN_TOKENS
+                        if point["at_least"] >= 1 and is_shown(point["at_least"], point["n_tokens"])
                     ],
                     color,
                     markers=True,
@@ -132,7 +132,7 @@ def build_charts(runs: Sequence[Run]) -> list[Chart]:
                 for color, run in numbered
             ],
             log_x=True,
-            note=f"Bins of at least {MIN_TOKENS} tokens.",
+            note=f"Bins of at least {MIN_TOKENS} tokens of {MIN_TEXTS} texts.",
         ),
         _phases(numbered),
         Chart(

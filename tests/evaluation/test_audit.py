@@ -89,6 +89,17 @@ def test_bins_of_a_handful_of_tokens_are_not_drawn(tmp_path):
     assert with_it == without
 
 
+def test_a_stream_that_is_one_sequence_says_nothing_of_contexts(tmp_path):
+    def curve(n_texts):
+        gathered = ContextCurve()
+        for _ in range(n_texts):
+            gathered.add(torch.arange(1, 2048), torch.rand(2047) + 2, torch.ones(2047))
+        return gathered.points()
+
+    assert plot_context(curve(1), [], tmp_path / "one.png", "carried") is None
+    assert plot_context(curve(4), [], tmp_path / "four.png", "cold").is_file()
+
+
 def test_without_asking_no_file_is_written(tmp_path):
     audit = StreamAudit(tmp_path, bos_id=1, keep_nats=False)
     assert audit.finish()["nats_file"] is None

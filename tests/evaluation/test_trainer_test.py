@@ -68,8 +68,9 @@ def test_what_test_writes(folder, tmp_path, ttt):
     assert most == (
         512 if ttt["mode"] == "carried" and "state_after_update" not in ttt else 256 if ttt["mode"] == "carried" else 64
     )
-    for plot in ("ttt.png", "context.png"):
-        assert (tmp_path / plot).stat().st_size > 10_000
+    assert (tmp_path / "ttt.png").stat().st_size > 10_000
+    # One sequence of short documents has no context that stands in four texts.
+    assert (tmp_path / "context.png").is_file() == (ttt["mode"] != "carried")
 
 
 def test_tensorboard_has_the_curves(folder, tmp_path):
