@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,6 +59,7 @@ class OneSentence:
         """
         config = super().parse_args(*args, **kwargs)  # type: ignore[misc]
         _check_groups(self, config)
+        _check_empty(self, config)
         return _at_home(config)
 
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
@@ -209,6 +211,31 @@ def _check_groups(parser: Any, config: Any) -> None:
         for name, inner in (getattr(action, "_name_parser_map", None) or {}).items():
             if name in config:
                 _check_groups(inner, config[name])
+
+
+def _check_empty(parser: Any, config: Any) -> None:
+    """
+    Raises:
+        UsageError: a config's file names something unknown that holds no value, which is dropped on the way otherwise.
+    """
+    dests = [action.dest for action in parser._actions]
+    objects = [action.dest for action in parser._actions if hasattr(action, "_typehint")]
+    for path in config.get("config") or []:
+        for name in _empty(yaml.safe_load(Path(str(path)).read_text(encoding="utf-8"))):
+            known = any(f"{dest}.".startswith(f"{name}.") for dest in dests)
+            if not known and not any(name.startswith(f"{dest}.") for dest in objects):
+                raise unknown("key", name, _names(parser), parser.prog.replace(" [options]", ""))
+    for action in parser._actions:
+        for name, inner in (getattr(action, "_name_parser_map", None) or {}).items():
+            if name in config:
+                _check_empty(inner, config[name])
+
+
+def _empty(content: dict[str, Any], inside: str = "") -> Iterator[str]:
+    """Dotted names of the empty mappings."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _empty(value, f"{inside}{key}.") if value else [f"{inside}{key}"]
 
 
 def _at_home(value: Any) -> Any:

@@ -28,6 +28,8 @@ def work(tmp_path_factory):
     for name, text in {
         "key": "model:\n  net:\n    widnow: 3\n",
         "section": "modle:\n  budget_seconds: 3\n",
+        "empty_key": "model: {nett: {}}\n",
+        "empty_section": "modle: {}\n",
         "idle": "model:\n  qat_start: 1.0\n  runtime:\n    qat_bits: 0\n",
         "removed": "model:\n  runtime:\n    qat_bits: 4\n",
         "type": "model:\n  net:\n    window: abc\n",
@@ -63,6 +65,8 @@ FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
         ((*FIT, "--budget_seconds=3"), ["option --budget_seconds", "--model.budget_seconds?"]),
         ((*FIT, "--config", "{}/key.yaml"), ["key model.net.widnow", "model.net.window?"]),
         ((*FIT, "--config", "{}/section.yaml"), ["key modle", "did you mean model"]),
+        ((*FIT, "--config", "{}/empty_key.yaml"), ["key model.nett", "did you mean model.net"]),
+        ((*FIT, "--config", "{}/empty_section.yaml"), ["key modle", "did you mean model"]),
         # The first file is that of an old run, whose options did nothing; the second one meant it.
         (
             (*FIT, "--config", "{}/idle.yaml", "--config", "{}/removed.yaml"),
