@@ -183,9 +183,7 @@ def read_settings(name: str, option: str, folder: str, example: str) -> tuple[Pa
         reason = getattr(error, "problem", None) or "it cannot be parsed"
         raise UsageError(f"{option}{name}{where}: this is no YAML: {reason}") from None
     if content is None:
-        raise UsageError(
-            f"--config {name} is empty: names with values are needed, such as model: {{budget_seconds: 90}}"
-        )
+        raise UsageError(f"{option}{name} is empty: names with values are needed, such as {example}")
     if not isinstance(content, dict):
         raise UsageError(
             f"{option}{name} holds a {type(content).__name__}; names with values are needed, such as {example}"

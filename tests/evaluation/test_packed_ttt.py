@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from legality import ADAPT, CHUNK, MODES, NET, SEQ_LEN, chunks, lively_net, stream
+from legality import ADAPT, CHUNK, MODES, NET, SEQ_LEN, VOCAB, chunks, lively_net, stream
 
 from hymba_lightning.evaluation import TTTConfig, score_first_ttt
 
@@ -20,7 +20,7 @@ def nats(tokens, config=PACKED, **changes):
 
 def with_other_tokens(first, last):
     tokens = stream()
-    tokens[first:last] = (tokens[first:last] + 3) % 17 + 2
+    tokens[first:last] = (tokens[first:last] + 3) % (VOCAB - 2) + 2
     return tokens
 
 

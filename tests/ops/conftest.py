@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 
 def _filled(allocate):
@@ -17,6 +18,8 @@ def _filled(allocate):
 
 @pytest.fixture(autouse=True)
 def nan_in_fresh_memory(monkeypatch):
+    # What `with torch.device(...)` acts on is looked up once and kept: it must not be these stand-ins.
+    _device_constructors()
     monkeypatch.setattr(torch, "empty", _filled(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _filled(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _filled(torch.Tensor.new_empty))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hymba_lightning.files import write_atomic
 from hymba_lightning.options import shipped_configs
 from hymba_lightning.studies import ablation
 from hymba_lightning.studies.ablation import run_study
@@ -39,7 +40,7 @@ def calls(monkeypatch):
         if command == "fit" and name == "wide":
             values["artifact"] = "small.hymba"
             (run_dir / "small.hymba").write_bytes(b"")
-        (run_dir / result).write_text(json.dumps(values))
+        write_atomic(run_dir / result, json.dumps(values))  # others read it meanwhile
 
     monkeypatch.setattr(ablation, "run_once", fake)
     return made
@@ -259,7 +260,8 @@ def test_the_shipped_studies_are_studies(name):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "needs config, baseline, variants"),
+        ("", "is empty: names with values are needed, such as "),
+        ("config: [a.yaml]", "needs config, baseline, variants"),
         ("[1]", "holds a list"),
         ("variants: [", "line 1, column 12: this is no YAML"),
         ("config: a.yaml\nbaseline: a\nvariants: {a: {}}", "config is 'a.yaml'; a list of files is needed"),
