@@ -4,22 +4,11 @@ import math
 
 import pytest
 import torch
+from small_network import SMALL
 
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.costs import matmul_params, train_flops_per_token
 from hymba_lightning.model.hymba import outline
-
-SMALL = {
-    "vocab_size": 64,
-    "n_layers": 4,
-    "d_model": 32,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "window": 8,
-    "d_state": 4,
-    "bigram_buckets": 32,
-    "bigram_dim": 8,
-}
 
 
 def small(runtime: RuntimeConfig | None = None, **changes) -> Hymba:

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from small_network import SMALL as SMALL_NETWORK
 from torch._dynamo.utils import counters
 
 from hymba_lightning.evaluation.carried import CarriedScorer, read, score_onward
@@ -16,18 +17,7 @@ from hymba_lightning.model.gradients import Gradients
 from hymba_lightning.probes.cuts import nats_of
 
 BOS = 1
-SMALL = {
-    "vocab_size": 64,
-    "n_layers": 4,
-    "d_model": 32,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "window": 8,
-    "d_state": 4,
-    "bigram_buckets": 32,
-    "bigram_dim": 8,
-    "packed_documents": True,
-}
+SMALL = SMALL_NETWORK | {"packed_documents": True}
 # Starts of documents in a sequence of 40 tokens, for each of two rows; the second begins within a document.
 STARTS = ([0, 3, 4, 17, 39], [11, 30])
 VARIANTS = [

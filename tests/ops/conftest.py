@@ -23,3 +23,21 @@ def nan_in_fresh_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", _filled(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _filled(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _filled(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def traced_flex(monkeypatch):
+    """Lists the shapes that torch traces flex_attention for; what it traces is run as it is, without a compiler."""
+    from hymba_lightning.ops.sliding_window import compiled_flex as flex
+
+    shapes = []
+
+    def record(graph, examples):
+        shapes.append(tuple(examples[0].shape))
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(flex._attention, dynamic=False, backend=record)
+    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
+    yield shapes
+    torch._dynamo.reset()

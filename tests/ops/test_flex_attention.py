@@ -28,22 +28,6 @@ def test_flex_never_sees_heads_narrower_than_it_compiles_for(head_dim, monkeypat
     assert_close("out", out, sliding_window_attention(**operands, window=9, backend="naive"), RATIO[torch.float32])
 
 
-@pytest.fixture
-def traced_flex(monkeypatch):
-    """Lists the shapes that torch traces flex_attention for; what it traces is run as it is, without a compiler."""
-    shapes = []
-
-    def record(graph, examples):
-        shapes.append(tuple(examples[0].shape))
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(flex._attention, dynamic=False, backend=record)
-    monkeypatch.setattr(flex, "_compiled", lambda: compiled)
-    yield shapes
-    torch._dynamo.reset()
-
-
 def flex_attention_of(n_queries, n_keys, window=20):
     operands = case(1, n_queries, n_keys, 4, 2, 16)
     out = flex.sliding_window_attention_flex(*operands.values(), window, 0.25)
