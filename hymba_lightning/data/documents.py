@@ -9,16 +9,24 @@ import codecs
 import csv
 import hashlib
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import IO, Any, NamedTuple
 
+from hymba_lightning.data import json_lines
 from hymba_lightning.data.inputs import CSV_SUFFIXES, JSONL_SUFFIXES, PARQUET_SUFFIXES, InputFile
 from hymba_lightning.data.skips import Skips, shown
 from hymba_lightning.data.sources import Row, hub_rows, parquet_rows, row_of
-from hymba_lightning.data.streams import SourceError, Whole, bounded_lines, is_compressed, read_blocks, whole_members
+from hymba_lightning.data.streams import (
+    SourceError,
+    Whole,
+    bounded_lines,
+    is_compressed,
+    n_lines,
+    read_blocks,
+    whole_members,
+)
 
 # A longer line or row is left out, a longer text file is cut: what one document takes bounds the memory.
 MAX_DOCUMENT_BYTES = 1 << 25
@@ -179,14 +187,20 @@ class DocumentReader:
                 yield row.text, row.share
 
     def _json_lines(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
-        for number, line in enumerate(self._lines(file, raw), start=1):
+        number = 0
+        for line in self._lines(file, raw):
+            number += n_lines(line)
             if line is None:
                 self._skip(file, "too long", self._too_long("a line"), f":{number}")
                 continue
             if not line.strip():
                 continue
+            # Files of millions of such lines are not worth the sentences.
+            if self.skips.is_named("no text") and line.isascii() and json_lines.lacks(line, self.text_key):
+                self._skip(file, "no text", "")
+                continue
             try:
-                row = row_of(json.loads(line.decode("utf-8"))[self.text_key], 0.0, self.text_key, self.max_bytes)
+                row = row_of(json_lines.value_of(line, self.text_key), 0.0, self.text_key, self.max_bytes)
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "no text"
                 self._skip(
@@ -242,10 +256,12 @@ class DocumentReader:
                 yield row[header.index(self.text_key)]
 
     def _csv_lines(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
-        for number, line in enumerate(self._lines(file, raw), start=1):
+        number = 0
+        for line in self._lines(file, raw):
+            number += n_lines(line)
             if line is None:
                 raise SourceError("too long", f"line {number}: {self._too_long('a line')}")
-            yield _decoded(line, f"line {number}").removesuffix("\r") + "\n"
+            yield _decoded(line, f"line {number}").removesuffix("\r").replace("\r\n", "\n") + "\n"
 
     def _text_file(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
         raw.seek(file.start)
@@ -274,7 +290,7 @@ class DocumentReader:
         return f"{what} longer than {self.max_bytes:,} bytes; raise max_document_bytes to keep it"
 
     def _skip(self, file: InputFile, kind: str, cause: str, place: str = "") -> None:
-        self.skips.add(kind, f"{shown(file.path)}{place}: {cause}")
+        self.skips.add(kind, lambda: f"{shown(file.path)}{place}: {cause}")
 
 
 def _range(raw: IO[bytes], size: int) -> Iterator[bytes]:
