@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from json.decoder import scanstring
-from json.scanner import py_make_scanner
+from json.decoder import scanstring  # type: ignore[attr-defined]
+from json.scanner import py_make_scanner  # type: ignore[attr-defined]
 from typing import Any
 
 # A value takes up to a hundred bytes of memory and two of the line: as many as this are no burden.
