@@ -111,6 +111,7 @@ def test_a_million_line_ends_take_no_time_and_lines_after_them_keep_their_number
     texts, skipped = read(tmp_path / "a.csv")
     assert texts == ["before", "two" + "\n" * 300 + "lines"]
     assert only_kind(skipped) == "damaged CSV"
+    assert "a.csv:1000001: 2 fields, not 1" in skipped["first"][0]
     assert time.process_time() - started < 0.1
 
 
@@ -210,7 +211,7 @@ def test_utf16_lines_are_one_file_that_is_named_not_a_skip_a_line(tmp_path, suff
     path.write_bytes(LINES.decode().encode("utf-16"))
     texts, skipped = read(path)
     assert (texts, skipped["count"]) == ([], 1)
-    assert f"a.{suffix}: not UTF-8 text but UTF-16; convert it" in skipped["first"][0]
+    assert f"a.{suffix}: not UTF-8 text but UTF-16 or UTF-32; convert it" in skipped["first"][0]
 
 
 def test_separators_are_understood_as_typed(tmp_path):
@@ -269,8 +270,11 @@ def test_a_file_that_vanishes_before_its_turn_is_skipped_and_named(tmp_path):
         (b"id,text\n1,a\n2,b,c\n3,d\n", ["a", "d"], "a.csv:3: 3 fields, not 2"),
         (b'id,text\n1,a\n2,"b\n3,d\n', ["a"], "unexpected end of data"),
         (b'id,text\n1,a\n2,"b"x\n3,d\n', ["a", "d"], "a.csv:3: no row of CSV"),
-        (b"id,text\n1,a\n2,\xff\n", ["a"], "line 3: not UTF-8 text"),
-        (b"id,text\n1,a\n2,\0\n", ["a"], "line 3: it holds NUL bytes"),
+        (b"id,text\n1,a\n2,\xff\n3,d\n", ["a", "d"], "a.csv:3: not UTF-8 text"),
+        (b"id,text\n1,a\n\xff2,b\n3,d\n", ["a", "d"], "a.csv:3: not UTF-8 text"),
+        (b"id,text\n1,a\n2,b\0\n3,d\n", ["a", "d"], "a.csv:3: it holds NUL bytes"),
+        (b"id,text,\xe9\n1,a,\n", [], "a.csv: the header: not UTF-8 text"),
+        (b"id,text\n1,a\n2," + b"x" * 5000 + b"\n3,d\n", ["a"], "the lines after it are left out, too"),
         (b'id,text\n1,a\n2,"' + b"x\n" * 3000, ["a"], "field larger than field limit"),
     ],
 )
