@@ -80,7 +80,7 @@ def run_recipe(net: Hymba, data: HymbaDataModule, config: TTTConfig, chunk_token
         "tokens": total.n_tokens,
         "seconds": time.monotonic() - start,
         "epochs_done": ttt.epochs_done,
-        "chunk_bpb": [score.bpb for score in scores],
+        "chunk_bpb": [score.bpb for score in scores if score.n_tokens],
     }
 
 
