@@ -42,7 +42,9 @@ def run_test(folder, out, ttt, **summary):
 
 def test_a_last_chunk_of_which_nothing_is_kept_is_no_score(tmp_path):
     data = write_data(tmp_path / "data", n_val=600)
-    _, summary = run_test(data, tmp_path / "run", {"mode": "cold", "epochs": 1, "freeze_blocks": 0, "drop_partial": True})
+    _, summary = run_test(
+        data, tmp_path / "run", {"mode": "cold", "epochs": 1, "freeze_blocks": 0, "drop_partial": True}
+    )
     assert (summary["tokens"], summary["chunks"], len(summary["chunk_bpb"])) == (576, 4, 3)
     assert (tmp_path / "run" / "ttt.png").exists()
 
