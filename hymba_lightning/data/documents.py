@@ -199,10 +199,6 @@ class DocumentReader:
                 continue
             if not line.strip():
                 continue
-            # Files of millions of such lines are not worth the sentences.
-            if self.skips.is_named("no text") and line.isascii() and json_lines.lacks(line, self.text_key):
-                self._skip(file, "no text", "")
-                continue
             try:
                 row = row_of(json_lines.value_of(line, self.text_key), 0.0, self.text_key, self.max_bytes)
             except (ValueError, LookupError, TypeError, RecursionError) as error:
