@@ -95,8 +95,8 @@ class ScoreFirstTTT:
             kept = (tokens.numel() - 1) // self.seq_len * self.seq_len
             if kept == 0 and self.n_scored == 0:
                 raise ValueError(
-                    f"ttt.drop_partial leaves nothing of a chunk of {tokens.numel() - 1:,} tokens, which is shorter than a "
-                    f"sequence ({self.seq_len:,}): set it to false, or make data.ttt_chunk_tokens and the text longer"
+                    f"ttt.drop_partial leaves nothing of a chunk of {tokens.numel() - 1:,} tokens, which is shorter "
+                    f"than a sequence ({self.seq_len:,}): set it to false, or make data.ttt_chunk_tokens and the text longer"
                 )
             tokens, target_bytes = tokens[: kept + 1], target_bytes[:kept]
         nats, context = self.scorer.score(tokens)
