@@ -96,7 +96,7 @@ class ScoreFirstTTT:
             if kept == 0 and self.n_scored == 0:
                 raise ValueError(
                     f"ttt.drop_partial leaves nothing of a chunk of {tokens.numel() - 1:,} tokens, which is shorter "
-                    f"than a sequence ({self.seq_len:,}): set it to false, or make data.ttt_chunk_tokens and the text longer"
+                    f"than a sequence ({self.seq_len:,}): set it to false, or lengthen data.ttt_chunk_tokens"
                 )
             tokens, target_bytes = tokens[: kept + 1], target_bytes[:kept]
         nats, context = self.scorer.score(tokens)
