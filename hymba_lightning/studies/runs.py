@@ -133,7 +133,8 @@ def read_json(path: Path, kind: type = dict, keys: Sequence[str] = ()) -> Any:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, and what it is of is done again") from error
-    if not isinstance(content, kind) or any(key not in content for key in keys):
-        what = f"it lacks {', '.join(keys)}" if isinstance(content, kind) else f"it is no {kind.__name__}"
+    fits = isinstance(content, kind)
+    if not fits or any(key not in content for key in keys):
+        what = f"it lacks {', '.join(keys)}" if fits else f"it is no {kind.__name__}"
         raise ValueError(f"{path} is damaged ({what}): delete it, and what it is of is done again")
     return content
