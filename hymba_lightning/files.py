@@ -37,7 +37,11 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename, error.filename2 = os.fspath(path), None
+        if error.errno is not None:
+            error.filename = os.fspath(path)
+            if error.filename2 is not None:
+                # None would be printed.
+                del error.filename2
         raise
 
 
