@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from hymba_lightning.files import write_atomic
 from hymba_lightning.plots import save_figure
 from hymba_lightning.studies.runs import read_json
-from hymba_lightning.studies.seeds import STAGES, student_tail
+from hymba_lightning.studies.seeds import STAGES
+from hymba_lightning.studies.significance import paired_p
 from hymba_lightning.studies.variants import Study
 
 # What results.json keeps of a run's summary.
@@ -129,11 +130,9 @@ def _standard_error(delta: list[float]) -> float:
 
 
 def _p(delta: list[float]) -> str:
-    """Two-sided p of Student's paired t-test: how often chance alone makes a mean difference as large."""
-    error = _standard_error(delta)
-    if not error > 0:
-        return "–"
-    return f"{2 * student_tail(abs(statistics.mean(delta)) / error, len(delta) - 1):.2g}"
+    """Two-sided p of Student's paired t-test, a dash where there is none."""
+    p = paired_p(delta)
+    return "–" if math.isnan(p) else f"{p:.2g}"
 
 
 def plot(differences: dict[str, tuple[float, float]], baseline: str, path: Path) -> None:
