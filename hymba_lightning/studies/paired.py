@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from hymba_lightning.files import write_atomic
 from hymba_lightning.plots import save_figure
+from hymba_lightning.studies.runs import read_json
 from hymba_lightning.studies.seeds import STAGES
 from hymba_lightning.studies.significance import paired_p
 from hymba_lightning.studies.variants import Study
@@ -32,9 +33,9 @@ KEPT = (
 
 def scores_of(run_dir: Path) -> dict[str, float]:
     """Stage → bits per byte of a finished run."""
-    stages = dict(json.loads((run_dir / "summary.json").read_bytes())["bpb"])
+    stages = dict(read_json(run_dir / "summary.json", keys=["bpb"])["bpb"])
     tested = run_dir / "test_summary.json"
-    return stages | ({"ttt": json.loads(tested.read_bytes())["ttt_bpb"]} if tested.is_file() else {})
+    return stages | ({"ttt": read_json(tested, keys=["ttt_bpb"])["ttt_bpb"]} if tested.is_file() else {})
 
 
 def write_results(study: Study, folder: Path) -> None:
@@ -43,7 +44,7 @@ def write_results(study: Study, folder: Path) -> None:
     for path in sorted(folder.glob("*/summary.json")):
         variant, _, seed = path.parent.name.rpartition("-")
         if variant in study.variants and seed.isdigit():
-            summary = json.loads(path.read_bytes())
+            summary = read_json(path)
             rows.append(
                 {
                     "variant": variant,
