@@ -1,4 +1,4 @@
-"""Parsers of the command line: errors in one sentence instead of all there is, and help that begins with ours."""
+"""Parsers of the command line: an error is one sentence, and help begins with this package's options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels take of a GPU, compiled for one without having one: registers, spills, shared memory.
+"""Registers, spills and shared memory of the Triton kernels, compiled for a GPU that need not be there.
 
 The launches are those of the operators themselves, run on tensors without memory (torch's meta device), with each
 kernel replaced by a recorder: what is compiled is what production would launch.
