@@ -111,8 +111,11 @@ def check_end(trainer: pl.Trainer, budget_seconds: float | None) -> None:
     for option in ("max_steps", "max_epochs", "limit_train_batches"):
         if getattr(trainer, option) == 0:
             raise ValueError(f"nothing would be trained: trainer.{option} is 0")
+    timer = time_limit(trainer)
+    if timer is not None and timer.time_elapsed() + (timer.time_remaining() or 0.0) <= 0:
+        raise ValueError("nothing would be trained: trainer.max_time is 0 seconds")
     limited = isinstance(trainer.limit_train_batches, int)  # overfit_batches sets it
-    ends = budget_seconds is not None or trainer.max_steps >= 0 or time_limit(trainer) is not None
+    ends = budget_seconds is not None or trainer.max_steps >= 0 or timer is not None
     endless = isinstance(datamodule_of(trainer), HymbaDataModule) and not limited
     if not ends and (endless or trainer.max_epochs == -1):
         raise ValueError(NO_END)
