@@ -276,7 +276,9 @@ def test_a_signal_before_the_command_is_understood_ends_it_in_one_line(signum):
     code = (
         "import os, sys\n"
         "from hymba_lightning import __main__\n"
-        f"sys.modules['hymba_lightning.command_line'] = type('Slow', (), {{'main': lambda: os.kill(os.getpid(), {signum:d})}})\n"
+        "class Slow:\n"
+        f"    main = staticmethod(lambda: os.kill(os.getpid(), {signum:d}))\n"
+        "sys.modules['hymba_lightning.command_line'] = Slow\n"
         "__main__.main()\n"
         "print('went on')\n"
     )
