@@ -15,8 +15,11 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from hymba_lightning.files import write_atomic
+from hymba_lightning.text import printable
 
 LOCK, OWNER = ".lock", ".owner.json"
+# Of what the owner's file says.
+MOST_CHARS = 300
 
 
 class FolderInUseError(OSError):
@@ -126,7 +129,8 @@ class FolderClaim:
         for wait in (0.05, 0.15, 0.8, 0.0):
             try:
                 owner = json.loads((self.folder / OWNER).read_text(encoding="utf-8"))
-                return f"{owner['work']} (process {owner['pid']} on {owner['host']}, since {owner['since']})"
-            except (OSError, ValueError, KeyError, TypeError):
+                said = f"{owner['work']} (process {owner['pid']} on {owner['host']}, since {owner['since']})"
+                return printable(said, MOST_CHARS)
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 time.sleep(wait)
         return "another process, which does not say who it is"

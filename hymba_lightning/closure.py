@@ -28,6 +28,11 @@ The code is in code.tar.xz, as sources; it is unpacked into a temporary folder a
 """
 
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # A file beside this one takes no library's place.
+    del sys.path[0]
+
 import tarfile
 import tempfile
 from pathlib import Path

@@ -41,6 +41,12 @@ SYSTEM_REFUSALS = frozenset(
         errno.ENXIO,
     }
 )
+FULL_DISK = "free some space there, or write to another disk"
+REMEDIES = {
+    errno.ENOSPC: FULL_DISK,
+    errno.EDQUOT: FULL_DISK,
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f), or write to another disk",
+}
 OWN = ("hymba_lightning",)
 # Where Lightning checks what it is given; its other parts raise where the program is wrong.
 CHECKS = (
@@ -95,6 +101,12 @@ def sentence(error: BaseException) -> str:
     return printable(_sentence(error))
 
 
+def refused(error: OSError) -> str:
+    """What the system says, and the remedy where it is not in its words; without the file."""
+    remedy = REMEDIES.get(error.errno or 0)
+    return f"{error.strerror or error}; {remedy}" if remedy else str(error.strerror or error)
+
+
 def _sentence(error: BaseException) -> str:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return (
@@ -103,7 +115,7 @@ def _sentence(error: BaseException) -> str:
         )
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        return f"{' and '.join(names)}: {error.strerror}" if names else error.strerror
+        return f"{' and '.join(names)}: {refused(error)}" if names else refused(error)
     module, _ = _origin(error.__traceback__)
     if module in READERS:
         return f"a checkpoint cannot be read, it is damaged or of another kind{_detail(error)}"

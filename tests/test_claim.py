@@ -1,5 +1,6 @@
 """A folder has one writer: who comes second is told who came first, and a killed owner leaves nothing behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -71,8 +72,15 @@ def test_an_owner_that_is_written_down_a_moment_later_is_waited_for(tmp_path):
 def test_a_claim_whose_owner_is_never_written_down_still_refuses(tmp_path):
     claim = FolderClaim(tmp_path, "hymba prepare")
     claim.take()
-    (tmp_path / ".owner.json").write_text("{")
-    with pytest.raises(FolderInUseError, match="does not say who it is"):
+    for content in ("{", "[" * 100_000):
+        (tmp_path / ".owner.json").write_text(content)
+        with pytest.raises(FolderInUseError, match="does not say who it is"):
+            FolderClaim(tmp_path, "hymba prepare").take()
+    absurd = {"work": "x" * 10_000, "pid": -1, "host": "\x1b[2J\n", "since": [1e308]}
+    (tmp_path / ".owner.json").write_text(json.dumps(absurd))
+    with pytest.raises(FolderInUseError) as refused:
         FolderClaim(tmp_path, "hymba prepare").take()
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 600
     assert (tmp_path / LOCK).exists()
     claim.release()

@@ -89,7 +89,7 @@ def test_a_filter_whose_output_cannot_be_written_fails_with_one_line(fitted_run)
             timeout=60,
         )
     assert done.returncode == 2
-    assert done.stderr == b"hymba inspect: No space left on device\n"
+    assert done.stderr == b"hymba inspect: No space left on device; free some space there, or write to another disk\n"
 
 
 def test_a_c_locale_can_print_all_there_is():

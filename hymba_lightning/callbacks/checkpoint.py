@@ -19,6 +19,7 @@ from hymba_lightning import signals
 from hymba_lightning.callbacks.owner import FolderOwner, settle
 from hymba_lightning.callbacks.random_state import random_states, restore_random_states, seed_in_use
 from hymba_lightning.checkpoints import write_checkpoint
+from hymba_lightning.errors import refused
 from hymba_lightning.run.run import Run, require_clock
 from hymba_lightning.trainer_internals import dump_checkpoint, is_ending, is_trial, signals_not_broadcast
 
@@ -235,7 +236,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
                     if error is None:
                         write_checkpoint(path, checkpoint)
                 except OSError as failure:
-                    error = str(failure)
+                    error = refused(failure)
             # Rank 0's outcome is everyone's, so that no rank waits for one that failed.
             error = trainer.strategy.broadcast(error)
         self._saved_at = 0.0 if clock is None else clock.reading.elapsed

@@ -81,6 +81,8 @@ class RunSummary(FolderOwner):
             return
         total, self._n_chunks = testing.total(), batch.n_chunks
         self._audit.add(batch, testing.chunk)
+        if not testing.chunk.score.n_tokens:
+            return
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"{TEST}running_bpb": total.bpb, f"{TEST}chunk_bpb": testing.scores[-1].bpb}, step=total.n_tokens
@@ -112,7 +114,7 @@ class RunSummary(FolderOwner):
             config.mode,
             settings,
             time.monotonic() - run.started,
-            len(testing.scores) == self._n_chunks,
+            testing.n_chunks == self._n_chunks,
         )
         plain = run.record.without_adaptation(score)
         run.record.add(score)
@@ -127,7 +129,7 @@ class RunSummary(FolderOwner):
             **identity,
             "bpb_without_adaptation": plain and plain.bpb,
             "mode_without_adaptation": plain and plain.mode,
-            "chunks": len(testing.scores),
+            "chunks": testing.n_chunks,
             "seconds": score.seconds,
             "limit_seconds": config.limit_seconds,
             "epochs_done": testing.ttt.epochs_done,

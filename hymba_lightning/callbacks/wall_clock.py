@@ -140,11 +140,6 @@ class WallClock(Callback):
         """
         self._requested_code = code
 
-    @property
-    def request_pending(self) -> bool:
-        """Whether this rank asked to stop."""
-        return self._requested_code > 0
-
     def agree_on_request(self) -> int:
         """The highest code that any rank asked to stop with, else 0; to be called by all ranks, between steps."""
         if self._group is None:

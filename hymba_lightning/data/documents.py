@@ -9,23 +9,33 @@ import codecs
 import csv
 import hashlib
 import io
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import IO, Any, NamedTuple
 
+from hymba_lightning.data import json_lines
 from hymba_lightning.data.inputs import CSV_SUFFIXES, JSONL_SUFFIXES, PARQUET_SUFFIXES, InputFile
 from hymba_lightning.data.skips import Skips, shown
 from hymba_lightning.data.sources import Row, hub_rows, parquet_rows, row_of
-from hymba_lightning.data.streams import SourceError, Whole, bounded_lines, is_compressed, read_blocks, whole_members
+from hymba_lightning.data.streams import (
+    SourceError,
+    Whole,
+    bounded_lines,
+    is_compressed,
+    n_lines,
+    read_blocks,
+    whole_members,
+)
 
 # A longer line or row is left out, a longer text file is cut: what one document takes bounds the memory.
 MAX_DOCUMENT_BYTES = 1 << 25
 TEXT_BLOCK_BYTES = 1 << 22
 
 BOM = b"\xef\xbb\xbf"
-UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
+# What stands for a byte that is no UTF-8.
+SURROGATES = re.compile("[\ud800-\udfff]")
 # Where a text that is too long for one document is cut, the best place first.
 CUTS = ("\n\n", "\n", " ")
 
@@ -100,7 +110,7 @@ class DocumentReader:
         self.skips = Skips() if skips is None else skips
         """What could not be read, and why."""
         self._skips_before_all = self._skips_before = self.skips.state()
-        self._file, self._document = 0, 0
+        self._file, self._document, self._line = 0, 0, 0
         self._resume_at = (0, 0)
         self._whole: dict[InputFile, Whole] = {}
 
@@ -135,17 +145,19 @@ class DocumentReader:
         for index, file in enumerate(self.files[first_file:], start=first_file):
             done_before = self.bytes_read
             to_skip = first_document if index == first_file else 0
+            is_empty = True
             self._file, self._document, self._skips_before = index, 0, self.skips.state()
             try:
                 for text, share in self._texts(file):
                     document = Document(text, text.encode("utf-8"), file.split)
                     self._document += 1
+                    is_empty = is_empty and not document.utf8
                     if self._document <= to_skip:
                         continue
                     self.bytes_read = done_before + int(share * self._sizes[index])
                     if document.utf8:
                         yield document
-                if self._document == 0 and self.skips.count == self._skips_before["count"]:
+                if is_empty and self.skips.count == self._skips_before["count"]:
                     self.skips.note("file without a document", shown(file.path))
             except SourceError as error:
                 self._skip(file, error.kind, str(error))
@@ -179,14 +191,16 @@ class DocumentReader:
                 yield row.text, row.share
 
     def _json_lines(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
-        for number, line in enumerate(self._lines(file, raw), start=1):
+        number = 0
+        for line in self._lines(file, raw):
+            number += n_lines(line)
             if line is None:
                 self._skip(file, "too long", self._too_long("a line"), f":{number}")
                 continue
             if not line.strip():
                 continue
             try:
-                row = row_of(json.loads(line.decode("utf-8"))[self.text_key], 0.0, self.text_key, self.max_bytes)
+                row = row_of(json_lines.value_of(line, self.text_key), 0.0, self.text_key, self.max_bytes)
             except (ValueError, LookupError, TypeError, RecursionError) as error:
                 kind = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "no text"
                 self._skip(
@@ -205,8 +219,8 @@ class DocumentReader:
             bounded_lines(read_blocks(file.path, raw, self._whole.get(file)), self.max_bytes), start=1
         ):
             if number == 1 and line is not None:
-                if line.startswith(UTF16_BOMS):
-                    raise SourceError("not UTF-8", "not UTF-8 text but UTF-16; convert it")
+                if line.startswith(WIDE_BOMS):
+                    raise SourceError("not UTF-8", "not UTF-8 text but UTF-16 or UTF-32; convert it")
                 line = line.removeprefix(BOM)
             yield line
 
@@ -222,7 +236,7 @@ class DocumentReader:
             except StopIteration:
                 return
             except csv.Error as error:
-                self._skip(file, "damaged CSV", f"no row of CSV ({error})", f":{rows.line_num}")
+                self._skip(file, "damaged CSV", f"no row of CSV ({error})", f":{self._line}")
                 if not header or "field larger" in str(error) or "end of data" in str(error):
                     return
                 continue
@@ -230,22 +244,33 @@ class DocumentReader:
                 csv.field_size_limit(before)
             if not row:
                 continue
-            if not header:
+            kind, cause = _damage(row)
+            if kind and not header:
+                raise SourceError(kind, f"the header: {cause}")
+            if kind:
+                self._skip(file, kind, cause, f":{self._line}")
+            elif not header:
                 header = row
                 if self.text_key not in header:
                     raise SourceError(
                         "no text column", f"no column {self.text_key!r} among {', '.join(header[:20])}; set text_key"
                     )
             elif len(row) != len(header):
-                self._skip(file, "damaged CSV", f"{len(row)} fields, not {len(header)}", f":{rows.line_num}")
+                self._skip(file, "damaged CSV", f"{len(row)} fields, not {len(header)}", f":{self._line}")
             else:
                 yield row[header.index(self.text_key)]
 
     def _csv_lines(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
-        for number, line in enumerate(self._lines(file, raw), start=1):
+        self._line = 0
+        for line in self._lines(file, raw):
+            self._line += n_lines(line)
             if line is None:
-                raise SourceError("too long", f"line {number}: {self._too_long('a line')}")
-            yield _decoded(line, f"line {number}").removesuffix("\r") + "\n"
+                raise SourceError(
+                    "too long", f"line {self._line}: {self._too_long('a line')}; the lines after it are left out, too"
+                )
+            # A field that is no text costs its row, not the rows after it.
+            text = line.decode("utf-8", "surrogateescape")
+            yield text.removesuffix("\r").replace("\r\n", "\n") + "\n"
 
     def _text_file(self, file: InputFile, raw: IO[bytes]) -> Iterator[str]:
         raw.seek(file.start)
@@ -274,7 +299,7 @@ class DocumentReader:
         return f"{what} longer than {self.max_bytes:,} bytes; raise max_document_bytes to keep it"
 
     def _skip(self, file: InputFile, kind: str, cause: str, place: str = "") -> None:
-        self.skips.add(kind, f"{shown(file.path)}{place}: {cause}")
+        self.skips.add(kind, lambda: f"{shown(file.path)}{place}: {cause}")
 
 
 def _range(raw: IO[bytes], size: int) -> Iterator[bytes]:
@@ -297,8 +322,8 @@ def _decoded_blocks(blocks: Iterable[bytes], whole: bool) -> Iterator[str]:
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     n_bytes = 0
     for block in chain(blocks, () if whole else [b""]):
-        if n_bytes == 0 and block.startswith(UTF16_BOMS):
-            raise SourceError("not UTF-8", "not UTF-8 text but UTF-16; convert it")
+        if n_bytes == 0 and block.startswith(WIDE_BOMS):
+            raise SourceError("not UTF-8", "not UTF-8 text but UTF-16 or UTF-32; convert it")
         kept = len(decoder.getstate()[0])
         try:
             text = decoder.decode(block, final=whole or not block)
@@ -313,14 +338,13 @@ def _decoded_blocks(blocks: Iterable[bytes], whole: bool) -> Iterator[str]:
         yield newlines.decode(text, final=whole or not block)
 
 
-def _decoded(content: bytes, place: str) -> str:
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError("not UTF-8", f"{place}: not UTF-8 text ({error.reason})") from error
-    if "\0" in text:
-        raise SourceError("NUL bytes", f"{place}: it holds NUL bytes: a damaged file, or no text")
-    return text
+def _damage(row: list[str]) -> tuple[str, str]:
+    """Kind and cause where a field of CSV is no text, else nothing."""
+    if any("\0" in field for field in row):
+        return "NUL bytes", "it holds NUL bytes: a damaged file, or no text"
+    if not all(field.isascii() or SURROGATES.search(field) is None for field in row):
+        return "not UTF-8", "not UTF-8 text"
+    return "", ""
 
 
 def _cut_place(text: str, most: int) -> int:

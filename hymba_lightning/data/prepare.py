@@ -47,7 +47,7 @@ from hymba_lightning.data.manifest import (
     read_manifest,
     sealed,
 )
-from hymba_lightning.data.shards import HEADER_BYTES, MAX_SHARD_TOKENS, MAX_VOCAB_SIZE, TOKEN_DTYPE, Shard
+from hymba_lightning.data.shards import HEADER_BYTES, MAX_SHARD_TOKENS, TOKEN_DTYPE, Shard
 from hymba_lightning.data.skips import Skips, skip_lines
 from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer, train_tokenizer
@@ -176,8 +176,8 @@ def prepare(
     elif len(files) == 1 and files[0].is_of(TEXT_SUFFIXES) and separator is None:
         files = head_and_tail(files[0], val_fraction)
     given = Path(tokenizer).expanduser() if tokenizer else None
-    if given is not None and (n_pieces := load_tokenizer(given).get_piece_size()) > MAX_VOCAB_SIZE:
-        raise ValueError(f"{given} has {n_pieces:,} pieces; the shards' uint16 holds ids below {MAX_VOCAB_SIZE:,}")
+    if given is not None:
+        load_tokenizer(given)
     training = {"vocab_size": vocab_size, "sample_bytes": sample_bytes, "character_coverage": character_coverage}
     arguments = {
         "inputs": list(inputs),

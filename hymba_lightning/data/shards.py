@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from hymba_lightning.data.paths import find_paths
+from hymba_lightning.files import naming
 
 MAGIC = 20240520
 VERSION = 1
@@ -202,31 +203,35 @@ class _ShardFile:
         if kept_tokens and not self._temporary.exists():
             # The earlier process completed the shard after its state was taken.
             os.replace(path, self._temporary)
-        self._file = open(self._temporary, "r+b" if kept_tokens else "wb")  # noqa: SIM115 (closed by commit or discard)
-        self._file.write(bytes(HEADER_BYTES))
-        if kept_tokens:
-            self._file.truncate(HEADER_BYTES + TOKEN_DTYPE.itemsize * kept_tokens)
-            self._file.seek(0, os.SEEK_END)
+        with naming(path):
+            self._file = open(self._temporary, "r+b" if kept_tokens else "wb")  # noqa: SIM115 (closed by commit or discard)
+            self._file.write(bytes(HEADER_BYTES))
+            if kept_tokens:
+                self._file.truncate(HEADER_BYTES + TOKEN_DTYPE.itemsize * kept_tokens)
+                self._file.seek(0, os.SEEK_END)
 
     def sync(self) -> None:
         """What was appended is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def append(self, tokens: np.ndarray) -> None:
         if tokens.dtype != TOKEN_DTYPE and (int(tokens.min()) < 0 or int(tokens.max()) >= MAX_VOCAB_SIZE):
             raise ValueError(f"{self.path}: ids must lie in 0 … {MAX_VOCAB_SIZE - 1} to fit the format's uint16")
-        self._file.write(np.ascontiguousarray(tokens, dtype=TOKEN_DTYPE).data)
+        with naming(self.path):
+            self._file.write(np.ascontiguousarray(tokens, dtype=TOKEN_DTYPE).data)
         self.n_tokens += tokens.size
 
     def commit(self) -> None:
         header = np.zeros(HEADER_INTS, dtype="<i4")
         header[:3] = MAGIC, VERSION, self.n_tokens
-        self._file.seek(0)
-        self._file.write(header.tobytes())
-        self.sync()
-        self._file.close()
-        os.replace(self._temporary, self.path)
+        with naming(self.path):
+            self._file.seek(0)
+            self._file.write(header.tobytes())
+            self.sync()
+            self._file.close()
+            os.replace(self._temporary, self.path)
 
     def discard(self) -> None:
         self._temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,31 @@ class Skips:
         self._kinds: dict[str, dict[str, Any]] = {}
         self._notes: dict[str, dict[str, Any]] = {}
 
-    def add(self, kind: str, what: str) -> None:
+    def is_named(self, kind: str) -> bool:
+        """Whether as many of a kind are named as may be: what is added of it is only counted."""
+        known = self._kinds.get(kind)
+        return (
+            not self.strict
+            and len(self._first) >= NAMED
+            and known is not None
+            and len(known["first"]) >= NAMED_OF_A_KIND
+        )
+
+    def add(self, kind: str, what: str | Callable[[], str]) -> None:
         """
         Args:
             kind: What is the matter, in a few words that many cases share.
-            what: The file (and line), and the cause.
+            what: The file (and line), and the cause; where making it takes longer than counting, what makes it.
 
         Raises:
             ValueError: With strict.
         """
-        what = printable(what.replace("\n", " "), MOST_CHARS)
+        if self.is_named(kind):
+            self.count += 1
+            self._kinds[kind]["count"] += 1
+            return
+        said = what if isinstance(what, str) else what()
+        what = printable(said.replace("\n", " "), MOST_CHARS)
         if self.strict:
             raise ValueError(f"{what} ({kind}); leave it out, or prepare without strict to skip what cannot be read")
         self.count += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ BLOCK_BYTES = 1 << 20
 # A zstd block of 4 bytes can stand for 128 KiB: what is fed at once bounds what comes out, here by 32 MiB.
 ZSTD_FEED_BYTES = 1 << 10
 GZIP_FEED_BYTES = 1 << 16
+# Empty lines in a row are one item where a block has so many of them.
+MANY_EMPTY = (b"\n" * 64, b"\r\n" * 64)
+EMPTY_LINES = re.compile(rb"\n([\r\n]{62,}\n)")
 # What a zstd file may ask for that is not given: part of the library's error, and what to do.
 ZSTD_OPTIONS = (
     (
@@ -101,13 +105,19 @@ def read_blocks(path: Path, raw: IO[bytes], whole: Whole | None = None) -> Itera
 
 
 def bounded_lines(blocks: Iterable[bytes], limit: int) -> Iterator[bytes | None]:
-    """Lines without their "\\n"; None in the place of one of more than `limit` bytes, which is not kept."""
+    """Lines without their "\\n"; None in the place of one of more than `limit` bytes, which is not kept.
+
+    Many empty lines in a row are given as one item, with the line ends between them (`n_lines` counts them).
+    """
     rest, too_long = bytearray(), False
     for block in blocks:
         if too_long and b"\n" not in block:
             continue
-        *ended, last = block.split(b"\n")
+        *ended, last = _lines_of(block)
         for end in ended:
+            if b"\n" in end:
+                yield end
+                continue
             line = bytes(rest) + end if rest else end
             yield None if too_long or len(line) > limit else line
             rest.clear()
@@ -118,6 +128,23 @@ def bounded_lines(blocks: Iterable[bytes], limit: int) -> Iterator[bytes | None]
                 rest, too_long = bytearray(), True
     if rest or too_long:
         yield None if too_long else bytes(rest)
+
+
+def n_lines(line: bytes | None) -> int:
+    """How many lines an item of `bounded_lines` stands for."""
+    return 1 + line.count(b"\n") if line else 1
+
+
+def _lines_of(block: bytes) -> list[bytes]:
+    if not any(many in block for many in MANY_EMPTY):
+        return block.split(b"\n")
+    lines: list[bytes] = []
+    start = 0
+    for run in EMPTY_LINES.finditer(block):
+        lines += block[start : run.start()].split(b"\n")
+        lines.append(run[1].removesuffix(b"\n"))
+        start = run.end()
+    return lines + block[start:].split(b"\n")
 
 
 def _gzip_members(raw: IO[bytes]) -> Iterator[bytes | None]:

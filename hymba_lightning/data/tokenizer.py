@@ -20,6 +20,7 @@ from typing import Any
 
 import sentencepiece
 
+from hymba_lightning.data.shards import MAX_VOCAB_SIZE
 from hymba_lightning.text import printable
 
 SPACE = "▁"
@@ -83,16 +84,21 @@ def load_tokenizer(path: str | os.PathLike[str]) -> sentencepiece.SentencePieceP
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no tokenizer, or has no BOS piece.
+        ValueError: The file is no tokenizer, has no BOS piece, or more pieces than shards have ids.
         ImportError: The library of the file is not installed.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no tokenizer at {path}; `hymba prepare` makes one, or set data.tokenizer to its path")
     with open(path, "rb") as file:
         head = file.read(64)
-    for library in _other_libraries():
-        if library.reads(head):
-            return library.load(path)
+    library = next((library for library in _other_libraries() if library.reads(head)), None)
+    processor = _load_sentencepiece(path) if library is None else library.load(path)
+    if (n_pieces := processor.get_piece_size()) > MAX_VOCAB_SIZE:
+        raise ValueError(f"{path} has {n_pieces:,} pieces; the shards' uint16 holds ids below {MAX_VOCAB_SIZE:,}")
+    return processor
+
+
+def _load_sentencepiece(path: str | os.PathLike[str]) -> sentencepiece.SentencePieceProcessor:
     processor = sentencepiece.SentencePieceProcessor()
     try:
         processor.load(os.fspath(path))

@@ -77,6 +77,8 @@ class Adapter:
             matrices = [p for p in trainable if id(p) in self._matrices]
             rest = [p for p in trainable if id(p) not in self._matrices]
             if matrices:
+                # torch's own, since every byte of code here counts against the artifact's limit. Momentum is constant,
+                # so that its steps are those of training's, which differ in what one rank of several works on.
                 self.optimizers.append(
                     torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.0, momentum=config.momentum)
                 )

@@ -11,6 +11,7 @@ from hymba_lightning.data.sequences import Chunk
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.curve import ContextCurve, DocumentPosition
 from hymba_lightning.evaluation.ttt import ChunkScore
+from hymba_lightning.files import naming
 
 
 def describe_context(config: TTTConfig, seq_len: int, world_size: int) -> str:
@@ -61,7 +62,7 @@ class StreamAudit:
         self.by_context.add(scored.context, scored.nats, target_bytes)
         self.by_document.add(position, scored.nats, target_bytes)
         if self.nats_path is not None:
-            with open(self._raw, "ab") as file:
+            with naming(self._raw), open(self._raw, "ab") as file:
                 file.write(scored.nats.cpu().numpy().astype("<f4").tobytes())
 
     def finish(self) -> dict[str, Any]:
@@ -69,7 +70,7 @@ class StreamAudit:
         if self.nats_path is not None:
             partial = self.nats_path.with_suffix(".partial")
             n_bytes = self._raw.stat().st_size
-            with open(partial, "wb") as file:
+            with naming(self.nats_path), open(partial, "wb") as file:
                 np.save(file, np.memmap(self._raw, dtype="<f4", mode="r") if n_bytes else np.empty(0, "<f4"))
             partial.replace(self.nats_path)
             self._raw.unlink()

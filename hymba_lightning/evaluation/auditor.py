@@ -102,7 +102,8 @@ def audit(
         tokens: The stream (n,) to audit with, n >= 16.
         vocab_size: Ids that could stand at a position.
         past_positions: Streams that differ from the true one from some position on.
-        distribution_positions: Positions where the probabilities of all ids are summed; 0 leaves that rule out.
+        distribution_positions: Positions where the probabilities of all ids are summed, from three on the last token
+            among them; 0 leaves that rule out.
         tolerance: Nats by which equal scores may differ; 0 on a CPU, where kernels add in one order.
         seed: Of all that is drawn; None draws a new one, so that nobody can know the positions.
         progress: Called with evaluations done and in all.
@@ -120,7 +121,9 @@ def audit(
     rng, started = random.Random(seed), time.monotonic()
     tokens = tokens.clone()
     past = _spread(rng, n, past_positions)
-    summed = _spread(rng, n, distribution_positions)
+    # The last token, which nothing follows, is a place of its own.
+    alone = [n - 1] if distribution_positions > 2 else []
+    summed = _spread(rng, n - len(alone), distribution_positions - len(alone)) + alone
     trials = [_Trial(tokens, SAME_AGAIN, n) for _ in range(3)]
     kinds = [kind for _ in past for kind in rng.sample(FUTURES, len(FUTURES))]
     trials += [
@@ -191,7 +194,7 @@ def _another_future(rng: random.Random, kind: str, tokens: Tensor, k: int, vocab
 def _scores(evaluate: Evaluator, stream: Tensor) -> Tensor:
     given = evaluate(stream.clone())
     try:
-        nats = torch.as_tensor(given).detach().cpu().double()
+        nats = torch.as_tensor(given).detach().cpu().double().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise RuleBrokenError(EVERY_TOKEN, f"the scores are no numbers, but {type(given).__name__}") from error
     n = stream.numel()

@@ -93,6 +93,11 @@ class ScoreFirstTTT:
         tokens, target_bytes = chunk.tokens.to(self.device), chunk.target_bytes
         if self.config.drop_partial:
             kept = (tokens.numel() - 1) // self.seq_len * self.seq_len
+            if kept == 0 and self.n_scored == 0:
+                raise ValueError(
+                    f"ttt.drop_partial leaves nothing of a chunk of {tokens.numel() - 1:,} tokens, which is shorter "
+                    f"than a sequence ({self.seq_len:,}): set it to false, or lengthen data.ttt_chunk_tokens"
+                )
             tokens, target_bytes = tokens[: kept + 1], target_bytes[:kept]
         nats, context = self.scorer.score(tokens)
         score = Score(float(nats.double().sum()), nats.numel(), int(target_bytes.long().sum()))

@@ -157,11 +157,11 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             f"{folder} holds neither {WEIGHTS} nor {INDEX}: fetch the repository's safetensors files"
         )
     index = read_json(folder / INDEX).get("weight_map")
-    names = sorted({*index.values()}) if isinstance(index, dict) else []
+    names = list(index.values()) if isinstance(index, dict) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise PretrainedError(f"{folder / INDEX} has no weight_map of tensors to files beside it")
     tensors: dict[str, Tensor] = {}
-    for name in names:
+    for name in sorted(set(names)):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} lacks {name}, which {INDEX} names: fetch it")
         tensors |= read_safetensors(folder / name)

@@ -104,11 +104,14 @@ def config_from_hf(config: dict[str, Any]) -> HymbaConfig:
     for name in ("hidden_size", "num_hidden_layers", "sliding_window"):
         if type(config[name]) is not int and (name != "sliding_window" or config[name] is not None):
             raise ValueError(f"its {name} is {config[name]!r}, no whole number")
-    layers, groups = config["num_hidden_layers"], config["kv_reuse_group"] or []
+    layers, whole = config["num_hidden_layers"], config["global_attn_idx"]
+    groups = [] if config["kv_reuse_group"] is None else config["kv_reuse_group"]
     if layers > MAX_LAYERS:
         raise ValueError(f"its num_hidden_layers is {layers}, and at most {MAX_LAYERS} can be read")
     if not isinstance(groups, list) or not all(isinstance(group, list) for group in groups):
         raise ValueError(f"its kv_reuse_group is {str(groups)[:40]!r}, no list of lists of layers")
+    if whole is not None and not isinstance(whole, list):
+        raise ValueError(f"its global_attn_idx is {str(whole)[:40]!r}, no list of layers")
     fields: dict[str, Any] = {ours: config[theirs] for theirs, ours in FIELDS.items()}
     rank = config["mamba_dt_rank"]
     fields["dt_rank"] = math.ceil(config["hidden_size"] / 16) if rank == "auto" else rank
@@ -119,7 +122,7 @@ def config_from_hf(config: dict[str, Any]) -> HymbaConfig:
         fields["window"], fields["global_layers"] = 1, list(range(layers))
     else:
         # Theirs are the keys before a token, ours count the token's own.
-        fields["window"], fields["global_layers"] = window + 1, config["global_attn_idx"] or "none"
+        fields["window"], fields["global_layers"] = window + 1, whole or "none"
     return HymbaConfig.from_dict(OFF | STARTING_POINT | fields)
 
 

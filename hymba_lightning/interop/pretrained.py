@@ -294,6 +294,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     wrong = next((name for name, value in tensors.items() if not value.is_floating_point()), None)
     if wrong is not None:
         raise PretrainedError(f"{path}: its tensor {wrong} is no weight of a network ({tensors[wrong].dtype})")
+    infinite = next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
+    if infinite is not None:
+        raise PretrainedError(f"{path}: its tensor {infinite} holds values that are not finite. Fetch or save it again")
     return tensors
 
 

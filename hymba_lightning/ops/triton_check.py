@@ -93,7 +93,7 @@ def conv_inputs(batch: int, length: int, channels: int, taps: int, dtype: torch.
 
 def run_triton_scan(i: Any) -> tuple[Tensor, Tensor]:
     """Output and state of the kernels under test."""
-    return selective_scan(
+    out = selective_scan(
         i["u"],
         i["dt"],
         i["A"],
@@ -106,13 +106,17 @@ def run_triton_scan(i: Any) -> tuple[Tensor, Tensor]:
         return_state=True,
         backend="triton",
     )
+    assert isinstance(out, tuple)
+    return out
 
 
 def run_triton_conv(i: Any) -> tuple[Tensor, Tensor]:
     """Output and state of the kernels under test."""
-    return causal_conv1d(
+    out = causal_conv1d(
         i["x"], i["weight"], i["bias"], initial_state_BEW1=i["initial_state"], return_state=True, backend="triton"
     )
+    assert isinstance(out, tuple)
+    return out
 
 
 def loss_inputs(tokens: int, vocab: int, dtype: torch.dtype) -> Inputs:
@@ -131,9 +135,9 @@ def results(run: Run, inputs: Inputs, gradients: tuple[Tensor, ...]) -> dict[str
     """Output, state where there is one, and the gradient of every input, by name."""
     leaves = {name: x.detach().clone().requires_grad_() if x is not None else None for name, x in inputs.items()}
     outputs = run(leaves)[:2]
-    wanted = [name for name, leaf in leaves.items() if leaf is not None and leaf.numel()]
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.numel()}
     found = torch.autograd.grad(
-        outputs, [leaves[name] for name in wanted], [g.to(x.dtype) for g, x in zip(gradients, outputs, strict=True)]
+        outputs, list(wanted.values()), [g.to(x.dtype) for g, x in zip(gradients, outputs, strict=True)]
     )
     named = {f"d{name}": gradient for name, gradient in zip(wanted, found, strict=True)}
     return dict(zip(("out", "state"), (x.detach() for x in outputs), strict=False)) | named
@@ -179,12 +183,12 @@ def check(quick: bool = False) -> bool:
                 conv_inputs(*shape, dtype),
                 dtype,
             )
-        for shape in (*ODD_LOSSES[:first], (65536, VOCAB)):
+        for tokens, vocab in (*ODD_LOSSES[:first], (65536, VOCAB)):
             passed &= compare(
-                f"loss {shape} {label}",
+                f"loss {(tokens, vocab)} {label}",
                 run_loss,
                 functools.partial(run_loss, backend="naive"),
-                loss_inputs(*shape, dtype),
+                loss_inputs(tokens, vocab, dtype),
                 dtype,
             )
         passed &= compare(
@@ -243,7 +247,7 @@ def timings(dtype: torch.dtype, states: int, rate: float) -> None:
     batch, length, channels, _ = TRAINING
     tensor = batch * length * channels * dtype.itemsize
     narrow, wide = (batch * length * size * dtype.itemsize for size in (states, VOCAB))
-    calls = {
+    calls: dict[str, tuple[Run, Inputs, int, int]] = {
         "scan triton": (
             run_triton_scan,
             scan_inputs(batch, length, channels, states, dtype),

@@ -16,7 +16,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -35,10 +35,15 @@ from hymba_lightning.evaluation.ttt import score_first_ttt
 from hymba_lightning.package.digests import ARTIFACT, SETTINGS, DigestError, verify_folder
 from hymba_lightning.package.submission import KEPT_VARIABLES, SubmissionError
 from hymba_lightning.quantization import load_artifact
+from hymba_lightning.text import printable
 from hymba_lightning.units import bits_per_byte
 
 SCORE_IS_SUM, AS_PACKAGED = "the score is the sum", "the folder is as packaged"
 VAL_FILES = "*_val_*.bin"
+# A submission has 16 MB and its logs; the sources are less than one.
+MAX_FOLDER_BYTES, MAX_CODE_BYTES = 1 << 28, 1 << 24
+# Of a worker's answer.
+MAX_LINE_CHARS = 1 << 16
 # Runs in a folder's copy: evaluates each data folder named on a line, as the folder's evaluate.py would.
 WORKER = """
 import json, sys
@@ -182,12 +187,8 @@ def _folder_evaluator(
     load_artifact(source / ARTIFACT)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve() / "submission"
-        shutil.copytree(source, folder)
-        try:
-            with tarfile.open(folder / ARCHIVE) as code:
-                code.extractall(folder, filter="data")
-        except (OSError, tarfile.TarError, lzma.LZMAError) as error:
-            raise SubmissionError(f"{source / ARCHIVE} cannot be unpacked ({error}): package again") from error
+        _copy(source, folder)
+        _unpack(source / ARCHIVE, folder)
         settings = _settings(source)
         settings |= sizes | {"val_tokens_limit": None, "val_files": VAL_FILES}
         settings["ttt"] |= {"limit_seconds": None}
@@ -210,7 +211,7 @@ def _folder_evaluator(
                 with _data_of(tokens, tokenizer) as data:
                     try:
                         print(data, file=worker.stdin, flush=True)
-                        result = json.loads(worker.stdout.readline())  # type: ignore[union-attr]
+                        result = json.loads(worker.stdout.readline(MAX_LINE_CHARS))  # type: ignore[union-attr]
                         nats = torch.from_numpy(np.load(data / "nats.npy", allow_pickle=False))
                         result = {key: float(result[key]) for key in ("val_bpb", "tokens", "bytes")}
                     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -224,6 +225,38 @@ def _folder_evaluator(
                 yield evaluate
             finally:
                 worker.kill()
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """The folder's files, without what links lead to, pipes and devices."""
+    paths = [path for path in source.rglob("*") if path.is_file() and not path.is_symlink()]
+    n_bytes = sum(path.stat().st_size for path in paths)
+    if n_bytes > MAX_FOLDER_BYTES:
+        raise SubmissionError(f"{source} holds {n_bytes:,} bytes, which no submission needs: it is not copied")
+    for path in paths:
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Sources of this package alone, of a bounded size: a module of another name could take another library's place."""
+    left = MAX_CODE_BYTES
+    try:
+        with tarfile.open(archive) as code:
+            for member in code:
+                name = PurePosixPath(member.name)
+                if not member.isfile() or name.parts[:1] != ("hymba_lightning",) or name.suffix != ".py":
+                    raise SubmissionError(
+                        f"{archive} holds {printable(member.name, 100)}, and `hymba package` packs modules of "
+                        "hymba_lightning only: package again"
+                    )
+                left -= member.size
+                if left < 0:
+                    raise SubmissionError(f"{archive} unpacks to more than {MAX_CODE_BYTES:,} bytes: package again")
+                code.extract(member, folder, filter="data")
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+        raise SubmissionError(f"{archive} cannot be unpacked ({error}): package again") from error
 
 
 def _settings(folder: Path) -> dict[str, Any]:

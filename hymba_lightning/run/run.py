@@ -74,8 +74,6 @@ class Clock(Protocol):
 
     @property
     def reading(self) -> ClockReading: ...
-    @property
-    def request_pending(self) -> bool: ...
     def elapsed(self) -> float: ...
     def paused(self) -> AbstractContextManager[None]: ...
     def charged(self) -> AbstractContextManager[None]: ...
@@ -107,13 +105,17 @@ class Testing:
     def __init__(self, ttt: ScoreFirstTTT) -> None:
         self.ttt = ttt
         self.scores: list[Score] = []
+        """Of the chunks of which something was scored; a last one shorter than a sequence may have been dropped."""
+        self.n_chunks = 0
         self.chunk: ChunkScore | None = None
         """The chunk that was scored last."""
 
     def add(self, chunk: ChunkScore) -> None:
         """Takes the next chunk's final score."""
         self.chunk = chunk
-        self.scores.append(chunk.score)
+        self.n_chunks += 1
+        if chunk.score.n_tokens:
+            self.scores.append(chunk.score)
 
     def total(self) -> Score:
         """Sum over all chunks so far."""

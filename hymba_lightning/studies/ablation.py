@@ -16,6 +16,7 @@ from hymba_lightning.options import read_settings, shipped_configs
 from hymba_lightning.studies.arguments import StudyParser
 from hymba_lightning.studies.paired import report, scores_of, write_results
 from hymba_lightning.studies.runs import RunFailedError, artifact_of, made_with, run_once
+from hymba_lightning.studies.significance import scipy_stats
 from hymba_lightning.studies.variants import EXAMPLE, SHIPPED, Study, options
 from hymba_lightning.studies.worker import Worker
 
@@ -130,9 +131,12 @@ def run_study(
         RunFailedError: a run failed, which costs no other one: table and plot are made of what ended, then each failure
             is told.
         ValueError: the study's file, a seed or a variant is none.
+        ImportError: several seeds, whose table tests significance, without SciPy.
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be one or more different numbers, got {seeds}")
+    if len(seeds) > 1:
+        scipy_stats()
     queue = StudyQueue(source, seeds, folder, only, extra)
     failures: list[str] = []
     reporting, stopping = Lock(), Event()

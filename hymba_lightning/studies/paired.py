@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 
 from hymba_lightning.files import write_atomic
 from hymba_lightning.plots import save_figure
-from hymba_lightning.studies.seeds import STAGES, student_tail
+from hymba_lightning.studies.runs import read_json
+from hymba_lightning.studies.seeds import STAGES
+from hymba_lightning.studies.significance import paired_p
 from hymba_lightning.studies.variants import Study
 
 # What results.json keeps of a run's summary.
@@ -31,9 +33,9 @@ KEPT = (
 
 def scores_of(run_dir: Path) -> dict[str, float]:
     """Stage → bits per byte of a finished run."""
-    stages = dict(json.loads((run_dir / "summary.json").read_bytes())["bpb"])
+    stages = dict(read_json(run_dir / "summary.json", keys=["bpb"])["bpb"])
     tested = run_dir / "test_summary.json"
-    return stages | ({"ttt": json.loads(tested.read_bytes())["ttt_bpb"]} if tested.is_file() else {})
+    return stages | ({"ttt": read_json(tested, keys=["ttt_bpb"])["ttt_bpb"]} if tested.is_file() else {})
 
 
 def write_results(study: Study, folder: Path) -> None:
@@ -42,7 +44,7 @@ def write_results(study: Study, folder: Path) -> None:
     for path in sorted(folder.glob("*/summary.json")):
         variant, _, seed = path.parent.name.rpartition("-")
         if variant in study.variants and seed.isdigit():
-            summary = json.loads(path.read_bytes())
+            summary = read_json(path)
             rows.append(
                 {
                     "variant": variant,
@@ -128,11 +130,9 @@ def _standard_error(delta: list[float]) -> float:
 
 
 def _p(delta: list[float]) -> str:
-    """Two-sided p of Student's paired t-test: how often chance alone makes a mean difference as large."""
-    error = _standard_error(delta)
-    if not error > 0:
-        return "–"
-    return f"{2 * student_tail(abs(statistics.mean(delta)) / error, len(delta) - 1):.2g}"
+    """Two-sided p of Student's paired t-test, a dash where there is none."""
+    p = paired_p(delta)
+    return "–" if math.isnan(p) else f"{p:.2g}"
 
 
 def plot(differences: dict[str, tuple[float, float]], baseline: str, path: Path) -> None:

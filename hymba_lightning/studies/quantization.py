@@ -38,6 +38,7 @@ from hymba_lightning.quantization.artifact import read_parts
 from hymba_lightning.quantization.format import boundaries, compress
 from hymba_lightning.quantization.schemes import Calibration, calibrate
 from hymba_lightning.studies.arguments import StudyParser
+from hymba_lightning.studies.runs import read_json
 from hymba_lightning.units import bits_per_byte
 
 REFERENCE = "reference's file, int6"
@@ -160,7 +161,7 @@ def run_study(
     """
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
-    results: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
     weights = {name: tensor.detach().float().cpu() for name, tensor in net.state_dict().items()}
     other = Hymba(net.config, net.runtime).to(device).eval()
     for index, recipe in enumerate(recipes()):

@@ -70,13 +70,13 @@ def run_once(
             tail = "\n".join(lines[-15:])
             raise RunFailedError(f"hymba {command} in {run_dir} ended with code {code}:\n{tail}")
         print(f"{run_dir.name}: {command} in {time.monotonic() - started:.0f} s", flush=True)
-    return json.loads(path.read_bytes())
+    return read_json(path)
 
 
 def made_with(run_dir: Path, command: str) -> list[str] | None:
     """The arguments that `run_once` gave the command there, None where it did not."""
     kept = run_dir / f"{command}_arguments.json"
-    return json.loads(kept.read_bytes()) if kept.is_file() else None
+    return read_json(kept, list) if kept.is_file() else None
 
 
 def _options(arguments: Sequence[str]) -> list[str]:
@@ -112,7 +112,7 @@ def _run(line: Sequence[str], log: Path) -> int:
 
 def artifact_of(run_dir: Path) -> Path | None:
     """The file that a finished fit exported, whatever its name; None where it exported none."""
-    name = json.loads((run_dir / "summary.json").read_bytes()).get("artifact")
+    name = read_json(run_dir / "summary.json").get("artifact")
     return None if name is None or not (run_dir / name).is_file() else run_dir / name
 
 
@@ -122,3 +122,19 @@ def hardware(environment: dict[str, Any]) -> str:
         f"{environment['world_size']} × {environment['device']}, torch {environment['torch']}, hymba_lightning "
         f"{environment['hymba_lightning']}"
     )
+
+
+def read_json(path: Path, kind: type = dict, keys: Sequence[str] = ()) -> Any:
+    """What a study's file or a run's summary holds: of this kind, with these keys.
+
+    Raises ValueError naming a file that is damaged.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, and what it is of is done again") from error
+    fits = isinstance(content, kind)
+    if not fits or any(key not in content for key in keys):
+        what = f"it lacks {', '.join(keys)}" if fits else f"it is no {kind.__name__}"
+        raise ValueError(f"{path} is damaged ({what}): delete it, and what it is of is done again")
+    return content

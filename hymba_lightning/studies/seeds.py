@@ -2,64 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from hymba_lightning.files import write_atomic
 from hymba_lightning.report.charts import Chart, Series, to_png
 from hymba_lightning.studies.arguments import StudyParser
 from hymba_lightning.studies.runs import hardware, run_once
+from hymba_lightning.studies.significance import better_than, scipy_stats
 
 STAGES = {"raw": "raw weights", "ema": "averaged weights", "artifact": "artifact", "ttt": "after TTT"}
-
-
-@dataclass(frozen=True)
-class Test:
-    """A one-sided test that our mean is lower than a baseline's by more than a margin."""
-
-    difference: float
-    """Baseline's mean minus ours."""
-    t: float
-    degrees: float
-    p: float
-    """Probability of a t at least as large where the true difference is the margin."""
-
-
-def student_tail(t: float, degrees: float) -> float:
-    """P(T ≥ t) of Student's distribution by Gauss-Legendre quadrature: with T = √ν·tan θ its density is cos^(ν-1) θ."""
-    nodes, weights = np.polynomial.legendre.leggauss(400)
-
-    def integral(low: float, high: float) -> float:
-        angles = 0.5 * (high - low) * nodes + 0.5 * (high + low)
-        return float(0.5 * (high - low) * (weights * np.cos(angles) ** (degrees - 1)).sum())
-
-    angle = math.atan(abs(t) / math.sqrt(degrees))
-    tail = integral(angle, math.pi / 2) / (2 * integral(0.0, math.pi / 2))
-    return tail if t >= 0 else 1 - tail
-
-
-def better_than(ours: Sequence[float], baseline: Sequence[float], margin: float = 0.0) -> Test:
-    """Welch's t-test (1947), one-sided; with a single baseline value, the one-sample test against it.
-
-    Raises ValueError for fewer than two of our values, or none of the baseline's.
-    """
-    if len(ours) < 2 or not baseline:
-        raise ValueError(f"a p-value needs at least 2 seeds and 1 baseline value, got {len(ours)} and {len(baseline)}")
-    difference = statistics.mean(baseline) - statistics.mean(ours)
-    own = statistics.variance(ours) / len(ours)
-    theirs = statistics.variance(baseline) / len(baseline) if len(baseline) > 1 else 0.0
-    if own + theirs == 0:
-        return Test(difference, math.copysign(math.inf, difference - margin), math.inf, float(difference <= margin))
-    degrees = (own + theirs) ** 2 / (
-        own**2 / (len(ours) - 1) + (theirs**2 / (len(baseline) - 1) if len(baseline) > 1 else 0.0)
-    )
-    t = (difference - margin) / math.sqrt(own + theirs)
-    return Test(difference, t, degrees, student_tail(t, degrees))
 
 
 def run_seeds(
@@ -77,6 +30,8 @@ def run_seeds(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be one or more different numbers, got {list(seeds)}")
+    if baseline and len(seeds) > 1:
+        scipy_stats()
     rows, environment = [], {}
     for seed in seeds:
         run_dir = folder / f"seed-{seed}"

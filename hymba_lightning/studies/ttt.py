@@ -26,6 +26,7 @@ from hymba_lightning.options import read_settings
 from hymba_lightning.plots import save_figure
 from hymba_lightning.quantization import load_artifact
 from hymba_lightning.studies.arguments import StudyParser
+from hymba_lightning.studies.runs import read_json
 from hymba_lightning.studies.variants import SHIPPED
 
 EXAMPLE = "recipes: {cold: {epochs: 0}}"
@@ -80,7 +81,7 @@ def run_recipe(net: Hymba, data: HymbaDataModule, config: TTTConfig, chunk_token
         "tokens": total.n_tokens,
         "seconds": time.monotonic() - start,
         "epochs_done": ttt.epochs_done,
-        "chunk_bpb": [score.bpb for score in scores],
+        "chunk_bpb": [score.bpb for score in scores if score.n_tokens],
     }
 
 
@@ -110,7 +111,7 @@ def run_study(
     """Runs the recipes that have no result yet. Returns the table (Markdown), also in out/table.md, with plot.png."""
     where = torch.device(device)
     path = out / "results.json"
-    results: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
     for name in study.recipes:
         if name in results or (only is not None and name not in (*only, study.baseline)):
             continue

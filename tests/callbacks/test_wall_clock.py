@@ -212,6 +212,7 @@ def test_no_reading_before_training():
         _ = WallClock().reading
 
 
+@pytest.mark.alone
 def test_real_seconds(tmp_path):
     clock, module = WallClock(3.0), TinyModule(step_seconds=0.02)
     trainer = make_trainer(tmp_path, [clock], limit_val_batches=1, val_check_interval=20)

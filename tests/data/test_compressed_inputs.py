@@ -88,6 +88,8 @@ def test_a_file_that_holds_nothing_is_told(tmp_path, content):
         texts, skipped = read(tmp_path / name)
         assert (texts, skipped["count"]) == ([], 0)
         assert skipped["notes"] == {"file without a document": {"count": 1, "first": [str(tmp_path / name)]}}
+    (tmp_path / "a.txt").write_bytes(b"")
+    assert list(read(tmp_path / "a.txt")[1]["notes"]) == ["file without a document"]
     (tmp_path / "b.jsonl.zst").write_bytes(b"\x50\x2a\x4d\x18\x03\0\0\0abc")
     assert list(read(tmp_path / "b.jsonl.zst")[1]["notes"]) == ["file without a document"]
 

@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import random
+import time
+import tracemalloc
 
 import pytest
 import zstandard
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 from prepared import TEXTS, json_lines, only_kind, read
 
 from hymba_lightning.data import documents
+from hymba_lightning.data import json_lines as json_lines_module
 from hymba_lightning.data.documents import DocumentReader, unescaped
 from hymba_lightning.data.inputs import InputFile
 from hymba_lightning.data.skips import Skips
-from hymba_lightning.data.streams import bounded_lines
+from hymba_lightning.data.streams import bounded_lines, n_lines
 
 TEXTS = TEXTS[:40]
 LINES = json_lines(TEXTS)
@@ -81,6 +84,87 @@ def test_bounded_lines_are_the_lines(lines, limit, step):
     assert list(bounded_lines(blocks, limit)) == [line if len(line) <= limit else None for line in wanted]
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from([b"a", b"bc", b"\r", b" "]), st.integers(1, 200), st.booleans()), max_size=5),
+    st.integers(1, 500),
+)
+def test_many_empty_lines_are_given_at_once_and_counted(parts, step):
+    content = b"".join(line + (b"\r\n" if crlf else b"\n") * ends for line, ends, crlf in parts)
+    blocks = [content[start : start + step] for start in range(0, len(content), step)]
+    items = list(bounded_lines(blocks, 10))
+    wanted = content.split(b"\n")[:-1]
+    assert b"\n".join(items).split(b"\n") == wanted or not wanted
+    assert sum(map(n_lines, items)) == len(wanted)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_million_line_ends_take_no_time_and_lines_after_them_keep_their_numbers(tmp_path, end):
+    lines = json_lines(["before", "after"]).splitlines()
+    content = lines[0] + end + end * 1_000_000 + b"nul" + end + lines[1] + end
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "a.csv").write_bytes(b"text" + end * 1_000_000 + b'a,b\nbefore\n"two' + end * 300 + b'lines"' + end)
+    started = time.process_time()
+    texts, skipped = read(tmp_path / "a.jsonl")
+    assert texts == ["before", "after"]
+    assert "a.jsonl:1000002: " in skipped["first"][0]
+    texts, skipped = read(tmp_path / "a.csv")
+    assert texts == ["before", "two" + "\n" * 300 + "lines"]
+    assert only_kind(skipped) == "damaged CSV"
+    assert "a.csv:1000001: 2 fields, not 1" in skipped["first"][0]
+    assert time.process_time() - started < 0.1
+
+
+def test_what_is_only_counted_is_not_described(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES + b"{}\n" * 100_000 + b'{"text": 1}\n' + json_lines(["last"]))
+    started = time.process_time()
+    texts, skipped = read(tmp_path / "a.jsonl")
+    assert texts == [*TEXTS, "last"]
+    assert skipped["kinds"]["no text"]["count"] == 100_001
+    assert [line.split(": ")[0][-2:] for line in skipped["kinds"]["no text"]["first"]] == ["41", "42", "43"]
+    assert time.process_time() - started < 1
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["text", "a", "é"]), inner, max_size=3),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON_VALUES, st.integers(0, 200), st.sampled_from([b"", b" ", b",", b"]", b"}", b'"', b"\xff"]), st.booleans())
+def test_lines_of_many_values_are_read_as_others_are(value, place, junk, ascii_only):
+    line = json.dumps(value, ensure_ascii=ascii_only).encode()
+    place = min(place, len(line))
+    line = line[:place] + junk + line[place:]
+
+    def outcome(read_line):
+        try:
+            got = read_line()
+        except (ValueError, LookupError, TypeError) as error:
+            return type(error)
+        return type(got) if isinstance(got, list | dict) else repr(got)
+
+    wanted = outcome(lambda: json.loads(line.decode())["text"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_lines_module, "MANY_VALUES", 0)
+        got = outcome(lambda: json_lines_module.value_of(line, "text"))
+    # A line without the key is not read: whether it is JSON does not matter.
+    assert got == wanted or (got is KeyError and json_lines_module.lacks(line, "text"))
+
+
+@pytest.mark.parametrize("rest", [b"[],", b"{},", b'{"text":[]},', b'"":[],'])
+def test_a_line_of_many_values_takes_no_memory(monkeypatch, rest):
+    monkeypatch.setattr(json_lines_module, "MANY_VALUES", 1000)
+    many = rest * (300_000 // len(rest))
+    line = b'{"text": "a", ' + (many + b'"b":1}' if rest.startswith(b'"') else b'"b":[' + many + b"1]}")
+    tracemalloc.start()
+    assert json_lines_module.value_of(line, "text") == "a"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * len(line)
+
+
 def test_line_ends_byte_order_marks_and_other_encodings(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n\r\n\xef\xbb\xbf")
     assert read(tmp_path / "a.txt")[0] == ["one\ntwo\nthree\n\n\ufeff"]
@@ -127,7 +211,7 @@ def test_utf16_lines_are_one_file_that_is_named_not_a_skip_a_line(tmp_path, suff
     path.write_bytes(LINES.decode().encode("utf-16"))
     texts, skipped = read(path)
     assert (texts, skipped["count"]) == ([], 1)
-    assert f"a.{suffix}: not UTF-8 text but UTF-16; convert it" in skipped["first"][0]
+    assert f"a.{suffix}: not UTF-8 text but UTF-16 or UTF-32; convert it" in skipped["first"][0]
 
 
 def test_separators_are_understood_as_typed(tmp_path):
@@ -186,8 +270,11 @@ def test_a_file_that_vanishes_before_its_turn_is_skipped_and_named(tmp_path):
         (b"id,text\n1,a\n2,b,c\n3,d\n", ["a", "d"], "a.csv:3: 3 fields, not 2"),
         (b'id,text\n1,a\n2,"b\n3,d\n', ["a"], "unexpected end of data"),
         (b'id,text\n1,a\n2,"b"x\n3,d\n', ["a", "d"], "a.csv:3: no row of CSV"),
-        (b"id,text\n1,a\n2,\xff\n", ["a"], "line 3: not UTF-8 text"),
-        (b"id,text\n1,a\n2,\0\n", ["a"], "line 3: it holds NUL bytes"),
+        (b"id,text\n1,a\n2,\xff\n3,d\n", ["a", "d"], "a.csv:3: not UTF-8 text"),
+        (b"id,text\n1,a\n\xff2,b\n3,d\n", ["a", "d"], "a.csv:3: not UTF-8 text"),
+        (b"id,text\n1,a\n2,b\0\n3,d\n", ["a", "d"], "a.csv:3: it holds NUL bytes"),
+        (b"id,text,\xe9\n1,a,\n", [], "a.csv: the header: not UTF-8 text"),
+        (b"id,text\n1,a\n2," + b"x" * 5000 + b"\n3,d\n", ["a"], "the lines after it are left out, too"),
         (b'id,text\n1,a\n2,"' + b"x\n" * 3000, ["a"], "field larger than field limit"),
     ],
 )

@@ -1,6 +1,10 @@
 """Preparing again, otherwise, or after an interruption: whole or not there, replaced on demand; what is refused."""
 
+import contextlib
 import os
+import re
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from prepared import file_digests, prepare_words
 from hymba_lightning.data import shards
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.inputs import EXCLUDED_FOLDERS, find_inputs
+from hymba_lightning.errors import sentence
 
 CHALLENGE_TOKENIZER = Path(__file__).parents[1] / "golden" / "sp1024.model"
 
@@ -67,6 +72,27 @@ def test_interrupted_run_leaves_the_old_data_whole(tmp_path: Path, texts, tokeni
     with pytest.raises(OSError, match="No space left"):
         prepare_words(tmp_path, tokenizer=tokenizer, out=str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+@contextlib.contextmanager
+def no_file_longer_than(n_bytes: int) -> Iterator[None]:
+    """The system refuses to write more than that into a file, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize(("limit", "file"), [(1000, "tokenizer.model"), (8000, "_train_000000.bin")])
+def test_a_full_disk_is_named_with_the_file_and_the_remedy(tmp_path, texts, tokenizer: str, limit, file) -> None:
+    prepare_words(tmp_path, tokenizer=tokenizer)
+    before = file_digests(tmp_path / "out")
+    with no_file_longer_than(limit), pytest.raises(OSError, match="File too large") as refused:
+        prepare_words(tmp_path, tokenizer=tokenizer, seed=5, overwrite=True)
+    assert re.search(rf"{re.escape(file)}: File too large; raise the limit .*another disk$", sentence(refused.value))
+    assert file_digests(tmp_path / "out") == before
 
 
 def test_an_installation_that_began_is_finished_by_the_next_call(tmp_path, texts, tokenizer: str, monkeypatch) -> None:

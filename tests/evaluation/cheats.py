@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable
 
 import torch
@@ -76,6 +77,16 @@ def best_in_all(tokens: Tensor) -> Tensor:
     return min(passes, key=lambda nats: float(nats.sum()))
 
 
+def better_for_each_chunk(tokens: Tensor) -> Tensor:
+    """Of two models the one that was better on a chunk scores it."""
+    before = F.one_hot(tokens[:-1], VOCAB).cumsum(0)
+    found = []
+    for more in (0.1, 10.0):
+        likely = (before.gather(1, tokens[1:, None])[:, 0] + more) / (before.sum(1) + more * VOCAB)
+        found.append((-torch.log(likely)).split(CHUNK))
+    return torch.cat([min(pair, key=lambda nats: float(nats.sum())) for pair in zip(*found, strict=True)])
+
+
 def rescored_at_the_end(tokens: Tensor) -> Tensor:
     """Scores the third chunk on anew once all have been read."""
     nats = evaluation(epochs=0)(tokens).clone()
@@ -96,10 +107,28 @@ def peek_where_text_follows(tokens: Tensor) -> Tensor:
     return peeking(tokens, 40, 3, 5) if tokens.numel() > 150 else counts(tokens)
 
 
+def peek_through_another_thread(tokens: Tensor) -> Tensor:
+    """Asks a thread that has read on for every seventh token."""
+    nats = counts(tokens).clone()
+    answers: dict[int, bool] = {}
+    ahead = range(5, nats.numel() - 1, 7)
+    reader = threading.Thread(target=lambda: answers.update((i, bool(tokens[i + 2] % 3)) for i in ahead))
+    reader.start()
+    reader.join()
+    for i, wanted in answers.items():
+        nats[i] *= 0.5 if wanted else 0.95
+    return nats
+
+
 def lowered(tokens: Tensor, first: int = 0, factor: float = 0.9) -> Tensor:
     nats = counts(tokens).clone()
     nats[first:] *= factor
     return nats
+
+
+def evened_out(tokens: Tensor) -> Tensor:
+    """Moves each chunk's scores so that they have a smaller mean."""
+    return torch.cat([(nats - 0.05 * nats.mean()).clamp_min(0.0) for nats in counts(tokens).split(CHUNK)])
 
 
 def capped(tokens: Tensor) -> Tensor:
@@ -152,6 +181,19 @@ def stateful(cheat_when: Callable[[int], bool]) -> Callable[[], Evaluator]:
     return make
 
 
+def remembers() -> Evaluator:
+    """Keeps what it read for the next time that it is called."""
+    read = torch.zeros(VOCAB)
+
+    def score(tokens: Tensor) -> Tensor:
+        before = F.one_hot(tokens[:-1], VOCAB).cumsum(0) + read
+        nats = -torch.log((before.gather(1, tokens[1:, None])[:, 0] + 1) / (before.sum(1) + VOCAB))
+        read.add_(F.one_hot(tokens, VOCAB).sum(0))
+        return nats
+
+    return score
+
+
 def knows_the_stream() -> Evaluator:
     """Cheats on the stream that counts, recognised by what it ends with, and on nothing else."""
     known: list[str] = []
@@ -181,17 +223,21 @@ CHEATS: dict[str, dict[str, tuple[Callable[[], Evaluator], set[str]]]] = {
         "second pass": (always(two_passes), {PAST_FIXED, DISTRIBUTION}),
         "the better of two": (always(better_of_two_passes), {PAST_FIXED, DISTRIBUTION}),
         "the best of three in all": (always(best_in_all), {PAST_FIXED, DISTRIBUTION}),
+        "the better for each chunk": (always(better_for_each_chunk), {PAST_FIXED, DISTRIBUTION}),
         "from the third chunk": (always(rescored_at_the_end), {PAST_FIXED, DISTRIBUTION}),
     },
     "peeks": {
         "after token 130": (always(lambda t: peeking(t, 130, 1, 1)), {PAST_FIXED}),
         "every fifth token": (always(lambda t: peeking(t, 3, 5, 2)), {PAST_FIXED}),
+        "through another thread": (always(peek_through_another_thread), {PAST_FIXED}),
         "in long streams": (always(peek_where_text_follows), {PAST_FIXED}),
     },
     "no distribution": {
         "lower": (always(lowered), {DISTRIBUTION}),
         "lower in later chunks": (always(lambda t: lowered(t, CHUNK)), {DISTRIBUTION}),
         "capped": (always(capped), {DISTRIBUTION}),
+        "the last token": (always(lambda t: lowered(t, t.numel() - 2)), {DISTRIBUTION}),
+        "over a chunk": (always(evened_out), {PAST_FIXED, DISTRIBUTION}),
         "half a vocabulary": (always(sharper_than_it_says), {DISTRIBUTION}),
     },
     "leaves tokens out": {
@@ -205,5 +251,6 @@ CHEATS: dict[str, dict[str, tuple[Callable[[], Evaluator], set[str]]]] = {
         "every other call": (stateful(lambda call: call % 2 == 0), ANY),
         "after twenty calls": (stateful(lambda call: call > 20), ANY),
         "the true stream": (knows_the_stream, ANY),
+        "the text from before": (remembers, ANY),
     },
 }

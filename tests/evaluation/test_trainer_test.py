@@ -40,6 +40,21 @@ def run_test(folder, out, ttt, **summary):
     return module, json.loads((out / "test_summary.json").read_text())
 
 
+def test_a_last_chunk_of_which_nothing_is_kept_is_no_score(tmp_path):
+    data = write_data(tmp_path / "data", n_val=600)
+    _, summary = run_test(
+        data, tmp_path / "run", {"mode": "cold", "epochs": 1, "freeze_blocks": 0, "drop_partial": True}
+    )
+    assert (summary["tokens"], summary["chunks"], len(summary["chunk_bpb"])) == (576, 4, 3)
+    assert (tmp_path / "run" / "ttt.png").exists()
+
+
+def test_a_text_of_which_nothing_is_kept_is_refused(tmp_path):
+    data = write_data(tmp_path / "data", n_val=60)
+    with pytest.raises(ValueError, match=r"drop_partial leaves nothing of a chunk of 59 tokens.*set it to false"):
+        run_test(data, tmp_path / "run", {"mode": "cold", "epochs": 1, "freeze_blocks": 0, "drop_partial": True})
+
+
 @pytest.mark.parametrize(
     "ttt",
     [

@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(self.path.partition("?")[0])
         self.server.asked.append((self.command, path))
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
+        if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
             if found[1] not in self.server.repositories:
                 self.missing("Repo")
                 return
@@ -76,10 +76,10 @@ class Handler(BaseHTTPRequestHandler):
             self.json(
                 {"id": found[1], "modelId": found[1], "sha": COMMIT, "private": False, "siblings": files, "tags": []}
             )
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+.*", path):
+        elif found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/tree/[^/]+.*", path):
             files = self.server.repositories.get(found[1], {})
             self.json([{"type": "file", "path": n, "size": len(c), "oid": git_id(c)} for n, c in files.items()])
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+        elif found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             content = self.server.repositories.get(found[1], {}).get(found[2])
             if content is None:
                 self.missing("Entry")

@@ -82,9 +82,10 @@ def test_weights_in_several_files_and_in_bfloat16(tmp_path):
     (folder / "model-1.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks model-1\.safetensors, which .*index\.json names: fetch it"):
         official.from_hf(folder)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../x.safetensors"}}))
-    with pytest.raises(PretrainedError, match="no weight_map of tensors to files beside it"):
-        official.from_hf(folder)
+    for weight_map in ({"x": "../x.safetensors"}, {"x": {}, "y": []}, {"x": 3}, [], "x"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(PretrainedError, match="no weight_map of tensors to files beside it"):
+            official.from_hf(folder)
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor"):
         official.from_hf(folder)
@@ -150,6 +151,9 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, change, said):
         ({"kv_reuse_group": [[0, 1]]}, "with the same window"),
         ({"kv_reuse_group": "pairs"}, "kv_reuse_group is 'pairs', no list of lists of layers"),
         ({"kv_reuse_group": [["1", "2"]]}, "kv_groups="),
+        ({"kv_reuse_group": False}, "kv_reuse_group is 'False', no list of lists of layers"),
+        ({"global_attn_idx": 0}, "global_attn_idx is '0', no list of layers"),
+        ({"global_attn_idx": {}}, "global_attn_idx is '{}', no list of layers"),
         ({"global_attn_idx": [9]}, r"global_layers names \[9\]"),
         ({"mamba_d_state": None}, "d_state='None' is NoneType"),
         ({"hidden_size": None}, "hidden_size is None, no whole number"),

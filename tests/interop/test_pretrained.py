@@ -1,6 +1,7 @@
 """Networks as folders with config.json and model.safetensors, and everything that can be wrong with such a folder."""
 
 import json
+import math
 import struct
 
 import pytest
@@ -13,7 +14,7 @@ from hymba_lightning.generation import find_tokenizer, load_network
 from hymba_lightning.interop.pretrained import PretrainedError, load_pretrained, read_config
 from hymba_lightning.quantization import load_artifact
 
-pytest.importorskip("safetensors")
+safetensors = pytest.importorskip("safetensors.torch")
 pytest.importorskip("tokenizers")
 
 VARIANTS = {
@@ -114,6 +115,16 @@ def test_integers_for_weights_are_refused(folder):
     header = json.dumps({"net.skip_weights": {"dtype": "I64", "shape": [1], "data_offsets": [0, 8]}}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
     with pytest.raises(PretrainedError, match=r"skip_weights is no weight of a network \(torch\.int64\)"):
+        Hymba.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_refused(folder, net, value):
+    weights = net.state_dict() | {"skip_weights": torch.full_like(net.state_dict()["skip_weights"], value)}
+    safetensors.save_file(
+        {f"net.{name}": tensor.clone() for name, tensor in weights.items()}, folder / "model.safetensors"
+    )
+    with pytest.raises(PretrainedError, match="its tensor skip_weights holds values that are not finite"):
         Hymba.from_pretrained(folder)
 
 

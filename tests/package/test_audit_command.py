@@ -1,11 +1,15 @@
 """`hymba audit` on an artifact and on a submission's folder: honest ones pass, forged code is named."""
 
+import io
 import json
+import os
 import shutil
+import tarfile
 
 import pytest
 from code_archive import rewrite_code
 
+from hymba_lightning.closure import ARCHIVE
 from hymba_lightning.commands import run_command
 from hymba_lightning.errors import report
 from hymba_lightning.package.digests import sha256, shorten
@@ -133,6 +137,64 @@ def test_a_folder_that_keeps_the_rules_and_is_not_as_packaged_is_named(
     change(changed)
     code, said = outcome(changed, fitted_run, capsys, *NO_SUMS)
     assert (code, f"rule broken: the folder is as packaged: {what}" in said) == (1, True), said
+
+
+def add_to_code(name: str, n_bytes: int = 9):
+    """The archive with one more file, of spaces."""
+
+    def change(folder):
+        with tarfile.open(folder / ARCHIVE) as archive:
+            sources = [(member, archive.extractfile(member).read()) for member in archive.getmembers()]
+        with tarfile.open(folder / ARCHIVE, "w:xz", preset=0) as archive:
+            for member, content in sources:
+                archive.addfile(member, io.BytesIO(content))
+            entry = tarfile.TarInfo(name)
+            entry.size = n_bytes
+            archive.addfile(entry, io.BytesIO(b" " * n_bytes))
+
+    return change
+
+
+def grow(folder):
+    with open(folder / "train.log", "r+b") as file:
+        file.truncate(1 << 40)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (add_to_code("torch.py"), "holds torch.py, and"),
+        (add_to_code("sitecustomize.py"), "holds sitecustomize.py, and"),
+        (add_to_code("hymba_lightning/a.pth"), "holds hymba_lightning/a.pth, and"),
+        (add_to_code("../evil.py"), "holds ../evil.py, and"),
+        (add_to_code("hymba_lightning/\x1b[2J"), "holds hymba_lightning/\N{REPLACEMENT CHARACTER}[2J, and"),
+        (add_to_code("hymba_lightning/big.py", 1 << 25), "unpacks to more than 16,777,216 bytes"),
+        (grow, "bytes, which no submission needs"),
+        (lambda folder: (folder / ARCHIVE).write_bytes((folder / ARCHIVE).read_bytes()[:9000]), "cannot be unpacked"),
+    ],
+    ids=["torch", "site", "pth", "outside", "escape", "bomb", "sparse", "cut"],
+)
+def test_a_folder_that_would_do_harm_in_the_audit_is_refused_before_its_code_runs(
+    folder, fitted_run, tmp_path, capsys, change, what
+):
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    change(changed)
+    code, said = outcome(changed, fitted_run, capsys, *NO_SUMS)
+    assert (code, what in said) == (2, True), said
+    assert not list(tmp_path.rglob("evil.py"))
+
+
+def test_an_audit_follows_no_link_of_a_folder(folder, fitted_run, tmp_path, capsys):
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    (changed / "zeros").symlink_to("/dev/zero")
+    (changed / "disk").symlink_to("/")
+    os.mkfifo(changed / "pipe")
+    # What is found after the folder was copied.
+    add_to_code("torch.py")(changed)
+    code, said = outcome(changed, fitted_run, capsys, *NO_SUMS)
+    assert (code, "holds torch.py, and" in said) == (2, True), said
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,23 @@ def test_a_folder_that_was_changed_is_refused_by_name(run, made, tmp_path, chang
     assert "val_bpb" not in done.stdout
 
 
+@pytest.mark.parametrize("module", ["tarfile", "json", "hashlib", "hymba_lightning", "torch", "sitecustomize"])
+def test_a_module_beside_evaluate_takes_no_librarys_place(run, made, tmp_path, module):
+    folder = tmp_path / "other"
+    shutil.copytree(made.folder, folder)
+    (folder / f"{module}.py").write_text("import sys; print('val_bpb 0.1'); sys.exit(0)")
+    done = subprocess.run(
+        [sys.executable, "evaluate.py", "--data", str(run.parent / "data")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"evaluate.py: {module}.py in {folder} was not packaged, and has no digest: delete it\n"
+    assert not done.stdout
+
+
 def test_a_score_that_is_claimed_and_not_scored_is_refused(run, made, tmp_path):
     folder, data = tmp_path / "other", run.parent / "data"
     shutil.copytree(made.folder, folder)

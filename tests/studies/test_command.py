@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from hymba_lightning import studies
-from hymba_lightning.errors import UsageError
+from hymba_lightning.errors import UsageError, is_user_error
 from hymba_lightning.studies import STUDIES
+from hymba_lightning.studies.paired import scores_of
 from hymba_lightning.studies.runs import RunFailedError
 
 HEAVY = {"torch", "numpy", "lightning", "jsonargparse", "matplotlib", "yaml"}
@@ -105,3 +106,20 @@ def test_a_step_is_timed_from_the_command_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "2 steps each, compiled: no" in lines[0]
     assert [line.split("|")[1].strip() for line in lines[-2:]] == ["32", "64"]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "Expecting value"),
+        (b"[" * 100_000, "recursion"),
+        (b"[]", "no dict"),
+        (b"{}", "lacks bpb"),
+        (b"\xff", "utf-8"),
+    ],
+)
+def test_a_damaged_file_of_a_study_is_named(tmp_path, content, what):
+    (tmp_path / "summary.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"summary\.json is damaged \(.*{what}.*\): delete it") as refused:
+        scores_of(tmp_path)
+    assert is_user_error(refused.value)

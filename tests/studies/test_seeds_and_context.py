@@ -1,7 +1,6 @@
 """Studies over seeds and sequence lengths: the statistics, the tables, and that an interrupted study goes on."""
 
 import json
-import math
 import sys
 import threading
 import time
@@ -12,40 +11,10 @@ from fit_process import finish, start, write_config
 from hymba_lightning.studies import runs, seeds
 from hymba_lightning.studies.context_scaling import run_lengths
 from hymba_lightning.studies.runs import run_once
-from hymba_lightning.studies.seeds import better_than, run_seeds, student_tail
+from hymba_lightning.studies.seeds import run_seeds
+from hymba_lightning.studies.significance import better_than
 
 ENVIRONMENT = {"world_size": 8, "device": "X", "torch": "2", "hymba_lightning": "0"}
-
-
-@pytest.mark.parametrize(
-    ("p", "degrees", "t"),
-    [
-        # Quantiles of Student's distribution as printed in tables.
-        (0.05, 1, 6.313752),
-        (0.025, 2, 4.302653),
-        (0.01, 5, 3.364930),
-        (0.05, 10, 1.812461),
-        (0.001, 30, 3.385185),
-        (0.1, 4.0, 1.533206),
-        (0.5, 7, 0.0),
-    ],
-)
-def test_students_tail_is_the_tables(p, degrees, t):
-    assert student_tail(t, degrees) == pytest.approx(p, rel=1e-5)
-    assert student_tail(-t, degrees) == pytest.approx(1 - p, rel=1e-5)
-
-
-def test_welch_by_hand():
-    # Means 2 and 4, variances 1 and 4, n 3 and 4: t = 2/sqrt(1/3 + 1), ν = (4/3)²/((1/3)²/2 + 1²/3).
-    found = better_than([1.0, 2.0, 3.0], [4 - math.sqrt(6), 4.0, 4.0, 4 + math.sqrt(6)])
-    assert found.t == pytest.approx(2 / math.sqrt(4 / 3))
-    assert found.degrees == pytest.approx((16 / 9) / (1 / 18 + 1 / 3))
-    assert found.p == pytest.approx(student_tail(found.t, found.degrees))
-    assert better_than([1.0, 2.0, 3.0], [4.0]).degrees == pytest.approx(2)  # one sample against a number
-    assert better_than([1.0, 2.0, 3.0], [4.0], margin=2.0).p == pytest.approx(0.5)
-    assert better_than([5.0, 5.0], [4.0, 4.0]).p == 1.0
-    with pytest.raises(ValueError, match="at least 2 seeds"):
-        better_than([1.0], [2.0])
 
 
 def test_table_of_seeds(tmp_path, monkeypatch, capsys):

@@ -37,22 +37,26 @@ def test_reference_vectors(dtype):
             assert rms(change - expected_change) < 6e-2 * rms(expected_change)
 
 
-def test_torch_muon_at_constant_momentum():
-    # torch keeps an average (lerp) instead of a sum: the same direction when momentum is constant.
+@pytest.mark.parametrize(("exact", "tolerance"), [(True, 1e-5), (False, 5e-2)])
+def test_torch_muon_at_constant_momentum(exact, tolerance, monkeypatch):
+    # torch keeps an average (lerp) instead of a sum: the same direction when momentum is constant. Its iteration is in
+    # bfloat16 even where the matrices are not; in float32 nothing is left between the two.
+    if exact:
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     torch.manual_seed(0)
     ours = [torch.randn(s) for s in SHAPES]
     theirs = [torch.nn.Parameter(p.clone()) for p in ours]
     reference = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95)
-    muon, momenta = Muon(), [torch.zeros(s) for s in SHAPES]
+    muon, momenta = Muon(dtype=torch.float32), [torch.zeros(s) for s in SHAPES]
     start = [p.clone() for p in ours]
-    for _ in range(4):
+    for _ in range(20):
         grads = [torch.randn(s) for s in SHAPES]
         for p, g in zip(theirs, grads, strict=True):
             p.grad = g.clone()
         reference.step()
         muon.step(ours, grads, momenta, lr=0.02, momentum=0.95, weight_decay=0.1)
     for p, q, p0 in zip(ours, theirs, start, strict=True):
-        assert rms(p - q.detach()) < 5e-2 * rms(p - p0)
+        assert rms(p - q.detach()) < tolerance * rms(p - p0)
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("quintic", 0.6, 1.3), ("polar_express", 0.87, 1.13)])

@@ -33,52 +33,82 @@ MIN_HEAD_DIM = 16
 MAX_COMPILED_SHAPES = 128
 
 
-def window_block_mask(
-    n_queries: int, n_keys: int, window: int, device: torch.device, doc_position_BT: Tensor | None = None
-) -> BlockMask:
-    """The block mask of 0 <= i-j < window, query t at key position i = S-T+t, without ever making the (T, S) mask; with
-    documents also of i-j <= doc_position, for each sequence.
-
-    A block of keys is needed if it holds one between the oldest key that a query sees and the last query's own. It is
-    full, and used without a look at single entries, if every query of a complete block sees its first key and its last.
-    """
+def window_block_mask(n_queries: int, n_keys: int, window: int, device: torch.device) -> BlockMask:
+    """The block mask of 0 <= i-j < window, query t at key position i = S-T+t, without ever making the (T, S) mask."""
     offset = n_keys - n_queries
     first_Q1 = offset + torch.arange(0, n_queries, BLOCK, device=device)[:, None]
     last_Q1 = (first_Q1 + BLOCK - 1).clamp(max=n_keys - 1)
-    start_C = torch.arange(0, n_keys, BLOCK, device=device)
+
+    def mask_mod(b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
+        distance = t + offset - j
+        return (distance >= 0) & (distance < window)
+
+    shape = n_queries, n_keys
+    return _block_mask(first_Q1, last_Q1, first_Q1 - window + 1, last_Q1 - window + 1, shape, mask_mod)
+
+
+def documents_block_mask(n_keys: int, window: int, doc_position_BT: Tensor) -> BlockMask:
+    """The same with documents, also of i-j <= doc_position, for sequences laid end to end: (1, 1, B T, B S).
+
+    One list of blocks, not one for each sequence: flex_attention finds a sequence's list by the stride of a dimension
+    of size 1, which torch.compile is free to choose, and reads another's where the mask is made inside a larger graph.
+    """
+    n_rows, n_queries = doc_position_BT.shape
+    offset = n_keys - n_queries
+    # No further than a sequence's first key: what lies before it is another's.
+    within_T = torch.arange(offset, n_keys, device=doc_position_BT.device)
+    reach_N = doc_position_BT.clamp(max=window - 1).minimum(within_T).flatten()
+    shape = n_rows * n_queries, n_rows * n_keys
+    own_N = torch.arange(shape[0], device=doc_position_BT.device)
+    if offset:
+        own_N = own_N + (own_N // n_queries + 1) * offset
+    behind = -shape[0] % BLOCK
+    oldest_QL = F.pad(own_N - reach_N, (0, behind), value=shape[1]).unflatten(0, (-1, BLOCK))
+    last_Q1 = F.pad(own_N, (0, behind), value=shape[1] - 1)[BLOCK - 1 :: BLOCK, None]
+
+    def mask_mod(b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
+        distance = t + (t // n_queries + 1) * offset - j if offset else t - j
+        return (distance >= 0) & (distance <= reach_N[t])
+
+    least_Q1, greatest_Q1 = oldest_QL.amin(1, keepdim=True), oldest_QL.amax(1, keepdim=True)
+    return _block_mask(own_N[::BLOCK, None], last_Q1, least_Q1, greatest_Q1, shape, mask_mod)
+
+
+def _block_mask(
+    first_Q1: Tensor,
+    last_Q1: Tensor,
+    least_Q1: Tensor,
+    greatest_Q1: Tensor,
+    shape: tuple[int, int],
+    mask_mod: Callable[..., Tensor],
+) -> BlockMask:
+    """Of queries that each see the keys from an oldest one to their own; neither ever falls from one query to the next.
+
+    A block of keys is needed if it holds one between the oldest key that a query sees and the last query's own. It is
+    full, and used without a look at single entries, if every query of a complete block sees its first key and its last.
+
+    Args:
+        first_Q1: The first query's own key, of each block of queries.
+        last_Q1: The last query's.
+        least_Q1: The least of the oldest keys that the queries of a block see.
+        greatest_Q1: The greatest.
+        shape: How many queries and keys there are.
+        mask_mod: flex_attention's own form of the mask.
+    """
+    start_C = torch.arange(0, shape[1], BLOCK, device=first_Q1.device)
     stop_C = start_C + BLOCK - 1
-    # Over the queries of a block, the least and the greatest of the oldest keys that they see.
-    if doc_position_BT is None:
-        least_BQ1, greatest_BQ1 = (first_Q1 - window + 1)[None], (last_Q1 - window + 1)[None]
-
-        def mask_mod(b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
-            distance = t + offset - j
-            return (distance >= 0) & (distance < window)
-
-    else:
-        reach_BT = doc_position_BT.clamp(max=window - 1)
-        oldest_BT = torch.arange(offset, n_keys, device=device) - reach_BT
-        oldest_BQL = F.pad(oldest_BT, (0, -n_queries % BLOCK), value=n_keys).unflatten(1, (-1, BLOCK))
-        least_BQ1, greatest_BQ1 = oldest_BQL.amin(2, keepdim=True), oldest_BQL.amax(2, keepdim=True)
-
-        def mask_mod(b: Tensor, h: Tensor, t: Tensor, j: Tensor) -> Tensor:
-            distance = t + offset - j
-            return (distance >= 0) & (distance <= reach_BT[b, t])
-
-    needed_BQC = (start_C <= last_Q1) & (stop_C >= least_BQ1)
-    complete_Q1 = first_Q1 + BLOCK <= n_keys
-    full_BQC = complete_Q1 & (start_C >= greatest_BQ1) & (stop_C <= first_Q1)
-    partial = _ordered(needed_BQC & ~full_BQC)
-    full = _ordered(full_BQC)
-    return BlockMask.from_kv_blocks(
-        *partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(n_queries, n_keys)
-    )
+    needed_QC = (start_C <= last_Q1) & (stop_C >= least_Q1)
+    complete_Q1 = torch.arange(BLOCK, shape[0] + BLOCK, BLOCK, device=first_Q1.device)[:, None] <= shape[0]
+    full_QC = complete_Q1 & (start_C >= greatest_Q1) & (stop_C <= first_Q1)
+    partial = _ordered(needed_QC & ~full_QC)
+    full = _ordered(full_QC)
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=shape)
 
 
-def _ordered(wanted_BQC: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries wants (B, 1, Q), and which, those first (B, 1, Q, C)."""
-    order = torch.argsort(wanted_BQC.int(), dim=2, descending=True, stable=True)
-    return wanted_BQC.sum(2, dtype=torch.int32)[:, None], order.int()[:, None]
+def _ordered(wanted_QC: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries wants (1, 1, Q), and which, those first (1, 1, Q, C)."""
+    order = torch.argsort(wanted_QC.int(), dim=1, descending=True, stable=True)
+    return wanted_QC.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
 # Masks of the shapes met lately; training has one, evaluation a few.
@@ -90,7 +120,7 @@ _masks_of_documents: MutableMapping[Tensor, dict[tuple, BlockMask]] = WeakTensor
 def _cached_block_mask(
     n_queries: int, n_keys: int, window: int, device: torch.device, doc_position_BT: Tensor | None, first: int
 ) -> BlockMask:
-    """`window_block_mask` of queries that `pad_to_few_shapes` has put `first` others in front of, and some behind."""
+    """The mask of queries that `pad_to_few_shapes` has put `first` others in front of, and some behind."""
     if doc_position_BT is None:
         return _mask_of_shape(n_queries, n_keys, window, device)
     masks = _masks_of_documents.setdefault(doc_position_BT, {})
@@ -98,7 +128,7 @@ def _cached_block_mask(
     if shape not in masks:
         # The others see themselves alone.
         padded_BT = F.pad(doc_position_BT, (first, n_queries - first - doc_position_BT.size(1)))
-        masks[shape] = window_block_mask(n_queries, n_keys, window, device, padded_BT)
+        masks[shape] = documents_block_mask(n_keys, window, padded_BT)
     return masks[shape]
 
 
@@ -170,7 +200,9 @@ def sliding_window_attention_flex(
     if not compiling:
         q_BTHK, k_BSGK, v_BSGK, first = pad_to_few_shapes(q_BTHK, k_BSGK, v_BSGK, window)
     n_queries, n_keys = q_BTHK.size(1), k_BSGK.size(1)
-    arguments = n_queries, n_keys, n_keys if window is None else window, q_BTHK.device
+    n_seen = n_keys if window is None else window
+    if doc_position_BT is not None:
+        q_BTHK, k_BSGK, v_BSGK = (x.flatten(0, 1)[None] for x in (q_BTHK, k_BSGK, v_BSGK))
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
     if head_dim < MIN_HEAD_DIM:
         # Zeros add nothing to q·k, and the outputs they stand for are cut off again.
@@ -178,9 +210,18 @@ def sliding_window_attention_flex(
     grouped = q.size(1) != k.size(1)
     tiles = BACKWARD_TILES if head_dim <= 64 and q.dtype != torch.float32 else None
     options: dict[str, Any] = {"scale": scale, "enable_gqa": grouped, "kernel_options": tiles}
-    if compiling:
-        # Part of a larger graph: the few small tensors of the mask are computed there.
-        out = flex_attention(q, k, v, block_mask=window_block_mask(*arguments, doc_position_BT), **options)
+    if not compiling:
+        mask = _cached_block_mask(n_queries, n_keys, n_seen, q.device, doc_position_BT, first)
+        out = _call_compiled(q, k, v, block_mask=mask, **options)
     else:
-        out = _call_compiled(q, k, v, block_mask=_cached_block_mask(*arguments, doc_position_BT, first), **options)
-    return out[:, :, first : first + length, :head_dim].transpose(1, 2)
+        # Part of a larger graph: the few small tensors of the mask are computed there.
+        mask = (
+            window_block_mask(n_queries, n_keys, n_seen, q.device)
+            if doc_position_BT is None
+            else documents_block_mask(n_keys, n_seen, doc_position_BT)
+        )
+        out = flex_attention(q, k, v, block_mask=mask, **options)
+    out_BTHK = out.transpose(1, 2)
+    if doc_position_BT is not None:
+        out_BTHK = out_BTHK[0].unflatten(0, (-1, n_queries))
+    return out_BTHK[:, first : first + length, :, :head_dim]
