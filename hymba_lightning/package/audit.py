@@ -186,7 +186,9 @@ def _artifact_evaluator(
             )
             for index, (start, piece) in enumerate(zip(starts, pieces, strict=True))
         ]
-        scored = score_first_ttt(copy.deepcopy(net), chunks, sizes["seq_len"], config, stream=tokens)
+        # Training changes the network.
+        fresh = copy.deepcopy(net) if config.epochs else net
+        scored = score_first_ttt(fresh, chunks, sizes["seq_len"], config, stream=tokens)
         return torch.cat([chunk.nats for chunk in scored])
 
     yield evaluate

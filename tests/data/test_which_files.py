@@ -145,3 +145,13 @@ def test_an_input_inside_the_folder_that_is_written_is_named(tmp_path, tokenizer
     (tmp_path / "out" / "in" / "a.jsonl").write_bytes(LINES)
     with pytest.raises(ValueError, match=r"in' lies in out=.*, of which nothing is read; choose another folder"):
         run(tmp_path / "out" / "in", tmp_path / "out", tokenizer)
+
+
+def test_an_input_of_which_nothing_can_be_read_is_refused_with_the_cause(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "train.bin").write_bytes(bytes(100))
+    (tmp_path / "in" / "text.txt").symlink_to("text.txt")
+    with pytest.raises(FileNotFoundError) as refused:
+        find_inputs([str(tmp_path / "in")], (), 0, tmp_path / "out")
+    assert f"1 × .bin file, which is not read: {tmp_path}/in/train.bin" in str(refused.value)
+    assert f"{tmp_path}/in/text.txt: Too many levels of symbolic links" in str(refused.value)

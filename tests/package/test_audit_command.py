@@ -45,8 +45,8 @@ def outcome(path, fitted_run, capsys, *options: str) -> tuple[int, str]:
 
 
 def test_an_honest_artifact_passes(fitted_run, capsys):
-    # Two chunks in sequences of eight: probabilities of all 1,024 pieces are summed, an evaluation for each.
-    small = ["--tokens", "20", "--chunk_tokens", "10", "--seq_len", "8", "--ttt.epochs", "0"]
+    # Two chunks of a sequence each: probabilities of all 1,024 pieces are summed twice, an evaluation for each.
+    small = ["--tokens", "16", "--chunk_tokens", "8", "--seq_len", "8", "--ttt.epochs", "0"]
     code, said = outcome(fitted_run / "artifact.hymba", fitted_run, capsys, *small)
     assert code == 0, said
     assert "kept: a full distribution" in said
