@@ -87,6 +87,9 @@ class RunConfig(SaveConfigCallback):
     def _write_once(self, trainer: Any) -> None:
         if self._pending:
             self._pending = False
+            # A run goes on with the random numbers that it began with, whatever the seed is now.
+            if Run.of(trainer).seed is not None:
+                self.config["seed_everything"] = Run.of(trainer).seed
             self._write(trainer, "config.yaml")
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -7,6 +7,8 @@ since the main one may stand in a driver's call and never come back to Python.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import signal
 import sys
@@ -47,6 +49,7 @@ class _State:
     request: Callable[[int], None] | None = None
     pass_on: Callable[[int], None] | None = None
     watching: bool = False
+    lost: bool = False
 
 
 _state = _State()
@@ -63,9 +66,28 @@ def listen(command: str) -> None:
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     threading.Thread(target=_watch, args=(read_end, command), name="hymba-signals", daemon=True).start()
+    _raise_again_what_is_lost(write_end)
     if not _state.watching:
         os.register_at_fork(after_in_child=_leave_to_the_system)
+        # Run last of all such functions: the interpreter then gives signals back to the system, which would kill a
+        # command that is done while its modules are taken down.
+        atexit.register(_ignore, os.getpid())
     _state.watching = True
+
+
+def all_is_said(command: str) -> None:
+    """The work is done: from now on a signal ends the process at once, in the middle of what libraries do at exit."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        # Past every buffer and lock: this may interrupt a write.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{command}: ended by {signal_name(signum)} after its work was done\n".encode())
+        os._exit(128 + signum)
+
+    if threading.current_thread() is threading.main_thread():
+        for signum in HANDLED:
+            if signal.getsignal(signum) is _handle:
+                signal.signal(signum, end)
 
 
 def divert(request: Callable[[int], None]) -> Callable[[], None]:
@@ -78,6 +100,8 @@ def divert(request: Callable[[int], None]) -> Callable[[], None]:
         return lambda: None
     previous = _take_handlers()
     _state.request = request
+    if _state.pending:  # somebody caught what it raised
+        request(_state.pending)
 
     def restore() -> None:
         _state.request = None
@@ -139,7 +163,24 @@ def _take_handlers() -> dict[int, Any]:
     return previous
 
 
+def _raise_again_what_is_lost(write_end: int) -> None:
+    """What is raised in the finalizer of an object, of which an import has many, goes to this hook and no further."""
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, Stopped):
+            _state.lost = True
+            os.write(write_end, b"\0")  # to the thread, since here it would be lost again
+        else:
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def _handle(signum: int, frame: FrameType | None) -> None:
+    if _state.lost and _state.request is None:
+        _state.lost = False
+        raise Stopped(_state.pending)
     if _state.pending:
         if not _state.watching:
             raise Stopped(signum)  # no thread ends the process
@@ -155,9 +196,17 @@ def _handle(signum: int, frame: FrameType | None) -> None:
 def _watch(read_end: int, command: str) -> None:
     """Ends the process at the second signal."""
     first: float | None = None
+    sent = 0
     while True:
         for signum in os.read(read_end, 64):
+            if not signum and _state.lost:
+                time.sleep(0.01)
+                sent += 1
+                signal.pthread_kill(threading.main_thread().ident or 0, _state.pending)
             if signum not in HANDLED:
+                continue
+            if sent:  # by this thread
+                sent -= 1
                 continue
             now = time.monotonic()
             same = SAME_SIGNAL_SECONDS_OF_WORKERS if "LOCAL_RANK" in os.environ else SAME_SIGNAL_SECONDS
@@ -171,6 +220,12 @@ def _watch(read_end: int, command: str) -> None:
                     os.write(2, text.encode())
                 finally:
                     os._exit(128 + signum)
+
+
+def _ignore(pid: int) -> None:
+    if os.getpid() == pid:
+        for signum in HANDLED:
+            signal.signal(signum, signal.SIG_IGN)
 
 
 def _leave_to_the_system() -> None:

@@ -46,7 +46,8 @@ LEVELS = {
     "cli": 6,
     "commands": 6,
     "help_text": 7,
-    "__main__": 7,
+    "command_line": 7,
+    "__main__": 8,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -227,3 +227,90 @@ def test_a_signal_to_the_command_ends_the_ranks_that_lightning_started(tmp_path,
     )
     assert log_of(log).count("hymba fit: stopped by SIGTERM") == 1
     assert "Traceback" not in log_of(log)
+
+
+def run_code(code: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """A new interpreter's program."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60, **options
+    )
+
+
+def test_a_signal_that_comes_in_an_objects_finalizer_is_not_lost():
+    """Python only prints what is raised there; every import has such moments."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from hymba_lightning import signals\n"
+        "signals.listen('hymba fit')\n"
+        "class Object:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0)\n"
+        "try:\n"
+        "    del (lambda kept: kept)(Object()).missing\n"
+        "except AttributeError:\n"
+        "    pass\n"
+        "time.sleep(20)\n"
+        "print('went on')\n"
+    )
+    done = run_code(code)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
+def test_a_signal_whose_exception_somebody_caught_ends_training_after_a_step():
+    code = (
+        "import os, signal\n"
+        "from hymba_lightning import signals\n"
+        "signals.listen('hymba fit')\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "except BaseException:\n"
+        "    pass\n"
+        "signals.divert(print)\n"
+    )
+    assert run_code(code).stdout == "15\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_command_is_understood_ends_it_in_one_line(signum):
+    code = (
+        "import os, sys\n"
+        "from hymba_lightning import __main__\n"
+        "class Slow:\n"
+        f"    main = staticmethod(lambda: os.kill(os.getpid(), {signum:d}))\n"
+        "sys.modules['hymba_lightning.command_line'] = Slow\n"
+        "__main__.main()\n"
+        "print('went on')\n"
+    )
+    done = run_code(code)
+    assert (done.returncode, done.stdout) == (128 + signum, "")
+    assert done.stderr == f"hymba: stopped by {signum.name} before it began\n"
+
+
+def test_a_signal_after_the_last_words_ends_in_one_line_what_libraries_do_at_exit():
+    code = (
+        "import atexit, os, signal, time\n"
+        "from hymba_lightning import signals\n"
+        "signals.listen('hymba fit')\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(20))\n"
+        "signals.all_is_said('hymba fit')\n"
+    )
+    done = run_code(code)
+    assert (done.returncode, done.stderr) == (143, "hymba fit: ended by SIGTERM after its work was done\n")
+
+
+def test_a_signal_that_finds_only_pythons_own_end_changes_nothing():
+    code = (
+        "import os, signal, sys\n"
+        "from hymba_lightning import signals\n"
+        "signals.listen('hymba fit')\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid()):\n"
+        "        kill(pid, 15)\n"
+        "sys.kept = Last()\n"
+        "signals.all_is_said('hymba fit')\n"
+        "print('done')\n"
+        "sys.exit(3)\n"
+    )
+    done = run_code(code)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "done\n", "")

@@ -129,6 +129,10 @@ FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
         ((*FIT, "--trainer.accumulate_grad_batches", "0"), ["trainer.accumulate_grad_batches is 0"]),
         ((*FIT, "--trainer.max_steps", "-1"), ["nothing ends this run", "trainer.max_time"]),
         ((*FIT, "--trainer.max_epochs", "0"), ["nothing would be trained: trainer.max_epochs is 0"]),
+        (
+            (*FIT, "--trainer.max_steps", "-1", "--trainer.max_time", "00:00:00:00"),
+            ["nothing would be trained: trainer.max_time is 0 seconds"],
+        ),
         ((*FIT, "--trainer.barebones", "true"), ["trainer.barebones"]),
         ((*FIT, "--seed_everything", "-1"), ["--seed_everything is -1", "2^32"]),
         (("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/tiny.yaml"), ["tiny.yaml cannot be made", "is a file"]),

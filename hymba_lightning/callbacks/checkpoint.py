@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from hymba_lightning import signals
 from hymba_lightning.callbacks.owner import FolderOwner, settle
-from hymba_lightning.callbacks.random_state import random_states, restore_random_states
+from hymba_lightning.callbacks.random_state import random_states, restore_random_states, seed_in_use
 from hymba_lightning.checkpoints import write_checkpoint
 from hymba_lightning.errors import refused
 from hymba_lightning.run.run import Run, require_clock
@@ -37,7 +37,8 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
     infinities never replace it; a failed write in the middle of training is a warning, the last one an error.
 
     Holds what Lightning's checkpoints lack: the state of the random generators. It is rank 0's, which every rank takes
-    over on resume: with one seed for all ranks, as Lightning sets it, and equal work their states are equal.
+    over on resume: with one seed for all ranks, as Lightning sets it, and equal work their states are equal. Another
+    seed given on resume has nothing left to do, and is told.
 
     Args:
         dirpath: Folder of last.ckpt; null for checkpoints/ in the run's folder.
@@ -75,6 +76,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
         self._saved_at = 0.0
         self._seen_step = 0
         self._restored_randomness: dict[str, Any] | None = None
+        self._seed: int | None = None
         self._restore_signals: Callable[[], None] | None = None
         self._quiet: AbstractContextManager[None] | None = None
 
@@ -107,10 +109,19 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
         run.before_end.append(partial(self._end_training, trainer))
         self._seen_step = trainer.global_step
         self._saved_at = 0.0 if clock is None else clock.elapsed()
+        seed = seed_in_use()
         if self._restored_randomness is not None:
             # Only now: loaders, sanity checks and warm-up steps have drawn their numbers.
             restore_random_states(self._restored_randomness)
             self._restored_randomness = None
+            if None not in (seed, self._seed) and seed != self._seed:
+                rank_zero_warn(
+                    f"seed_everything {seed} does nothing: this run was begun with {self._seed}, and weights and "
+                    "random numbers go on from the checkpoint"
+                )
+        else:
+            self._seed = seed
+        run.seed = self._seed
         if self.on_signal and clock is not None:
             self._restore_signals = signals.divert(clock.request_stop)
             # The ranks agree on signals through the clock. Lightning's own broadcast, for which every batch of a DDP
@@ -192,10 +203,11 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
                 signals.note_saved(self._path, checkpoint["global_step"])
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "random_states": random_states()}
+        return {**super().state_dict(), "random_states": random_states(), "seed": self._seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored_randomness = state_dict.get("random_states")
+        self._seed = state_dict.get("seed")
 
     @property
     def _path(self) -> Path:

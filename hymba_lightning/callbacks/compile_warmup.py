@@ -90,7 +90,8 @@ class CompileWarmup(Callback):
             with gradient_sync_blocked(trainer, micro < accumulate - 1):
                 output = strategy.training_step(batch, index)
                 loss: Any = output["loss"] if isinstance(output, dict) else output
-                strategy.backward(loss / accumulate, optimizer)
+                if loss is not None:  # a step of the user's may skip a batch
+                    strategy.backward(loss / accumulate, optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -89,7 +89,7 @@ class LossGuard(pl.Callback):
         Raises:
             NonFiniteLossError: the loss or the gradient of a step was not finite, and on_nan says to stop.
         """
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if loss is not None:
             self._losses.append(torch.isfinite(loss.detach()))
             locate = getattr(getattr(trainer, "datamodule", None), "locate_delivered_batch", None)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any, cast
 
 import numpy as np
 import torch
+
+
+def seed_in_use() -> int | None:
+    """What `seed_everything` was last given, in this process or in the one that started it; None if it was not."""
+    seed = os.environ.get("PL_GLOBAL_SEED", "")
+    return int(seed) if seed.isdecimal() else None
 
 
 def random_states() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from hymba_lightning.data.sequences import targets_of
 from hymba_lightning.evaluation.score import sum_over_ranks, world
 from hymba_lightning.model.costs import train_flops_per_token
 from hymba_lightning.run.history import TrainRow
@@ -63,6 +64,8 @@ class TrainingStats(pl.Callback):
         self._run: Run | None = None
         self._last: tuple[int, float] | None = None
         self._seen_step = 0
+        self._n_losses = 0
+        """Of micro-batches, before the one at hand."""
         self._tokens = 0
         """Tokens of this rank's micro-batches since the last optimizer step."""
 
@@ -81,6 +84,10 @@ class TrainingStats(pl.Callback):
     ) -> None:
         run, step = Run.of(trainer), trainer.global_step
         self._tokens += run.batch_tokens
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if run.losses.count == self._n_losses and loss is not None:
+            # A subclass with a training step of its own. Lightning has divided its loss.
+            run.losses.add(loss * trainer.accumulate_grad_batches)
         if step == self._seen_step:
             return
         self._seen_step = step
@@ -120,7 +127,12 @@ class TrainingStats(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        Run.of(trainer).phases.begin("training")
+        run, targets = Run.of(trainer), targets_of(batch)
+        run.phases.begin("training")
+        self._n_losses = run.losses.count
+        # A batch of another form is counted by the module, once it is one.
+        run.batch_tokens = 0 if targets is None else targets.numel()
+        run.batch_seq_len = run.batch_seq_len if targets is None else targets.size(1)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING:

@@ -70,6 +70,12 @@ def as_batch(batch: AnyBatch, vocab_size: int) -> Batch:
     raise TypeError(f"a batch is a pair (inputs, targets) of (B, T) integer token ids, not {_description(batch)}")
 
 
+def targets_of(batch: Any) -> Tensor | None:
+    """The targets (B, T) of a batch that `as_batch` would take, as they are; None of any other."""
+    pair = isinstance(batch, list | tuple) and len(batch) in (2, 3)
+    return batch[1] if pair and isinstance(batch[1], Tensor) and batch[1].dim() == 2 else None
+
+
 def known_ids(ids: Tensor, vocab_size: int) -> Tensor:
     """Any integers as int64 ids of tokens. A look at those of a GPU waits for it.
 

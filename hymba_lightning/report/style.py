@@ -61,4 +61,5 @@ summary{{cursor:pointer;color:var(--muted);font-size:13px;padding:4px 0}}
 @media(max-width:760px){{main{{padding:18px 12px 40px}}.grid2{{grid-template-columns:minmax(0,1fr)}}
 .tick{{font-size:13.5px}}.label{{font-size:14px}}.tiletext{{font-size:11px}}table{{font-size:12.5px}}
 th,td{{padding:5px 4px}}td:first-child{{min-width:92px}}.head .long{{display:none}}figure{{padding:10px 8px 6px}}}}
+@media(max-width:480px){{table{{font-size:11px}}th,td{{padding:5px 3px}}td:first-child{{min-width:76px}}}}
 """

@@ -69,17 +69,19 @@ class Losses:
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
-        self._count = 0
+        self._taken = 0
+        self.count = 0
+        """Losses so far."""
 
     def add(self, loss: Tensor) -> None:
         """loss: 0-dim, nats per token."""
         self._sum = loss.detach() if self._sum is None else self._sum + loss.detach()
-        self._count += 1
+        self.count += 1
 
     def take(self) -> Tensor | None:
         """This rank's mean loss (0-dim) since the last call; None if there was no step."""
         if self._sum is None:
             return None
-        mean = self._sum / self._count
-        self._sum, self._count = None, 0
+        mean = self._sum / (self.count - self._taken)
+        self._sum, self._taken = None, self.count
         return mean.to(torch.float32)

@@ -156,6 +156,8 @@ class Run:
         """Called between training and the run's end."""
         self.ended = False
         """Whether the fit in progress has been finished."""
+        self.seed: int | None = None
+        """What the run's random numbers began with, None where nobody said."""
         self.batch_tokens = 0
         """Target tokens of this rank's last micro-batch."""
         self.batch_seq_len = 0

@@ -71,6 +71,11 @@ def check_fit(trainer: pl.Trainer, budget_seconds: float | None, measures_more: 
     Raises:
         ValueError: as the checks below do.
     """
+    if not trainer.lightning_module.automatic_optimization:
+        raise ValueError(
+            "automatic_optimization is False, but warm-up, clock, average and checkpoints follow Lightning's own "
+            "optimizer steps: leave it True, and return an optimizer of your own from configure_optimizers"
+        )
     check_end(trainer, budget_seconds)
     check_validations(trainer)
     check_monitors(trainer, measures_more)
@@ -111,8 +116,11 @@ def check_end(trainer: pl.Trainer, budget_seconds: float | None) -> None:
     for option in ("max_steps", "max_epochs", "limit_train_batches"):
         if getattr(trainer, option) == 0:
             raise ValueError(f"nothing would be trained: trainer.{option} is 0")
+    timer = time_limit(trainer)
+    if timer is not None and timer.time_elapsed() + (timer.time_remaining() or 0.0) <= 0:
+        raise ValueError("nothing would be trained: trainer.max_time is 0 seconds")
     limited = isinstance(trainer.limit_train_batches, int)  # overfit_batches sets it
-    ends = budget_seconds is not None or trainer.max_steps >= 0 or time_limit(trainer) is not None
+    ends = budget_seconds is not None or trainer.max_steps >= 0 or timer is not None
     endless = isinstance(datamodule_of(trainer), HymbaDataModule) and not limited
     if not ends and (endless or trainer.max_epochs == -1):
         raise ValueError(NO_END)
@@ -138,7 +146,10 @@ def check_monitors(trainer: pl.Trainer, measures_more: bool = False) -> None:
             continue
         if monitor not in MEASURED:
             raise ValueError(f"{name} monitors {monitor!r}, which is not measured: use {' or '.join(MEASURED)}")
-        if trainer.val_check_interval == 1.0 and isinstance(datamodule_of(trainer), HymbaDataModule):
+        # 1.0 is a whole pass over data without end, 1 is every batch.
+        interval = trainer.val_check_interval
+        never = isinstance(interval, float) and not isinstance(trainer.limit_train_batches, int)
+        if never and isinstance(datamodule_of(trainer), HymbaDataModule):
             log.warning(
                 "%s waits for validations, of which none is made in training: set trainer.val_check_interval to a "
                 "number of batches",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import pytest
+import yaml
 from tiny_runs import copied, hymba
 
 from hymba_lightning.checkpoints import CheckpointError, read_checkpoint, write_checkpoint
@@ -128,3 +130,16 @@ def test_a_clock_that_cannot_be_is_refused(work, fitted, tmp_path, change):
     write_checkpoint(last, checkpoint)
     with pytest.raises(CheckpointError, match="clock"):
         hymba(work, "fit", folder, "--ckpt_path", "last", "--trainer.max_steps", "6")
+
+
+def test_another_seed_on_going_on_is_told_and_the_config_keeps_the_first(work, fitted, tmp_path):
+    folder, more = copied(fitted, tmp_path / "run"), ("--ckpt_path", "last", "--trainer.max_steps")
+    with pytest.warns(UserWarning, match="seed_everything 7 does nothing: this run was begun with 1337"):
+        hymba(work, "fit", folder, *more, "5", "--seed_everything", "7")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["seed_everything"] == 1337
+    # Also of the next part, and the same seed is no matter.
+    with pytest.warns(UserWarning, match="seed_everything 8 does nothing: this run was begun with 1337"):
+        hymba(work, "fit", folder, *more, "6", "--seed_everything", "8")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="seed_everything")
+        hymba(work, "fit", folder, *more, "7", "--seed_everything", "1337")

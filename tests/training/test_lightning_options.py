@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    EarlyStopping,
     EMAWeightAveraging,
     LearningRateFinder,
     StochasticWeightAveraging,
@@ -58,6 +59,53 @@ def test_a_subclass_trains_with_an_optimizer_and_a_scheduler_of_its_own(folder, 
     trainer.save_checkpoint(tmp_path / "own.ckpt")
     again = OwnOptimizer.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True)
     assert (again.extra, again.net.config) == (5, module.net.config)
+
+
+class OwnStep(HymbaModule):
+    """As users write it: a loss of their own, on the network itself."""
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch.inputs, batch.targets) * 3
+        self.log("mine", loss, prog_bar=True)
+        return loss
+
+
+def test_what_a_step_of_ones_own_trains_is_counted_and_its_loss_shown(folder, tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=3, accumulate_grad_batches=2)
+    trainer.fit(OwnStep(net=HymbaConfig(**NET), log_every_n_steps=1), tiny_data(folder))
+    history = Run.of(trainer).history
+    assert history.tokens == 3 * 2 * 2 * 64
+    assert [row.step for row in history.train] == [1, 2, 3]
+    assert history.train[0].loss == pytest.approx(3 * 6.93, rel=0.01)
+    plain = tiny_trainer(tmp_path, max_steps=3, accumulate_grad_batches=2)
+    plain.fit(tiny_module(), tiny_data(folder))
+    assert Run.of(plain).history.train[0].loss == pytest.approx(6.93, rel=0.01)
+
+
+def test_a_step_of_ones_own_may_leave_a_batch_out(folder, tmp_path):
+    class Sometimes(HymbaModule):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if batch_idx != 1 else None
+
+    trainer = tiny_trainer(tmp_path, max_steps=3)
+    trainer.fit(Sometimes(net=HymbaConfig(**NET)), tiny_data(folder))
+    assert trainer.global_step == 3
+
+
+def test_manual_optimization_is_refused(folder, tmp_path):
+    module = tiny_module()
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match=r"automatic_optimization is False, .* from configure_optimizers"):
+        tiny_trainer(tmp_path).fit(module, tiny_data(folder))
+
+
+@pytest.mark.parametrize(("interval", "warned"), [(1, False), (3, False), (None, True)])
+def test_a_callback_that_waits_for_validations_is_told_where_there_are_none(folder, tmp_path, caplog, interval, warned):
+    stopping = EarlyStopping("val/bpb")
+    options = {"val_check_interval": interval, "max_steps": 3, "callbacks": [stopping]}
+    tiny_trainer(tmp_path, **options).fit(tiny_module(), tiny_data(folder))
+    assert ("waits for validations" in caplog.text) == warned
+    assert (stopping.best_score < 10) == (not warned)
 
 
 def test_a_scheduler_of_the_modules_own_optimizer_is_refused(folder, tmp_path):
