@@ -102,7 +102,9 @@ def find_inputs(
             continue
         files = list(_expand(given, exclude, target, skips))
         if not files:
-            left_out = "; ".join(f"{entry['count']:,} × {kind}" for kind, entry in skips.state()["kinds"].items())
+            left_out = "; ".join(
+                f"{entry['count']:,} × {kind}: {entry['first'][0]}" for kind, entry in skips.state()["kinds"].items()
+            )
             raise FileNotFoundError(
                 f"input {given!r} matches no file that can be read"
                 + (f" ({left_out})" if left_out else "")

@@ -113,9 +113,10 @@ def bounded_lines(blocks: Iterable[bytes], limit: int) -> Iterator[bytes | None]
     for block in blocks:
         if too_long and b"\n" not in block:
             continue
-        *ended, last = _lines_of(block)
+        has_runs = any(many in block for many in MANY_EMPTY)
+        *ended, last = _lines_of(block) if has_runs else block.split(b"\n")
         for end in ended:
-            if b"\n" in end:
+            if has_runs and b"\n" in end:
                 yield end
                 continue
             line = bytes(rest) + end if rest else end
@@ -132,12 +133,12 @@ def bounded_lines(blocks: Iterable[bytes], limit: int) -> Iterator[bytes | None]
 
 def n_lines(line: bytes | None) -> int:
     """How many lines an item of `bounded_lines` stands for."""
-    return 1 + line.count(b"\n") if line else 1
+    # Empty lines in a row begin with a line end: longer lines are not searched.
+    return 1 + line.count(b"\n") if line and line.startswith((b"\n", b"\r")) else 1
 
 
 def _lines_of(block: bytes) -> list[bytes]:
-    if not any(many in block for many in MANY_EMPTY):
-        return block.split(b"\n")
+    """Lines of a block, many empty ones in a row as one."""
     lines: list[bytes] = []
     start = 0
     for run in EMPTY_LINES.finditer(block):

@@ -89,12 +89,12 @@ def audit(
     vocab_size: int,
     *,
     past_positions: int = 24,
-    distribution_positions: int = 4,
+    distribution_positions: int = 3,
     tolerance: float = 0.0,
     seed: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> AuditReport:
-    """Calls `evaluate` about past_positions + distribution_positions * vocab_size times.
+    """Calls `evaluate` about past_positions + (distribution_positions + 1) * vocab_size times.
 
     Args:
         evaluate: tokens (n,) int64 → nats (n-1,): -ln of the probability of each token after the first. Must start
@@ -102,8 +102,8 @@ def audit(
         tokens: The stream (n,) to audit with, n >= 16.
         vocab_size: Ids that could stand at a position.
         past_positions: Streams that differ from the true one from some position on.
-        distribution_positions: Positions where the probabilities of all ids are summed, from three on the last token
-            among them; 0 leaves that rule out.
+        distribution_positions: Positions drawn where the probabilities of all ids are summed, as they are at the last
+            token besides; 0 leaves that rule out.
         tolerance: Nats by which equal scores may differ; 0 on a CPU, where kernels add in one order.
         seed: Of all that is drawn; None draws a new one, so that nobody can know the positions.
         progress: Called with evaluations done and in all.
@@ -122,8 +122,7 @@ def audit(
     tokens = tokens.clone()
     past = _spread(rng, n, past_positions)
     # The last token, which nothing follows, is a place of its own.
-    alone = [n - 1] if distribution_positions > 2 else []
-    summed = _spread(rng, n - len(alone), distribution_positions - len(alone)) + alone
+    summed = [*_spread(rng, n - 1, distribution_positions), n - 1] if distribution_positions else []
     trials = [_Trial(tokens, SAME_AGAIN, n) for _ in range(3)]
     kinds = [kind for _ in past for kind in rng.sample(FUTURES, len(FUTURES))]
     trials += [

@@ -5,19 +5,25 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import lzma
+import math
 import os
 import random
 import secrets
+import select
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -43,7 +49,9 @@ VAL_FILES = "*_val_*.bin"
 # A submission has 16 MB and its logs; the sources are less than one.
 MAX_FOLDER_BYTES, MAX_CODE_BYTES = 1 << 28, 1 << 24
 # Of a worker's answer.
-MAX_LINE_CHARS = 1 << 16
+MAX_LINE_BYTES = 1 << 16
+# How long a worker may take to answer: the first time it imports and may compile.
+MIN_ANSWER_SECONDS, START_SECONDS, TIMES_SCORING = 60.0, 240.0, 100.0
 # Runs in a folder's copy: evaluates each data folder named on a line, as the folder's evaluate.py would.
 WORKER = """
 import json, sys
@@ -75,6 +83,7 @@ def audit_path(
     tolerance: float = 0.0,
     seed: int | None = None,
     device: str = "auto",
+    answer_seconds: float | None = None,
     ttt: TTTConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> AuditReport:
@@ -84,15 +93,18 @@ def audit_path(
         path: Artifact, or folder that `hymba package` wrote.
         data_dir: Folder of token shards; a stretch of the validation tokens is drawn from it.
         tokenizer: SentencePiece model (default: tokenizer.model in data_dir).
-        tokens: Tokens of the stream that is audited. Evaluations, as many as the vocabulary has ids for every position
-            where probabilities are summed, take time in proportion.
+        tokens: Tokens of the stream that is audited. Evaluations, as many as the vocabulary has ids for the last token
+            and for every position drawn where probabilities are summed, take time in proportion.
         seq_len: Tokens of a forward pass (default: a twelfth of the stream, at most the settings').
         chunk_tokens: Tokens of a chunk (default: a quarter of the stream, so that there are several).
         past_positions: Positions from which on the stream is changed.
-        distribution_positions: Positions where the probabilities of all ids are summed; 0 leaves that rule out.
+        distribution_positions: Positions drawn where the probabilities of all ids are summed, as they are at the last
+            token besides; 0 leaves that rule out.
         tolerance: Nats by which equal scores may differ; a GPU needs some, such as 1e-3.
         seed: Repeats an audit; null draws one.
         device: cpu, cuda, or auto.
+        answer_seconds: How long a folder's code may take for one evaluation (default: a hundred times what scoring the
+            stream without adaptation takes here, at least 60 s; the first time 240 s more, to import and compile).
         ttt: How an artifact is scored and adapts; a folder brings its own.
         progress: Called with evaluations done and in all.
 
@@ -106,19 +118,22 @@ def audit_path(
     stream = TokenStream(find_shards(VAL_FILES, data), token_bytes.vocab_size)
     if not 16 <= tokens <= len(stream):
         raise ValueError(f"tokens={tokens} must be 16 to the {len(stream)} validation tokens of {data}")
+    if answer_seconds is not None and not 0 < answer_seconds < math.inf:
+        raise ValueError(f"answer_seconds={answer_seconds} must be a number of seconds above 0")
     seed = secrets.randbits(32) if seed is None else seed
     first = random.Random(seed).randrange(len(stream) - tokens + 1)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     sizes = {"seq_len": seq_len or max(tokens // 12, 2), "chunk_tokens": chunk_tokens or -(-tokens // 4)}
+    true = stream[first : first + tokens]
     making = (
-        _folder_evaluator(source, sizes, model, token_bytes, where)
+        _folder_evaluator(source, sizes, model, token_bytes, where, true, answer_seconds)
         if source.is_dir()
         else _artifact_evaluator(source, sizes, model, token_bytes, where, ttt or TTTConfig())
     )
     with making as evaluate:
         report = audit(
             evaluate,
-            stream[first : first + tokens],
+            true,
             token_bytes.vocab_size,
             past_positions=past_positions,
             distribution_positions=distribution_positions,
@@ -171,7 +186,9 @@ def _artifact_evaluator(
             )
             for index, (start, piece) in enumerate(zip(starts, pieces, strict=True))
         ]
-        scored = score_first_ttt(copy.deepcopy(net), chunks, sizes["seq_len"], config, stream=tokens)
+        # Training changes the network.
+        fresh = copy.deepcopy(net) if config.epochs else net
+        scored = score_first_ttt(fresh, chunks, sizes["seq_len"], config, stream=tokens)
         return torch.cat([chunk.nats for chunk in scored])
 
     yield evaluate
@@ -179,12 +196,24 @@ def _artifact_evaluator(
 
 @contextlib.contextmanager
 def _folder_evaluator(
-    source: Path, sizes: dict[str, int], tokenizer: Path, token_bytes: TokenBytes, device: str
+    source: Path,
+    sizes: dict[str, int],
+    tokenizer: Path,
+    token_bytes: TokenBytes,
+    device: str,
+    true: Tensor,
+    answer_seconds: float | None,
 ) -> Iterator[Evaluator]:
     for name in (ARTIFACT, SETTINGS):
         if not (source / name).is_file():
             raise FileNotFoundError(f"{source} is no folder of `hymba package`: it lacks {name}")
-    load_artifact(source / ARTIFACT)
+    limit, first_limit = answer_seconds, answer_seconds
+    with _artifact_evaluator(source / ARTIFACT, sizes, tokenizer, token_bytes, device, TTTConfig(epochs=0)) as score:
+        if limit is None:
+            started = time.monotonic()
+            score(true)
+            limit = max(MIN_ANSWER_SECONDS, TIMES_SCORING * (time.monotonic() - started))
+            first_limit = limit + START_SECONDS
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve() / "submission"
         _copy(source, folder)
@@ -203,18 +232,26 @@ def _folder_evaluator(
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
+                start_new_session=True,
             ) as worker,
         ):
+            limits = itertools.chain([first_limit], itertools.repeat(limit))
 
             def evaluate(tokens: Tensor) -> Tensor:
+                seconds = next(limits)
                 with _data_of(tokens, tokenizer) as data:
                     try:
-                        print(data, file=worker.stdin, flush=True)
-                        result = json.loads(worker.stdout.readline(MAX_LINE_CHARS))  # type: ignore[union-attr]
-                        nats = torch.from_numpy(np.load(data / "nats.npy", allow_pickle=False))
+                        worker.stdin.write(f"{data}\n".encode())  # type: ignore[union-attr]
+                        worker.stdin.flush()  # type: ignore[union-attr]
+                        result = json.loads(_read_line(worker.stdout, seconds))  # type: ignore[arg-type]
+                        nats = _read_nats(data / "nats.npy", tokens.numel())
                         result = {key: float(result[key]) for key in ("val_bpb", "tokens", "bytes")}
-                    except (OSError, ValueError, KeyError, TypeError) as error:
+                    except TimeoutError as error:
+                        raise SubmissionError(
+                            f"the code in {source} gave no answer for a stream of {tokens.numel()} tokens within "
+                            f"{seconds:.0f} s: give it longer with --answer_seconds, if it is only slow"
+                        ) from error
+                    except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
                         errors.seek(0)
                         last = errors.read().decode(errors="replace").splitlines()[-15:]
                         raise SubmissionError(f"the code in {source} could not score:\n" + "\n".join(last)) from error
@@ -224,7 +261,32 @@ def _folder_evaluator(
             try:
                 yield evaluate
             finally:
-                worker.kill()
+                # Its children too, if it has not yet been waited for.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(worker.pid, signal.SIGKILL)
+
+
+def _read_line(pipe: BinaryIO, seconds: float) -> bytes:
+    """A worker's next line, or what there is of it where it has ended. Raises TimeoutError."""
+    line, ends = bytearray(), time.monotonic() + seconds
+    while not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:
+        if not select.select([pipe], [], [], max(ends - time.monotonic(), 0.0))[0]:
+            raise TimeoutError
+        # The descriptor alone: a buffer may hold what `select` does not see.
+        given = os.read(pipe.fileno(), 1)
+        if not given:
+            break
+        line += given
+    return bytes(line)
+
+
+def _read_nats(path: Path, n_tokens: int) -> Tensor:
+    """A worker's scores. Raises ValueError where the file is none that it should have written."""
+    about = path.lstat()
+    # A pipe would never end, a sparse file fill the memory.
+    if not stat.S_ISREG(about.st_mode) or about.st_size > 4096 + 8 * n_tokens:
+        raise ValueError("nats.npy is no file of as many numbers as the stream has tokens")
+    return torch.from_numpy(np.load(path, allow_pickle=False))
 
 
 def _copy(source: Path, folder: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from prepared import TEXTS, json_lines, run
 
 import hymba_lightning
+from hymba_lightning.data import manifest as manifest_module
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.inputs import EXCLUDED_FOLDERS, find_inputs
 from hymba_lightning.data.paths import find_paths
@@ -145,3 +146,28 @@ def test_an_input_inside_the_folder_that_is_written_is_named(tmp_path, tokenizer
     (tmp_path / "out" / "in" / "a.jsonl").write_bytes(LINES)
     with pytest.raises(ValueError, match=r"in' lies in out=.*, of which nothing is read; choose another folder"):
         run(tmp_path / "out" / "in", tmp_path / "out", tokenizer)
+
+
+def test_an_input_of_which_nothing_can_be_read_is_refused_with_the_cause(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "train.bin").write_bytes(bytes(100))
+    (tmp_path / "in" / "text.txt").symlink_to("text.txt")
+    with pytest.raises(FileNotFoundError) as refused:
+        find_inputs([str(tmp_path / "in")], (), 0, tmp_path / "out")
+    assert f"1 × .bin file, which is not read: {tmp_path}/in/train.bin" in str(refused.value)
+    assert f"{tmp_path}/in/text.txt: Too many levels of symbolic links" in str(refused.value)
+
+
+def test_before_the_decision_is_written_nothing_of_the_new_data_is_in_place(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    run(tmp_path / "a.jsonl", tmp_path / "out", tokenizer)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("[!.]*")}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "b.jsonl").write_bytes(json_lines(text[::-1] for text in TEXTS))
+    monkeypatch.setattr(manifest_module, "write_atomic", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b.jsonl", tmp_path / "out", tokenizer, overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("[!.]*")} == before

@@ -1,17 +1,22 @@
 """`hymba audit` on an artifact and on a submission's folder: honest ones pass, forged code is named."""
 
+import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import tarfile
+import time
 
 import pytest
+import torch
 from code_archive import rewrite_code
 
 from hymba_lightning.closure import ARCHIVE
 from hymba_lightning.commands import run_command
 from hymba_lightning.errors import report
+from hymba_lightning.package import audit as audit_module
 from hymba_lightning.package.digests import sha256, shorten
 from hymba_lightning.package.submission import package
 
@@ -40,8 +45,8 @@ def outcome(path, fitted_run, capsys, *options: str) -> tuple[int, str]:
 
 
 def test_an_honest_artifact_passes(fitted_run, capsys):
-    # Two chunks in sequences of eight: probabilities of all 1,024 pieces are summed, an evaluation for each.
-    small = ["--tokens", "20", "--chunk_tokens", "10", "--seq_len", "8", "--ttt.epochs", "0"]
+    # Two chunks of a sequence each: probabilities of all 1,024 pieces are summed twice, an evaluation for each.
+    small = ["--tokens", "16", "--chunk_tokens", "8", "--seq_len", "8", "--ttt.epochs", "0"]
     code, said = outcome(fitted_run / "artifact.hymba", fitted_run, capsys, *small)
     assert code == 0, said
     assert "kept: a full distribution" in said
@@ -56,6 +61,22 @@ def test_an_honest_folder_passes_with_its_own_code(folder, fitted_run, capsys):
     assert "kept: the same again" in said
     assert "kept: the score is the sum" in said
     assert "kept: the folder is as packaged" in said
+
+
+def test_a_cheat_on_the_last_token_alone_is_caught_with_the_commands_defaults(fitted_run, capsys, monkeypatch):
+    @contextlib.contextmanager
+    def cheating(*_):
+        def score(tokens):
+            nats = torch.full((tokens.numel() - 1,), math.log(1024))
+            nats[-1] *= 0.9
+            return nats
+
+        yield score
+
+    monkeypatch.setattr(audit_module, "_artifact_evaluator", cheating)
+    for seed in range(4):
+        code, said = outcome(fitted_run / "artifact.hymba", fitted_run, capsys, "--seed", str(seed))
+        assert (code, "rule broken: a full distribution" in said) == (1, True), said
 
 
 FORGERIES = {
@@ -195,6 +216,50 @@ def test_an_audit_follows_no_link_of_a_folder(folder, fitted_run, tmp_path, caps
     add_to_code("torch.py")(changed)
     code, said = outcome(changed, fitted_run, capsys, *NO_SUMS)
     assert (code, "holds torch.py, and" in said) == (2, True), said
+
+
+ENDLESS = {
+    "sleeps": "import time\ntime.sleep(1000)\n",
+    "drips": "import os, time\nwhile not time.sleep(0.2):\n    os.write(1, b' ')\n",
+    "leaves a child with its output": "import os, time\nif os.fork() == 0:\n    time.sleep(1000)\nraise SystemExit\n",
+}
+
+
+@pytest.mark.parametrize("way", ENDLESS)
+def test_code_that_never_answers_is_ended_and_named(folder, fitted_run, tmp_path, capsys, monkeypatch, way):
+    endless = tmp_path / "endless"
+    shutil.copytree(folder, endless)
+    rewrite_code(endless, lambda name, text: ENDLESS[way] if name.endswith("package/referee.py") else text)
+    # What a folder's code may take by default, in less time than a test should.
+    monkeypatch.setattr(audit_module, "MIN_ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(audit_module, "TIMES_SCORING", 0.0)
+    monkeypatch.setattr(audit_module, "START_SECONDS", 1.0)
+    for options in ([], ["--answer_seconds", "1"]):
+        started = time.monotonic()
+        code, said = outcome(endless, fitted_run, capsys, *options)
+        assert (code, "gave no answer for a stream of" in said, "--answer_seconds" in said) == (2, True, True), said
+        assert time.monotonic() - started < 30
+
+
+def test_a_limit_that_is_none_is_refused(folder, fitted_run, capsys):
+    for value in ("0", "-1", ".nan", ".inf"):
+        code, said = outcome(folder, fitted_run, capsys, "--answer_seconds", value)
+        assert (code, "answer_seconds" in said) == (2, True), said
+
+
+def test_scores_that_are_a_pipe_or_fill_the_memory_are_not_read(folder, fitted_run, tmp_path, capsys):
+    for index, make in enumerate(("os.mkfifo(path)", "open(path, 'wb').truncate(1 << 40)")):
+        odd = tmp_path / str(index)
+        shutil.copytree(folder, odd)
+        say = (
+            "import os, numpy\n\n\ndef save(path, _):\n    "
+            f"{make}\n\n\nnumpy.save = save\n\n\ndef evaluate(*_):\n"
+            "    nats = type('Nats', (), {'numpy': lambda self: None})()\n"
+            "    return {'val_bpb': 1.0, 'tokens': 39, 'bytes': 100, 'nats': nats}\n"
+        )
+        rewrite_code(odd, lambda name, text, say=say: say if name.endswith("package/referee.py") else text)
+        code, said = outcome(odd, fitted_run, capsys, "--answer_seconds", "60")
+        assert (code, "could not score" in said) == (2, True), said
 
 
 @pytest.mark.parametrize(
