@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-
 # Weights in a run's folder, or in one of its checkpoints.
 OF_A_RUN = ("artifact.hymba", "checkpoints/last.ckpt", "last.ckpt")
 

@@ -126,7 +126,7 @@ def _tokenizer_beside(weights: str | Path) -> Path | None:
 
 
 def trained_seq_len(weights: str | Path) -> int | None:
-    """Tokens of the sequences that a run trained on, by the config.yaml beside its weights; None where it is not said."""
+    """Tokens of the sequences that a run trained on, by the config.yaml beside its weights; None without one."""
     config = _config_beside(Path(weights).expanduser())
     try:
         found = config and yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["seq_len"]

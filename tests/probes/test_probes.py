@@ -171,10 +171,10 @@ def test_recall_trains_a_copy(carrier):
     assert all(torch.equal(before[name], value) for name, value in carrier.state_dict().items())
 
 
-def test_only_the_values_are_read_from_the_head(carrier):
-    tokens = ids(3, LENGTH)
-    whole = carrier(tokens[:, :-1], tokens[:, 1:], reduction="none")[:, -VALUE:].flatten()
-    torch.testing.assert_close(nats_of_values(carrier, tokens), whole)
+def test_only_the_values_are_read_from_the_head():
+    net, tokens = make_net(), ids(3, LENGTH)
+    whole = net(tokens[:, :-1], tokens[:, 1:], reduction="none")[:, -VALUE:].flatten()
+    torch.testing.assert_close(nats_of_values(net, tokens), whole)
 
 
 def test_decay_times_are_those_of_the_time_steps():
