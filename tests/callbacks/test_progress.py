@@ -6,7 +6,6 @@ import os
 import pty
 import re
 import subprocess
-
 from types import SimpleNamespace
 
 from fit_process import typed, write_config
