@@ -125,15 +125,6 @@ def read_checkpoint(
     return values
 
 
-def verify_checkpoint(path: str | os.PathLike[str], *, allow_undigested: bool = False) -> str | None:
-    """The digest of a whole checkpoint without loading it; None for a file that has none and is allowed not to.
-
-    Reads about a gigabyte a second. Raises as `read_checkpoint` does.
-    """
-    with _opened(path) as file:
-        return _verify(Path(path), file, allow_undigested)
-
-
 def has_digest(path: str | os.PathLike[str]) -> bool:
     """Whether a file ends as those of `write_checkpoint` do, its content unread."""
     try:

@@ -1,4 +1,4 @@
-"""One writer a folder: a claim that other processes see, and that ends with its owner however that dies."""
+"""One process at a time writes to a folder: a lock that other processes see, released however its owner ends."""
 
 from __future__ import annotations
 

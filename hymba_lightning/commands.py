@@ -1,4 +1,4 @@
-"""The commands that are no part of training: prepare, export, sample, report, publish, …"""
+"""The commands beside training: prepare, export, sample, report, publish, …"""
 
 import dataclasses
 import sys

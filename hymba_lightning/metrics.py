@@ -60,13 +60,6 @@ class BitsPerByte(Metric):
         self.score = Score(nats, n_tokens, n_bytes)
         return bits_per_byte(self.nats, self.n_bytes)
 
-    @property
-    def nats_per_token(self) -> float:
-        """Mean nats per token (the loss), as of the last compute()."""
-        if self.score is None:
-            raise ValueError("nats_per_token is known after compute()")
-        return self.score.loss
-
     def reset(self) -> None:
         """Forget all updates."""
         super().reset()

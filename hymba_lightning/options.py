@@ -1,4 +1,4 @@
-"""Parsers of the command line: errors in one sentence instead of all there is, and help that begins with ours."""
+"""Parsers of the command line: an error is one sentence, and help begins with this package's options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 from hymba_lightning.errors import UsageError, refused
 from hymba_lightning.model import RuntimeConfig
+from hymba_lightning.model.mixers import MIXERS
 from hymba_lightning.plain import OBJECT, refusal
+from hymba_lightning.training.optimizers import OPTIMIZERS
 from hymba_lightning.usage import unknown
 
 # Options that are text to work on, whatever it looks like.
@@ -75,9 +77,10 @@ class OneSentence:
             raise
 
     def format_help(self, *args: Any) -> str:
-        """With the backends of each op, and the schemes, from their tables."""
+        """With what is there to choose from: the backends of each op, mixers, optimizers and schemes."""
         tables = {f"runtime.{field.name}": field.metadata["op"] for field in fields(RuntimeConfig) if field.metadata}
         tables |= dict.fromkeys(("quantization.scheme", "scheme"), "schemes")
+        tables |= {"net.mixer": "mixers", "optimizer.name": "optimizers"}
         for action in self._actions:  # type: ignore[attr-defined]
             table = next((table for option, table in tables.items() if f".{action.dest}".endswith(f".{option}")), None)
             if table is not None and choices(table) not in (action.help or ""):
@@ -86,7 +89,11 @@ class OneSentence:
 
 
 def choices(table: str) -> str:
-    """The backends of an op, or the quantization's schemes, in words."""
+    """The backends of an op, the mixers, the optimizers or the quantization's schemes, in words."""
+    if table == "mixers":
+        return ", ".join(MIXERS)
+    if table == "optimizers":
+        return ", ".join(OPTIMIZERS)
     if table == "schemes":
         return importlib.import_module("hymba_lightning.quantization.schemes").in_words()
     registry = importlib.import_module("hymba_lightning.ops.registry")

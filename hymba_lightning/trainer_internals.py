@@ -1,4 +1,4 @@
-"""What is used of Lightning beyond its public interface, all of it, so that a new release is tried in one place."""
+"""Every use of Lightning's private interface, so that a new release needs checking in one file only."""
 
 from __future__ import annotations
 

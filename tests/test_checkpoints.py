@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import math
@@ -21,8 +22,8 @@ from hymba_lightning.checkpoints import (
     CheckpointError,
     check_clock_state,
     check_tokenizer,
+    has_digest,
     read_checkpoint,
-    verify_checkpoint,
     write_checkpoint,
 )
 
@@ -89,7 +90,7 @@ def test_torch_lightning_and_zip_tools_read_the_file_as_any_other(file):
     for mmap in (False, True):
         assert same(torch.load(file, weights_only=True, mmap=mmap), VALUES)
     assert zipfile.ZipFile(file).testzip() is None
-    assert verify_checkpoint(file) == file.read_bytes()[-64:].decode()
+    assert hashlib.sha256(file.read_bytes()[:-64]).hexdigest() == file.read_bytes()[-64:].decode()
     assert [path.name for path in file.parent.iterdir()] == ["last.ckpt"]
 
 
@@ -107,7 +108,7 @@ def test_no_damaged_file_is_read(file, allow_undigested):
             flipped[position] ^= 1 << bit
             file.write_bytes(flipped)
             with pytest.raises(CheckpointError, match=r"damaged|truncated"):
-                verify_checkpoint(file, allow_undigested=allow_undigested)
+                read_checkpoint(file, allow_undigested=allow_undigested)
 
 
 def test_a_file_of_something_else_needs_a_word_and_is_warned_of(tmp_path, caplog, monkeypatch):
@@ -119,7 +120,6 @@ def test_a_file_of_something_else_needs_a_word_and_is_warned_of(tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         assert same(read_checkpoint(path, allow_undigested=True), VALUES)
     assert "has no digest" in caplog.text
-    assert verify_checkpoint(path, allow_undigested=True) is None
     # torch does not check the CRC-32 of what it loads.
     position = content.index(struct.pack("<f", 77.0))
     path.write_bytes(content[:position] + b"\1" + content[position + 1 :])
@@ -212,7 +212,7 @@ def test_a_trainer_with_the_plugin_writes_digests_and_refuses_damage(tmp_path):
     module, first = TinyModule(), trainer(tmp_path)
     first.fit(module, TinyData())
     first.save_checkpoint(path)
-    assert verify_checkpoint(path) is not None
+    assert has_digest(path)
     resumed = TinyModule()
     second = trainer(tmp_path)
     second.fit(resumed, TinyData(), ckpt_path=str(path), weights_only=True)

@@ -1,0 +1,1 @@
+"""Lightning callbacks of a run: clock, average, loss guard, checkpoints, progress, export, summary."""

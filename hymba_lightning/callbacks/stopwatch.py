@@ -1,4 +1,4 @@
-"""Seconds that count: a stopwatch that can be paused, nested, and charged with work done while it stands still."""
+"""The stopwatch of the budget: it can be paused, also within a pause, and seconds can be added while it is paused."""
 
 from __future__ import annotations
 

@@ -258,17 +258,11 @@ class HymbaDataModule(pl.LightningDataModule):
         rank, world_size = self._rank_and_world()
         return self.train_spans.batch(first_span(i, self.micro_batch_size, rank, world_size), self.micro_batch_size)
 
-    def locate_train_batch(self, i: int) -> list[tuple[Path, int]]:
-        """Shard and offset of the first token of each of this rank's sequences in the global micro-step i."""
-        return self._locate(first_span(i, self.micro_batch_size, *self._rank_and_world()))
-
     def locate_delivered_batch(self) -> list[tuple[Path, int]]:
-        """The same for the training batch that the loader has just given, wherever a resumed run reads."""
-        return [] if self._delivered_span is None else self._locate(self._delivered_span)
-
-    def _locate(self, first: int) -> list[tuple[Path, int]]:
-        spans = self.train_spans
-        return [spans.locate(first + row) for row in range(self.micro_batch_size)]
+        """Shard and offset of the first token of each sequence of the training batch that the loader has just given."""
+        if self._delivered_span is None:
+            return []
+        return [self.train_spans.locate(self._delivered_span + row) for row in range(self.micro_batch_size)]
 
     def calibration_batches(self, n: int) -> Iterator[Batch]:
         """n batches of this rank from all over the training stream, the same ones every time."""

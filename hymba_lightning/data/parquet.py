@@ -1,4 +1,4 @@
-"""The process that reads one Parquet file for `parquet_rows`: pyarrow on a file that nobody vouches for."""
+"""The process that reads one Parquet file for `parquet_rows`: pyarrow on an untrusted file."""
 
 from __future__ import annotations
 

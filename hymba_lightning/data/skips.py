@@ -1,4 +1,4 @@
-"""What a preparation leaves out: counted by kind, the first of each kind named, nothing growing with their number."""
+"""Inputs that a preparation leaves out: counted by kind, the first of each kind named, in constant memory."""
 
 from __future__ import annotations
 

@@ -54,7 +54,6 @@ class ByteAudit(NamedTuple):
 
     counted_bytes: int
     text_bytes: int
-    unknown_tokens: int
 
     @property
     def exact(self) -> bool:
@@ -160,7 +159,7 @@ class TextEncoder:
         """
         ids = self.encode_pieces(self.cut(text)).astype(np.int64)
         counted = TokenBytes.from_processor(self.processor).count(ids[:-1], ids[1:])
-        return ByteAudit(int(counted.sum()), len(text.encode()), int((ids == self.processor.unk_id()).sum()))
+        return ByteAudit(int(counted.sum()), len(text.encode()))
 
     def _encode_with_spaces_of_text(self, text: str) -> list[int]:
         """Ids of a text that contains "▁" (U+2581): encoded with another character, the stand-in, in its place, whose

@@ -1,4 +1,4 @@
-"""What lets anyone check a score: every token's nats in a file, and the curves of what context is worth."""
+"""Evidence for a score: a file with every token's nats, and curves of what context is worth."""
 
 from __future__ import annotations
 

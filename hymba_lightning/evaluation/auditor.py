@@ -9,10 +9,10 @@ The rules, of any evaluator that gives every token of a stream its nats:
 
 An evaluator cannot tell that it is audited from what comes before a changed position, which is the true text; what
 comes after it may be noise, since an evaluator that goes by that breaks the rule. The true stream comes several times
-among the others, nearly all have its length, and the order is drawn at random. Noise, and one id over and over, also
-find out whoever chooses among whole passes by their totals: on more text of the same kind the choice would be the same.
-Positions are drawn from
-the whole stream, one from each of as many equal stretches as are asked for. What is rare is found by chance: a cheat on
+among the others, nearly all have its length, and the order is drawn at random. Futures of noise, and of one id
+repeated, also catch an evaluator that makes several passes and keeps the one with the best total: with more text of the
+same kind for a future it would keep the same one. Positions are drawn from the whole stream, one from each of as many
+equal stretches as are asked for. What is rare is found by chance: a cheat on
 a share s of the tokens passes n positions with probability (1 - s)^n, so that what it gains is small.
 """
 

@@ -1,4 +1,4 @@
-"""A text that a person and a network write in turns: the state stays, and nothing is read twice."""
+"""A text that a person and a network write in turns: the state is kept between turns, so nothing is read twice."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ class HymbaConfig:
     mlp_slope: float = 0.9
     """Negative slope of the MLP's leaky ReLU, whose output is squared."""
     mixer: str = "mamba"
-    """The recurrent branch beside attention, by the name of its file in model/mixers. 'official' is the whole network
-    of the released Hymba models: that file says how it differs."""
+    """The recurrent branch beside attention, by the name of its file in model/mixers ('official': the whole network of
+    the released Hymba models, whose differences that file tells)."""
     mixer_options: dict[str, int | float] | None = None
     """What a mixer has beyond these fields, by name; its file says what."""
     expand: int = 1

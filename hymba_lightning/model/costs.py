@@ -1,4 +1,4 @@
-"""Floating-point operations of a network. Apart from it, since no evaluation needs them."""
+"""Floating-point operations of a network, in a file of their own because no evaluation needs them."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hymba_lightning.model.roles import Module, Role, parameter
+from hymba_lightning.ops.causal_conv1d import causal_conv1d
 
 # The machine epsilon of float32, whatever dtype the activations have: bfloat16's own (0.008) would swamp the
 # embeddings, whose variance starts at 2.5e-5.
@@ -61,13 +62,35 @@ class Embedding(Module):
 
 
 class DepthwiseConv(Module):
-    """Parameters of the causal depthwise convolution: weight (E, 1, W), bias (E,), in torch's Conv1d layout."""
+    """A causal depthwise convolution with SiLU: weight (E, 1, W), bias (E,), in torch's Conv1d layout."""
 
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(taps)
         self.weight = parameter(torch.empty(channels, 1, taps).uniform_(-bound, bound), Role.CONVOLUTION)
         self.bias = parameter(torch.empty(channels).uniform_(-bound, bound), Role.SCALAR)
+
+    def forward(
+        self,
+        x_BTE: Tensor,
+        state_BEW1: Tensor | None = None,
+        doc_position_BT: Tensor | None = None,
+        *,
+        return_state: bool = False,
+        backend: str = "auto",
+    ) -> list[Tensor]:
+        """(B, T, E) → the result, alike, and with `return_state` the last inputs (B, E, W-1), for what comes next."""
+        result = causal_conv1d(
+            x_BTE,
+            self.weight[:, 0],
+            self.bias,
+            activation="silu",
+            initial_state_BEW1=state_BEW1,
+            doc_position_BT=doc_position_BT,
+            return_state=return_state,
+            backend=backend,
+        )
+        return list(result) if isinstance(result, tuple) else [result]
 
 
 class TimeStepProjection(Module):

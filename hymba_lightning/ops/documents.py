@@ -1,4 +1,4 @@
-"""Documents packed into one sequence: where each begins, as every op that looks back takes it.
+"""Documents packed into one sequence: their positions, in the form that scan, convolution and attention take.
 
 B batch, T sequence. A token's document position is how many earlier tokens of its own document it has, so that it sees
 a token j behind it if j <= position: the scan forgets where it is 0, a tap or a key further back is not there.

@@ -1,4 +1,4 @@
-"""Every kernel on a real GPU: compared with its definition, then timed."""
+"""Checks every kernel on a GPU against its definition, then times it."""
 
 from __future__ import annotations
 

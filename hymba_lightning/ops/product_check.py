@@ -1,4 +1,4 @@
-"""The kernels made of matrix products on a real GPU: attention, the MLP, Newton-Schulz; right, then timed.
+"""Checks, then times, on a GPU the kernels made of matrix products: attention, the MLP, Newton-Schulz.
 
 B batch, T sequence, H query heads, G kv heads, K head_dim; M tokens, D width, F hidden width; n matrices of R x C.
 """

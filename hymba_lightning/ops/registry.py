@@ -74,17 +74,18 @@ class Backend:
         return self.auto.get(device_type, self.auto.get("any"))
 
 
-_operations: dict[str, dict[str, Backend]] = {}
+# An op -> its table: the backends by name.
+OPERATIONS: dict[str, dict[str, Backend]] = {}
 _announced: set[tuple[str, str, str]] = set()
 
 
 def register(op: str, backends: Mapping[str, Backend]) -> None:
     """Makes `op` known to `choose`."""
-    _operations[op] = dict(backends)
+    OPERATIONS[op] = dict(backends)
 
 
-def register_folder(op: str, package: str, definition: Callable[..., Any] | None = None) -> tuple[str, ...]:
-    """Registers `op` with the backends of its folder, the slow `definition` in front as 'naive'; returns their names.
+def register_folder(op: str, package: str, definition: Callable[..., Any] | None = None) -> None:
+    """Registers `op` with the backends of its folder, the slow `definition` in front as 'naive'.
 
     Only the entries are imported, not what they load.
     """
@@ -96,7 +97,6 @@ def register_folder(op: str, package: str, definition: Callable[..., Any] | None
         if name.startswith(PREFIX):
             backends[name.removeprefix(PREFIX)] = importlib.import_module(f"{package}.{name}").BACKEND
     register(op, backends)
-    return tuple(backends)
 
 
 def register_all() -> None:
@@ -105,11 +105,6 @@ def register_all() -> None:
     for module in pkgutil.iter_modules(ops.__path__):
         if module.ispkg:
             importlib.import_module(f"{ops.__name__}.{module.name}")
-
-
-def backends_of(op: str) -> dict[str, Backend]:
-    """The table of an op, by name. Raises KeyError for an op that is not registered."""
-    return _operations[op]
 
 
 @functools.cache
@@ -153,7 +148,7 @@ def is_one_step(x_BTE: Tensor) -> bool:
 def available_backends(op: str, device: torch.device | str) -> tuple[str, ...]:
     """Names of the backends of `op` that can run on `device` here, in the order of the table."""
     device_type = torch.device(device).type
-    return tuple(name for name, backend in _operations[op].items() if backend.missing(device_type) is None)
+    return tuple(name for name, backend in OPERATIONS[op].items() if backend.missing(device_type) is None)
 
 
 # Under torch.compile this runs once, while tracing: the graph holds only the backend that was chosen.
@@ -164,7 +159,7 @@ def choose(op: str, backend: str, device_type: str, **call: Any) -> str:
     `call` is all that an op says of it, for `Backend.refuses`; nothing stands for a call that nobody refuses. Raises
     ValueError for an unknown name and BackendUnavailableError for a known one that cannot serve this call.
     """
-    backends = _operations[op]
+    backends = OPERATIONS[op]
     if backend == "auto":
         return _choose_automatically(op, backends, device_type, call)
     if backend not in backends:
@@ -177,7 +172,7 @@ def choose(op: str, backend: str, device_type: str, **call: Any) -> str:
 
 def implementation(op: str, backend: str, device_type: str, **call: Any) -> Callable[..., Any]:
     """The function of the backend that `choose` chooses. Raises as that does."""
-    return _operations[op][choose(op, backend, device_type, **call)].load()
+    return OPERATIONS[op][choose(op, backend, device_type, **call)].load()
 
 
 def _choose_automatically(op: str, backends: Mapping[str, Backend], device_type: str, call: Mapping[str, Any]) -> str:
@@ -198,7 +193,7 @@ def _choose_automatically(op: str, backends: Mapping[str, Backend], device_type:
 
 def in_words(op: str) -> str:
     """The choices of an op for a line of help."""
-    return "auto, " + ", ".join(f"{name} ({backend.summary})" for name, backend in _operations[op].items())
+    return "auto, " + ", ".join(f"{name} ({backend.summary})" for name, backend in OPERATIONS[op].items())
 
 
 HEAD = "| backend | what it is | runs on | needs | does not take |"
@@ -207,7 +202,7 @@ HEAD = "| backend | what it is | runs on | needs | does not take |"
 def as_markdown() -> str:
     """Every op's table for documentation."""
     lines = []
-    for op, backends in sorted(_operations.items()):
+    for op, backends in sorted(OPERATIONS.items()):
         lines += [
             f"### {op}",
             "",

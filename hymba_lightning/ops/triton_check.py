@@ -1,4 +1,4 @@
-"""Scan, convolution and loss on a real GPU: right against the definition, then timed against the bytes they must move.
+"""Checks scan, convolution and loss on a GPU against their definitions, then compares their times with the bytes moved.
 
 B batch, T sequence, E channels, N states, W taps; of the loss N tokens, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""What the launches of every Triton kernel have in common: facts about the GPU, and tensors as kernels want them."""
+"""Shared by the launches of all Triton kernels: properties of the GPU, and tensors in the layout that kernels read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels take of a GPU, compiled for one without having one: registers, spills, shared memory.
+"""Registers, spills and shared memory of the Triton kernels, compiled for a GPU that need not be there.
 
 The launches are those of the operators themselves, run on tensors without memory (torch's meta device), with each
 kernel replaced by a recorder: what is compiled is what production would launch.
@@ -27,6 +27,7 @@ from hymba_lightning.ops.causal_conv1d import triton_launches as conv_triton
 from hymba_lightning.ops.leaky_square_mlp import triton_launches as mlp_triton
 from hymba_lightning.ops.newton_schulz import triton_launches as schulz_triton
 from hymba_lightning.ops.selective_scan import triton_launches as scan_triton
+from hymba_lightning.ops.selective_scan.operator import ScanOperands
 from hymba_lightning.ops.softcapped_cross_entropy import triton_launches as loss_triton
 
 TYPE_NAMES = {
@@ -112,10 +113,11 @@ def scan_launches(
     z = empty(batch, length, 2 * channels, dtype=dtype)[..., channels:]
     B, C = empty(batch, length, 32 + 2 * states, dtype=dtype)[..., 32:].split(states, dim=-1)
     A, D, state = empty(channels, states), empty(channels), empty(batch, channels, states)
+    scan = ScanOperands(u, dt, A, B, C, D, z, D)
     position = empty(batch, length, dtype=torch.int32) if documents else None
     with recorded(scan_triton) as launches:
-        _, _, starts = scan_triton._forward(u, dt, A, B, C, D, z, D, state, position)
-        scan_triton._backward(g_out, state, u, dt, A, B, C, D, z, D, starts, position)
+        _, _, starts = scan_triton._forward(scan, state, position)
+        scan_triton._backward(g_out, state, scan, starts, position)
     return launches
 
 

@@ -1,4 +1,4 @@
-"""Every tensor's precision solved for, so that a file fits its limit at least predicted loss.
+"""Chooses every tensor's precision so that the file fits its limit with the least predicted loss.
 
 An entropy coder charges for the levels in use, so what is chosen is a row's step, not a width. With s the sensitivity
 of a row's weights, its rounding costs s step² / 24 nats a weight, and half the step takes a bit a weight, whatever the

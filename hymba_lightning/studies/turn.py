@@ -1,4 +1,4 @@
-"""Takes turns on a device: while one process trains there, others import, compile and quantize."""
+"""Processes that share a device train on it one at a time; meanwhile the others import, compile and quantize."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of Lightning's Trainer that would do something else than what they say, told before any work."""
+"""Refuses, before any work, options of Lightning's Trainer that would not do here what they say."""
 
 from __future__ import annotations
 

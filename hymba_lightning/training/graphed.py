@@ -1,7 +1,7 @@
 """Forward and backward of the training step as a CUDA graph, under Lightning's automatic optimization.
 
-`training_step` makes the gradients already, so that Lightning's `zero_grad`, which comes after it, must not clear them,
-and its `backward` has nothing left to do but to share them among the ranks.
+`training_step` replays the graph and so has made the gradients when it returns. Lightning then calls `zero_grad`, which
+therefore must not clear them, and `backward`, which only has to share them among the ranks.
 """
 
 from __future__ import annotations

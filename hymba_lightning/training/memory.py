@@ -1,4 +1,4 @@
-"""How much memory a training step needs, told before it is tried: the kernel kills without a word.
+"""How much memory a training step needs, estimated before it is tried: the system kills a process without a message.
 
 The counts of activations were read off a step's saved tensors (`torch.autograd.graph.saved_tensors_hooks`) on the CPU,
 where nothing is fused; a compiled network on a GPU needs less.

@@ -30,7 +30,7 @@ class OptimizerConfig:
     """
 
     name: str = "muon"
-    """What moves the matrices, and with adamw all, by the name of its file in training/optimizers: muon, adamw, …"""
+    """What moves the matrices, and with adamw all, by the name of its file in training/optimizers."""
     options: dict[str, float] = field(default_factory=dict)
     """What an optimizer has beyond the fields here, by name; its file says what that is."""
     embed_lr: float | None = None

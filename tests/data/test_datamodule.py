@@ -149,7 +149,10 @@ def test_train_batch_is_what_the_loader_gives_and_moves_nothing(folder: Path) ->
     for step in (0, 5, 62, 69):
         assert torch.equal(data.train_batch(step).inputs, batches[step].inputs)
     assert next(iter(data.train_dataloader())).inputs[0, 0] == 0
-    assert data.locate_train_batch(37) == [(folder / "x_train_000000.bin", 592), (folder / "x_train_000001.bin", 0)]
+    assert [data.train_spans.locate(span) for span in (74, 75)] == [
+        (folder / "x_train_000000.bin", 592),
+        (folder / "x_train_000001.bin", 0),
+    ]
 
 
 def test_shuffled_loader_depends_on_the_seed_only(folder: Path) -> None:

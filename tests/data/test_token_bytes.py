@@ -80,7 +80,6 @@ def test_any_text_survives_and_its_bytes_are_counted_exactly(encoder: TextEncode
     audit = encoder.audit(text)
     assert audit.counted_bytes == audit.text_bytes == len(text.encode())
     assert audit.exact
-    assert audit.unknown_tokens == 0
 
 
 @given(st.lists(words, min_size=1, max_size=40).map(" ".join))
@@ -207,9 +206,8 @@ def test_audit_tells_what_the_challenges_tokenizer_loses(challenge_encoder: Text
     assert challenge_encoder.audit("Plain words, nothing else.").exact
     unknown = challenge_encoder.audit("Żółć")
     assert (unknown.counted_bytes, unknown.text_bytes, unknown.exact) == (0, 8, False)
-    assert unknown.unknown_tokens > 0
     collapsed = challenge_encoder.audit("two  spaces")
-    assert (collapsed.counted_bytes, collapsed.text_bytes, collapsed.unknown_tokens) == (10, 11, 0)
+    assert (collapsed.counted_bytes, collapsed.text_bytes) == (10, 11)
 
 
 def test_bad_tokenizer_files_are_named(tmp_path: Path) -> None:

@@ -5,13 +5,9 @@ import torch
 from golden_vectors import arrays, network, settings
 
 from hymba_lightning.interop.reference import to_reference
+from hymba_lightning.ops.testing import rms_ratio
 
 NETS = ["model_seed_shape", "model_paper_options"]
-
-
-def rms_ratio(value: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (value.double() - expected.double()).square().mean().sqrt()
-    return float(error / expected.double().square().mean().sqrt())
 
 
 @pytest.fixture(scope="module", params=NETS)

@@ -9,6 +9,7 @@ from small_network import SMALL
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.costs import matmul_params, train_flops_per_token
 from hymba_lightning.model.hymba import outline
+from hymba_lightning.ops.testing import rms_ratio
 
 
 def small(runtime: RuntimeConfig | None = None, **changes) -> Hymba:
@@ -19,10 +20,6 @@ def small(runtime: RuntimeConfig | None = None, **changes) -> Hymba:
         if not parameter.detach().any():
             torch.nn.init.normal_(parameter, std=0.1)
     return net
-
-
-def rms_ratio(value: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hymba_lightning.generation.rows import join, read_rows, select, split
 from hymba_lightning.generation.sampler import SamplingConfig, generate
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import Gradients
+from hymba_lightning.ops.testing import rms_ratio
 from hymba_lightning.probes.cuts import nats_of
 
 BOS = 1
@@ -47,11 +48,6 @@ def tokens(starts=STARTS, length=40, seed=1) -> torch.Tensor:
     for row, places in enumerate(starts):
         ids[row, places] = BOS
     return ids
-
-
-def rms_ratio(value: torch.Tensor, expected: torch.Tensor) -> float:
-    value, expected = value.detach().double(), expected.detach().double()
-    return float((value - expected).norm() / expected.norm())
 
 
 def documents(ids_T):

@@ -3,10 +3,9 @@
 import functools
 
 import torch
-from op_cases import outputs_and_gradients, random
+from op_cases import assert_close, outputs_and_gradients, random
 
 from hymba_lightning.ops.sliding_window import sliding_window_attention
-from hymba_lightning.ops.testing import assert_close
 
 # A call as the choice of a backend sees it, of a global layer and of one with a window.
 GLOBAL = {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-
-from hymba_lightning.ops.testing import assert_close
+from op_cases import assert_close
 
 BATCH, LENGTH, BOS = 2, 131, 1
 # Where documents start in each row: at chunks' edges, one token long, in the first and in the last place; the second

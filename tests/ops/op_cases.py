@@ -1,9 +1,10 @@
-"""What the op tests share: devices, tolerances, and the gradients of a call in one list."""
+"""What the op tests share: devices, tolerances, the gradients of a call in one list, and how results are compared."""
 
 import pytest
 import torch
 
-from hymba_lightning.ops.registry import available_backends, backends_of
+from hymba_lightning.ops.registry import OPERATIONS, available_backends
+from hymba_lightning.ops.testing import rms_ratio
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 # RMS(error) / RMS(reference). Both sides round bfloat16 results once, from sums that differ in order.
@@ -25,7 +26,7 @@ def cpu_backends(op):
 
 def gpu_backends(op):
     """Those that also run on a GPU as they are."""
-    return [name for name in cpu_backends(op) if not backends_of(op)[name].devices]
+    return [name for name in cpu_backends(op) if not OPERATIONS[op][name].devices]
 
 
 def random(*shape, device="cpu", dtype=torch.float32, seed=0):
@@ -44,3 +45,31 @@ def outputs_and_gradients(call, operands, weights):
     )
     loss.backward()
     return [out.detach() for out in outputs], {name: x.grad for name, x in leaves.items() if x is not None}
+
+
+def assert_close(name, actual, expected, ratio):
+    """Raises AssertionError unless shape and dtype agree, all is finite and the RMS ratio is at most `ratio`."""
+    if (actual is None) != (expected is None):
+        raise AssertionError(f"{name}: got {_kind(actual)}, expected {_kind(expected)}")
+    if actual is None or expected is None:
+        return
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        raise AssertionError(f"{name}: got {_kind(actual)}, expected {_kind(expected)}")
+    if actual.numel() == 0:
+        return
+    if not torch.isfinite(actual).all():
+        bad = (~torch.isfinite(actual)).sum().item()
+        first = tuple((~torch.isfinite(actual)).nonzero()[0].tolist())
+        raise AssertionError(f"{name}: {bad} of {actual.numel()} entries are not finite, the first at {first}")
+    found = rms_ratio(actual, expected)
+    if not found <= ratio:
+        error = (actual.double() - expected.double()).abs()
+        worst = tuple(torch.stack(torch.unravel_index(error.argmax(), error.shape)).tolist())
+        raise AssertionError(
+            f"{name}: RMS ratio {found:.3g} is over {ratio:.3g}; the worst entry, at {worst}, is "
+            f"{actual[worst].item():.6g} and should be {expected[worst].item():.6g}"
+        )
+
+
+def _kind(tensor):
+    return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

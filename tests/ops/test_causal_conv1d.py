@@ -8,11 +8,10 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import RATIO, cpu_backends, gpu_backends, on, outputs_and_gradients, random
+from op_cases import RATIO, assert_close, cpu_backends, gpu_backends, on, outputs_and_gradients, random
 
-from hymba_lightning.ops.causal_conv1d import BACKENDS, causal_conv1d
-from hymba_lightning.ops.registry import BackendUnavailableError, choose
-from hymba_lightning.ops.testing import assert_close
+from hymba_lightning.ops.causal_conv1d import causal_conv1d
+from hymba_lightning.ops.registry import OPERATIONS, BackendUnavailableError, choose
 
 # (B, T, E, W): odd sizes, one token, fewer tokens than the state holds, several runs, many channels, one tap.
 EVERY = cpu_backends("causal_conv1d")
@@ -140,7 +139,7 @@ def test_automatic_choice_and_refusals(monkeypatch):
         choose("causal_conv1d", "causal_conv1d", "cuda", taps=5, channels=8, documents=False)
     installed.add("triton")
     assert pick("cuda") == "triton"
-    assert {"naive", "torch", "numba", "triton", "causal_conv1d"} <= set(BACKENDS)
+    assert {"naive", "torch", "numba", "triton", "causal_conv1d"} <= set(OPERATIONS["causal_conv1d"])
 
 
 class PackageConv:

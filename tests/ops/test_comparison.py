@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from op_cases import assert_close
 
-from hymba_lightning.ops.testing import assert_close, rms_ratio
+from hymba_lightning.ops.testing import rms_ratio
 
 
 def test_ratio_is_of_root_mean_squares():

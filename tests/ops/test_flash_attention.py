@@ -10,7 +10,7 @@ import torch
 from attention_cases import LOCAL, case, compare
 from op_cases import RATIO, outputs_and_gradients, random
 
-from hymba_lightning.ops.registry import BackendUnavailableError, backends_of, choose, is_installed
+from hymba_lightning.ops.registry import OPERATIONS, BackendUnavailableError, choose, is_installed
 from hymba_lightning.ops.sliding_window import backend_fa4 as fa4
 from hymba_lightning.ops.sliding_window import sliding_window_attention
 
@@ -64,7 +64,7 @@ def flash_attn_4(monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     interface = sys.modules[names[-1]]
     interface._flash_attn_fwd, interface._flash_attn_bwd = forward, backward
-    backends = backends_of("sliding_window_attention")
+    backends = OPERATIONS["sliding_window_attention"]
     monkeypatch.setitem(backends, "fa4", dataclasses.replace(backends["fa4"], check=lambda device_type: None))
     return calls
 

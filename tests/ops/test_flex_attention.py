@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import case
-from op_cases import RATIO, outputs_and_gradients, random
+from op_cases import RATIO, assert_close, outputs_and_gradients, random
 
 from hymba_lightning.ops.sliding_window import compiled_flex as flex
 from hymba_lightning.ops.sliding_window import sliding_window_attention
-from hymba_lightning.ops.testing import assert_close
 
 
 @pytest.mark.parametrize("head_dim", [2, 12, 16, 20])

@@ -5,14 +5,13 @@ import functools
 import pytest
 import torch
 from document_cases import BATCH, BOS, LENGTH, assert_same, attention_operands, positions
-from op_cases import RATIO, outputs_and_gradients, random
+from op_cases import RATIO, assert_close, outputs_and_gradients, random
 from torch._functorch.aot_autograd import aot_module_simplified
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from hymba_lightning.ops.documents import document_positions
 from hymba_lightning.ops.sliding_window import compiled_flex as flex
 from hymba_lightning.ops.sliding_window import sliding_window_attention
-from hymba_lightning.ops.testing import assert_close
 
 
 def blocks(count, indices):

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 from document_cases import BATCH, BOS, EARLIER, LENGTH, STARTS, assert_same, attention_operands, positions
-from op_cases import NEEDS_GPU, RATIO, outputs_and_gradients, random
+from op_cases import NEEDS_GPU, RATIO, assert_close, outputs_and_gradients, random
 
 from hymba_lightning.ops.causal_conv1d import causal_conv1d
 from hymba_lightning.ops.documents import document_positions
-from hymba_lightning.ops.registry import BackendUnavailableError, backends_of, choose
+from hymba_lightning.ops.registry import OPERATIONS, BackendUnavailableError, choose
 from hymba_lightning.ops.selective_scan import backend_chunked as chunked_scan
 from hymba_lightning.ops.selective_scan import selective_scan
 from hymba_lightning.ops.sliding_window import backend_blocked, sliding_window_attention
 from hymba_lightning.ops.ssd import backend_chunked as chunked_ssd
 from hymba_lightning.ops.ssd import ssd
-from hymba_lightning.ops.testing import assert_close
 
 
 def scan_operands(make, narrow, length=LENGTH):
@@ -328,7 +327,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("op", "backend"), REFUSALS)
 def test_a_backend_that_knows_no_documents_says_so_by_name(op, backend, monkeypatch):
-    for entry in backends_of(op).values():
+    for entry in OPERATIONS[op].values():
         monkeypatch.setattr(type(entry), "missing", lambda self, device_type: None)
     call = REFUSALS[op, backend]
     assert choose(op, backend, "cuda", **call, documents=False) == backend

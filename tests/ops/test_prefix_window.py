@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from op_cases import assert_close
 
 from hymba_lightning.ops.prefix_window import available_backends, backend_blocked, prefix_window_attention
-from hymba_lightning.ops.testing import assert_close
 
 BACKENDS = [name for name in available_backends("cpu") if name != "naive"]
 

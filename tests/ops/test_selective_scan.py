@@ -8,12 +8,12 @@ import types
 
 import pytest
 import torch
-from op_cases import RATIO, cpu_backends, gpu_backends, on, outputs_and_gradients, random
+from op_cases import RATIO, assert_close, cpu_backends, gpu_backends, on, outputs_and_gradients, random
 
-from hymba_lightning.ops.registry import BackendUnavailableError, choose
-from hymba_lightning.ops.selective_scan import BACKENDS, selective_scan
+from hymba_lightning.ops.registry import OPERATIONS, BackendUnavailableError, choose
 from hymba_lightning.ops.selective_scan import backend_chunked as chunked
-from hymba_lightning.ops.testing import assert_close
+from hymba_lightning.ops.selective_scan import selective_scan
+from hymba_lightning.ops.selective_scan.operator import ScanOperands
 
 # Whatever the table has; "segments" is explained at `usable`.
 EVERY = [*cpu_backends("selective_scan"), "segments"]
@@ -286,9 +286,11 @@ def test_missing_state_is_zero_and_out_alone_is_a_tensor(name):
 
 
 def test_unknown_backend_lists_the_known_ones():
-    with pytest.raises(ValueError, match=rf"no backend 'cuda'; choose auto or one of {', '.join(BACKENDS)}"):
+    with pytest.raises(
+        ValueError, match=rf"no backend 'cuda'; choose auto or one of {', '.join(OPERATIONS['selective_scan'])}"
+    ):
         selective_scan(**case(1, 2, 4, 1), backend="cuda")
-    assert {"naive", "chunked", "numba", "triton", "mamba_ssm"} <= set(BACKENDS)
+    assert {"naive", "chunked", "numba", "triton", "mamba_ssm"} <= set(OPERATIONS["selective_scan"])
 
 
 def test_unavailable_backend_names_the_remedy(monkeypatch):
@@ -357,13 +359,17 @@ class PackageScan:
             assert x.dtype == u.dtype
         ours = [x.transpose(1, 2) for x in (u, delta, B, C, z)]
         ctx.save_for_backward(*ours[:2], A, *ours[2:4], D, ours[4], delta_bias)
-        out, state, ctx.starts = chunked._forward_chunked(*ctx.saved_tensors, torch.zeros(u.size(0), *A.shape))
+        out, state, ctx.starts = chunked._forward_chunked(
+            ScanOperands(*ctx.saved_tensors), torch.zeros(u.size(0), *A.shape)
+        )
         return (out.transpose(1, 2), state) if return_last_state else out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx, g_out):
         g_final = torch.zeros(g_out.size(0), *ctx.saved_tensors[2].shape)
-        gradients = chunked._backward_chunked(g_out.transpose(1, 2), g_final, *ctx.saved_tensors, ctx.starts)
+        gradients = chunked._backward_chunked(
+            g_out.transpose(1, 2), g_final, ScanOperands(*ctx.saved_tensors), ctx.starts
+        )
         turned = [g.transpose(1, 2) if g.dim() == 3 else g for g in gradients[:8]]
         return (*turned, None, None)
 

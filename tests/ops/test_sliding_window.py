@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_cases import GLOBAL, LOCAL, case, compare
-from op_cases import NEEDS_GPU, RATIO, on, outputs_and_gradients, random
+from op_cases import NEEDS_GPU, RATIO, assert_close, on, outputs_and_gradients, random
 
-from hymba_lightning.ops.registry import BackendUnavailableError, choose
-from hymba_lightning.ops.sliding_window import BACKENDS, available_backends, sliding_window_attention
+from hymba_lightning.ops.registry import OPERATIONS, BackendUnavailableError, choose
+from hymba_lightning.ops.sliding_window import available_backends, sliding_window_attention
 from hymba_lightning.ops.sliding_window import backend_fa4 as fa4
 from hymba_lightning.ops.sliding_window import compiled_flex as flex
-from hymba_lightning.ops.testing import assert_close
 
 # (B, T, S, H, G, K, window)
 SHAPES = [
@@ -154,7 +153,7 @@ def test_automatic_choice(monkeypatch):
     installed.add("flash_attn")
     assert pick("cuda", **LOCAL) == "flash"
     assert pick("cuda", **LOCAL | {"half_precision": False}) == "flex"
-    assert {"naive", "blocked", "flex", "fa4", "flash", "sdpa"} <= set(BACKENDS)
+    assert {"naive", "blocked", "flex", "fa4", "flash", "sdpa"} <= set(OPERATIONS["sliding_window_attention"])
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,15 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import RATIO, on, outputs_and_gradients, random
+from op_cases import RATIO, assert_close, on, outputs_and_gradients, random
 from torch.profiler import ProfilerActivity, profile
 
-from hymba_lightning.ops.registry import BackendUnavailableError, choose
+from hymba_lightning.ops.registry import OPERATIONS, BackendUnavailableError, choose
 from hymba_lightning.ops.softcapped_cross_entropy import (
-    BACKENDS,
     available_backends,
     softcapped_cross_entropy,
 )
 from hymba_lightning.ops.softcapped_cross_entropy import backend_torch as blocked
-from hymba_lightning.ops.testing import assert_close
 
 # (N, V, size of the logits): odd sizes, one token, one id, several blocks, logits far over the cap.
 SHAPES = [(63, 60, 3), (1, 1000, 3), (5, 1, 3), (0, 7, 3), (700, 1023, 3), (40, 5000, 3), (33, 257, 300), (9, 64, 1e30)]
@@ -122,7 +120,7 @@ def test_automatic_choice_and_refusals(monkeypatch):
     assert choose("softcapped_cross_entropy", "triton", "cuda") == "triton"
     with pytest.raises(BackendUnavailableError, match="TRITON_INTERPRET=1"):
         choose("softcapped_cross_entropy", "triton", "cpu")
-    assert {"naive", "torch", "triton"} <= set(BACKENDS)
+    assert {"naive", "torch", "triton"} <= set(OPERATIONS["softcapped_cross_entropy"])
 
 
 def test_errors_name_what_is_wrong():

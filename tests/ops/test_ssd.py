@@ -6,14 +6,13 @@ import math
 
 import pytest
 import torch
-from op_cases import RATIO, on, outputs_and_gradients, random
+from op_cases import RATIO, assert_close, on, outputs_and_gradients, random
 from torch._dynamo.utils import counters
 
 from hymba_lightning.ops import registry
 from hymba_lightning.ops.registry import choose
 from hymba_lightning.ops.selective_scan import selective_scan
-from hymba_lightning.ops.ssd import BACKENDS, backend_chunked, ssd
-from hymba_lightning.ops.testing import assert_close
+from hymba_lightning.ops.ssd import backend_chunked, ssd
 
 # (B, T, H, P, G, N): odd sizes, one token, a whole chunk, chunks and a rest, every head a group of its own.
 SHAPES = [(2, 63, 6, 10, 2, 5), (1, 1, 2, 8, 1, 8), (2, 64, 3, 16, 1, 1), (1, 150, 4, 5, 4, 3), (2, 67, 4, 32, 2, 16)]
@@ -89,7 +88,7 @@ def test_with_a_head_of_one_channel_it_is_mambas_scan():
     assert_close("state", state_BHPN[:, :, 0], scan_state, RATIO[torch.float32])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", registry.OPERATIONS["ssd"])
 @pytest.mark.parametrize("cuts", [(1,), (64,), (5, 63, 64, 129)], ids=str)
 def test_sequence_may_be_cut_anywhere(backend, cuts):
     shape = (2, 131, 4, 5, 2, 3)

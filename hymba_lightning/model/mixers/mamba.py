@@ -9,7 +9,6 @@ from torch import Tensor
 from hymba_lightning.model.layers import DepthwiseConv, Linear, TimeStepProjection, rms_norm
 from hymba_lightning.model.mixer import HybridMixer
 from hymba_lightning.model.roles import Role, parameter
-from hymba_lightning.ops.causal_conv1d import causal_conv1d
 from hymba_lightning.ops.selective_scan import selective_scan
 
 
@@ -47,17 +46,9 @@ class Mixer(HybridMixer):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         u_BTE, z_BTE = inputs
         conv_state, scan_state = (None, None) if state is None else state
-        convolved = causal_conv1d(
-            u_BTE,
-            self.conv1d.weight[:, 0],
-            self.conv1d.bias,
-            activation="silu",
-            initial_state_BEW1=conv_state,
-            doc_position_BT=doc_position_BT,
-            return_state=return_state,
-            backend=self.runtime.conv_backend,
+        u_BTE, *new_conv = self.conv1d(
+            u_BTE, conv_state, doc_position_BT, return_state=return_state, backend=self.runtime.conv_backend
         )
-        u_BTE, *new_conv = convolved if isinstance(convolved, tuple) else (convolved,)
         n = self.config.d_state
         dt_low_BTR, B_BTN, C_BTN = self.x_proj(u_BTE).split([self.dt_proj.weight.size(1), n, n], dim=-1)
         dt_low_BTR, B_BTN, C_BTN = self.normed_dynamics(dt_low_BTR, B_BTN, C_BTN)
@@ -91,7 +82,7 @@ class Mixer(HybridMixer):
     def decay_times(self, x_BTD: Tensor) -> Tensor:
         """(E, N) for each channel and state."""
         u_BTE = self.scan_input(x_BTD)
-        convolved_BTE = causal_conv1d(u_BTE, self.conv1d.weight[:, 0], self.conv1d.bias, activation="silu")
+        (convolved_BTE,) = self.conv1d(u_BTE)
         assert isinstance(convolved_BTE, Tensor)
         n = self.config.d_state
         dynamics = self.x_proj(convolved_BTE).split([self.dt_proj.weight.size(1), n, n], dim=-1)

@@ -12,7 +12,6 @@ from torch import Tensor
 from hymba_lightning.model.layers import DepthwiseConv, TimeStepProjection, rms_norm
 from hymba_lightning.model.mixer import HybridMixer
 from hymba_lightning.model.roles import Role, parameter
-from hymba_lightning.ops.causal_conv1d import causal_conv1d
 from hymba_lightning.ops.ssd import ssd
 from hymba_lightning.ops.ssd.backend_chunked import CHUNK
 
@@ -55,17 +54,9 @@ class Mixer(HybridMixer):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         z_BTE, joint_BTX = inputs
         conv_state, ssd_state = (None, None) if state is None else state
-        convolved = causal_conv1d(
-            joint_BTX,
-            self.conv1d.weight[:, 0],
-            self.conv1d.bias,
-            activation="silu",
-            initial_state_BEW1=conv_state,
-            doc_position_BT=doc_position_BT,
-            return_state=return_state,
-            backend=self.runtime.conv_backend,
+        joint_BTX, *new_conv = self.conv1d(
+            joint_BTX, conv_state, doc_position_BT, return_state=return_state, backend=self.runtime.conv_backend
         )
-        joint_BTX, *new_conv = convolved if isinstance(convolved, tuple) else (convolved,)
         shared = self.groups * self.config.d_state
         u_BTE, B_BTX, C_BTX = joint_BTX.split([self.config.d_inner, shared, shared], dim=-1)
         B_BTGN, C_BTGN = (part.unflatten(-1, (self.groups, -1)) for part in (B_BTX, C_BTX))

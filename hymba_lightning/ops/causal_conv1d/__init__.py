@@ -13,7 +13,7 @@ from hymba_lightning.ops import registry
 from hymba_lightning.ops.causal_conv1d.naive import causal_conv1d_naive
 from hymba_lightning.ops.documents import check_doc_position
 
-BACKENDS = registry.register_folder("causal_conv1d", __name__, causal_conv1d_naive)
+registry.register_folder("causal_conv1d", __name__, causal_conv1d_naive)
 available_backends = functools.partial(registry.available_backends, "causal_conv1d")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hymba_lightning.ops import registry
 
-BACKENDS = registry.register_folder("leaky_square_mlp", __name__)
+registry.register_folder("leaky_square_mlp", __name__)
 available_backends = functools.partial(registry.available_backends, "leaky_square_mlp")
 
 

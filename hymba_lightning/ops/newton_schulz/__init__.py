@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hymba_lightning.ops import registry
 
-BACKENDS = registry.register_folder("newton_schulz", __name__)
+registry.register_folder("newton_schulz", __name__)
 available_backends = functools.partial(registry.available_backends, "newton_schulz")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hymba_lightning.ops import registry
 from hymba_lightning.ops.prefix_window.naive import prefix_window_attention_naive
 
-BACKENDS = registry.register_folder("prefix_window_attention", __name__, prefix_window_attention_naive)
+registry.register_folder("prefix_window_attention", __name__, prefix_window_attention_naive)
 available_backends = functools.partial(registry.available_backends, "prefix_window_attention")
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from hymba_lightning.ops import registry
 from hymba_lightning.ops.documents import check_doc_position
 from hymba_lightning.ops.selective_scan.naive import selective_scan_naive
+from hymba_lightning.ops.selective_scan.operator import ScanOperands
 
-BACKENDS = registry.register_folder("selective_scan", __name__, selective_scan_naive)
+registry.register_folder("selective_scan", __name__, selective_scan_naive)
 available_backends = functools.partial(registry.available_backends, "selective_scan")
 
 
@@ -45,7 +46,8 @@ def selective_scan(
     Raises ValueError for shapes that do not fit and for an unknown backend, BackendUnavailableError for a named backend
     that cannot serve the call.
     """
-    _check_shapes(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E, initial_state_BEN)
+    operands = ScanOperands(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E)
+    _check_shapes(operands, initial_state_BEN)
     check_doc_position("selective_scan", doc_position_BT, u_BTE)
     if backend == "auto" and registry.is_one_step(u_BTE):
         backend = "naive"
@@ -60,21 +62,12 @@ def selective_scan(
     if initial_state_BEN is None:
         initial_state_BEN = A_EN.new_zeros(u_BTE.size(0), *A_EN.shape, dtype=torch.float32)
     # Some return more than this, which is for their backward.
-    result = scan(u_BTE, dt_BTE, A_EN, B_BTN, C_BTN, D_E, z_BTE, dt_bias_E, initial_state_BEN, doc_position_BT)
+    result = scan(*operands, initial_state_BEN, doc_position_BT)
     return (result[0], result[1]) if return_state else result[0]
 
 
-def _check_shapes(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    dt_bias: Tensor,
-    initial_state: Tensor | None,
-) -> None:
+def _check_shapes(operands: ScanOperands, initial_state: Tensor | None) -> None:
+    u, dt, A, B, C, D, z, dt_bias = operands
     batch, length, channels = u.shape
     states = A.size(-1)
     wanted = [

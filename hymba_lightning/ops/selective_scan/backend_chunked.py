@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hymba_lightning.ops.registry import Backend
-from hymba_lightning.ops.selective_scan.operator import make_scan_op, n_chunks
+from hymba_lightning.ops.selective_scan.operator import ScanOperands, make_scan_op, n_chunks
 from hymba_lightning.ops.threads import one_torch_thread
 
 # Tokens between two saved states.
@@ -75,19 +75,8 @@ class _Layout:
 class _Operands:
     """The scan's inputs, cut into segments; padded tokens have dt = softplus(-inf) = 0 and so change no state."""
 
-    def __init__(
-        self,
-        layout: _Layout,
-        u: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor,
-        z: Tensor | None,
-        dt_bias: Tensor,
-        doc_position: Tensor | None,
-    ) -> None:
+    def __init__(self, layout: _Layout, scan: ScanOperands, doc_position: Tensor | None) -> None:
+        u, dt, A, B, C, D, z, dt_bias = scan
         self.u, self.dt = layout.cut(u), layout.cut(dt, float("-inf"))
         self.forget = None if doc_position is None else layout.cut((doc_position == 0)[..., None], False)
         self.B, self.C = layout.cut(B), layout.cut(C)
@@ -226,19 +215,11 @@ def _segment_carries(layout: _Layout, ops: _Operands, work: _Work, g_out: Tensor
 
 
 def _forward_chunked(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    dt_bias: Tensor,
-    initial_state: Tensor,
-    doc_position: Tensor | None = None,
+    scan: ScanOperands, initial_state: Tensor, doc_position: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = _Layout(u, A.size(1))
-    ops = _Operands(layout, u, dt, A, B, C, D, z, dt_bias, doc_position)
+    u = scan.u
+    layout = _Layout(u, scan.A.size(1))
+    ops = _Operands(layout, scan, doc_position)
     out = layout.empty(u)
     starts = torch.empty(u.size(0), layout.count, layout.chunks, *ops.A_NE.shape, dtype=torch.float32, device=u.device)
     # A CPU's other threads would meet at a barrier after each of thousands of tiny steps.
@@ -258,21 +239,11 @@ def _forward_chunked(
 
 
 def _backward_chunked(
-    g_out: Tensor,
-    g_final: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    dt_bias: Tensor,
-    starts: Tensor,
-    doc_position: Tensor | None = None,
+    g_out: Tensor, g_final: Tensor, scan: ScanOperands, starts: Tensor, doc_position: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    layout = _Layout(u, A.size(1))
-    ops = _Operands(layout, u, dt, A, B, C, D, z, dt_bias, doc_position)
+    u, dt, A, B, C, D, z, dt_bias = scan
+    layout = _Layout(u, scan.A.size(1))
+    ops = _Operands(layout, scan, doc_position)
     g_out = layout.cut(g_out)
     starts = F.pad(starts, (0, 0, 0, 0, 0, layout.count * layout.chunks - starts.size(1)))
     starts = starts.unflatten(1, (layout.count, layout.chunks))

@@ -6,41 +6,37 @@ and drops the gradient of the final one. B batch, T sequence, E channels, N stat
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hymba_lightning.ops.operators import Contract, FunctionContext, make_operator
 from hymba_lightning.ops.registry import Backend
-from hymba_lightning.ops.selective_scan.operator import OPERANDS
+from hymba_lightning.ops.selective_scan.operator import COUNT, NAMES, OPERANDS, ScanOperands
 
 
-def _time_last(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
-) -> tuple[Tensor | None, ...]:
+def _time_last(scan: ScanOperands) -> tuple[Tensor | None, ...]:
     """The operands as the kernel wants them: (B, X, T), all of u's type; A, D and the bias float32."""
+    u, dt, A, B, C, D, z, dt_bias = scan
     wide = (None if x is None else x.to(u.dtype).transpose(1, 2).contiguous() for x in (u, dt, B, C, z))
     u_BET, dt_BET, B_BNT, C_BNT, z_BET = wide
     return u_BET, dt_BET, A.float().contiguous(), B_BNT, C_BNT, D.float(), z_BET, dt_bias.float()
 
 
-def _forward(
-    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
-) -> tuple[Tensor, Tensor]:
+def _forward(*operands: Any) -> tuple[Tensor, Tensor]:
     from mamba_ssm.ops.selective_scan_interface import SelectiveScanFn
 
-    operands = _time_last(u, dt, A, B, C, D, z, dt_bias)
-    out_BET, state_BEN = SelectiveScanFn.forward(FunctionContext(), *operands, True, True)
+    out_BET, state_BEN = SelectiveScanFn.forward(FunctionContext(), *_time_last(ScanOperands(*operands)), True, True)
     return out_BET.transpose(1, 2).contiguous(), state_BEN.to(torch.float32, copy=True)
 
 
-def _backward(
-    g_out: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor | None, dt_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(g_out: Tensor, *operands: Any) -> tuple[Tensor, ...]:
     from mamba_ssm.ops.selective_scan_interface import SelectiveScanFn
 
     # What the kernel's forward leaves for its backward differs between versions, so the forward runs once more.
-    context = FunctionContext()
-    SelectiveScanFn.forward(context, *_time_last(u, dt, A, B, C, D, z, dt_bias), True, False)
+    context, scan = FunctionContext(), ScanOperands(*operands)
+    SelectiveScanFn.forward(context, *_time_last(scan), True, False)
     gradients = SelectiveScanFn.backward(context, g_out.transpose(1, 2).contiguous())
     g_u, g_dt, g_A, g_B, g_C, g_D, g_z, g_bias = gradients[:8]
 
@@ -48,25 +44,25 @@ def _backward(
         return gradient.transpose(1, 2).to(like.dtype).contiguous()
 
     return (
-        time_first(g_u, u),
-        time_first(g_dt, dt),
-        g_A.to(A.dtype),
-        time_first(g_B, B),
-        time_first(g_C, C),
-        g_D.to(D.dtype),
-        u.new_empty(0) if z is None else time_first(g_z, z),
-        g_bias.to(dt_bias.dtype),
+        time_first(g_u, scan.u),
+        time_first(g_dt, scan.dt),
+        g_A.to(scan.A.dtype),
+        time_first(g_B, scan.B),
+        time_first(g_C, scan.C),
+        g_D.to(scan.D.dtype),
+        scan.u.new_empty(0) if scan.z is None else time_first(g_z, scan.z),
+        g_bias.to(scan.dt_bias.dtype),
     )
 
 
-def _shapes(u, dt, A, B, C, D, z, dt_bias):  # type: ignore[no-untyped-def]
+def _shapes(u: Tensor, dt: Tensor, A: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     state = torch.empty((u.size(0), *A.shape), dtype=torch.float32, device=u.device)
     return torch.empty(u.shape, dtype=u.dtype, device=u.device), state
 
 
 selective_scan_mamba_ssm = make_operator(
     "selective_scan_mamba_ssm",
-    Contract(OPERANDS, "out final", 1, "u dt A B C D z dt_bias", "u dt A B C D z dt_bias"),
+    Contract(OPERANDS, "out final", 1, NAMES, NAMES),
     _forward,
     _backward,
     _shapes,
@@ -75,7 +71,7 @@ selective_scan_mamba_ssm = make_operator(
 
 def _from_zero(*operands: Tensor | None) -> tuple[Tensor, Tensor]:
     """The scan without initial state, which is zeros, and documents: with others the call is refused."""
-    return selective_scan_mamba_ssm(*operands[:8])
+    return selective_scan_mamba_ssm(*operands[:COUNT])
 
 
 def selective_scan_own_autograd(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hymba_lightning.ops.lanes import LANES, LOG2E, exp2, f32, load, sigmoid, softplus, splat, store, total
 from hymba_lightning.ops.native import flat, native_loop, positions, rows, run_items
-from hymba_lightning.ops.selective_scan.operator import make_scan_op, n_chunks
+from hymba_lightning.ops.selective_scan.operator import ScanOperands, make_scan_op, n_chunks
 from hymba_lightning.ops.threads import one_torch_thread
 
 # Tokens between two saved states; those in between are recomputed in backward, into the second-level cache.
@@ -245,18 +245,9 @@ def _widened(x: Tensor) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x
 
 
-def _operands(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    dt_bias: Tensor,
-    doc_position: Tensor | None,
-) -> tuple:
+def _operands(scan: ScanOperands, doc_position: Tensor | None) -> tuple:
     """The arguments that both kernels begin with, after the work items."""
+    u, dt, A, B, C, D, z, dt_bias = scan
     batch, length, channels = u.shape
     # An absent gate is stood in for by u: one compiled kernel serves both, and does not read it.
     gate = u if z is None else z
@@ -287,23 +278,15 @@ def _empty(*shape: int) -> Tensor:
 
 
 def _forward_numba(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    dt_bias: Tensor,
-    initial_state: Tensor,
-    doc_position: Tensor | None = None,
+    scan: ScanOperands, initial_state: Tensor, doc_position: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (batch, length, channels), states, width = u.shape, A.size(1), _padded(u.size(2))
+    u, states = scan.u, scan.A.size(1)
+    (batch, length, channels), width = u.shape, _padded(u.size(2))
     out, final = _empty(batch, length, width), _empty(batch, states, width)
     starts = _empty(batch, n_chunks(length, CHUNK), states, width)
     with one_torch_thread() as threads:
         arguments = (
-            *_operands(u, dt, A, B, C, D, z, dt_bias, doc_position),
+            *_operands(scan, doc_position),
             flat(_widened(initial_state.transpose(1, 2))),
             flat(out),
             flat(final),
@@ -318,19 +301,9 @@ def _forward_numba(
 
 
 def _backward_numba(
-    g_out: Tensor,
-    g_final: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    dt_bias: Tensor,
-    starts: Tensor,
-    doc_position: Tensor | None = None,
+    g_out: Tensor, g_final: Tensor, scan: ScanOperands, starts: Tensor, doc_position: Tensor | None = None
 ) -> tuple[Tensor, ...]:
+    u, dt, A, B, C, D, z, dt_bias = scan
     (batch, length, channels), states, width = u.shape, A.size(1), _padded(u.size(2))
     g_u, g_dt = _empty(batch, length, width), _empty(batch, length, width)
     g_z = _empty(0, 0, 0) if z is None else _empty(batch, length, width)
@@ -345,7 +318,7 @@ def _backward_numba(
 
     with one_torch_thread() as threads:
         arguments = (
-            *_operands(u, dt, A, B, C, D, z, dt_bias, doc_position),
+            *_operands(scan, doc_position),
             *rows(_widened(g_out)),
             flat(_widened(g_final.transpose(1, 2))),
             flat(_widened(starts)),

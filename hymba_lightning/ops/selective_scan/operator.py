@@ -1,10 +1,8 @@
 """The scan as an operator: what a pair of functions, forward and backward, has to take and give.
 
 B batch, T sequence, E channels, N states, C chunks. Tensors of the pair:
-    forward(u, dt, A, B, C, D, z, dt_bias, initial_state, doc_position) -> out (B, T, E), final state (B, E, N), starts
-        (B, C, N, E)
-    backward(g_out, g_final, u, dt, A, B, C, D, z, dt_bias, starts, doc_position) -> the nine gradients in the order of
-        the inputs
+    forward(operands, initial_state, doc_position) -> out (B, T, E), final state (B, E, N), starts (B, C, N, E)
+    backward(g_out, g_final, operands, starts, doc_position) -> the gradients of the operands and of the initial state
 `starts` holds the state before each chunk; backward recomputes the others from it. An absent z has an empty gradient;
 doc_position (B, T) int32, which has none, is absent where every sequence is one document.
 """
@@ -12,19 +10,36 @@ doc_position (B, T) int32, which has none, is absent where every sequence is one
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hymba_lightning.ops.operators import Contract, make_operator
 
-OPERANDS = "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? z, Tensor dt_bias"
+
+class ScanOperands(NamedTuple):
+    """What a scan is computed from, in the order of every operator; the first state and the documents come after."""
+
+    u: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
+    z: Tensor | None
+    dt_bias: Tensor
+
+
+COUNT = len(ScanOperands._fields)
+NAMES = " ".join(ScanOperands._fields)
+OPERANDS = ", ".join(f"Tensor{'?' * (name == 'z')} {name}" for name in ScanOperands._fields)
 CONTRACT = Contract(
     operands=f"{OPERANDS}, Tensor initial_state, Tensor? doc_position=None",
     results="out final starts",
     n_differentiable=2,
-    kept="u dt A B C D z dt_bias starts doc_position",
-    gradients="u dt A B C D z dt_bias initial_state=final",
+    kept=f"{NAMES} starts doc_position",
+    gradients=f"{NAMES} initial_state=final",
 )
 
 
@@ -36,11 +51,19 @@ def n_chunks(length: int, chunk: int) -> int:
 def make_scan_op(name: str, forward: Callable, backward: Callable, chunk: int) -> Callable:
     """The differentiable operator hymba::`name` of a pair whose chunks have `chunk` tokens."""
 
-    def shapes(u, dt, A, B, C, D, z, dt_bias, initial_state, doc_position=None):  # type: ignore[no-untyped-def]
-        starts = (u.size(0), n_chunks(u.size(1), chunk), A.size(1), u.size(2))
-        return torch.empty_like(u, memory_format=torch.contiguous_format), *_float32(u, initial_state.shape, starts)
+    def shapes(*given: Any) -> tuple[Tensor, ...]:
+        scan, initial_state = ScanOperands(*given[:COUNT]), given[COUNT]
+        starts = (scan.u.size(0), n_chunks(scan.u.size(1), chunk), scan.A.size(1), scan.u.size(2))
+        out = torch.empty_like(scan.u, memory_format=torch.contiguous_format)
+        return out, *_float32(scan.u, initial_state.shape, starts)
 
-    return make_operator(name, CONTRACT, forward, backward, shapes)
+    return make_operator(
+        name,
+        CONTRACT,
+        lambda *given: forward(ScanOperands(*given[:COUNT]), *given[COUNT:]),
+        lambda g_out, g_final, *kept: backward(g_out, g_final, ScanOperands(*kept[:COUNT]), *kept[COUNT:]),
+        shapes,
+    )
 
 
 def _float32(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:

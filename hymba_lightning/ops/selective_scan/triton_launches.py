@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hymba_lightning.ops.selective_scan.operator import make_scan_op
+from hymba_lightning.ops.selective_scan.operator import ScanOperands, make_scan_op
 from hymba_lightning.ops.selective_scan.triton_backward import chunk_adjoints, chunk_gradients
 from hymba_lightning.ops.selective_scan.triton_forward import carry_chunks, chunk_ends, chunk_outputs
 from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, as_gradient, can_prefetch, multiprocessors, readable
@@ -87,17 +87,9 @@ def _carry(A_NE: Tensor, edge_BNE: Tensor, slots: Tensor, slot_stride: int, dt_s
 
 
 def _forward(
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    dt_bias: Tensor,
-    initial_state: Tensor,
-    doc_position: Tensor | None = None,
+    scan: ScanOperands, initial_state: Tensor, doc_position: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    u, dt, A, B, C, D, z, dt_bias = scan
     batch, length, channels = u.shape
     n_states = A.size(1)
     u, dt, B, C = map(readable, (u, dt, B, C))
@@ -165,19 +157,9 @@ def _forward(
 
 
 def _backward(
-    g_out: Tensor,
-    g_final: Tensor,
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    dt_bias: Tensor,
-    starts: Tensor,
-    doc_position: Tensor | None = None,
+    g_out: Tensor, g_final: Tensor, scan: ScanOperands, starts: Tensor, doc_position: Tensor | None = None
 ) -> tuple[Tensor, ...]:
+    u, dt, A, B, C, D, z, dt_bias = scan
     batch, length, channels = u.shape
     n_states, device = A.size(1), u.device
     u, dt, B, C, g_out = map(readable, (u, dt, B, C, g_out))

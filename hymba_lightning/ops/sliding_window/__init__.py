@@ -14,7 +14,7 @@ from hymba_lightning.ops import registry
 from hymba_lightning.ops.documents import check_doc_position
 from hymba_lightning.ops.sliding_window.naive import sliding_window_attention_naive
 
-BACKENDS = registry.register_folder("sliding_window_attention", __name__, sliding_window_attention_naive)
+registry.register_folder("sliding_window_attention", __name__, sliding_window_attention_naive)
 available_backends = functools.partial(registry.available_backends, "sliding_window_attention")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hymba_lightning.ops import registry
 from hymba_lightning.ops.softcapped_cross_entropy.naive import softcapped_cross_entropy_naive
 
-BACKENDS = registry.register_folder("softcapped_cross_entropy", __name__, softcapped_cross_entropy_naive)
+registry.register_folder("softcapped_cross_entropy", __name__, softcapped_cross_entropy_naive)
 available_backends = functools.partial(registry.available_backends, "softcapped_cross_entropy")
 
 

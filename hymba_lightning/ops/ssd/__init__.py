@@ -14,7 +14,7 @@ from hymba_lightning.ops import registry
 from hymba_lightning.ops.documents import check_doc_position
 from hymba_lightning.ops.ssd.naive import ssd_naive
 
-BACKENDS = registry.register_folder("ssd", __name__, ssd_naive)
+registry.register_folder("ssd", __name__, ssd_naive)
 available_backends = functools.partial(registry.available_backends, "ssd")
 
 
