@@ -99,7 +99,7 @@ def test_manual_optimization_is_refused(folder, tmp_path):
     module = tiny_module()
     module.automatic_optimization = False
     with pytest.raises(ValueError, match=r"automatic_optimization is False, .* from configure_optimizers"):
-        tiny_trainer(tmp_path).fit(module, tiny_data(folder))
+        tiny_trainer(tmp_path, max_epochs=1, limit_train_batches=2).fit(module, tiny_data(folder))
 
 
 @pytest.mark.parametrize(("interval", "warned"), [(1, False), (3, False), (None, True)])
