@@ -33,7 +33,6 @@ from hymba_lightning.trainer_internals import (
     gradient_sync_wanted,
     graph_obstacle,
     log_evaluations_by_step,
-    say_that_data_are_endless,
 )
 from hymba_lightning.training.checks import check_callbacks, check_fit, check_options, check_schedulers
 from hymba_lightning.training.graphed import average_over_ranks, start_gradients, uses_cuda_graph
@@ -188,9 +187,6 @@ class HymbaModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         check_schedulers(self.trainer)
-
-    def on_train_start(self) -> None:
-        say_that_data_are_endless(self.trainer)
 
     def set_schedule(self, reading: ClockReading) -> None:
         """Sets learning rates and momentum for the step about to run."""
