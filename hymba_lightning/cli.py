@@ -24,7 +24,7 @@ from hymba_lightning.callbacks.summary import RunSummary
 from hymba_lightning.checkpoints import check_tokenizer
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.errors import UsageError
-from hymba_lightning.files import write_atomic
+from hymba_lightning.files import not_a_file, write_atomic
 from hymba_lightning.generation.loading import load_network
 from hymba_lightning.model import Hymba
 from hymba_lightning.options import with_config_files
@@ -251,7 +251,7 @@ class HymbaCLI(LightningCLI):
         if ckpt_path == "last":
             ckpt_path = self._last()
         if ckpt_path is not None and not Path(ckpt_path).is_file():
-            raise FileNotFoundError(f"--ckpt_path {ckpt_path} does not exist")
+            raise not_a_file(f"--ckpt_path {ckpt_path}", ckpt_path, "a checkpoint")
         if ckpt_path is not None and is_artifact(ckpt_path):
             raise ValueError(
                 f"--ckpt_path {ckpt_path} is an artifact, which holds no state of training: fit goes on "
@@ -303,7 +303,7 @@ class HymbaCLI(LightningCLI):
         if path == "last":
             path = self._last()
         if not Path(path).is_file():
-            raise FileNotFoundError(f"--ckpt_path {path} does not exist")
+            raise not_a_file(f"--ckpt_path {path}", path, "an artifact or a checkpoint")
         Run.of(self.trainer).weights_from = Path(path)
         if not is_artifact(path):
             return path

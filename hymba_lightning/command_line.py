@@ -26,8 +26,8 @@ def main() -> None:
     started = time.monotonic()
     if streams.ascii_locale():
         streams.start_again_in_utf8()
-    args = [arg for arg in sys.argv[1:] if arg != "--debug"]
-    command = args[0] if args else "--help"
+    args = usage.as_meant([arg for arg in sys.argv[1:] if arg != "--debug"])
+    command = args[0]
     streams.guard(must_arrive=command in FILTERS or command.startswith("-") or args[-1] in ("-h", "--help"))
     title = f"hymba {command}" if command in usage.COMMANDS else "hymba"
     signals.listen(title)

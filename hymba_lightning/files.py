@@ -8,6 +8,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# Weights in a run's folder, or in one of its checkpoints.
+OF_A_RUN = ("artifact.hymba", "checkpoints/last.ckpt", "last.ckpt")
+
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes `content` beside `path` and moves it there in one step; the old file stays whole until then.
@@ -29,6 +32,26 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def not_a_file(named: str, path: str | Path, wanted: str) -> FileNotFoundError:
+    """The error for a path at which no file stands: what stands there instead, and what of a run is near.
+
+    Args:
+        named: How the user named it, e.g. "--ckpt_path runs/a".
+        path: The same as a path.
+        wanted: The file that was to stand there, e.g. "a checkpoint".
+    """
+    path = Path(path)
+    if not path.exists():
+        return FileNotFoundError(f"{named} does not exist")
+    if not path.is_dir():
+        return FileNotFoundError(f"{named} is no regular file, and {wanted} is needed")
+    inside = [path / name for name in OF_A_RUN]
+    near = " or ".join(str(file) for file in inside if file.is_file())
+    return FileNotFoundError(
+        f"{named} is a folder, and {wanted} is needed" + (f" (did you mean {near}?)" if near else "")
+    )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from hymba_lightning.errors import UsageError
+from hymba_lightning.errors import UsageError, refused
 from hymba_lightning.model import RuntimeConfig
 from hymba_lightning.model.mixers import MIXERS
 from hymba_lightning.plain import OBJECT, refusal
@@ -104,6 +104,18 @@ def choices(table: str) -> str:
 class CommandParser(OneSentence, ArgumentParser):
     """The parser of a command that is no subcommand of Lightning's."""
 
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """
+        Raises:
+            UsageError: always; what is missing is told with what it is.
+        """
+        needed = re.fullmatch(r"the following arguments are required: ([\w.-]+).*", message)
+        action = next((action for action in self._actions if needed and action.dest == needed[1].lstrip("-")), None)
+        if needed and action is not None and action.help:
+            what = action.help.partition(" (")[0].rstrip(".")
+            raise UsageError(f"{needed[1]} is required: {what}; `{self.prog} --help` explains") from ex
+        super().error(message, ex)
+
 
 def positionals_first(parser: CommandParser, args: list[str]) -> list[str]:
     """`args` with what belongs to no option in front: argparse wants positionals to stand together."""
@@ -177,11 +189,21 @@ def read_settings(name: str, option: str, folder: str, example: str) -> tuple[Pa
     path, shipped = Path(name).expanduser(), shipped_configs(folder.partition("/")[2])
     if not path.exists() and path.parent.as_posix() in (".", folder):
         path = shipped.get(path.name.removesuffix(".yaml"), path)
+    known = f"; the shipped ones are {', '.join(shipped)}" if shipped else ""
+    kind = _kind(path)
+    if kind:
+        inside = [str(path / "config.yaml")] if (path / "config.yaml").is_file() else []
+        near = inside or (
+            [f"{path.name}.yaml"] if path.name in shipped and not Path(f"{path.name}.yaml").exists() else []
+        )
+        hint = f" (did you mean {option}{near[0]}?)" if near else known
+        raise UsageError(f"{option}{name} is {kind}, and a YAML file is needed{hint}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        known = f"; the shipped ones are {', '.join(shipped)}" if shipped else ""
         raise UsageError(f"{option}{name} does not exist{known}") from None
+    except OSError as error:
+        raise UsageError(f"{option}{name} cannot be read: {refused(error)}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{option}{name} is no UTF-8 text: {error.reason} at byte {error.start}") from None
     except yaml.YAMLError as error:
@@ -196,6 +218,17 @@ def read_settings(name: str, option: str, folder: str, example: str) -> tuple[Pa
             f"{option}{name} holds a {type(content).__name__}; names with values are needed, such as {example}"
         )
     return path, content or {}
+
+
+def _kind(path: Path) -> str:
+    """What stands there instead of a file, in words; a pipe is none, since settings are read more than once."""
+    kinds = {
+        "a folder": path.is_dir,
+        "a pipe": path.is_fifo,
+        "a socket": path.is_socket,
+        "a device": path.is_block_device,
+    }
+    return next((kind for kind, is_one in kinds.items() if is_one()), "")
 
 
 def _check_groups(parser: Any, config: Any) -> None:

@@ -107,6 +107,12 @@ def step_limit(trainer: pl.Trainer) -> int | None:
     return min(limits, default=None)
 
 
+def say_that_data_are_endless(trainer: pl.Trainer) -> None:
+    """Progress bars show a loader of 2^40 batches as one without a length. To be called when the loaders are there."""
+    if trainer.fit_loop.max_batches >= ENDLESS:
+        trainer.fit_loop.max_batches = float("inf")
+
+
 def is_ending(trainer: pl.Trainer) -> bool:
     """Whether the optimizer step just made is the last one."""
     return trainer.should_stop or trainer.global_step == step_limit(trainer)

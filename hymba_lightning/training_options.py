@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -13,7 +14,7 @@ from hymba_lightning.options import OneSentence
 COMMON = {
     "config": "settings from a YAML file, such as configs/demo.yaml; options after it win",
     "run_dir": "folder of the run (default: runs/<date>-<time>)",
-    "ckpt_path": "checkpoint to go on from, or weights to score; 'last' is that of --run_dir",
+    "ckpt_path": "",
     "data.data_dir": "folder that `hymba prepare` wrote",
     "data.seq_len": "tokens of context",
     "data.micro_batch_size": "sequences per device and pass",
@@ -37,7 +38,12 @@ NOT_IN_HELP = (
     "trainer.min_steps",
 )
 # The first line of a docstring is no title for a group that stands among others.
-TITLES = {"trainer": "Lightning's Trainer", "ckpt_path": "Weights"}
+TITLES = {"trainer": "Lightning's Trainer (https://lightning.ai/docs explains each at length)", "ckpt_path": "Weights"}
+DESCRIPTIONS = {
+    "fit": "Train inside a budget, write the artifact, score every stage. Settings come from --config, options win.",
+    "validate": "Score a checkpoint or an artifact on the validation text.",
+    "test": "Score a checkpoint or an artifact with test-time training, each token before it is learned from.",
+}
 CKPT_PATH = {
     "fit": "Checkpoint to go on from; 'last' is that of --run_dir",
     "validate": "Artifact or checkpoint to score; 'last' is the checkpoint of --run_dir",
@@ -54,7 +60,10 @@ class TrainingParser(OneSentence, LightningArgumentParser):
         if command not in CKPT_PATH:
             return super().format_help(formatter)
         self.usage = f"hymba {command} --config FILE [options]"
+        self.description = DESCRIPTIONS[command]
         for action in self._actions:
+            if action.dest.startswith("trainer.") and action.help and action.help != argparse.SUPPRESS:
+                action.help = _first_sentence(action.help)
             if action.dest in NOT_IN_HELP:
                 action.help = argparse.SUPPRESS
             if action.dest == "ckpt_path":
@@ -66,7 +75,15 @@ class TrainingParser(OneSentence, LightningArgumentParser):
                     group.title = title
         self._action_groups = sorted(self._action_groups, key=_is_lightnings)
         usage, _, rest = super().format_help(formatter).partition("\n\n")
-        return f"{usage}\n\n{_common(self, command)}\n{rest}"
+        # Dozens of class names, which an unknown one is answered with.
+        rest = re.sub(r",\s+known\s+subclasses:[^)]*\)", ")", rest)
+        description, _, rest = rest.partition("\n\n")
+        return f"{usage}\n\n{description}\n\n{_common(self, command)}\n{rest}"
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence; Lightning's manual has the others."""
+    return re.split(r"(?<=\.)\s", " ".join(text.split()), maxsplit=1)[0]
 
 
 def _is_lightnings(group: Any) -> bool:
@@ -89,5 +106,8 @@ def _common(parser: argparse.ArgumentParser, command: str) -> str:
             "export.quantization.scheme",
         ),
     )
-    lines = [f"  --{dest:<34}{text}" for dest, text in COMMON.items() if dest in known and dest not in skip]
+    ckpt_path = CKPT_PATH[command][0].lower() + CKPT_PATH[command][1:]
+    lines = [
+        f"  --{dest:<34}{text or ckpt_path}" for dest, text in COMMON.items() if dest in known and dest not in skip
+    ]
     return "most used:\n" + "\n".join(lines) + "\n"

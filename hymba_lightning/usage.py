@@ -53,6 +53,24 @@ OTHER_NAMES = {
     "push": "publish",
     "submission": "package",
 }
+HELP, VERSION = ("help", "-h", "--help"), ("version", "-V", "--version")
+# What other tools call an option, by its last part.
+OTHER_OPTIONS = {
+    "lr": "matrix_lr",
+    "learning_rate": "matrix_lr",
+    "gpus": "devices",
+    "epochs": "max_epochs",
+    "steps": "max_steps",
+    "max_iters": "max_steps",
+    "context_length": "seq_len",
+    "block_size": "seq_len",
+    "resume": "ckpt_path",
+    "checkpoint": "ckpt_path",
+    "output_dir": "run_dir",
+    "out_dir": "run_dir",
+    "max_new_tokens": "tokens",
+    "length": "tokens",
+}
 _QAT = "late quantization-aware training made artifacts no better at 4 or 6 bits; leave it out"
 # Options of earlier versions: the value that did nothing, with which the config of an old run is still taken, and why
 # they are gone.
@@ -93,6 +111,23 @@ def versions() -> str:
     return f"hymba {__version__}\n{', '.join(map(version, ('torch', 'lightning', 'jsonargparse', 'numpy')))}"
 
 
+def as_meant(args: Sequence[str]) -> list[str]:
+    """The arguments of `hymba`, where help and versions are asked for in another's words in ours.
+
+    >>> as_meant(["help", "fit"]), as_meant(["fit", "--version"]), as_meant([])
+    (['fit', '--help'], ['--version'], ['--help'])
+    """
+    args = list(args) or ["--help"]
+    if args[0] in VERSION or (len(args) == 2 and args[0] in COMMANDS and args[1] in VERSION[1:]):
+        return ["--version"]
+    if args[0] in HELP:
+        return [*args[1:], "--help"] if args[1:] and args[1] not in HELP else ["--help"]
+    # What these take are options only.
+    if len(args) == 2 and args[0] in MISSING and args[1] == "help":
+        return [args[0], "--help"]
+    return args
+
+
 def check_command(name: str, args: Sequence[str]) -> None:
     """
     Raises:
@@ -109,6 +144,8 @@ def check_name(kind: str, name: str, known: Iterable[str], other_names: Mapping[
         UsageError: `name` is not among those `known`; it tells the one meant, by `other_names` or by its letters.
     """
     known = list(known)
+    if name.startswith("--") and (near := difflib.get_close_matches(name, ("--help", "--version", "--debug"), 1)):
+        raise UsageError(f"unknown option {name} (did you mean {near[0]}?)")
     if name not in known:
         what = f"{name} comes before a {kind}" if name.startswith("-") else f"there is no {kind} {name!r}"
         near = [other_names[name]] if name in other_names else difflib.get_close_matches(name, known, 1)
@@ -118,7 +155,8 @@ def check_name(kind: str, name: str, known: Iterable[str], other_names: Mapping[
 
 
 def near_misses(name: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """Known names that `name` may stand for: those with the same last part, else the most alike.
+    """Known names that `name` may stand for: those with the same last part, else those that it abbreviates or that
+    other tools call so, else the most alike.
 
     >>> near_misses("--budget_seconds", ["--model.budget_seconds", "--model.compile"])
     ['--model.budget_seconds']
@@ -128,6 +166,10 @@ def near_misses(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     last = name.rpartition(".")[2]
     alike = {key: difflib.SequenceMatcher(None, name, key).ratio() for key in ours}
     near = [key for key in ours if key.rpartition(".")[2] == last]
+    if not near and len(last) > 2:
+        near = [key for key in ours if key.rpartition(".")[2].startswith(last)]
+    if not near:
+        near = [key for key in ours if key.rpartition(".")[2] == OTHER_OPTIONS.get(last)]
     if not near:
         parts = {key: difflib.SequenceMatcher(None, last, key.rpartition(".")[2]).ratio() for key in ours}
         alike = {key: max(alike[key], parts[key]) for key in ours}

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hymba_lightning import help_text, usage
+from hymba_lightning.options import with_config_files
 from hymba_lightning.signals import Saved
 
 HYMBA = [sys.executable, "-m", "hymba_lightning"]
@@ -48,9 +49,58 @@ def test_versions_are_told_without_importing_what_they_are_of():
     assert "lightning " in second
 
 
+@pytest.mark.parametrize("args", [["version"], ["-V"], ["fit", "--version"], ["sample", "-V"]])
+def test_versions_are_told_in_whatever_words(args):
+    assert usage.as_meant(args) == ["--version"]
+
+
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        ([], ["--help"]),
+        (["help"], ["--help"]),
+        (["-h", "--help"], ["--help"]),
+        (["help", "fit"], ["fit", "--help"]),
+        (["--help", "study", "step"], ["study", "step", "--help"]),
+        (["fit", "help"], ["fit", "--help"]),
+        # A folder may have this name.
+        (["report", "help"], ["report", "help"]),
+        (["sample", "x", "--prompt", "version"], ["sample", "x", "--prompt", "version"]),
+    ],
+)
+def test_help_is_asked_for_in_whatever_words(args, meant):
+    assert usage.as_meant(args) == meant
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"), [(["version"], "hymba 0"), (["help", "inspect"], "usage: hymba inspect")]
+)
+def test_the_command_line_takes_them(args, expected):
+    done = subprocess.run([*HYMBA, *args], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.startswith(expected)
+
+
+@pytest.mark.parametrize(("option", "near"), [("--versio", "--version"), ("--hlep", "--help"), ("--debg", "--debug")])
+def test_an_unknown_option_before_the_command_has_a_near_miss(option, near):
+    with pytest.raises(usage.UsageError, match=rf"unknown option {option} \(did you mean {near}\?\)"):
+        usage.check_command(option, [])
+
+
+def test_a_folder_that_is_named_as_a_shipped_config_is_told_from_it(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(usage.UsageError, match=r"demo is a folder, .* \(did you mean --config demo\.yaml\?\)"):
+        with_config_files(["--config", "demo"])
+    assert with_config_files(["--config", "demo.yaml"])[1].endswith("configs/demo.yaml")
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
+        ("--temp", "--temperature"),
+        ("--lr", "--model.optimizer.matrix_lr"),
+        ("--gpus", "--trainer.devices"),
+        ("--max", "--trainer.max_steps"),
         ("--model.net.widnow", "--model.net.window"),
         ("--model.budgetseconds", "--model.budget_seconds"),
         ("--seq_len", "--data.seq_len"),
@@ -66,6 +116,9 @@ def test_near_misses(name, expected):
         "--model.net.dt_min",
         "--model.budget_seconds",
         "--data.seq_len",
+        "--temperature",
+        "--model.optimizer.matrix_lr",
+        "--trainer.devices",
         "--trainer.max_steps",
         "--trainer.min_steps",
         "--run_dir",
@@ -155,13 +208,17 @@ def test_help_begins_with_what_is_most_used_and_ends_with_lightnings_options(hel
             "  --model.budget_seconds",
             "--model.net.window WINDOW",
             "--export.quantization.bits",
-            "Lightning's Trainer:",
+            "Lightning's Trainer (",
             "--trainer.accumulate_grad_batches ACC",
         )
     ]
     assert places == sorted(places)
     assert text.count("\n", 0, text.index("--model.net.window WINDOW")) < 120
     assert "usage: hymba fit --config FILE [options]\n" in text
+    assert text.index("Train inside a budget") < places[0], "what the command does comes before its options"
+    # Lightning's options take a few lines each, and nobody's classes are listed.
+    assert text.count("\n", text.index("Lightning's Trainer")) < 140
+    assert "known" not in text.partition("Lightning's Trainer")[2]
     assert "Keys a token sees" in text
 
 

@@ -63,6 +63,19 @@ def test_training_goes_on_without_any_stream(tmp_path, fit):
     assert_finished(tmp_path / "run")
 
 
+def test_a_file_that_is_opened_later_does_not_take_a_closed_streams_place(tmp_path):
+    """Or what a library prints would stand in a checkpoint."""
+    code = (
+        "import os, sys\nfrom hymba_lightning import streams\nstreams.guard()\n"
+        "file = open(sys.argv[1], 'wb')\nos.write(1, b'a line of a library')\nos.write(2, b'another')\n"
+        "raise SystemExit(file.fileno())"
+    )
+    file = tmp_path / "last.ckpt"
+    closed = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code, str(file)]
+    assert subprocess.run(closed, check=False, timeout=60).returncode > 2
+    assert file.read_bytes() == b""
+
+
 def test_a_filter_ends_quietly_when_its_reader_is_gone(fitted_run):
     reading, writing = os.pipe()
     os.close(reading)

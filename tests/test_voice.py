@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,14 @@ def work(tmp_path_factory):
     }.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     (folder / "latin.yaml").write_bytes("# é\n".encode("latin-1"))
+    (folder / "folder").mkdir()
+    (folder / "a_run").mkdir()
+    (folder / "a_run" / "config.yaml").write_text("{}", encoding="utf-8")
+    (folder / "a_run" / "checkpoints").mkdir()
+    (folder / "a_run" / "checkpoints" / "last.ckpt").touch()
+    os.mkfifo(folder / "pipe")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(folder / "socket"))
     (folder / "no.ckpt").write_bytes(b"this is no checkpoint" * 100)
     return folder
 
@@ -76,6 +85,10 @@ FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
         ((*FIT, "--config", "{}/list.yaml"), ["list.yaml holds a list"]),
         ((*FIT, "--config", "{}/yaml.yaml"), ["yaml.yaml, line 2", "no YAML"]),
         ((*FIT, "--config", "{}/latin.yaml"), ["latin.yaml is no UTF-8 text"]),
+        ((*FIT, "--config", "{}/folder"), ["folder is a folder, and a YAML file is needed; the shipped ones are "]),
+        ((*FIT, "--config", "{}/a_run"), ["a_run is a folder", "did you mean --config ", "a_run/config.yaml?"]),
+        ((*FIT, "--config", "{}/pipe"), ["pipe is a pipe, and a YAML file is needed"]),
+        ((*FIT, "--config", "{}/socket"), ["socket is a socket, and a YAML file is needed"]),
         ((*FIT, "--config", "{}/missing.yaml"), ["missing.yaml does not exist"]),
         ((*FIT, "--model.ema_decay", "abc"), ["--model.ema_decay: expected", "a number", "null", "got 'abc'"]),
         ((*FIT, "--model.optimizer.warmdown_shape", "round"), ["warmdown_shape", "'cosine', 'linear'", "'round'"]),
@@ -142,6 +155,14 @@ FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
         (("test", "--config", "{}/tiny.yaml", "--ckpt_path", "{}/nowhere"), ["nowhere does not exist"]),
         (("sample", "--ckpt_path", "{}/nowhere"), ["nowhere does not exist"]),
         (("sample", "--ckpt_path", "x", "--temprature", "1"), ["option --temprature", "--temperature?"]),
+        (("sample", "x", "--temp", "1"), ["option --temp ", "--temperature?"]),
+        (("bpb", "x"), ["inputs is required: Files, folders, glob patterns"]),
+        ((*FIT, "--ckpt_path", "{}/a_run"), ["a_run is a folder, and a checkpoint is needed"]),
+        (
+            ("test", "--config", "{}/tiny.yaml", "--ckpt_path", "{}/a_run"),
+            ["a_run is a folder", "did you mean", ".ckpt?"],
+        ),
+        (("sample", "{}/a_run"), ["a_run is a folder", "did you mean", "checkpoints/last.ckpt?"]),
         (("inspect", "{}/tiny.yaml"), ["tiny.yaml", "not an artifact"]),
         (("inspect",), ["required", "file"]),
         (("report", "{}/nowhere"), ["nowhere"]),

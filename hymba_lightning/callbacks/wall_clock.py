@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from hymba_lightning.callbacks.stopwatch import Stopwatch
 from hymba_lightning.checkpoints import check_clock_state
 from hymba_lightning.run.run import ClockReading, Run
-from hymba_lightning.trainer_internals import step_limit, time_limit
+from hymba_lightning.trainer_internals import say_that_data_are_endless, step_limit, time_limit
 
 NO_END = (
     "nothing ends this run: set model.budget_seconds, trainer.max_steps, trainer.max_time, or trainer.max_epochs for a "
@@ -169,6 +169,7 @@ class WallClock(Callback):
             ValueError: the Trainer has a lower limit on steps or epochs, against which no budget can be kept, or
                 nothing ends the run.
         """
+        say_that_data_are_endless(trainer)
         self._timer = time_limit(trainer)
         if self.budget_seconds is None and self._timer is None and step_limit(trainer) is None:
             raise ValueError(NO_END)

@@ -10,12 +10,15 @@ import yaml
 
 from hymba_lightning.checkpoints import ANOTHER, TOKENIZER_KEY, CheckpointError, check_tokenizer, read_checkpoint
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
+from hymba_lightning.files import not_a_file
 from hymba_lightning.interop.pretrained import find_folder, is_folder, load_pretrained
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.quantization.artifact import MAX_MESSAGE, check_shapes
 from hymba_lightning.text import printable
 
+# What reading a config that is none ends in.
+DAMAGED = (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError)
 PREFIX = "net."
 HUB = "hf:"
 
@@ -37,6 +40,8 @@ def load_network(
     path = local_path(path)
     fingerprint = None
     if path.is_dir():
+        if not is_folder(path):
+            raise not_a_file(str(path), path, "an artifact, a checkpoint or a folder of save_pretrained")
         found = load_pretrained(path)
         config, weights, fingerprint = found.config, found.weights, found.tokenizer_sha256
     elif is_artifact(path):
@@ -93,7 +98,11 @@ def find_tokenizer(weights: str | Path, given: str | None, fingerprint: str | No
     """
     path = Path(given).expanduser() if given else _tokenizer_beside(weights)
     if path is None or not path.is_file():
-        found = "no config.yaml of a run lies beside the weights" if path is None else f"{path} does not exist"
+        found = (
+            "no config.yaml of a run lies beside the weights"
+            if path is None
+            else not_a_file(str(path), path, "a SentencePiece model")
+        )
         raise FileNotFoundError(f"which tokenizer? {found}: give --tokenizer MODEL")
     if fingerprint is not None:
         check_tokenizer(weights, fingerprint, file_sha256(path), path, "--tokenizer")
@@ -104,14 +113,29 @@ def _tokenizer_beside(weights: str | Path) -> Path | None:
     weights = local_path(weights) if str(weights).startswith(HUB) else Path(weights).expanduser()
     if is_folder(weights.parent) or weights.is_dir():
         return (weights if weights.is_dir() else weights.parent) / TOKENIZER_FILE
-    for folder in (weights.parent, weights.parent.parent):
-        config = folder / "config.yaml"
-        if config.is_file():
-            try:
-                data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
-                return Path(data["tokenizer"] or Path(data["data_dir"]) / TOKENIZER_FILE).expanduser()
-            except (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(
-                    f"{config}, which would name the tokenizer, is damaged ({type(error).__name__}): give --tokenizer"
-                ) from error
-    return None
+    config = _config_beside(weights)
+    if config is None:
+        return None
+    try:
+        data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
+        return Path(data["tokenizer"] or Path(data["data_dir"]) / TOKENIZER_FILE).expanduser()
+    except DAMAGED as error:
+        raise ValueError(
+            f"{config}, which would name the tokenizer, is damaged ({type(error).__name__}): give --tokenizer"
+        ) from error
+
+
+def trained_seq_len(weights: str | Path) -> int | None:
+    """Tokens of the sequences that a run trained on, by the config.yaml beside its weights; None without one."""
+    config = _config_beside(Path(weights).expanduser())
+    try:
+        found = config and yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["seq_len"]
+    except DAMAGED:
+        return None
+    return found if type(found) is int and found > 0 else None
+
+
+def _config_beside(weights: Path) -> Path | None:
+    """The config.yaml of the run whose artifact or checkpoint this is."""
+    configs = (folder / "config.yaml" for folder in (weights.parent, weights.parent.parent))
+    return next((config for config in configs if config.is_file()), None)

@@ -17,6 +17,7 @@ import torch
 
 from hymba_lightning.data.text_encoder import TextEncoder
 from hymba_lightning.data.tokenizer import load_tokenizer
+from hymba_lightning.files import not_a_file
 from hymba_lightning.generation.loading import find_tokenizer, load_network
 from hymba_lightning.generation.reply import Reply
 from hymba_lightning.generation.sampler import SamplingConfig, generate
@@ -186,8 +187,8 @@ def _of_stdin() -> str:
 
 def _of_file(name: str) -> str:
     path = Path(name).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"--prompt_file {name} does not exist")
+    if path.is_dir() or not path.exists():  # a pipe is read as a file is
+        raise not_a_file(f"--prompt_file {name}", path, "a text file")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -17,6 +17,7 @@ from hymba_lightning.checkpoints import check_tokenizer, read_checkpoint
 from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
+from hymba_lightning.files import not_a_file
 from hymba_lightning.generation.loading import find_tokenizer, load_network
 from hymba_lightning.model import Hymba, RuntimeConfig
 from hymba_lightning.quantization import (
@@ -159,7 +160,7 @@ def read_source(path: Path, tokenizer: str | None, runtime: RuntimeConfig, devic
         ValueError: the file is damaged, or of another kind.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--ckpt {path} does not exist")
+        raise not_a_file(f"--ckpt {path}", path, "a checkpoint or an artifact")
     net, fingerprint = load_network(path, runtime, device)
     if is_artifact(path):
         log.warning("%s is rounded already: the checkpoint it came from loses less", path)

@@ -17,7 +17,7 @@ import torch
 from hymba_lightning.checkpoints import weights_sha256
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.files import write_atomic
-from hymba_lightning.generation.loading import find_tokenizer, load_network
+from hymba_lightning.generation.loading import find_tokenizer, load_network, trained_seq_len
 from hymba_lightning.model import RuntimeConfig
 from hymba_lightning.probes.copying import Copy, copy_gain
 from hymba_lightning.probes.decay import QUANTILES, Memory, decay_times
@@ -75,7 +75,11 @@ class Probe:
             lines += [f"  {one.distance:>7,} tokens on  {one.gain:6.3f} ± {one.error:.3f}" for one in self.copies]
         for pairs in dict.fromkeys(one.pairs for one in self.recalls):
             what = "passkey" if pairs == 1 else f"recall, one of {pairs} pairs"
-            lines += ["", f"{what}, after {self.recall_steps} steps of training on it, share right:"]
+            lines += [
+                "",
+                f"{what}, after {self.recall_steps} steps of training on it, share right of "
+                f"{self.recalls[0].questions} questions:",
+            ]
             lines += [
                 f"  {one.distance:>7,} tokens on  {one.right:6.1%} ± {one.error:.1%}"
                 for one in self.recalls
@@ -98,10 +102,11 @@ def probe(
     out: str | None = None,
     tokenizer: str | None = None,
     val_files: str = "*_val_*.bin",
-    seq_len: int = 32768,
+    seq_len: int | None = None,
     sequences: int = 8,
     passages: int = 8,
-    recall_steps: int = 60,
+    recall_steps: int | None = None,
+    questions: int | None = None,
     device: str = "auto",
     runtime: RuntimeConfig = RuntimeConfig(),  # noqa: B008 - frozen
     seed: int = 0,
@@ -114,10 +119,12 @@ def probe(
         out: Folder to write (default: where the file lies, or the run's folder for its checkpoints).
         tokenizer: SentencePiece model (default: tokenizer.model in data_dir).
         val_files: Pattern of the validation shards.
-        seq_len: Tokens of a sequence, and the farthest that anything is looked for.
+        seq_len: Tokens of a sequence, and the farthest that anything is looked for (default: the run's data.seq_len by
+            the config.yaml beside the file, or 32,768).
         sequences: Most sequences for the loss by position; fewer where the text is shorter.
         passages: Repeated passages at each distance; 0 leaves copying out.
-        recall_steps: Steps of training before recall is asked for; 0 leaves it out.
+        recall_steps: Steps of training before recall is asked for; 0 leaves it out (default: 60, on a CPU 20).
+        questions: Asked for recall at each distance (default: 64, on a CPU 32).
         device: cpu, cuda, or auto.
         runtime: How the network is executed.
         seed: Draws the same passages and questions again.
@@ -129,6 +136,10 @@ def probe(
     started = time.monotonic()
     path = Path(file).expanduser()
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    slow = where.type == "cpu"
+    recall_steps = (20 if slow else 60) if recall_steps is None else recall_steps
+    questions = (32 if slow else 64) if questions is None else questions
+    seq_len = seq_len or trained_seq_len(path) or 32768
     net, fingerprint = load_network(path, runtime, where)
     data = HymbaDataModule(data_dir, tokenizer, val_files=val_files, seq_len=seq_len)
     find_tokenizer(path, str(data.tokenizer), fingerprint)
@@ -154,7 +165,7 @@ def probe(
     recalls: list[Recall] = []
     for pairs in (1, 4) if recall_steps else ():
         log.info("passkey" if pairs == 1 else "associative recall")
-        recalls += recall(net, text, seq_len, pairs=pairs, steps=recall_steps, seed=seed)
+        recalls += recall(net, text, seq_len, pairs=pairs, steps=recall_steps, questions=questions, seed=seed)
     folder = Path(out).expanduser() if out else path.parent.parent if path.parent.name == "checkpoints" else path.parent
     found = Probe(
         file=path.name,

@@ -68,8 +68,7 @@ def recall(
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         tokens = torch.stack([_sequence(stream, length, pairs, None, marker, generator) for _ in range(batch)])
-        nats_BT = learner(tokens[:, :-1], tokens[:, 1:], reduction="none")
-        nats_BT[:, -VALUE:].mean().backward()
+        nats_of_values(learner, tokens).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -77,14 +76,21 @@ def recall(
     found = []
     for distance in asked_at(length, shortest):
         right = 0
-        for _ in range(questions):
-            tokens = _sequence(stream, length, pairs, distance, marker, generator)
+        for at_once in torch.arange(questions).split(batch):
+            tokens = torch.stack([_sequence(stream, length, pairs, distance, marker, generator) for _ in at_once])
             with torch.no_grad():
-                guesses = learner(tokens[None, :-1])[0, -VALUE:].argmax(-1)
-            right += int((guesses == tokens[-VALUE:]).sum())
+                hidden_BTD, _ = learner.hidden(tokens[:, :-1])
+                guesses = learner.logits(hidden_BTD[:, -VALUE:]).argmax(-1)
+            right += int((guesses == tokens[:, -VALUE:]).sum())
         share = right / (questions * VALUE)
         found.append(Recall(pairs, distance, questions, share, (share * (1 - share) / questions) ** 0.5))
     return found
+
+
+def nats_of_values(net: Hymba, tokens: Tensor) -> Tensor:
+    """Nats (B·VALUE,) of the last VALUE of tokens (B, T+1): the head, much of a small network, reads no other place."""
+    hidden_BTD, _ = net.hidden(tokens[:, :-1])
+    return net.nats(net.raw_logits(hidden_BTD[:, -VALUE:]).flatten(0, 1), tokens[:, -VALUE:].flatten())
 
 
 def asked_at(length: int, shortest: int) -> list[int]:

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     LearningRateFinder,
+    LearningRateMonitor,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -56,6 +57,11 @@ def check_callbacks(trainer: pl.Trainer) -> None:
     """
     for callback in callbacks_of(trainer):
         remedy = next((remedy for kind, remedy in INSTEAD.items() if isinstance(callback, kind)), None)
+        if isinstance(callback, LearningRateMonitor) and not trainer.loggers:
+            raise ValueError(
+                "LearningRateMonitor writes to a logger, and trainer.logger is false: name one, such as CSVLogger, or "
+                "leave the callback out; history.json has every step's lr_scale"
+            )
         if remedy is not None:
             raise ValueError(f"{type(callback).__name__} does not go with this module: {remedy}")
 

@@ -6,8 +6,13 @@ import os
 import pty
 import re
 import subprocess
+from types import SimpleNamespace
 
 from fit_process import typed, write_config
+
+from hymba_lightning.callbacks import progress
+from hymba_lightning.callbacks.progress import BudgetProgressBar
+from hymba_lightning.run import Run
 
 
 def on_a_terminal(command: list[str]) -> tuple[int, str]:
@@ -27,6 +32,19 @@ def on_a_terminal(command: list[str]) -> tuple[int, str]:
         code = process.wait(timeout=60)
     os.close(leader)
     return code, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+
+
+def test_the_bar_of_training_ends_at_100_percent_whatever_the_last_step_showed(monkeypatch):
+    """Steps between two refreshes are not shown, and the clock of a run that max_steps ends is not at its end."""
+    shown = []
+    bar = BudgetProgressBar()
+    monkeypatch.setattr(bar, "_show", lambda label, done, total, detail, **_: shown.append((label, done / total)))
+    monkeypatch.setattr(progress, "_training_detail", lambda trainer: "step 3")
+    trainer = SimpleNamespace()
+    bar.on_train_start(trainer, None)
+    for end in Run.of(trainer).before_end:
+        end()
+    assert shown == [("training", 1.0)]
 
 
 def test_bars_end_at_100_percent_and_leave_log_lines_alone(tmp_path):

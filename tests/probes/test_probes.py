@@ -9,13 +9,14 @@ import torch
 from tiny import NET
 
 from hymba_lightning.commands import run_command
+from hymba_lightning.generation.loading import trained_seq_len
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.probes import positions
 from hymba_lightning.probes.copying import copy_gain, distances
 from hymba_lightning.probes.cuts import narrower_window, nats_of, without_attention, without_recurrence
 from hymba_lightning.probes.decay import QUANTILES, decay_times
 from hymba_lightning.probes.positions import by_position
-from hymba_lightning.probes.recall import KEY, VALUE, _sequence, recall
+from hymba_lightning.probes.recall import KEY, VALUE, _sequence, nats_of_values, recall
 
 SECRET_EVERY, WINDOW, LENGTH = 4, 2, 64
 
@@ -170,6 +171,12 @@ def test_recall_trains_a_copy(carrier):
     assert all(torch.equal(before[name], value) for name, value in carrier.state_dict().items())
 
 
+def test_only_the_values_are_read_from_the_head():
+    net, tokens = make_net(), ids(3, LENGTH)
+    whole = net(tokens[:, :-1], tokens[:, 1:], reduction="none")[:, -VALUE:].flatten()
+    torch.testing.assert_close(nats_of_values(net, tokens), whole)
+
+
 def test_decay_times_are_those_of_the_time_steps():
     net = make_net()
     with torch.no_grad():
@@ -195,8 +202,12 @@ def test_the_command_writes_what_it_prints(fitted_run, tmp_path, capsys):
     found = json.loads((tmp_path / "probe.json").read_text())
     assert (tmp_path / "probe.png").stat().st_size > 10_000
     assert found["sequences"] == 3
+    assert {one["questions"] for one in found["recalls"]} == {32}
+    assert "share right of 32 questions" in printed
     assert f"{found['curves'][0]['bpb']:.4f}" in printed
     record = json.loads((fitted_run / "record.json").read_text())
     assert found["data"] == record["scores"][0]["data"]["digest"]
+    assert trained_seq_len(fitted_run / "artifact.hymba") == 64
+    assert trained_seq_len(tmp_path / "artifact.hymba") is None
     with pytest.raises(ValueError, match="validation tokens are less than two sequences of 4,096"):
         run_command("probe", [str(fitted_run / "artifact.hymba"), "--data_dir", str(data), "--seq_len", "4096"])

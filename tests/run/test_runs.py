@@ -10,7 +10,7 @@ import yaml
 from tiny_runs import copied, hymba
 
 from hymba_lightning.cli import run as cli_run
-from hymba_lightning.run import RunRecord
+from hymba_lightning.run import Run, RunRecord
 from hymba_lightning.run.folder import RunExistsError
 
 
@@ -153,6 +153,11 @@ def test_a_new_run_in_an_old_folder_shows_nothing_of_the_old(work, fitted, tmp_p
 
 def test_two_runs_of_one_process_have_a_folder_each(work, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        cli_run(["fit", "--config", str(work / "tiny.yaml"), "--export.enabled", "false"])
+    runs = [cli_run(["fit", "--config", str(work / "tiny.yaml"), "--export.enabled", "false"]) for _ in range(2)]
     assert len(list((tmp_path / "runs").iterdir())) == 2
+    # Nothing of the first is in the second: neither its place nor what it trained.
+    first, second = (Run.of(cli.trainer) for cli in runs)
+    assert first is not second
+    assert first.folder.path != second.folder.path
+    assert first.history.tokens == second.history.tokens > 0
+    assert all((cli.folder.path / "checkpoints" / "last.ckpt").is_file() for cli in runs)

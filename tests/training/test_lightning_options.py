@@ -9,7 +9,10 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
     LearningRateFinder,
+    LearningRateMonitor,
+    RichProgressBar,
     StochasticWeightAveraging,
+    TQDMProgressBar,
 )
 from lightning.pytorch.loggers import CSVLogger
 from tiny import NET, tiny_data, tiny_module, tiny_trainer, write_data
@@ -96,7 +99,7 @@ def test_manual_optimization_is_refused(folder, tmp_path):
     module = tiny_module()
     module.automatic_optimization = False
     with pytest.raises(ValueError, match=r"automatic_optimization is False, .* from configure_optimizers"):
-        tiny_trainer(tmp_path).fit(module, tiny_data(folder))
+        tiny_trainer(tmp_path, max_epochs=1, limit_train_batches=2).fit(module, tiny_data(folder))
 
 
 @pytest.mark.parametrize(("interval", "warned"), [(1, False), (3, False), (None, True)])
@@ -184,3 +187,43 @@ def test_a_subclass_may_take_batches_of_another_form(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=2)
     trainer.fit(Named(net=HymbaConfig(**NET)), DataLoader(rows, batch_size=2))
     assert trainer.global_step == 2
+
+
+@pytest.mark.parametrize(
+    "bar", [RichProgressBar(refresh_rate=1), TQDMProgressBar(refresh_rate=1)], ids=["rich", "tqdm"]
+)
+def test_another_progress_bar_shows_endless_data_as_such(folder, tmp_path, bar):
+    trainer = tiny_trainer(tmp_path, max_steps=3, max_epochs=1, callbacks=[bar], enable_progress_bar=True)
+    trainer.fit(tiny_module(), tiny_data(folder))
+    assert trainer.num_training_batches == bar.total_train_batches == float("inf")
+    assert trainer.global_step == 3
+    if isinstance(bar, TQDMProgressBar):
+        assert bar.train_progress_bar.total is None
+    limited = tiny_trainer(tmp_path, max_steps=-1, max_epochs=1, limit_train_batches=2)
+    limited.fit(tiny_module(), tiny_data(folder))
+    assert (limited.num_training_batches, limited.global_step) == (2, 2)
+
+
+def test_a_monitor_of_rates_without_a_logger_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"LearningRateMonitor writes to a logger, .* name one, such as CSVLogger"):
+        tiny_trainer(tmp_path, callbacks=[LearningRateMonitor()]).fit(tiny_module(), tiny_data(folder))
+
+
+@pytest.mark.parametrize(("how", "limit"), [("norm", 0.01), ("value", 1e-4)])
+def test_gradients_are_clipped_before_the_optimizer_sees_them(folder, tmp_path, how, limit):
+    trainer = tiny_trainer(tmp_path, max_steps=3, gradient_clip_val=limit, gradient_clip_algorithm=how)
+    used: list[float] = []
+
+    class Watched(HymbaModule):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            optimizer.register_step_post_hook(lambda *_: used.append(measured(self)))
+            return optimizer
+
+    def measured(module):
+        flat = torch.cat([torch.zeros(1), *(p.grad.flatten() for p in module.parameters() if p.grad is not None)])
+        return float(flat.norm() if how == "norm" else flat.abs().max())
+
+    trainer.fit(Watched(net=HymbaConfig(**NET)), tiny_data(folder))
+    assert len(used) >= 3
+    assert used[-3:] == pytest.approx([limit] * 3, rel=1e-3)
