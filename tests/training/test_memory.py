@@ -25,7 +25,7 @@ NET = {
 }
 # A small step first: the backends' own memory is none of the estimate's.
 MEASURE = """
-import ctypes, gc, json, resource, sys, torch
+import ctypes, gc, json, sys, torch
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.training.optim import OptimizerConfig, build_optimizer
 torch.set_num_threads(1)
@@ -41,10 +41,13 @@ small, net, runtime, length, rows = json.loads(sys.argv[1])
 steps(small, runtime, 128, 1)
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
-lines = open("/proc/self/status", encoding="utf-8").read().splitlines()
-before = next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+def kilobytes(name):
+    lines = open("/proc/self/status", encoding="utf-8").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+before = kilobytes("VmRSS")
 steps(net, runtime, length, rows)
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+# getrusage's peak would be that of the process that started this one, where that was larger.
+print(1024 * (kilobytes("VmHWM") - before))
 """
 
 
