@@ -113,7 +113,8 @@ class CommandParser(OneSentence, ArgumentParser):
         action = next((action for action in self._actions if needed and action.dest == needed[1].lstrip("-")), None)
         if needed and action is not None and action.help:
             what = action.help.partition(" (")[0].rstrip(".")
-            raise UsageError(f"{needed[1]} is required: {what}; `{self.prog} --help` explains") from ex
+            name = action.option_strings[-1] if action.option_strings else needed[1]
+            raise UsageError(f"{name} is required: {what}; `{self.prog} --help` explains") from ex
         super().error(message, ex)
 
 

@@ -89,6 +89,8 @@ class RankWatch(pl.Callback):
         # A signal ends all ranks at one step; that is no failure.
         if not isinstance(exception, KeyboardInterrupt | Stopped) and not self._news.wait(1.0):
             text = f"{type(exception).__name__}: {exception}"[:2000]
+            if self._rank:
+                self._closing.set()  # rank 0 hangs up when it is told, which is not its death
             self._tell({"rank": self._rank, "text": text})
         self._close()
 

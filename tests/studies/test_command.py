@@ -52,7 +52,7 @@ def test_every_study_explains_its_options(name, capsys):
         (["context_scaling"], ["did you mean context?"]),
         (["--out", "x"], ["--out comes before a study"]),
         (["seeds", "--out", "x", "--baselin", "1"], ["option --baselin", "--baseline?", "hymba study seeds --help"]),
-        (["seeds", "--seeds", "1", "--", "--config", "demo"], ["arguments are required: out"]),
+        (["seeds", "--seeds", "1", "--", "--config", "demo"], ["--out is required: Folder of the runs"]),
         (["step", "--runtime.scan_backnd", "x"], ["option --runtime.scan_backnd", "--runtime.scan_backend?"]),
         (["step", "--steps", "x"], ["--steps", "'x'"]),
         (["kernels", "--only", "all"], ["streams"]),
