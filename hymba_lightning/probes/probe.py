@@ -131,15 +131,23 @@ def probe(
 
     Raises:
         FileNotFoundError: no file, shards or tokenizer.
-        ValueError: a file that is none of ours, another tokenizer, or too little text.
+        ValueError: a file that is none of ours, another tokenizer, too little text, or a number too small.
     """
     started = time.monotonic()
+    # An error of a mean over sequences takes two of them.
+    least = {"sequences": (sequences, 2), "passages": (passages, 0), "recall_steps": (recall_steps, 0)}
+    least |= {"questions": (questions, 1), "seq_len": (seq_len, 1)}
+    for name, (number, minimum) in least.items():
+        if number is not None and number < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    if passages == 1:
+        raise ValueError("passages must be at least 2 for a standard error, or 0 for none, got 1")
     path = Path(file).expanduser()
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     slow = where.type == "cpu"
     recall_steps = (20 if slow else 60) if recall_steps is None else recall_steps
     questions = (32 if slow else 64) if questions is None else questions
-    seq_len = seq_len or trained_seq_len(path) or 32768
+    seq_len = (trained_seq_len(path) or 32768) if seq_len is None else seq_len
     net, fingerprint = load_network(path, runtime, where)
     data = HymbaDataModule(data_dir, tokenizer, val_files=val_files, seq_len=seq_len)
     find_tokenizer(path, str(data.tokenizer), fingerprint)

@@ -3,6 +3,7 @@ exports, adapts and generates, and nobody outside knows which one it is."""
 
 import pytest
 import torch
+from small_network import SMALL as SMALL_NETWORK
 
 from hymba_lightning.closure import REFEREE, evaluation_code_bytes, needed_files
 from hymba_lightning.data.sequences import Chunk
@@ -26,18 +27,7 @@ from hymba_lightning.quantization.schemes import calibrate
 from hymba_lightning.training.memory import estimate_memory
 from hymba_lightning.training.optim import OptimizerConfig, build_optimizer
 
-SMALL = {
-    "vocab_size": 64,
-    "n_layers": 2,
-    "d_model": 32,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "window": 8,
-    "d_state": 4,
-    "bigram_buckets": 32,
-    "bigram_dim": 8,
-    "tied_embed_std": 0.3,
-}
+SMALL = SMALL_NETWORK | {"n_layers": 2, "tied_embed_std": 0.3}
 # Every mixer as it is, and what options of its own change.
 VARIANTS = [({"mixer": name}) for name in MIXERS if name != "official"] + [
     {"mixer": "mamba2", "mixer_options": {"groups": 2, "head_dim": 4}, "expand": 2, "merge": "concat"},

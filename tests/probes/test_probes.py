@@ -211,3 +211,20 @@ def test_the_command_writes_what_it_prints(fitted_run, tmp_path, capsys):
     assert trained_seq_len(tmp_path / "artifact.hymba") is None
     with pytest.raises(ValueError, match="validation tokens are less than two sequences of 4,096"):
         run_command("probe", [str(fitted_run / "artifact.hymba"), "--data_dir", str(data), "--seq_len", "4096"])
+
+
+@pytest.mark.parametrize(
+    ("option", "least"),
+    [
+        ("--sequences 1", 2),
+        ("--passages -1", 0),
+        ("--passages 1", 2),
+        ("--recall_steps -1", 0),
+        ("--questions 0", 1),
+        ("--seq_len 0", 1),
+    ],
+)
+def test_a_number_too_small_is_named_before_anything_is_read(option, least):
+    name, number = option.split()
+    with pytest.raises(ValueError, match=f"{name[2:]} must be at least {least}.*, got {number}"):
+        run_command("probe", ["nothing.hymba", "--data_dir", "nowhere", name, number])
