@@ -87,6 +87,7 @@ def test_what_would_not_count_every_byte_is_refused(file, tmp_path, change, mess
         (lambda content: content["model"]["vocab"].update({"zz": 7}), "two of its pieces have one id"),
         (lambda content: content["model"]["vocab"].update({"zz": (1 << 32) - 1}), "has an id over 1,048,576"),
         (lambda content: content["model"]["vocab"].update({"zz": 1 << 16}), "65,537 pieces; the shards"),
+        (lambda content: content["model"]["vocab"].update({"x" * (1 << 15): 400}), "a piece of over 32,767 bytes"),
         (lambda content: content["model"]["vocab"].update({"▁the": 400}), "its piece ▁the stands for no bytes"),
         (
             lambda content: content.update(
