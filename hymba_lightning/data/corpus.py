@@ -16,7 +16,7 @@ import numpy as np
 
 from hymba_lightning.data.documents import Document, DocumentReader, document_digest, split_rank
 from hymba_lightning.data.manifest import SPLITS
-from hymba_lightning.data.shards import ShardWriter
+from hymba_lightning.data.shard_writing import ShardWriter
 from hymba_lightning.data.text_encoder import EncoderPool, TextEncoder, TextPiece
 from hymba_lightning.data.tokenizer import load_tokenizer
 from hymba_lightning.files import write_atomic

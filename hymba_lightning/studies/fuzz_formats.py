@@ -19,7 +19,8 @@ from hymba_lightning.checkpoints import CheckpointError, read_checkpoint, write_
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.manifest import MANIFEST_FILE, first_damage, read_manifest, sealed
 from hymba_lightning.data.prepare import PrepareSummary, prepare
-from hymba_lightning.data.shards import HEADER_BYTES, TOKEN_DTYPE, Shard, write_shard
+from hymba_lightning.data.shard_writing import write_shard
+from hymba_lightning.data.shards import HEADER_BYTES, TOKEN_DTYPE, Shard
 from hymba_lightning.data.text_encoder import TextEncoder
 from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer
 from hymba_lightning.model import Hymba, HymbaConfig

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hymba_lightning.data.datamodule import HymbaDataModule
-from hymba_lightning.data.sequences import Chunk, chunk_at, n_chunks
+from hymba_lightning.data.token_stream import Chunk, chunk_at, n_chunks
 from hymba_lightning.errors import UserError
 from hymba_lightning.evaluation import Score, ScoreFirstTTT, TTTConfig
 from hymba_lightning.files import write_atomic

@@ -19,7 +19,7 @@ from hymba_lightning.cli import run
 from hymba_lightning.commands import run_command
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.mixture import MixedSpans
-from hymba_lightning.data.shards import write_shard
+from hymba_lightning.data.shard_writing import write_shard
 from hymba_lightning.options import shipped_configs
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "sp1024.model"

@@ -6,7 +6,7 @@ import torch
 from small_network import SMALL as SMALL_NETWORK
 
 from hymba_lightning.closure import REFEREE, evaluation_code_bytes, needed_files
-from hymba_lightning.data.sequences import Chunk
+from hymba_lightning.data.token_stream import Chunk
 from hymba_lightning.evaluation import TTTConfig, score_first_ttt
 from hymba_lightning.evaluation.carried import CarriedScorer
 from hymba_lightning.generation import SamplingConfig, generate
