@@ -1,4 +1,4 @@
-"""One process at a time writes to a folder: a lock that other processes see, released however its owner ends."""
+"""A lock on a folder, so that one process at a time writes to it; released however the process ends."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class GuardedStream:
             self.write(line)
 
     def flush(self) -> None:
-        """What cannot be written is dropped."""
+        """Flushes the stream. A reader that is gone is no error, unless the output must arrive; nothing more is written to it."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:

@@ -138,7 +138,7 @@ def log_evaluations_by_step(trainer: pl.Trainer) -> None:
 def end_where_nothing_is_left(trainer: pl.Trainer) -> None:
     """Has `on_train_end` called for a resumed run whose steps or epochs are all done: Lightning would leave it out.
 
-    A run that was killed after its last step still has its end before it.
+    So a run that was killed after its last step is still scored and exported when it is resumed.
     """
     loop = trainer.fit_loop
     run: Callable[[], STEP_OUTPUT | None] = loop.run

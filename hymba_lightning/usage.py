@@ -100,7 +100,7 @@ commands:
 
 
 def versions() -> str:
-    """Ours, and those of the libraries a result depends on; nothing is imported for it."""
+    """Versions of this package and of the libraries that a result depends on, read without importing them."""
 
     def version(name: str) -> str:
         try:

@@ -86,7 +86,7 @@ class WeightAverage(Callback):
 
     @contextmanager
     def raw_weights(self, pl_module: nn.Module) -> Iterator[None]:
-        """The trained weights are in the module inside, and whatever was there before afterwards."""
+        """Puts the trained weights into the module for the time of the block, then what was there before."""
         change = self.averaged_inside
         if change:
             self._swap_out(pl_module)

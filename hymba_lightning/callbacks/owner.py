@@ -36,7 +36,7 @@ class FolderOwner(pl.Callback):
             _on_rank_0(trainer, claim)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Everything else that can be refused was: what an old run left may go.
+        """Takes over the folder, and deletes what an old run left there: all other checks of the options have passed.
 
         Raises:
             RunExistsError: the folder holds another run.
@@ -55,11 +55,11 @@ class FolderOwner(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """With its first step a run has begun for good."""
+        """Keeps the folder as this run's: its first step is done."""
         settle(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Weights and data were taken: nothing is refused any more."""
+        """Keeps the folder as this run's: weights and data are loaded, and no check is left that could refuse them."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             Run.of(trainer).settled = True
 

@@ -52,7 +52,7 @@ class SplitTotals:
 
 @dataclass(frozen=True)
 class Splitter:
-    """Which split a document belongs to."""
+    """Assigns documents to training or validation."""
 
     val_fraction: float
     """Share of the documents that is for validation."""

@@ -336,7 +336,7 @@ class HymbaDataModule(pl.LightningDataModule):
         return chunk_at(self.val_stream(), self.token_bytes, self.ttt_chunk_tokens, index)
 
     def predict_dataloader(self) -> Loader:
-        """As for validation."""
+        """The loader of `val_dataloader`."""
         return self.val_dataloader()
 
     # Checkpoints --------------------------------------------------------------------------------------------------

@@ -339,7 +339,7 @@ def _decoded_blocks(blocks: Iterable[bytes], whole: bool) -> Iterator[str]:
 
 
 def _damage(row: list[str]) -> tuple[str, str]:
-    """Kind and cause where a field of CSV is no text, else nothing."""
+    """What is wrong with the fields of a CSV row that are no text, as (kind, cause); both empty where all are."""
     if any("\0" in field for field in row):
         return "NUL bytes", "it holds NUL bytes: a damaged file, or no text"
     if not all(field.isascii() or SURROGATES.search(field) is None for field in row):

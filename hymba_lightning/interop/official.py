@@ -127,7 +127,7 @@ def weights_to_hf(net: Hymba) -> dict[str, Tensor]:
 
 
 def load(folder: Path, content: dict[str, Any]) -> Pretrained:
-    """What a folder of theirs holds, as a folder of ours; `content` is its config.json.
+    """Loads a folder of a released Hymba model as `load_pretrained` does one of ours; `content` is its config.json.
 
     Raises FileNotFoundError or PretrainedError naming the file and what is wrong with it.
     """

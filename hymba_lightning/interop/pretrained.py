@@ -334,6 +334,6 @@ def _of_artifact(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def generation_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What ends a text: the end of a document, or the start of another."""
+    """Settings for transformers' `generate`: a text ends at the end of a document, or at the start of another."""
     ends = sorted({token for token in (config["bos_token_id"], config["eos_token_id"]) if token is not None})
     return {"bos_token_id": config["bos_token_id"], "eos_token_id": ends, "pad_token_id": config["pad_token_id"]}

@@ -340,7 +340,7 @@ def _run_table(first: str, runs: Sequence[Run], rows: list[list[str]], numbers: 
 
 
 def _table(head: list[str], rows: list[list[str]], numbers: int = 0) -> str:
-    """`head` is HTML; `numbers` columns from the right are aligned as numbers."""
+    """An HTML table. `head` is HTML already; the last `numbers` columns are aligned as numbers."""
     first = len(head) - numbers
     cells = "".join(
         "<tr>"

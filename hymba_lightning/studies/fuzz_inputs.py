@@ -1,4 +1,4 @@
-"""Text in every form that `prepare` takes, for `fuzz`: without a skip, what was written or what the file says."""
+"""The forms of text that `prepare` takes, for `fuzz`. What is read without a skip must be what the file says."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def check_fit(trainer: pl.Trainer, budget_seconds: float | None, measures_more: 
 def check_schedulers(trainer: pl.Trainer) -> None:
     """
     Raises:
-        ValueError: a scheduler is to change the rates of the module's own optimizer, which follow the run's clock.
+        ValueError: a scheduler was configured for the module's own optimizer, whose rates follow the run's clock.
     """
     if trainer.lr_scheduler_configs and isinstance(trainer.optimizers[0], HymbaOptimizer):
         raise ValueError(

@@ -70,7 +70,7 @@ class Mixer(HybridMixer):
         return y_BTE, (*new_conv, *new_scan)
 
     def normed_dynamics(self, dt_low_BTR: Tensor, B_BTN: Tensor, C_BTN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the scan takes from its input, normalised where the config says so."""
+        """dt (before its projection), B and C of the scan, RMS-normalised where the config says so."""
         if not self.config.dynamics_norm:
             return dt_low_BTR, B_BTN, C_BTN
         return rms_norm(dt_low_BTR), rms_norm(B_BTN), rms_norm(C_BTN)
@@ -80,7 +80,7 @@ class Mixer(HybridMixer):
         return self.mamba_proj(x_BTD).split(self.widths, dim=-1)[0]
 
     def decay_times(self, x_BTD: Tensor) -> Tensor:
-        """(E, N) for each channel and state."""
+        """Mean tokens until a state has decayed to 1/e, (E, N): one for each channel and state."""
         u_BTE = self.scan_input(x_BTD)
         (convolved_BTE,) = self.conv1d(u_BTE)
         assert isinstance(convolved_BTE, Tensor)
