@@ -40,7 +40,7 @@ class GuardedStream:
             self.write(line)
 
     def flush(self) -> None:
-        """Flushes the stream. A reader that is gone is no error, unless the output must arrive; nothing more is written to it."""
+        """Flushes the stream; a reader that is gone is an error only where the output must arrive."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
