@@ -27,6 +27,7 @@ from hymba_lightning.data.streams import (
     read_blocks,
     whole_members,
 )
+from hymba_lightning.text import SURROGATES
 
 # A longer line or row is left out, a longer text file is cut: what one document takes bounds the memory.
 MAX_DOCUMENT_BYTES = 1 << 25
@@ -34,8 +35,6 @@ TEXT_BLOCK_BYTES = 1 << 22
 
 BOM = b"\xef\xbb\xbf"
 WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
-# What stands for a byte that is no UTF-8.
-SURROGATES = re.compile("[\ud800-\udfff]")
 # Where a text that is too long for one document is cut, the best place first.
 CUTS = ("\n\n", "\n", " ")
 
