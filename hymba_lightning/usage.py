@@ -232,7 +232,7 @@ def resume_command(args: Sequence[str], saved: Saved) -> str:
 
 
 def after_stop(args: Sequence[str], signal_name: str, saved: Saved | None) -> str:
-    """The last words of a command that a signal ended."""
+    """The message of a command that a signal ended."""
     if args[0] == "study":
         return (
             f"stopped by {signal_name}; runs that ended, and what the others have saved, are kept. To go on with them: "

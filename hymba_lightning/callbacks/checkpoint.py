@@ -82,7 +82,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Independent of the intervals, so that a resumed run may change them."""
+        """The callback's name in a checkpoint. The intervals are not in it, so that a resumed run may change them."""
         return type(self).__qualname__
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

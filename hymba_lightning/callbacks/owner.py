@@ -76,7 +76,7 @@ class FolderOwner(pl.Callback):
 
 
 def _on_rank_0(trainer: pl.Trainer, work: Callable[[], None]) -> None:
-    """Rank 0's outcome is everyone's, so that no rank waits for one that was refused."""
+    """Calls `work` on rank 0, and raises its error on every rank, so that none waits for a rank 0 that is gone."""
     outcome: Exception | None = None
     if trainer.is_global_zero:
         try:
@@ -89,7 +89,7 @@ def _on_rank_0(trainer: pl.Trainer, work: Callable[[], None]) -> None:
 
 
 def settle(trainer: pl.Trainer) -> None:
-    """Lets go of what the run took the place of."""
+    """Deletes, on rank 0, what was kept of the run that this one replaces."""
     run = Run.of(trainer)
     if run.started_fit and not run.settled and run.folder is not None:
         run.settled = True

@@ -84,7 +84,7 @@ def read_progress(work: Path) -> dict[str, Any] | None:
 
 
 def can_go_on(work: Path, model: Path, progress: dict[str, Any], arguments: dict[str, Any]) -> bool:
-    """Whether the files that the progress speaks of are there."""
+    """Whether the folder still has the files that are needed to go on from the saved progress."""
     return model.is_file() and all(
         ShardWriter.holds(work, f"{arguments['name']}_{split}", arguments["shard_tokens"], state["writer"])
         for split, state in progress["splits"].items()

@@ -42,7 +42,8 @@ def reads(head: bytes) -> bool:
 
 
 class TiktokenTokenizer(ByteTokenizer):
-    """
+    """A vocabulary of tiktoken with BOS as its only control.
+
     Args:
         ranks: Ids of the pieces, with one for each byte.
         encoding: A `tiktoken.Encoding` of these.
@@ -107,7 +108,8 @@ def read_ranks(content: bytes, gaps: bool = False) -> dict[bytes, int]:
 
 
 def load(path: str | os.PathLike[str]) -> TiktokenTokenizer:
-    """
+    """Reads a file of tiktoken's.
+
     Raises:
         ImportError: The package is not installed.
         ValueError: The file is damaged, or does not know every byte.

@@ -36,7 +36,7 @@ def describe_context(config: TTTConfig, seq_len: int, world_size: int) -> str:
 
 
 class StreamAudit:
-    """Takes chunk after chunk; constant memory.
+    """Checks the scored stream chunk by chunk, in constant memory.
 
     Args:
         folder: Where nats.npy goes.

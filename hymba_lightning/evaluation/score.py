@@ -146,7 +146,7 @@ class WindowScorer:
         return self.seq_len / self.stride
 
     def weights_changed(self) -> None:
-        """The network was trained since the last part: nothing here depends on its weights."""
+        """Told after the network was trained; does nothing, since no state is kept here."""
 
     def score(self, tokens: Tensor) -> ScoredTokens:
         """Scores tokens[1:] of tokens (n+1,); tokens[0] is the last token of the part before."""

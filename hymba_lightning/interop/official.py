@@ -77,7 +77,7 @@ LAYER_NAMES = {
 
 
 def name_in_hf(name: str) -> str:
-    """Their name of one of our tensors. Raises KeyError for one that they do not have."""
+    """The released model's name of one of our tensors. Raises KeyError for one that it does not have."""
     if name in NAMES:
         return NAMES[name]
     _, layer, rest = name.split(".", 2)
@@ -144,7 +144,7 @@ def load(folder: Path, content: dict[str, Any]) -> Pretrained:
 
 
 def own_content(config: HymbaConfig, content: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of ours for a network and theirs."""
+    """The config.json of our format for a network, made from that of the released model."""
     ends = {name: content[name] for name in ("eos_token_id", "pad_token_id") if type(content.get(name)) is int}
     return folder_config(config, None, None) | ends
 

@@ -198,7 +198,7 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
 
 
 def _key(color: int, count: int) -> str:
-    """A run's colour, and its number where there are several: what stands for its name where that is too long."""
+    """HTML of a run's colour, with its number if there are several runs: used where its name would be too long."""
     return f'<i class="bg{color % len(charts.COLORS)}"></i>' + (f"<b>{color + 1}</b>" if count > 1 else "")
 
 

@@ -205,7 +205,8 @@ def brotli_bytes(content: bytes) -> int:
 
 
 def entropy_bytes(content: bytes, cuts: list[int]) -> int:
-    """What a coder with one fixed table for each stretch between cuts cannot go below, tables not counted."""
+    """Entropy bound in bytes: the least that a coder with one fixed table for each stretch between cuts can reach,
+    without the tables."""
     flat, bits = np.frombuffer(content, np.uint8), 0.0
     for start, end in itertools.pairwise([0, *cuts, len(content)]):
         counts = np.bincount(flat[start:end], minlength=256)
