@@ -1,6 +1,7 @@
 """A token's step in memory that stays where it is, as a CUDA graph needs it: the same as the ordinary step, wherever a
 text is cut, for rows of any length."""
 
+import contextlib
 import logging
 
 import pytest
@@ -110,10 +111,10 @@ def test_a_fixed_step_gives_the_ordinary_steps_logits_and_state(net, lengths, mo
 
 def test_memory_stays_where_it_is(net):
     step = FixedStep(net, read_prompts(net))
-    places = [tensor.data_ptr() for tensor in step.held.tensors()]
+    places = [tensor.data_ptr() for tensor in (step._tokens_B1, *step.held.tensors())]
     for token in range(20):
         step.run(torch.full((len(LENGTHS), 1), token))
-    assert [tensor.data_ptr() for tensor in step.held.tensors()] == places
+    assert [tensor.data_ptr() for tensor in (step._tokens_B1, *step.held.tensors())] == places
     taken = step.state()
     assert not {tensor.data_ptr() for tensor in taken.tensors() if tensor.numel()} & set(places)
 
@@ -169,6 +170,49 @@ def test_a_step_that_cannot_be_fixed_is_told_once_and_goes_on(caplog, monkeypatc
     assert [record.getMessage() for record in caplog.records] == [
         "new tokens are read without a CUDA graph, more slowly: a reason"
     ]
+
+
+class Replayed:
+    """In the place of a CUDA graph: computes again what was recorded, into the memory that the recording gave."""
+
+    def __init__(self, step: FixedStep) -> None:
+        self.step = step
+
+    def replay(self) -> None:
+        self.step._hidden_B1D.copy_(self.step._compute())
+
+
+def test_recording_leaves_the_state_and_gives_one_place_to_the_output(net, monkeypatch):
+    state = read_prompts(net)
+    step = FixedStep(net, state)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Replayed(step))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: contextlib.nullcontext())
+    step.record()
+    assert_same(step.state(), state)
+    place = step._hidden_B1D.data_ptr()
+    given = Steps(net, fixed=True)
+    given._fixed = step
+    assert given.is_recorded
+    state = follow(net, state, given, 12)
+    assert_same(given.state, state)
+    assert step._hidden_B1D.data_ptr() == place
+
+
+def test_what_a_graph_cannot_hold_is_told_with_the_remedy(monkeypatch):
+    net = network("window")
+    step = FixedStep(net, read_prompts(net))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Replayed(step))
+
+    @contextlib.contextmanager
+    def graph(*args, **options):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(GraphRecordingError, match=r"set the runtime's step_graphs to false.*not permitted"):
+        step.record()
 
 
 def test_a_state_whose_shapes_change_is_refused():
