@@ -95,7 +95,8 @@ def _limits(chart: Chart) -> tuple[float, float, float, float]:
     if chart.categories:
         return -0.3, len(chart.categories) - 0.7, y_low - margin, y_high + margin
     if x_low == x_high:
-        x_low, x_high = (x_low / 2, x_high * 2) if chart.log_x else (x_low - 0.5, x_high + 0.5)
+        wide = 0.05 * abs(x_low) or 0.5
+        x_low, x_high = (x_low / 2, x_high * 2) if chart.log_x else (x_low - wide, x_high + wide)
     return x_low, x_high, y_low - margin, y_high + margin
 
 

@@ -106,6 +106,7 @@ def test_a_run_goes_on_where_it_was_and_validates_on_the_first_folder(folders):
 def test_what_cannot_be_mixed_is_refused(folders, tmp_path):
     a, b, c = map(str, folders)
     for mixture, message in (
+        ([(b, 0.3)], "name folders with their shares"),
         ({b: 0.7, c: 0.3}, "1 of the sequences together"),
         ({b: 0.0}, "a share of 0.0; a share lies between 0 and 1"),
         ({b: float("nan")}, "a share of nan"),
