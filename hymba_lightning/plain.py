@@ -40,6 +40,8 @@ def describe(hint: Any) -> str:
     'a number or null'
     >>> describe(Literal["a", "b"])
     "'a' or 'b'"
+    >>> describe(dict[str, float] | None)
+    'a mapping of each name to a number or null'
     """
     named: dict[str, str] = {}
     for text in _alternatives(hint):
@@ -135,7 +137,7 @@ def _alternatives(hint: Any) -> Iterator[str]:
     elif origin in LISTS or hint in LISTS:
         yield "a list"
     elif origin is dict:
-        yield NAMES[dict]
+        yield NAMES[dict] if arguments[1] is Any else f"{NAMES[dict]} of each name to {describe(arguments[1])}"
     elif hint in NAMES:
         yield NAMES[hint]
     else:

@@ -82,6 +82,10 @@ def _other_libraries() -> list[ModuleType]:
     return [importlib.import_module(f"{package}.{name}") for name in names if name.startswith("tokenizer_")]
 
 
+def _names_of_other_libraries() -> str:
+    return " or ".join(module.__name__.rpartition(".tokenizer_")[2] for module in _other_libraries())
+
+
 def load_tokenizer(path: str | os.PathLike[str]) -> sentencepiece.SentencePieceProcessor:
     """Load a SentencePiece model, or what another library's file gives in its place (a `ByteTokenizer`).
 
@@ -94,6 +98,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> sentencepiece.SentencePieceP
         raise FileNotFoundError(f"no tokenizer at {path}; `hymba prepare` makes one, or set data.tokenizer to its path")
     with open(path, "rb") as file:
         head = file.read(64)
+    if not head:
+        raise ValueError(f"{path} is empty; set the tokenizer to a whole file")
     library = next((library for library in _other_libraries() if library.reads(head)), None)
     processor = _load_sentencepiece(path) if library is None else library.load(path)
     if (n_pieces := processor.get_piece_size()) > MAX_VOCAB_SIZE:
@@ -111,7 +117,8 @@ def _load_sentencepiece(path: str | os.PathLike[str]) -> sentencepiece.SentenceP
         processor.id_to_piece(list(range(processor.get_piece_size())))
     except (RuntimeError, OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is not a SentencePiece model ({printable(str(error))}); set the tokenizer to a .model file"
+            f"{path} is not a SentencePiece model ({printable(str(error))}), nor by its first bytes a file of "
+            f"{_names_of_other_libraries()}; set the tokenizer to one of these, uncompressed and without a byte-order mark"
         ) from error
     if processor.bos_id() < 0:
         raise ValueError(f"{path} has no BOS piece, which must begin every document; use a tokenizer with bos_id ≥ 0")

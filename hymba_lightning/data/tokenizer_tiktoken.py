@@ -90,6 +90,9 @@ def read_ranks(content: bytes, gaps: bool = False) -> dict[bytes, int]:
     # The package's own reader drops what is no base64, lets a second line for a piece pass, and keeps copies of files
     # by their path, so that it may give a former content.
     for number, line in enumerate(content.splitlines(), 1):
+        # The package skips empty lines too.
+        if not line:
+            continue
         match = LINE.fullmatch(line)
         if match is None:
             raise ValueError(f"line {number} is not a piece in base64, a space and its rank")

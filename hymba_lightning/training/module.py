@@ -155,13 +155,16 @@ class HymbaModule(pl.LightningModule):
         log_evaluations_by_step(self.trainer)
         data = datamodule_of(self.trainer)
         vocab = getattr(data, "vocab_size", None)
+        bos_id = getattr(data, "bos_id", None)
+        other_bos = bos_id is not None and self.net.config.reset_at_bos and bos_id != self.net.config.bos_id
         if vocab is not None and vocab != self.net.config.vocab_size:
+            # Else the second would be told only after the first had been set.
+            too = f" (and model.net.bos_id to {bos_id})" if other_bos else ""
             raise ValueError(
                 f"the data's tokenizer has {vocab} tokens, but model.net.vocab_size is "
-                f"{self.net.config.vocab_size}: set it to {vocab} or use the other tokenizer"
+                f"{self.net.config.vocab_size}: set it to {vocab}{too} or use the other tokenizer"
             )
-        bos_id = getattr(data, "bos_id", None)
-        if bos_id is not None and self.net.config.reset_at_bos and bos_id != self.net.config.bos_id:
+        if other_bos:
             raise ValueError(
                 f"the tokenizer starts documents with id {bos_id}, but model.net.bos_id is "
                 f"{self.net.config.bos_id}: set it to {bos_id}"

@@ -1,5 +1,6 @@
 """Bytes per target: the reference's tables exactly, and the text's own length on any text."""
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -220,8 +221,13 @@ def test_bad_tokenizer_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.model"):
         load_tokenizer(tmp_path / "none.model")
     bad = tmp_path / "bad.model"
-    bad.write_bytes(b"no model at all")
-    with pytest.raises(ValueError, match=r"bad\.model is not a SentencePiece model"):
+    others = r"bad\.model is not a SentencePiece model .*, nor by its first bytes a file of huggingface or tiktoken"
+    for content in (b"no model at all", b"\xef\xbb\xbfIQ== 0\n", gzip.compress(b"IQ== 0\n")):
+        bad.write_bytes(content)
+        with pytest.raises(ValueError, match=others):
+            load_tokenizer(bad)
+    bad.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"bad\.model is empty"):
         load_tokenizer(bad)
 
 

@@ -34,6 +34,13 @@ def test_lines_in_any_order_and_of_other_systems_are_the_same_vocabulary(file):
     assert load_tokenizer(file).encode(" width  1 日本") == ids
 
 
+def test_empty_lines_are_skipped_as_the_package_does(file):
+    pytest.importorskip("tiktoken")
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"\n", b"\n\n", 3) + b"\n\n")
+    assert load_tokenizer(file).get_piece_size() == 265
+
+
 def test_text_is_cut_into_words_as_gpt4_does_but_in_gpt2s_own_files(tmp_path, monkeypatch):
     """GPT-4 cuts numbers after three digits; GPT-2 does not, and its file may leave out the id of its BOS."""
     pytest.importorskip("tiktoken")

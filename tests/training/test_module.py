@@ -142,6 +142,8 @@ def test_the_reference_switches_act(folder, tmp_path):
 def test_another_vocabulary_or_document_start_is_refused_before_any_work(folder, tmp_path):
     with pytest.raises(ValueError, match="vocab_size is 512: set it to 1024"):
         tiny_trainer(tmp_path).fit(tiny_module(net={"vocab_size": 512}), tiny_data(folder))
+    with pytest.raises(ValueError, match=r"is 512: set it to 1024 \(and model\.net\.bos_id to 1\)"):
+        tiny_trainer(tmp_path).fit(tiny_module(net={"vocab_size": 512, "bos_id": 2}), tiny_data(folder))
     with pytest.raises(ValueError, match="bos_id is 2: set it to 1"):
         tiny_trainer(tmp_path).fit(tiny_module(net={"bos_id": 2}), tiny_data(folder))
 
