@@ -115,6 +115,10 @@ FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
         ((*FIT, "--model.net", "3"), ["--model.net: '3' is no YAML file, and no mapping of options"]),
         ((*FIT, "--model.net", '{"window": "x"}'), ["--model.net.window: expected a whole number, got 'x'"]),
         ((*FIT, "--model.net.window", "null"), ["--model.net.window: expected a whole number, got null"]),
+        (
+            (*FIT, "--data.mixture", "{more: x}"),
+            ["--data.mixture: expected a mapping of each name to a number or null"],
+        ),
         ((*FIT, "--trainer.max_steps"), ["--trainer.max_steps needs a value"]),
         ((*FIT, "--trainer.max_step", "3"), ["option --trainer.max_step ", "--trainer.max_steps?"]),
         ((*FIT, "--run_di", "x"), ["option --run_di ", "--run_dir?"]),
