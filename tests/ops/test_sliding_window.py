@@ -28,7 +28,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("backend", "device"), on("cpu", "blocked") + on("cuda", "flex", "flash", "fa4"))
+@pytest.mark.parametrize(("backend", "device"), on("cpu", "blocked", "numba") + on("cuda", "flex", "flash", "fa4"))
 def test_backend_matches_naive(backend, shape, dtype, device):
     if backend not in available_backends(device):
         pytest.skip(f"{backend} is not installed")
@@ -65,7 +65,7 @@ def test_sdpa_aligns_the_last_query_with_the_last_key():
 
 
 @pytest.mark.parametrize("window", [1, 7, 16, 40, None])
-@pytest.mark.parametrize("backend", ["naive", "blocked", "flex"])
+@pytest.mark.parametrize("backend", ["naive", "blocked", "numba", "flex"])
 def test_a_query_sees_exactly_its_window(backend, window, monkeypatch):
     """With unit vectors as values the output is the row of weights: positive where 0 <= i-j < window, else zero."""
     n_queries, n_keys = 33, 40
@@ -94,7 +94,7 @@ def test_naive_is_masked_attention_with_kv_heads_repeated():
     torch.testing.assert_close(sliding_window_attention(**operands, window=6, scale=0.3, backend="naive"), expected)
 
 
-@pytest.mark.parametrize("backend", ["naive", "blocked"])
+@pytest.mark.parametrize("backend", ["naive", "blocked", "numba"])
 @pytest.mark.parametrize("window", [5, 70, None])
 def test_sequence_may_be_cut_anywhere(backend, window):
     operands = case(2, 200, 200, 4, 2, 8)
