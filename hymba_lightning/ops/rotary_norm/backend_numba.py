@@ -20,7 +20,7 @@ BACKEND = Backend(
     refuses=(
         (
             lambda call: not call.loops,
-            "it takes float32 heads of a width divisible by 32, over 16 tokens that stand at the same positions in every row: use 'torch'",
+            "it takes over 16 tokens, alike placed in all rows, of float32 heads of a width divisible by 32",
         ),
     ),
     auto={"cpu": 20},

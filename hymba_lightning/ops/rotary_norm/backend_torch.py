@@ -1,4 +1,7 @@
-"""The norm and the turn by torch's own operators, with a gradient of their own. B batch, T sequence, H heads, K width."""
+"""The norm and the turn by torch's own operators, with a gradient of their own.
+
+B batch, T sequence, H heads, K head_dim.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A sum with a gain for each channel, and its RMS norm: one contract, several backends. D width; any leading dimensions."""
+"""A sum with a gain for each channel, and its RMS norm: one contract, several backends.
+
+D width; any leading dimensions.
+"""
 
 from __future__ import annotations
 
