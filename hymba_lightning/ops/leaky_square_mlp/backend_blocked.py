@@ -58,7 +58,8 @@ def _backward(
             torch.mm(g_RF, w_in_FD, out=g_x_ND[block]).mul_(2.0)
 
     spread_torch(work, items)
-    return g_x_ND, *(g[0] if items == 1 else g.sum(0) for g in (g_in, g_out))
+    g_w_in_FD, g_w_out_DF = (g[0] if items == 1 else g.sum(0) for g in (g_in, g_out))
+    return g_x_ND, g_w_in_FD, g_w_out_DF
 
 
 _mlp = make_operator(

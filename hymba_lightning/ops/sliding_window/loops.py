@@ -11,11 +11,18 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
-from hymba_lightning.ops.lanes import LANES, LOG2E, exp2, f32, larger, largest, load, splat, store, total
+from hymba_lightning.ops.lanes import LANES, LOG2E, f32, load, splat, store
 from hymba_lightning.ops.native import flat, native_loop, positions, rows, run_items
+from hymba_lightning.ops.sliding_window.loop_pieces import (
+    EDGES,
+    largest_score,
+    oldest_key,
+    pack_panels,
+    pack_rows,
+    weigh,
+)
 from hymba_lightning.ops.sliding_window.operator import WITH_LOG_SUMS_AND_DOCUMENTS, make_attention_op
 from hymba_lightning.ops.threads import one_torch_thread
 from hymba_lightning.ops.tiles import ROWS, add_rows, set_rows
@@ -26,83 +33,6 @@ KEYS = 512
 # Memory from one row of scores to the next: one cache line over a power of two, for what reads columns.
 PITCH = KEYS + LANES
 LN2 = f32(0.6931471805599453)
-# Ones and zeros in whole vectors: read at 16 - n, n ones and then zeros; at 48 - n, n zeros and then ones.
-EDGES = np.repeat(np.array([1, 0, 0, 1], f32), LANES)
-
-
-@native_loop
-def _oldest(b, t, length, keys, window, doc_position, packed):  # type: ignore[no-untyped-def]
-    """The first key that query t sees."""
-    position = keys - length + t
-    oldest = max(0, position - window + 1)
-    if packed:
-        oldest = max(oldest, position - doc_position[b * length + t])
-    return oldest
-
-
-@native_loop
-def _pack(out, out_at, x, row, at, first, count, padded_count, width, padded, factor):  # type: ignore[no-untyped-def]
-    """out (padded_count, padded) = factor times rows first … first+count-1 of x, zeros around."""
-    for i in range(padded_count):
-        place, source = out_at + i * padded, (first + i) * row + at
-        n = width if i < count else 0
-        for k in range(n):
-            out[place + k] = x[source + k] * factor
-        for k in range(n, padded):
-            out[place + k] = f32(0)
-
-
-@native_loop
-def _pack_panels(out, x, row, at, first, count, padded_count, width, padded):  # type: ignore[no-untyped-def]
-    """`_pack`, transposed in panels of LANES rows: out (padded_count/LANES, padded, LANES)."""
-    for i in range(padded_count):
-        place, source = i // LANES * padded * LANES + i % LANES, (first + i) * row + at
-        n = width if i < count else 0
-        for k in range(n):
-            out[place + k * LANES] = x[source + k]
-        for k in range(n, padded):
-            out[place + k * LANES] = f32(0)
-
-
-@njit(inline="always")
-def _shows(edges, x, left, right):  # type: ignore[no-untyped-def]
-    """Ones where a column x … x+LANES-1 is at least `left` and below `right`, else zeros."""
-    return load(edges, min(max(48 - left + x, 32), 48)) * load(edges, min(max(16 - right + x, 0), 16))
-
-
-@native_loop
-def _weigh(p, at, columns, left, right, edges, offset):  # type: ignore[no-untyped-def]
-    """p[at + x] = 2^(p - offset) for left <= x < right, else 0; returns the sum."""
-    sums, offsets = splat(f32(0)), splat(offset)
-    start, stop = left // LANES * LANES, min((right + LANES - 1) // LANES * LANES, columns)
-    for x in range(0, start, LANES):
-        store(p, at + x, splat(f32(0)))
-    for x in range(start, stop, LANES):
-        value = exp2(load(p, at + x) - offsets)
-        if x < left or x + LANES > right:
-            value = value * _shows(edges, x, left, right)
-        store(p, at + x, value)
-        sums = sums + value
-    for x in range(stop, columns, LANES):
-        store(p, at + x, splat(f32(0)))
-    return total(sums)
-
-
-@native_loop
-def _largest(p, at, left, right):  # type: ignore[no-untyped-def]
-    """The largest p[at + x] for left <= x < right."""
-    found = f32(-np.inf)
-    start, stop = (left + LANES - 1) // LANES * LANES, right // LANES * LANES
-    for x in range(left, min(start, right)):
-        found = max(found, p[at + x])
-    if start < stop:
-        most = load(p, at + start)
-        for x in range(start + LANES, stop, LANES):
-            most = larger(most, load(p, at + x))
-        found = max(found, largest(most))
-    for x in range(max(stop, left), right):
-        found = max(found, p[at + x])
-    return found
 
 
 @native_loop
@@ -142,8 +72,8 @@ def _forward(
         # Behind the last key there are zeros for whole vectors.
         padded_count = (count + LANES - 1) // LANES * LANES + LANES
         k_panels, v_rows = np.empty(padded_count * padded, f32), np.empty(padded_count * padded, f32)
-        _pack_panels(k_panels, k, k_row, g * width, b * keys + start, count, padded_count, width, padded)
-        _pack(v_rows, 0, v, v_row, g * width, b * keys + start, count, padded_count, width, padded, one)
+        pack_panels(k_panels, k, k_row, g * width, b * keys + start, count, padded_count, width, padded)
+        pack_rows(v_rows, 0, v, v_row, g * width, b * keys + start, count, padded_count, width, padded, one)
         n_rows = ratio * ROWS
         queries, sums = np.empty(n_rows * padded, f32), np.empty(n_rows * padded, f32)
         p = np.empty(n_rows * PITCH, f32)
@@ -152,9 +82,9 @@ def _forward(
             tokens = min(ROWS, t1 - t)
             for r in range(ratio):
                 at = (g * ratio + r) * width
-                _pack(queries, r * ROWS * padded, q, q_row, at, b * length + t, tokens, ROWS, width, padded, scale)
+                pack_rows(queries, r * ROWS * padded, q, q_row, at, b * length + t, tokens, ROWS, width, padded, scale)
             most[:], weight[:], sums[:] = f32(-np.inf), f32(0), f32(0)
-            lowest = _oldest(b, t, length, keys, window, doc_position, packed) - start
+            lowest = oldest_key(b, t, length, keys, window, doc_position, packed) - start
             highest = offset + t + tokens - start
             for low in range(lowest // LANES * LANES, highest, KEYS):
                 columns = min(KEYS, (highest - low + LANES - 1) // LANES * LANES)
@@ -177,18 +107,18 @@ def _forward(
                             part_columns,
                         )
                 for i in range(tokens):
-                    left = _oldest(b, t + i, length, keys, window, doc_position, packed) - start - low
+                    left = oldest_key(b, t + i, length, keys, window, doc_position, packed) - start - low
                     left, right = max(left, 0), min(offset + t + i + 1 - start - low, columns)
                     for r in range(ratio):
                         row = r * ROWS + i
-                        found = _largest(p, row * PITCH, left, right)
+                        found = largest_score(p, row * PITCH, left, right)
                         before = most[row]
                         if found > before:
                             most[row] = found
                         if most[row] == f32(-np.inf):
                             p[row * PITCH : row * PITCH + columns] = f32(0)
                             continue
-                        here = _weigh(p, row * PITCH, columns, left, right, edges, most[row])
+                        here = weigh(p, row * PITCH, columns, left, right, edges, most[row])
                         if before != f32(-np.inf) and found > before:
                             kept = f32(2.0 ** (before - found))
                             weight[row] *= kept
@@ -264,9 +194,9 @@ def _backward(
         padded_count = (count + LANES - 1) // LANES * LANES + LANES
         size = padded_count * padded
         k_panels, v_panels, k_rows = np.empty(size, f32), np.empty(size, f32), np.empty(size, f32)
-        _pack_panels(k_panels, k, k_row, g * width, b * keys + start, count, padded_count, width, padded)
-        _pack_panels(v_panels, v, v_row, g * width, b * keys + start, count, padded_count, width, padded)
-        _pack(k_rows, 0, k, k_row, g * width, b * keys + start, count, padded_count, width, padded, one)
+        pack_panels(k_panels, k, k_row, g * width, b * keys + start, count, padded_count, width, padded)
+        pack_panels(v_panels, v, v_row, g * width, b * keys + start, count, padded_count, width, padded)
+        pack_rows(k_rows, 0, k, k_row, g * width, b * keys + start, count, padded_count, width, padded, one)
         sum_k, sum_v = np.zeros(size, f32), np.zeros(size, f32)
         n_rows = ratio * QUERIES
         queries, g_outs, g_queries = (
@@ -279,10 +209,10 @@ def _backward(
             tokens = min(QUERIES, t1 - t)
             for r in range(ratio):
                 at, place = (g * ratio + r) * width, r * QUERIES * padded
-                _pack(queries, place, q, q_row, at, b * length + t, tokens, QUERIES, width, padded, scale)
-                _pack(g_outs, place, g_out, g_out_row, at, b * length + t, tokens, QUERIES, width, padded, one)
+                pack_rows(queries, place, q, q_row, at, b * length + t, tokens, QUERIES, width, padded, scale)
+                pack_rows(g_outs, place, g_out, g_out_row, at, b * length + t, tokens, QUERIES, width, padded, one)
             g_queries[:] = f32(0)
-            lowest = _oldest(b, t, length, keys, window, doc_position, packed) - start
+            lowest = oldest_key(b, t, length, keys, window, doc_position, packed) - start
             highest = offset + t + tokens - start
             for low in range(lowest // LANES * LANES, highest, KEYS):
                 columns = min(KEYS, (highest - low + LANES - 1) // LANES * LANES)
@@ -322,7 +252,7 @@ def _backward(
                 for i in range(QUERIES):
                     left, right = 0, 0
                     if i < tokens:
-                        left = _oldest(b, t + i, length, keys, window, doc_position, packed) - start - low
+                        left = oldest_key(b, t + i, length, keys, window, doc_position, packed) - start - low
                         left, right = max(left, 0), min(offset + t + i + 1 - start - low, columns)
                     for r in range(ratio):
                         row, head, along, kept = r * QUERIES + i, g * ratio + r, f32(0), f32(0)
@@ -331,7 +261,7 @@ def _backward(
                             for x in range(width):
                                 along += g_outs[row * padded + x] * out[place + x]
                             kept = log_sums[(b * heads + head) * length + t + i]
-                        _weigh(p, row * PITCH, columns, left, right, edges, kept)
+                        weigh(p, row * PITCH, columns, left, right, edges, kept)
                         for x in range(row * PITCH, row * PITCH + columns, LANES):
                             store(g_p, x, load(p, x) * (load(g_p, x) - splat(along)))
                 for row in range(0, n_rows, ROWS):
@@ -425,7 +355,8 @@ def _backward_numba(
         )
         items = q.size(0) * k.size(2) * operands[8]
         run_items(_backward, "window attention's gradient", items, 3 * _work(q, window), arguments, threads)
-        return g_q.to(q.dtype), *((g[0] if len(g) == 1 else g.sum(0)).to(k.dtype) for g in (g_k, g_v))
+        g_k, g_v = ((g[0] if len(g) == 1 else g.sum(0)).to(k.dtype) for g in (g_k, g_v))
+        return g_q.to(q.dtype), g_k, g_v
 
 
 sliding_window_numba = make_attention_op(
