@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from hymba_lightning.evaluation.carried import read
+from hymba_lightning.generation.onward import Onward
 from hymba_lightning.generation.rows import join, read_rows, select, without_padding
 from hymba_lightning.model import Hymba
 from hymba_lightning.model.hymba import HymbaState
@@ -128,7 +129,7 @@ def _draw_on(
     generators: list[torch.Generator],
     ended: Container[int],
 ) -> Iterator[list[int | None]]:
-    live = list(range(len(generators)))
+    live, onward = list(range(len(generators))), Onward(net, state, config.prefill_tokens)
     for step in range(config.max_new_tokens):
         # One copy to the CPU for all rows.
         on_cpu = logits_BV.float().cpu()
@@ -143,6 +144,7 @@ def _draw_on(
         if not goes_on or step + 1 == config.max_new_tokens:
             return
         if len(goes_on) < len(live):
-            live, state = [live[place] for place in goes_on], select(state, goes_on)
+            live, read_on = [live[place] for place in goes_on], select(cast(HymbaState, onward.state), goes_on)
+            onward = Onward(net, read_on, config.prefill_tokens)
         fed_B1 = torch.tensor([[drawn[place]] for place in goes_on], device=logits_BV.device)
-        logits_BV, state = read(net, fed_B1, state, config.prefill_tokens)
+        logits_BV = onward.read(fed_B1)

@@ -11,7 +11,7 @@ from tiny import NET, TOKENIZER, lively
 from hymba_lightning.commands import run_command
 from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer
 from hymba_lightning.errors import UsageError
-from hymba_lightning.evaluation import carried
+from hymba_lightning.generation.onward import Onward
 from hymba_lightning.generation.reply import StopText
 from hymba_lightning.generation.sample import ends_of
 from hymba_lightning.generation.sampler import SamplingConfig, generate
@@ -136,11 +136,13 @@ def fed(monkeypatch):
     """Ids of each piece that a session reads."""
     pieces: list[list[int]] = []
 
-    def read(net, tokens_BT, *rest):
-        pieces.append(tokens_BT[0].tolist())
-        return carried.read(net, tokens_BT, *rest)
+    ordinary = Onward.read
 
-    monkeypatch.setattr("hymba_lightning.generation.session.read", read)
+    def read(self, ids_BT):
+        pieces.append(ids_BT[0].tolist())
+        return ordinary(self, ids_BT)
+
+    monkeypatch.setattr(Onward, "read", read)
     return pieces
 
 
