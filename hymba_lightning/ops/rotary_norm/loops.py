@@ -12,7 +12,6 @@ from torch import Tensor
 from hymba_lightning.ops.lanes import LANES, f32, load, splat, store, total
 from hymba_lightning.ops.native import flat, native_loop, rows, run_items
 from hymba_lightning.ops.operators import Contract, make_operator
-from hymba_lightning.ops.threads import one_torch_thread
 
 # Tokens of a work item.
 RUN = 256
@@ -99,22 +98,20 @@ def _items(x: Tensor) -> int:
 
 
 def _forward_numba(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    with one_torch_thread() as threads:
-        out = torch.empty(x.shape, dtype=torch.float32)
-        arguments = (*_operands(x, gain, cos, sin, eps), flat(out))
-        run_items(_forward, "norm and turn", _items(x), float(x.numel()), arguments, threads)
-        return out
+    out = torch.empty(x.shape, dtype=torch.float32)
+    arguments = (*_operands(x, gain, cos, sin, eps), flat(out))
+    run_items(_forward, "norm and turn", _items(x), float(x.numel()), arguments)
+    return out
 
 
 def _backward_numba(
     g_out: Tensor, x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    with one_torch_thread() as threads:
-        g_x = torch.empty(x.shape, dtype=torch.float32)
-        g_gain = torch.zeros((_items(x), x.size(2)), dtype=torch.float32)
-        arguments = (*_operands(x, gain, cos, sin, eps), *rows(g_out.flatten(2)), flat(g_x), flat(g_gain))
-        run_items(_backward, "norm's and turn's gradient", _items(x), 3.0 * x.numel(), arguments, threads)
-        return g_x, g_x.new_empty(0) if gain is None else g_gain.sum(0)
+    g_x = torch.empty(x.shape, dtype=torch.float32)
+    g_gain = torch.zeros((_items(x), x.size(2)), dtype=torch.float32)
+    arguments = (*_operands(x, gain, cos, sin, eps), *rows(g_out.flatten(2)), flat(g_x), flat(g_gain))
+    run_items(_backward, "norm's and turn's gradient", _items(x), 3.0 * x.numel(), arguments)
+    return g_x, g_x.new_empty(0) if gain is None else g_gain.sum(0)
 
 
 rotary_norm_numba = make_operator(

@@ -12,7 +12,6 @@ from torch import Tensor
 from hymba_lightning.ops.lanes import LANES, f32, load, splat, store, total
 from hymba_lightning.ops.native import flat, native_loop, rows, run_items
 from hymba_lightning.ops.operators import Contract, make_operator
-from hymba_lightning.ops.threads import one_torch_thread
 
 # Rows of a work item.
 RUN = 256
@@ -116,12 +115,11 @@ def _items(x: Tensor) -> int:
 def _forward_numba(
     x: Tensor, y: Tensor, gain_x: Tensor | None, gain_y: Tensor, norms: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    with one_torch_thread() as threads:
-        out = torch.empty(x.shape, dtype=torch.float32)
-        normed = torch.empty(x.shape if norms else (0,), dtype=torch.float32)
-        arguments = (*_operands(x, y, gain_x, gain_y, norms, eps), flat(out), flat(normed))
-        run_items(_forward, "scaled sum", _items(x), float(x.numel()), arguments, threads)
-        return out, normed
+    out = torch.empty(x.shape, dtype=torch.float32)
+    normed = torch.empty(x.shape if norms else (0,), dtype=torch.float32)
+    arguments = (*_operands(x, y, gain_x, gain_y, norms, eps), flat(out), flat(normed))
+    run_items(_forward, "scaled sum", _items(x), float(x.numel()), arguments)
+    return out, normed
 
 
 def _backward_numba(
@@ -135,20 +133,19 @@ def _backward_numba(
     norms: bool,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    with one_torch_thread() as threads:
-        width, items = x.size(-1), _items(x)
-        g_x, g_y = (torch.empty(x.shape, dtype=torch.float32) for _ in range(2))
-        g_gains = [torch.empty((items, width), dtype=torch.float32) for _ in range(2)]
-        arguments = (
-            *_operands(x, y, gain_x, gain_y, norms, eps),
-            flat(out),
-            *rows(g_out.reshape(1, -1, width)),
-            *(rows(g_normed.reshape(1, -1, width)) if norms else (flat(g_out[:0]), 0)),
-            *map(flat, (g_x, g_y, *g_gains)),
-        )
-        run_items(_backward, "scaled sum's gradient", items, 3.0 * x.numel(), arguments, threads)
-        g_gain_x, g_gain_y = (g.sum(0) for g in g_gains)
-        return g_x, g_y, g_x.new_empty(0) if gain_x is None else g_gain_x, g_gain_y
+    width, items = x.size(-1), _items(x)
+    g_x, g_y = (torch.empty(x.shape, dtype=torch.float32) for _ in range(2))
+    g_gains = [torch.empty((items, width), dtype=torch.float32) for _ in range(2)]
+    arguments = (
+        *_operands(x, y, gain_x, gain_y, norms, eps),
+        flat(out),
+        *rows(g_out.reshape(1, -1, width)),
+        *(rows(g_normed.reshape(1, -1, width)) if norms else (flat(g_out[:0]), 0)),
+        *map(flat, (g_x, g_y, *g_gains)),
+    )
+    run_items(_backward, "scaled sum's gradient", items, 3.0 * x.numel(), arguments)
+    g_gain_x, g_gain_y = (g.sum(0) for g in g_gains)
+    return g_x, g_y, g_x.new_empty(0) if gain_x is None else g_gain_x, g_gain_y
 
 
 def _shapes(x, y, gain_x, gain_y, norms, eps):  # type: ignore[no-untyped-def]

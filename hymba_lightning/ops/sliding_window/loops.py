@@ -24,7 +24,6 @@ from hymba_lightning.ops.sliding_window.loop_pieces import (
     weigh,
 )
 from hymba_lightning.ops.sliding_window.operator import WITH_LOG_SUMS_AND_DOCUMENTS, make_attention_op
-from hymba_lightning.ops.threads import one_torch_thread
 from hymba_lightning.ops.tiles import ROWS, add_rows, set_rows
 
 # Queries that are taken together, whole tiles of rows, and keys whose scores are kept at once.
@@ -321,14 +320,11 @@ def _forward_numba(
     q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, doc_position: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     operands = _operands(q, k, v, window, scale, doc_position)
-    with one_torch_thread() as threads:
-        out = torch.empty(q.shape, dtype=torch.float32)
-        log_sums = torch.empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
-        items = q.size(0) * k.size(2) * operands[8]
-        run_items(
-            _forward, "window attention", items, _work(q, window), (*operands, flat(out), flat(log_sums)), threads
-        )
-        return out.to(q.dtype), log_sums
+    out = torch.empty(q.shape, dtype=torch.float32)
+    log_sums = torch.empty((q.size(0), q.size(2), q.size(1)), dtype=torch.float32)
+    items = q.size(0) * k.size(2) * operands[8]
+    run_items(_forward, "window attention", items, _work(q, window), (*operands, flat(out), flat(log_sums)))
+    return out.to(q.dtype), log_sums
 
 
 def _backward_numba(
@@ -343,20 +339,19 @@ def _backward_numba(
     doc_position: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     operands = _operands(q, k, v, window, scale, doc_position)
-    with one_torch_thread() as threads:
-        g_q = torch.empty(q.shape, dtype=torch.float32)
-        g_k, g_v = (torch.zeros((operands[8], *k.shape), dtype=torch.float32) for _ in range(2))
-        arguments = (
-            *operands,
-            *rows(g_out.flatten(2)),
-            *rows(out.flatten(2)),
-            flat(log_sums),
-            *map(flat, (g_q, g_k, g_v)),
-        )
-        items = q.size(0) * k.size(2) * operands[8]
-        run_items(_backward, "window attention's gradient", items, 3 * _work(q, window), arguments, threads)
-        g_k, g_v = ((g[0] if len(g) == 1 else g.sum(0)).to(k.dtype) for g in (g_k, g_v))
-        return g_q.to(q.dtype), g_k, g_v
+    g_q = torch.empty(q.shape, dtype=torch.float32)
+    g_k, g_v = (torch.zeros((operands[8], *k.shape), dtype=torch.float32) for _ in range(2))
+    arguments = (
+        *operands,
+        *rows(g_out.flatten(2)),
+        *rows(out.flatten(2)),
+        flat(log_sums),
+        *map(flat, (g_q, g_k, g_v)),
+    )
+    items = q.size(0) * k.size(2) * operands[8]
+    run_items(_backward, "window attention's gradient", items, 3 * _work(q, window), arguments)
+    g_k, g_v = ((g[0] if len(g) == 1 else g.sum(0)).to(k.dtype) for g in (g_k, g_v))
+    return g_q.to(q.dtype), g_k, g_v
 
 
 sliding_window_numba = make_attention_op(

@@ -15,7 +15,6 @@ from torch import Tensor
 from hymba_lightning.ops.lanes import LANES, LOG2E, exp2, f32, load, splat, store, total
 from hymba_lightning.ops.native import flat, native_loop, rows, run_items
 from hymba_lightning.ops.softcapped_cross_entropy.operator import make_loss_op
-from hymba_lightning.ops.threads import one_torch_thread
 
 # Tokens of a work item.
 RUN = 64
@@ -66,26 +65,25 @@ def _items(logits: Tensor) -> int:
 
 
 def _forward_numba(logits: Tensor, targets: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    with one_torch_thread() as threads:
-        nats, log_sums = (torch.empty(targets.shape, dtype=torch.float32) for _ in range(2))
-        arguments = (*_operands(logits, targets, cap), flat(nats), flat(log_sums))
-        run_items(_forward, "softcapped cross-entropy", _items(logits), float(logits.numel()), arguments, threads)
-        return nats, log_sums
+    nats, log_sums = (torch.empty(targets.shape, dtype=torch.float32) for _ in range(2))
+    arguments = (*_operands(logits, targets, cap), flat(nats), flat(log_sums))
+    run_items(
+        _forward, "softcapped cross-entropy", _items(logits), float(logits.numel()), arguments, torch.get_num_threads()
+    )
+    return nats, log_sums
 
 
 def _backward_numba(g_nats: Tensor, logits: Tensor, targets: Tensor, log_sums: Tensor, cap: float) -> Tensor:
-    with one_torch_thread() as threads:
-        g_logits = torch.empty(logits.shape, dtype=torch.float32)
-        arguments = (*_operands(logits, targets, cap), flat(g_nats), flat(log_sums), flat(g_logits))
-        run_items(
-            _backward,
-            "softcapped cross-entropy's gradient",
-            _items(logits),
-            float(logits.numel()),
-            arguments,
-            threads,
-        )
-        return g_logits
+    g_logits = torch.empty(logits.shape, dtype=torch.float32)
+    arguments = (*_operands(logits, targets, cap), flat(g_nats), flat(log_sums), flat(g_logits))
+    run_items(
+        _backward,
+        "softcapped cross-entropy's gradient",
+        _items(logits),
+        float(logits.numel()),
+        arguments,
+    )
+    return g_logits
 
 
 softcapped_cross_entropy_numba = make_loss_op("softcapped_cross_entropy_numba", _forward_numba, _backward_numba)
