@@ -301,7 +301,10 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, doc_po
     """The arguments that both kernels begin with, after the work items; scores are to base 2."""
     batch, length, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
-    parts = max(1, min(-(-torch.get_num_threads() // (batch * kv_heads)), length // QUERIES))
+    # Two items for each thread, since one may be held up.
+    threads = torch.get_num_threads()
+    wanted = 2 * threads if threads > 1 else 1
+    parts = max(1, min(-(-wanted // (batch * kv_heads)), length // QUERIES))
     return (
         *(batch, length, keys, heads, kv_heads, width, min(window, keys), f32(scale) * LOG2E, parts),
         *rows(q.flatten(2)),
