@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from hymba_lightning.generation.onward import Onward
-from hymba_lightning.generation.rows import join, read_rows, select, without_padding
+from hymba_lightning.generation.rows import join, read_rows, without_padding
+from hymba_lightning.generation.steps import Steps
 from hymba_lightning.model import Hymba
 from hymba_lightning.model.hymba import HymbaState
 
@@ -129,7 +128,7 @@ def _draw_on(
     generators: list[torch.Generator],
     ended: Container[int],
 ) -> Iterator[list[int | None]]:
-    live, onward = list(range(len(generators))), Onward(net, state, config.prefill_tokens)
+    live, steps = list(range(len(generators))), Steps(net, state)
     for step in range(config.max_new_tokens):
         # One copy to the CPU for all rows.
         on_cpu = logits_BV.float().cpu()
@@ -144,7 +143,7 @@ def _draw_on(
         if not goes_on or step + 1 == config.max_new_tokens:
             return
         if len(goes_on) < len(live):
-            live, read_on = [live[place] for place in goes_on], select(cast(HymbaState, onward.state), goes_on)
-            onward = Onward(net, read_on, config.prefill_tokens)
+            live = [live[place] for place in goes_on]
+            steps.select(goes_on)
         fed_B1 = torch.tensor([[drawn[place]] for place in goes_on], device=logits_BV.device)
-        logits_BV = onward.read(fed_B1)
+        logits_BV = steps.read(fed_B1, config.prefill_tokens)

@@ -8,9 +8,9 @@ import sentencepiece
 import torch
 
 from hymba_lightning.data.text_encoder import TextEncoder, TextPiece
-from hymba_lightning.generation.onward import Onward
 from hymba_lightning.generation.reply import Reply
 from hymba_lightning.generation.sampler import SamplingConfig, draw
+from hymba_lightning.generation.steps import Steps
 from hymba_lightning.model import Hymba
 
 
@@ -36,7 +36,7 @@ class Session:
         """The reply of the latest turn."""
         self._encoder = TextEncoder(processor)
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._onward = Onward(net, None, sampling.prefill_tokens)
+        self._steps = Steps(self.net)
         # Read with the next turn.
         self._waiting: list[int] = []
         self._begun = False
@@ -55,7 +55,8 @@ class Session:
             self._waiting = [self.processor.bos_id()]
         while reply.ended_by is None:
             fed_1T = torch.tensor([self._waiting], device=device)
-            token = draw(self._onward.read(fed_1T)[0], self.sampling, self._generator)
+            logits_1V = self._steps.read(fed_1T, self.sampling.prefill_tokens)
+            token = draw(logits_1V[0], self.sampling, self._generator)
             shown = reply.push(token)
             self._waiting = [] if token in self.sampling.stop_ids else [token]
             if shown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from transformers import Cache
 
 from hymba_lightning.generation.rows import select
+from hymba_lightning.generation.steps import Steps
+from hymba_lightning.model import Hymba
 from hymba_lightning.model.hymba import HymbaState
 
 
@@ -20,14 +23,40 @@ class HymbaCache(Cache):
 
     def __init__(self, state: HymbaState | None = None, columns: int = 0) -> None:
         super().__init__(layers=[])
-        self.state = state
+        self._state = state
+        self._steps: Steps | None = None
         self.columns = columns
+
+    @property
+    def state(self) -> HymbaState | None:
+        """Of all rows; None before anything was read."""
+        return self._state if self._steps is None else self._steps.state
+
+    @state.setter
+    def state(self, state: HymbaState | None) -> None:
+        self._state = state
+        if self._steps is not None:
+            self._steps.state = state
+
+    def step(self, net: Hymba, ids_B1: Tensor) -> Tensor:
+        """One more token of each row; returns the last block's output (B, 1, D)."""
+        if self._steps is None:
+            self._steps, self._state = Steps(net, self._state), None
+        return self._steps.hidden(ids_B1)
+
+    def _held(self) -> HymbaState | None:
+        return self._state if self._steps is None else self._steps.held
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HymbaCache:
+        # A recorded graph is no part of what was read.
+        return HymbaCache(copy.deepcopy(self.state, memo), self.columns)
 
     def __repr__(self) -> str:
         return f"HymbaCache({self.columns} columns)"
 
     def __len__(self) -> int:
-        return 0 if self.state is None else len(self.state.layers)
+        held = self._held()
+        return 0 if held is None else len(held.layers)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns read so far."""
@@ -39,13 +68,15 @@ class HymbaCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Each row becomes the row that `beam_idx` (B,) names: beam search."""
-        if self.state is not None:
-            self.state = select(self.state, beam_idx)
+        state = self.state
+        if state is not None:
+            self.state = select(state, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
-        if self.state is not None:
-            rows = torch.arange(self.batch_size, device=self.state.last_id.device)
+        state = self.state
+        if state is not None:
+            rows = torch.arange(state.last_id.size(0), device=state.last_id.device)
             self.reorder_cache(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -63,12 +94,13 @@ class HymbaCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows."""
-        return -1 if self.state is None else self.state.last_id.size(0)
+        held = self._held()
+        return -1 if held is None else held.last_id.size(0)
 
     @property
     def is_initialized(self) -> bool:
         """Whether anything was read."""
-        return self.state is not None
+        return self._held() is not None
 
     @property
     def is_compileable(self) -> bool:

@@ -120,10 +120,13 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = cache is not None
         mask_BT = _of_new_columns(attention_mask, input_ids)
-        hidden_BTD, state = self._read(input_ids, mask_BT, None if cache is None else cache.state, use_cache)
-        if use_cache:
-            cache = HymbaCache() if cache is None else cache
-            cache.state, cache.columns = state, cache.columns + input_ids.size(1)
+        if use_cache and cache is not None and self._is_step(input_ids, mask_BT, cache):
+            hidden_BTD, cache.columns = cache.step(self.net, input_ids), cache.columns + 1
+        else:
+            hidden_BTD, state = self._read(input_ids, mask_BT, None if cache is None else cache.state, use_cache)
+            if use_cache:
+                cache = HymbaCache() if cache is None else cache
+                cache.state, cache.columns = state, cache.columns + input_ids.size(1)
         if last_of_rows:
             hidden_BTD = _last_of_rows(hidden_BTD, mask_BT)
         elif not isinstance(logits_to_keep, int):
@@ -136,6 +139,11 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         out = HymbaOutput(loss=loss, logits=logits, cache=cache if use_cache else None)
         return out if return_dict is None or return_dict else out.to_tuple()
+
+    def _is_step(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: HymbaCache) -> bool:
+        """Whether each row has one more token, and nobody wants its gradient."""
+        one = ids_BT.size(1) == 1 and cache.is_initialized and not (self.training or torch.is_grad_enabled())
+        return one and (mask_BT is None or bool(mask_BT.all()))
 
     def _read(
         self, ids_BT: Tensor, mask_BT: Tensor | None, state: HymbaState | None, keep_state: bool

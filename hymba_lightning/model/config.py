@@ -379,6 +379,8 @@ class RuntimeConfig:
     """MLP with the squared leaky ReLU, where a gradient is wanted."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    step_graphs: bool = True
+    """Generation on a GPU replays a token's step from a CUDA graph, so that the host does not launch every kernel."""
 
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("float32", "bfloat16"):

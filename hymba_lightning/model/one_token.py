@@ -40,7 +40,7 @@ def serves(net: Hymba) -> bool:
         and not config.packed_documents
         and net.compute_dtype == torch.float32
         and sum(p.numel() for p in net.parameters()) <= MOST_WEIGHTS
-        and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in net.parameters())
+        and all(p.device.type == "cpu" and p.dtype == torch.float32 and not p.is_inference() for p in net.parameters())
         and not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
         and all(is_plain(module) for module in net.modules() if isinstance(module, nn.Linear))
         and all(type(block) is Block and type(block.attn) is mamba.Mixer for block in net.blocks)
@@ -64,7 +64,7 @@ def _rms_norm(x: Tensor) -> Tensor:
 class _Layer:
     """A block's weights as its step uses them, and its state. `root` is √D, by which what `_normed` gives is short."""
 
-    def __init__(self, block: Block, config: HymbaConfig, state: LayerState) -> None:
+    def __init__(self, block: Block, config: HymbaConfig) -> None:
         mixer: Any = block.attn
         self.config, self.window = config, mixer.window
         root, self.eps, self.head_eps = config.d_model**0.5, _root_eps(config.d_model), _root_eps(config.head_dim)
@@ -89,19 +89,22 @@ class _Layer:
         self.slope = block.mlp.slope
         self.w_up = (block.mlp.fc.weight * root).t().contiguous()
         self.w_down = (block.mlp.proj.weight.t() * block.mlp_scale).contiguous()
+        self.heads, self.kv_heads = heads, kv_heads
+
+    def load(self, state: LayerState) -> None:
+        """Goes on from `state`."""
         rows, kept = state.keys.shape[:2]
-        self.first, self.last, self.heads, self.kv_heads = 0, kept, heads, kv_heads
+        self.first, self.last = 0, kept
         # (B, G, room, K), so that a head's keys are one matrix.
         self.keys, self.values = (
-            torch.cat([part.transpose(1, 2), part.new_empty(rows, kv_heads, ROOM, self.width)], dim=2)
+            torch.cat([part.transpose(1, 2), part.new_empty(rows, self.kv_heads, ROOM, self.width)], dim=2)
             for part in (state.keys, state.values)
         )
         self.conv, self.scan = state.recurrent
 
     def state(self) -> LayerState:
-        """As the ordinary call has it."""
-        kept = slice(self.first, self.last)
-        keys, values = (buffer[:, :, kept].transpose(1, 2).clone() for buffer in (self.keys, self.values))
+        """As the ordinary call has it, its keys and values in the buffers."""
+        keys, values = (part[:, :, self.first : self.last].transpose(1, 2) for part in (self.keys, self.values))
         return LayerState(keys, values, (self.conv, self.scan))
 
     def step(self, x_BD: Tensor, x0_BD: Tensor, cos_K: Tensor, sin_K: Tensor) -> Tensor:
@@ -165,42 +168,51 @@ class _Layer:
 
 
 class OneToken:
-    """Reads tokens one at a time, after `state`; the network must be one that `serves` allows, and its weights must not
-    change meanwhile."""
+    """Reads tokens one at a time, after the state that was loaded; the network must be one that `serves` allows."""
 
-    def __init__(self, net: Hymba, state: HymbaState) -> None:
+    def __init__(self, net: Hymba) -> None:
         config = self.config = net.config
-        assert isinstance(state.position, int)
+        self._parameters = list(net.parameters())
+        self._version = self._versions()
         with torch.no_grad():
-            self._layers = [_Layer(block, config, layer) for block, layer in zip(net.layers, state.layers, strict=True)]
+            self._layers = [_Layer(block, config) for block in net.layers]
             self._skips = net.skip_weights[0].detach()
             self._table, self._bigram = net.tok_emb.weight.detach(), None
             if net.bigram_hash is not None:
                 self._bigram = net.bigram_hash.table.weight.detach(), net.bigram_hash.proj.weight.t().contiguous()
             self._smear = None if net.smeargate is None else torch.sigmoid(net.smeargate.gate)
-            head = net.tok_emb.weight if net.lm_head is None else net.lm_head.weight
-            self._head = (head * config.d_model**0.5).t().contiguous()
             half = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
             frequencies = 1.0 / config.resolved_rope_base**half
             self._frequencies = torch.cat([frequencies, frequencies])
             self._signs = torch.cat([torch.ones_like(half), -torch.ones_like(half)])
         self._root, self._eps = config.d_model**0.5, _root_eps(config.d_model)
-        self.position, self._last_id, self._last_vector = state.position, state.last_id, state.last_vector[:, 0]
 
-    @staticmethod
-    def after(net: Hymba, state: HymbaState) -> OneToken | None:
-        """What reads on after `state`; None where the ordinary call has to."""
-        plain = isinstance(state.position, int) and all(layer.hidden is None for layer in state.layers)
-        return OneToken(net, state) if plain and serves(net) else None
+    @torch.no_grad()
+    def load(self, state: HymbaState) -> bool:
+        """Goes on from `state`, which stays as it is; returns whether that is done: not for rows of unequal length."""
+        if not isinstance(state.position, int) or any(layer.hidden is not None for layer in state.layers):
+            return False
+        for layer, loaded in zip(self._layers, state.layers, strict=True):
+            layer.load(loaded)
+        self.position, self._last_id, self._last_vector = state.position, state.last_id, state.last_vector[:, 0]
+        return True
+
+    def _versions(self) -> int:
+        return sum(parameter._version for parameter in self._parameters)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether a weight was changed in place since it was copied."""
+        return self._versions() != self._version
 
     def state(self) -> HymbaState:
-        """The state after the tokens read so far."""
+        """The state after the tokens read so far, its keys and values in memory that goes on being used."""
         layers = [layer.state() for layer in self._layers]
         return HymbaState(layers, self._last_id, self._last_vector[:, None], self.position)
 
     @torch.no_grad()
-    def read(self, ids_B1: Tensor) -> Tensor:
-        """Reads a token of each row, (B, 1) int64; returns the next one's logits (B, V)."""
+    def hidden(self, ids_B1: Tensor) -> Tensor:
+        """Reads a token of each row, (B, 1) int64; returns the last block's output (B, 1, D)."""
         x_BD = F.embedding(ids_B1[:, 0], self._table)
         starts = self.config.reset_at_bos and bool((ids_B1 == self.config.bos_id).any())
         before_B1, before_BD = self._last_id, self._last_vector
@@ -226,6 +238,4 @@ class OneToken:
             if index < n_skips:
                 skips.append(x_BD)
         self.position += 1
-        logits_BV = torch.mm(_normed(x_BD, self._eps), self._head)
-        cap = self.config.logit_softcap
-        return torch.tanh_(logits_BV.div_(cap)).mul_(cap) if cap else logits_BV
+        return x_BD[:, None]

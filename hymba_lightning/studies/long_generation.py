@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hymba_lightning.evaluation.carried import read
 from hymba_lightning.generation.loading import load_network
+from hymba_lightning.generation.steps import Steps
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.hymba import HymbaState
 from hymba_lightning.studies.arguments import StudyParser
@@ -64,15 +65,16 @@ def measure(
         started = time.monotonic()
         logits_BV, state = read(net, tokens[None, done:length].to(device), state, prefill_tokens)
         reading, done = time.monotonic() - started, length
-        kept, times = state, []
+        steps, times = Steps(net, state), []
         for _ in range(n_new):
             started = time.monotonic()
-            logits_BV, state = read(net, logits_BV.argmax(-1, keepdim=True), state, 1)
+            logits_BV = steps.read(logits_BV.argmax(-1, keepdim=True), 1)
             float(logits_BV[0, 0])
             times.append(1000 * (time.monotonic() - started))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        yield LengthResult(length, reading, statistics.median(times), state_bytes(state), peak)
-        state = kept
+        after = steps.state
+        assert after is not None
+        yield LengthResult(length, reading, statistics.median(times), state_bytes(after), peak)
 
 
 def table(results: list[LengthResult]) -> str:
@@ -102,8 +104,10 @@ def main(args: list[str]) -> None:
     parser.add_argument("--new_tokens", type=int, default=100, help="Tokens drawn at each, whose median time is shown")
     parser.add_argument("--device", type=str, default="cpu", help="cpu or cuda")
     parser.add_argument("--compute_dtype", type=str, default="float32", help="float32 or bfloat16")
+    parser.add_argument("--step_graphs", type=bool, default=True, help="On a GPU, tokens by a CUDA graph once recorded")
     options = parser.read(args)
-    runtime, device = RuntimeConfig(compute_dtype=options.compute_dtype), torch.device(options.device)
+    runtime = RuntimeConfig(compute_dtype=options.compute_dtype, step_graphs=options.step_graphs)
+    device = torch.device(options.device)
     if options.ckpt_path is None:
         net = Hymba(UNTRAINED, runtime).to(device)
     else:

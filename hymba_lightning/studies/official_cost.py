@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from hymba_lightning.evaluation.carried import read
+from hymba_lightning.generation.steps import Steps
 from hymba_lightning.interop.official import preset, with_bfloat16_matrices
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.hymba import HymbaState
@@ -32,11 +33,13 @@ class Cost(NamedTuple):
     peak_bytes: int  # allocated on the device; 0 on a CPU
 
 
-def random_network(device: torch.device, compute_dtype: str, config: HymbaConfig | None = None) -> Hymba:
+def random_network(
+    device: torch.device, compute_dtype: str, config: HymbaConfig | None = None, step_graphs: bool = True
+) -> Hymba:
     """The preset's network, or `config`'s; its matrices are stored in the dtype that is computed in."""
     torch.manual_seed(0)
     with device:
-        net = Hymba(config or preset(), RuntimeConfig(compute_dtype=compute_dtype))
+        net = Hymba(config or preset(), RuntimeConfig(compute_dtype=compute_dtype, step_graphs=step_graphs))
     if compute_dtype == "bfloat16":
         with_bfloat16_matrices(net)
     return net.eval()
@@ -59,9 +62,10 @@ def measure(net: Hymba, batch: int, prompt: int, new_tokens: int, piece_tokens: 
         seconds = _now(device) - started
     assert state is not None
     size, times = state_bytes(state), []
+    steps, state = Steps(net, state), None
     for _ in range(new_tokens):
         started = _now(device)
-        logits_BV, state = read(net, logits_BV.argmax(-1, keepdim=True), state, piece_tokens)
+        logits_BV = steps.read(logits_BV.argmax(-1, keepdim=True), piece_tokens)
         times.append(1000 * (_now(device) - started))
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
@@ -111,12 +115,13 @@ def main(args: list[str]) -> None:
     parser.add_argument(
         "--layers", type=int, default=0, help="So many layers that share nothing, for a try; 0: the model's 32"
     )
+    parser.add_argument("--step_graphs", type=bool, default=True, help="On a GPU, tokens by a CUDA graph once recorded")
     options = parser.read(args)
     config = preset()
     if options.layers:
         config = dataclasses.replace(config, n_layers=options.layers, kv_groups=None, global_layers=[0])
     device = torch.device(options.device)
-    net = random_network(device, options.compute_dtype, config)
+    net = random_network(device, options.compute_dtype, config, options.step_graphs)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     weights = sum(p.numel() for p in net.parameters())
     print(f"{weights:,} weights, {options.compute_dtype}, torch {torch.__version__}, {where}\n", flush=True)

@@ -5,9 +5,9 @@ import torch
 from tiny import NET, lively
 
 from hymba_lightning.evaluation import carried
-from hymba_lightning.generation import SamplingConfig, generate, onward
-from hymba_lightning.generation.onward import Onward
+from hymba_lightning.generation import SamplingConfig, generate, steps
 from hymba_lightning.generation.rows import join
+from hymba_lightning.generation.steps import Steps
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig, one_token
 from hymba_lightning.model.one_token import OneToken, serves
 from hymba_lightning.ops.testing import rms_ratio
@@ -44,11 +44,12 @@ def test_logits_and_state_are_the_ordinary_ones(variant, little_room):
     ids_BT = torch.randint(0, 64, (2, 50))
     ids_BT[0, 25] = ids_BT[1, 30] = 1
     expected_BV, state = carried.read(net, ids_BT[:, :11], None, 64)
-    step = OneToken.after(net, state)
-    assert step is not None
+    assert serves(net)
+    step = OneToken(net)
+    assert step.load(state)
     for t in range(11, 40):
         expected_BV, state = carried.read(net, ids_BT[:, t : t + 1], state, 64)
-        assert rms_ratio(step.read(ids_BT[:, t : t + 1]), expected_BV) < 1e-5
+        assert rms_ratio(net.logits(step.hidden(ids_BT[:, t : t + 1]))[:, 0], expected_BV) < 1e-5
     found = step.state()
     assert found.position == state.position
     for actual, wanted in zip(found.tensors(), state.tensors(), strict=True):
@@ -61,18 +62,29 @@ def test_logits_and_state_are_the_ordinary_ones(variant, little_room):
     )
 
 
-def test_a_state_that_was_read_on_from_stays_as_it_was(little_room):
+def test_states_that_are_handed_out_stay_as_they_were(little_room):
     net = lively(HymbaConfig(**BASE))
     _, state = carried.read(net, torch.randint(0, 64, (1, 20)), None, 64)
     before = [tensor.clone() for tensor in state.tensors()]
-    step = OneToken.after(net, state)
+    reader = Steps(net, state)
     for token in range(5):
-        step.read(torch.tensor([[token]]))
-        between = step.state()
+        reader.read(torch.tensor([[token]]), 64)
+        between = reader.state
         kept = [tensor.clone() for tensor in between.tensors()]
-        step.read(torch.tensor([[token]]))
+        reader.read(torch.tensor([[token]]), 64)
         assert all(map(torch.equal, between.tensors(), kept))
     assert all(map(torch.equal, state.tensors(), before))
+
+
+def test_weights_that_change_in_place_are_seen():
+    net = lively(HymbaConfig(**BASE))
+    _, state = carried.read(net, torch.randint(0, 64, (1, 20)), None, 64)
+    reader, token = Steps(net, state), torch.tensor([[5]])
+    reader.read(token, 64)
+    with torch.no_grad():
+        net.blocks[2].attn.proj.weight.mul_(1.5)
+    expected, _ = carried.read(net, token, reader.state, 64)
+    assert rms_ratio(reader.read(token, 64), expected) < 1e-5
 
 
 def with_a_hook(net):
@@ -97,7 +109,7 @@ def with_an_adapter(net):
         ({}, {}, with_a_hook),
         ({}, {}, with_an_adapter),
     ],
-    ids=str,
+    ids=["gates", "documents", "mamba2", "bfloat16 dynamics", "bfloat16", "hook", "adapter"],
 )
 def test_other_networks_are_read_by_the_ordinary_call(changes, runtime, spoil):
     net = lively(HymbaConfig(**BASE | changes))
@@ -107,26 +119,28 @@ def test_other_networks_are_read_by_the_ordinary_call(changes, runtime, spoil):
         spoil(net)
     assert not serves(net)
     _, state = carried.read(net, torch.randint(0, 64, (1, 9)), None, 64)
-    reader, token = Onward(net, state, 64), torch.tensor([[5]])
+    reader, token = Steps(net, state), torch.tensor([[5]])
     expected, after = carried.read(net, token, state, 64)
-    assert torch.equal(reader.read(token), expected)
+    assert torch.equal(reader.read(token, 64), expected)
     assert all(map(torch.equal, reader.state.tensors(), after.tensors()))
 
 
 def test_rows_of_unequal_length_are_read_by_the_ordinary_call():
     net = lively(HymbaConfig(**BASE))
     states = [carried.read(net, torch.randint(0, 64, (1, n)), None, 64)[1] for n in (3, 5)]
-    assert OneToken.after(net, join(states)) is None
-    assert OneToken.after(net, states[0]) is not None
+    step = OneToken(net)
+    assert [step.load(state) for state in (join(states), states[0])] == [False, True]
+    reader, tokens = Steps(net, join(states)), torch.tensor([[5], [6]])
+    assert torch.equal(reader.read(tokens, 64), carried.read(net, tokens, join(states), 64)[0])
 
 
 def test_generation_draws_the_same_tokens_and_uses_the_step(monkeypatch):
     net = lively(HymbaConfig(**BASE))
     prompts, config = torch.randint(2, 64, (3, 15)), SamplingConfig(max_new_tokens=40, temperature=1.0)
-    steps, ordinary = [], OneToken.read
+    counts, ordinary = [], OneToken.hidden
 
     def counted(self, ids_B1):
-        steps.append(len(ids_B1))
+        counts.append(len(ids_B1))
         return ordinary(self, ids_B1)
 
     def drawn():
@@ -137,21 +151,21 @@ def test_generation_draws_the_same_tokens_and_uses_the_step(monkeypatch):
                 ended.add(1)
         return found
 
-    monkeypatch.setattr(OneToken, "read", counted)
+    monkeypatch.setattr(OneToken, "hidden", counted)
     found = drawn()
-    assert steps == 9 * [3] + 30 * [2]
-    monkeypatch.setattr(OneToken, "after", lambda net, state: None)
+    assert counts == 9 * [3] + 30 * [2]
+    monkeypatch.setattr(steps, "serves", lambda net: False)
     assert drawn() == found
 
 
 def test_positions_are_turned_back_as_in_the_ordinary_call(monkeypatch):
-    for module in (carried, onward):
+    for module in (carried, steps):
         monkeypatch.setattr(module, "REBASE_AT", 30)
     net = lively(HymbaConfig(**BASE))
     ids_BT = torch.randint(0, 64, (1, 80))
     _, state = carried.read(net, ids_BT[:, :20], None, 64)
-    reader = Onward(net, state, 64)
+    reader = Steps(net, state)
     for t in range(20, 80):
         expected, state = carried.read(net, ids_BT[:, t : t + 1], state, 64)
-        assert rms_ratio(reader.read(ids_BT[:, t : t + 1]), expected) < 1e-5
+        assert rms_ratio(reader.read(ids_BT[:, t : t + 1], 64), expected) < 1e-5
         assert reader.state.position == state.position < 30

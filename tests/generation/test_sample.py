@@ -11,11 +11,11 @@ from tiny import NET, TOKENIZER, lively
 from hymba_lightning.commands import run_command
 from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer
 from hymba_lightning.errors import UsageError
-from hymba_lightning.generation.onward import Onward
 from hymba_lightning.generation.reply import StopText
 from hymba_lightning.generation.sample import ends_of
 from hymba_lightning.generation.sampler import SamplingConfig, generate
 from hymba_lightning.generation.session import Session
+from hymba_lightning.generation.steps import Steps
 from hymba_lightning.generation.text import TextStream
 from hymba_lightning.model import HymbaConfig
 from hymba_lightning.quantization import QuantizationConfig, save_artifact
@@ -136,13 +136,13 @@ def fed(monkeypatch):
     """Ids of each piece that a session reads."""
     pieces: list[list[int]] = []
 
-    ordinary = Onward.read
+    own = Steps.read
 
-    def read(self, ids_BT):
-        pieces.append(ids_BT[0].tolist())
-        return ordinary(self, ids_BT)
+    def read(steps, tokens_BT, *rest):
+        pieces.append(tokens_BT[0].tolist())
+        return own(steps, tokens_BT, *rest)
 
-    monkeypatch.setattr(Onward, "read", read)
+    monkeypatch.setattr(Steps, "read", read)
     return pieces
 
 

@@ -1,5 +1,6 @@
 """The transformers model is our network: same weights, same logits, same texts token by token."""
 
+import copy
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import torch
 from tiny import NET, TOKENIZER, lively
 
 from hymba_lightning import Hymba, HymbaConfig, RuntimeConfig, SamplingConfig, generate
+from hymba_lightning.generation import steps
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("hymba_lightning.hf")
@@ -121,6 +123,33 @@ def test_a_conversation_goes_on_with_the_cache_of_the_turn_before(pair):
     cache = getattr(first, "cache", None) or first.past_key_values
     out = model.generate(torch.tensor([turn]), cache=cache, **GREEDY)[0].tolist()
     assert out == turn + ours(net, [turn])[0]
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """Single tokens in memory that stays where it is, as on a GPU."""
+    made = steps.Steps.__init__
+    monkeypatch.setattr(steps.Steps, "__init__", lambda self, net, state=None: made(self, net, state, fixed=True))
+    monkeypatch.setattr(steps, "ROOM", 7)
+
+
+def test_texts_and_caches_are_the_same_in_fixed_memory(pair, fixed):
+    net, model = pair
+    rows = prompts(3, 30, 16, 1)
+    ids, mask = padded(rows, "left")
+    out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, use_cache=True, **GREEDY)
+    texts = out.sequences[:, ids.size(1) :].tolist()
+    assert texts == [ours(net, [row])[0] for row in rows]
+    cache = getattr(out, "cache", None) or out.past_key_values
+    assert cache.batch_size == 4
+    assert len(cache) == 2
+    other = copy.deepcopy(cache)
+    last = out.sequences[:, -1:]
+    with torch.no_grad():
+        wanted = torch.stack([net(torch.tensor([row + text]))[0, -1] for row, text in zip(rows, texts, strict=True)])
+        assert torch.allclose(model(last, cache=cache).logits[:, 0], wanted, rtol=0, atol=2e-5)
+        other.batch_select_indices(torch.tensor([2, 0]))
+        assert torch.allclose(model(last[[2, 0]], cache=other).logits[:, 0], wanted[[2, 0]], rtol=0, atol=2e-5)
 
 
 def test_beams_follow_their_own_rows(pair):

@@ -9,9 +9,10 @@ from attention_cases import GLOBAL, LOCAL, case, compare
 from op_cases import NEEDS_GPU, RATIO, assert_close, on, outputs_and_gradients, random
 
 from hymba_lightning.ops.registry import OPERATIONS, BackendUnavailableError, choose
-from hymba_lightning.ops.sliding_window import available_backends, sliding_window_attention
+from hymba_lightning.ops.sliding_window import available_backends, backend_sdpa, sliding_window_attention
 from hymba_lightning.ops.sliding_window import backend_fa4 as fa4
 from hymba_lightning.ops.sliding_window import compiled_flex as flex
+from hymba_lightning.ops.sliding_window.naive import mask_of_rows
 
 # (B, T, S, H, G, K, window)
 SHAPES = [
@@ -186,6 +187,16 @@ def test_hidden_first_keys_are_as_if_they_were_not_there(backend, shape):
             sliding_window_attention(**cut, window=window, backend="naive"),
             RATIO[torch.float32],
         )
+
+
+def test_query_heads_as_rows_of_one_matrix_are_the_same():
+    """What a GPU does for one query under a mask."""
+    operands = case(3, 1, 11, 6, 2, 8)
+    q, k, v = (operands[name].transpose(1, 2) for name in ("q_BTHK", "k_BSGK", "v_BSGK"))
+    hidden = torch.tensor([0, 3, 10])
+    out = backend_sdpa.one_masked_query(q, k, v, mask_of_rows(1, 11, None, hidden)[:, None], 0.3)
+    wanted = sliding_window_attention(**operands, window=None, scale=0.3, hidden_B=hidden, backend="naive")
+    assert_close("out", out.transpose(1, 2), wanted, RATIO[torch.float32])
 
 
 def test_hidden_keys_are_refused_by_name_and_served_by_auto():

@@ -32,6 +32,8 @@ def causal_attention_sdpa(
     grouped = q.size(1) != k.size(1)
     if hidden_B is not None or doc_position_BT is not None:
         mask = mask_of_rows(n_queries, n_keys, None, hidden_B, doc_position_BT)[:, None]
+        if grouped and n_queries == 1 and q.device.type != "cpu":
+            return one_masked_query(q, k, v, mask, scale).transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
     elif n_queries == n_keys:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
@@ -42,6 +44,14 @@ def causal_attention_sdpa(
             q, k, v, attn_mask=causal_lower_right(n_queries, n_keys), scale=scale, enable_gqa=grouped
         )
     return out.transpose(1, 2)
+
+
+def one_masked_query(q_BH1K: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B11S: Tensor, scale: float) -> Tensor:
+    """(B, H, 1, K): the query heads of a kv head as rows of one matrix. torch's kernels on GPUs that take a mask do not
+    take fewer kv heads than query heads: without this every key is written out for each query head."""
+    grouped_BGRK = q_BH1K.squeeze(2).unflatten(1, (k_BGSK.size(1), -1))
+    out_BGRK = F.scaled_dot_product_attention(grouped_BGRK, k_BGSK, v_BGSK, attn_mask=mask_B11S, scale=scale)
+    return out_BGRK.flatten(1, 2)[:, :, None]
 
 
 BACKEND = Backend(
