@@ -1,4 +1,4 @@
-"""One process at a time writes to a folder: a lock that other processes see, released however its owner ends."""
+"""A lock on a folder, so that one process at a time writes to it; released however the process ends."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class FolderClaim:
             write_atomic(self.folder / OWNER, json.dumps(owner) + "\n")
 
     def release(self) -> None:
-        """Lets others write; nothing happens where it is not held. A folder that was made for the claim and holds
+        """Gives the lock back, if it is held. A folder that was made for the claim and holds
         nothing else is taken away."""
         if self.held:
             (self.folder / OWNER).unlink(missing_ok=True)

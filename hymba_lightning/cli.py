@@ -31,7 +31,7 @@ from hymba_lightning.options import with_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.run import Run, RunFolder
 from hymba_lightning.run.run import new_folder
-from hymba_lightning.trainer_internals import leave_signals_to_us, make_folders_optional
+from hymba_lightning.trainer_internals import leave_signals_to_us, make_folders_optional, read_whole_numbers_as_such
 from hymba_lightning.training.memory import check_memory, estimate_memory, free_memory
 from hymba_lightning.training.module import HymbaModule
 from hymba_lightning.training_options import TrainingParser
@@ -345,6 +345,7 @@ def run(args: list[str], started: float | None = None) -> HymbaCLI:
     read = get_loader("yaml")
     set_loader("yaml", lambda text: without_removed(read(text)), (yaml.YAMLError,))
     make_folders_optional()
+    read_whole_numbers_as_such()
     return HymbaCLI(
         HymbaModule,
         HymbaDataModule,

@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def _run_guarded(args: list[str], command: str, title: str, started: float, debug: bool) -> int:
-    """Runs it and turns whatever ends it into the last words and the exit code."""
+    """Runs the command, prints the message for what ended it (an error, a signal), and returns the exit code."""
     try:
         _run(args, command, started)
         sys.stdout.flush()
@@ -96,7 +96,7 @@ def _run(args: list[str], command: str, started: float) -> None:
 
 
 def _say_what_is_next(cli: Any) -> None:
-    """After a fit that ended by itself, the commands that a run is followed by."""
+    """Prints the commands that usually follow a fit, after one that was not interrupted."""
     if cli is None or cli.subcommand != "fit" or not cli.trainer.is_global_zero or cli.trainer.fast_dev_run:
         return
     artifact = cli.artifact()

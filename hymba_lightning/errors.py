@@ -161,6 +161,6 @@ def _inside(module: str, packages: tuple[str, ...]) -> bool:
 
 
 def _detail(error: BaseException) -> str:
-    """The first line of a library's text, in brackets."""
+    """The first line of the exception's text in brackets, '' where it has none."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f" ({first.rstrip('.')})" if first else ""

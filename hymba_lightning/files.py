@@ -69,7 +69,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _umask() -> int:
-    """The process's mask, read from the system where it shows it: asking means setting it, for all threads."""
+    """The process's umask, from /proc where there is one: os.umask could only read it by setting it for all threads."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(next(line for line in status.splitlines() if line.startswith("Umask:")).split()[1], 8)

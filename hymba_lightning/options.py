@@ -77,7 +77,7 @@ class OneSentence:
             raise
 
     def format_help(self, *args: Any) -> str:
-        """With what is there to choose from: the backends of each op, mixers, optimizers and schemes."""
+        """The help text, with the names that can be chosen: backends of each op, mixers, optimizers and schemes."""
         tables = {f"runtime.{field.name}": field.metadata["op"] for field in fields(RuntimeConfig) if field.metadata}
         tables |= dict.fromkeys(("quantization.scheme", "scheme"), "schemes")
         tables |= {"net.mixer": "mixers", "optimizer.name": "optimizers"}
@@ -119,7 +119,7 @@ class CommandParser(OneSentence, ArgumentParser):
 
 
 def positionals_first(parser: CommandParser, args: list[str]) -> list[str]:
-    """`args` with what belongs to no option in front: argparse wants positionals to stand together."""
+    """`args` with the positional arguments moved to the front, since argparse wants them to stand together."""
     in_front: list[str] = []
     behind: list[str] = []
     takes: int | float = 0
@@ -255,7 +255,7 @@ def _check_groups(parser: Any, config: Any) -> None:
 def _check_empty(parser: Any, config: Any) -> None:
     """
     Raises:
-        UsageError: a config's file names something unknown that holds no value, which is dropped on the way otherwise.
+        UsageError: a config's file has an unknown name without a value, which the parser would drop silently.
     """
     dests = [action.dest for action in parser._actions]
     objects = [action.dest for action in parser._actions if hasattr(action, "_typehint")]

@@ -110,7 +110,7 @@ def _of_an_object(name: str, hint: Any, message: str, error: BaseException | Non
 
 
 def _option_of(message: str, parser: Any) -> Any:
-    """The option whose alternatives the message lists."""
+    """The option whose types jsonargparse's message lists; None where no option has just these."""
     alike = (action for action in _typed(parser) if f"Subtypes: {list(typing.get_args(action._typehint))}" in message)
     return next(alike, None)
 

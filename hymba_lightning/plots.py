@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter
@@ -26,15 +25,18 @@ if TYPE_CHECKING:
 INK, BLUE, ORANGE, GREY = "#22262b", "#2563a8", "#c8641e", "#9aa3ad"
 
 
-def _figure(width: float, height: float, n_rows: int = 1, ratios: list[float] | None = None) -> tuple[Figure, list]:
+def panels(
+    width: float, height: float, n_rows: int = 1, *, grid: bool = False, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` × `height` inches and its panels, from the top; `options` are those of `Figure.subplots`."""
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(n_rows, 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    axes = list(figure.subplots(n_rows, 1, squeeze=False, **options)[:, 0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(True, color="#e4e7ea", linewidth=0.8)
-        axis.tick_params(colors=INK, labelsize=9)
-    return figure, list(axes)
+        if grid:
+            axis.grid(True, color="#e4e7ea", linewidth=0.8)
+            axis.tick_params(colors=INK, labelsize=9)
+    return figure, axes
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -66,7 +68,9 @@ def plot_training(
         raise ValueError("no training history to plot: the run logged no step")
     with_bpb = bool(val or stages)
     ratios = [2.4, 2.4, 1.0] if with_bpb else [2.4, 1.0]
-    figure, axes = _figure(8.2, 1.7 + 1.15 * sum(ratios) * 0.85, len(ratios), ratios)
+    figure, axes = panels(
+        8.2, 1.7 + 1.15 * sum(ratios) * 0.85, len(ratios), grid=True, sharex=True, height_ratios=ratios
+    )
     seconds = np.array([row.seconds for row in train])
     losses = np.array([row.loss for row in train])
     axes[0].plot(seconds, losses, color=BLUE, linewidth=1.4)
@@ -153,7 +157,7 @@ def plot_ttt(scores: list[Score], tokens_per_chunk: int, path: Path, artifact_bp
     """
     if not scores:
         raise ValueError("no chunk was scored: nothing to plot")
-    figure, (axis,) = _figure(8.2, 4.0)
+    figure, (axis,) = panels(8.2, 4.0, grid=True)
     total = scores[0]
     running = [total.bpb]
     for score in scores[1:]:
@@ -203,7 +207,7 @@ def plot_context(by_context: list[CurvePoint], by_document: list[CurvePoint], pa
     ]
     if not any(points for points, _, _ in curves):
         return None
-    figure, (axis,) = _figure(8.2, 4.0)
+    figure, (axis,) = panels(8.2, 4.0, grid=True)
     for points, color, label in curves:
         if points:
             axis.errorbar(

@@ -164,7 +164,7 @@ def _take_handlers() -> dict[int, Any]:
 
 
 def _raise_again_what_is_lost(write_end: int) -> None:
-    """What is raised in the finalizer of an object, of which an import has many, goes to this hook and no further."""
+    """Has `Stopped` raised once more where Python drops it: errors in an object's finalizer only reach this hook."""
     usual = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

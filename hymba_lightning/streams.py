@@ -40,7 +40,7 @@ class GuardedStream:
             self.write(line)
 
     def flush(self) -> None:
-        """What cannot be written is dropped."""
+        """Flushes the stream; a reader that is gone is an error only where the output must arrive."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
@@ -98,7 +98,7 @@ def start_again_in_utf8() -> None:
 
 
 def broken_pipe(error: BaseException) -> bool:
-    """Whether the reader of our output has gone, as `head` does: no reason for words."""
+    """Whether the error says that the reader of our output is gone (as `head` goes), which is not reported."""
     return isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and error.errno == errno.EPIPE)
 
 

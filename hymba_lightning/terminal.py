@@ -1,4 +1,4 @@
-"""What reaches the terminal: messages as plain lines on stderr, and not the libraries' advertisements."""
+"""Messages on the terminal: ours as plain lines on stderr, without the tips that libraries print."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ QUIET_WARNINGS = (
 
 
 class StderrHandler(logging.Handler):
-    """Prints to what sys.stderr is when a message comes: while a bar is live, that goes above the bar."""
+    """Prints to sys.stderr as it is when a message comes, so that a live progress bar can put it above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)

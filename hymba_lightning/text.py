@@ -15,6 +15,8 @@ PATHS = re.compile(
                        |(?<!\w)(?:[A-Za-z]:|\\)\\(?:[^\s"'`<>|:]+)""",
     re.VERBOSE,
 )
+# Halves of surrogate pairs: no characters, but what Python puts in the place of bytes that are not UTF-8.
+SURROGATES = re.compile("[\ud800-\udfff]")
 WHOLE = re.compile(r"(?:~|[A-Za-z]:\\|\\\\|/(?!/)).*")
 
 

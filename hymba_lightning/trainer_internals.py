@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Union, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Timer
@@ -138,7 +138,7 @@ def log_evaluations_by_step(trainer: pl.Trainer) -> None:
 def end_where_nothing_is_left(trainer: pl.Trainer) -> None:
     """Has `on_train_end` called for a resumed run whose steps or epochs are all done: Lightning would leave it out.
 
-    A run that was killed after its last step still has its end before it.
+    So a run that was killed after its last step is still scored and exported when it is resumed.
     """
     loop = trainer.fit_loop
     run: Callable[[], STEP_OUTPUT | None] = loop.run
@@ -164,6 +164,18 @@ def make_folders_optional() -> None:
         parameters = inspect.signature(init).parameters
         if parameters["save_dir"].default is inspect.Parameter.empty:
             init.__defaults__ = (None, *init.__defaults__)
+
+
+def read_whole_numbers_as_such() -> None:
+    """Has the command line take "--trainer.limit_test_batches 1" for one batch, never for 1.0, which is all of them.
+
+    Python keeps one object for Optional[int | float] and Optional[float | int], whichever is made first, and Lightning
+    has both: what else was imported decides the order of the Trainer's, in which the parser tries them.
+    """
+    hints = pl.Trainer.__init__.__annotations__
+    for name, hint in hints.items():
+        if {int, float} <= set(get_args(hint)):
+            hints[name] = Union[(int, *(each for each in get_args(hint) if each is not int))]
 
 
 class NoSigtermHandler(_SignalConnector):

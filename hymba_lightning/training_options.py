@@ -87,7 +87,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _is_lightnings(group: Any) -> bool:
-    """Sorts stably: ours as they come, then the others."""
+    """Sort key of an option: Lightning's own come after ours."""
     return any(
         action.dest.partition(".")[0] in ("trainer", "optimizer", "lr_scheduler") for action in group._group_actions
     )

@@ -100,7 +100,7 @@ commands:
 
 
 def versions() -> str:
-    """Ours, and those of the libraries a result depends on; nothing is imported for it."""
+    """Versions of this package and of the libraries that a result depends on, read without importing them."""
 
     def version(name: str) -> str:
         try:
@@ -232,7 +232,7 @@ def resume_command(args: Sequence[str], saved: Saved) -> str:
 
 
 def after_stop(args: Sequence[str], signal_name: str, saved: Saved | None) -> str:
-    """The last words of a command that a signal ended."""
+    """The message of a command that a signal ended."""
     if args[0] == "study":
         return (
             f"stopped by {signal_name}; runs that ended, and what the others have saved, are kept. To go on with them: "

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hymba_lightning.data.sequences import Chunk
+from hymba_lightning.data.token_stream import Chunk
 from hymba_lightning.evaluation import TTTConfig
 from hymba_lightning.interop.reference import from_reference
 from hymba_lightning.model import Hymba

@@ -2,15 +2,18 @@
 
 import inspect
 import signal
+from typing import Union, get_args
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tiny import tiny_data, tiny_module, tiny_trainer, write_data
 
 from hymba_lightning import trainer_internals as internals
 from hymba_lightning.callbacks.checkpoint import TrainingCheckpoint
+from hymba_lightning.cli import run
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +129,18 @@ def test_file_loggers_may_be_named_without_a_folder():
         parameters = inspect.signature(logger.__init__).parameters
         assert parameters["save_dir"].default is None
         assert parameters["name"].default == "lightning_logs"
+
+
+def test_a_whole_number_of_batches_stays_one_whatever_was_imported_before(monkeypatch, capsys):
+    hints = pl.Trainer.__init__.__annotations__
+    for name in [name for name, hint in hints.items() if {int, float} <= set(get_args(hint))]:
+        monkeypatch.setitem(hints, name, Union[float, int, None])  # noqa: UP007
+    given = ["--trainer.limit_test_batches", "1", "--trainer.limit_val_batches", "0.5"]
+    with pytest.raises(SystemExit):
+        run(["test", "--config", "demo.yaml", *given, "--print_config"])
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert (trainer["limit_test_batches"], trainer["limit_val_batches"]) == (1, 0.5)
+    assert isinstance(trainer["limit_test_batches"], int)
 
 
 def test_lightning_leaves_sigterm_alone(folder, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hymba_lightning.data.datamodule import HymbaDataModule
-from hymba_lightning.data.shards import write_shard
+from hymba_lightning.data.shard_writing import write_shard
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.training.module import HymbaModule
 from hymba_lightning.training.optim import OptimizerConfig

@@ -1,11 +1,16 @@
-"""Draws block.svg, run.svg and way.svg beside this file: `python docs/images/draw.py`.
+"""Draws block.svg, run.svg, way.svg and memory_27m.png beside this file: `python docs/images/draw.py`.
 
 All have a light ground of their own, so that they read on light and dark pages.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from hymba_lightning.probes.copying import Copy
+from hymba_lightning.probes.picture import draw
+from hymba_lightning.probes.recall import Recall
 
 GROUND, LINE, INK, FAINT = "#fbfaf7", "#56606b", "#1d2329", "#5b6570"
 GREY, BLUE, ORANGE, GREEN, VIOLET = "#eceae4", "#d5e4f5", "#f9dfc6", "#d8ecd4", "#e5dcf3"
@@ -185,7 +190,16 @@ def draw_way(
     picture.save(file)
 
 
+def draw_memory() -> None:
+    """Copying and recall by the 27M network, by distance: what its 32,768 tokens are worth."""
+    here = Path(__file__).parent
+    probe = json.loads((here.parents[1] / "results/probe_h200.json").read_text())
+    copies, recalls = [Copy(**row) for row in probe["copies"]], [Recall(**row) for row in probe["recalls"]]
+    draw([], copies, recalls, [], 15, here / "memory_27m.png")
+
+
 if __name__ == "__main__":
+    draw_memory()
     draw_block()
     draw_run()
     draw_architecture()

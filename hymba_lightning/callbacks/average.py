@@ -64,7 +64,7 @@ class WeightAverage(Callback):
 
     @property
     def has_average(self) -> bool:
-        """Whether there is an average of the weights being, or just having been, trained."""
+        """Whether the weights of the present or latest fit have an average."""
         return bool(self._shadow) and (self.kind == "ema" or self.n_averaged > 0)
 
     @property
@@ -86,7 +86,7 @@ class WeightAverage(Callback):
 
     @contextmanager
     def raw_weights(self, pl_module: nn.Module) -> Iterator[None]:
-        """The trained weights are in the module inside, and whatever was there before afterwards."""
+        """Puts the trained weights into the module for the time of the block, then what was there before."""
         change = self.averaged_inside
         if change:
             self._swap_out(pl_module)
@@ -103,7 +103,8 @@ class WeightAverage(Callback):
             self.n_averaged = 0
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lightning has already put `state_dict`, the average, into the module: right to test, wrong to train on."""
+        """For a fit, takes average and trained weights out of the checkpoint. Lightning has loaded its `state_dict`,
+        which is the average: right for a test, not for training."""
         if trainer.state.fn != TrainerFn.FITTING:
             # The module now holds other weights than those averaged here.
             self._shadow, self._raw = {}, None

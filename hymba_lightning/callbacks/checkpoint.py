@@ -82,7 +82,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Independent of the intervals, so that a resumed run may change them."""
+        """The callback's name in a checkpoint. The intervals are not in it, so that a resumed run may change them."""
         return type(self).__qualname__
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -185,7 +185,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
         self._end_training(trainer)
 
     def _end_training(self, trainer: Trainer) -> None:
-        """Before anything that comes after training: it is saved, and signals end at once what no step waits for."""
+        """Saves the last step before the work after training begins, during which a signal ends the process at once."""
         if trainer.global_step != self._last_global_step_saved:
             self._save(trainer, must_succeed=True)
         self._release_signals()
@@ -266,7 +266,7 @@ class TrainingCheckpoint(FolderOwner, ModelCheckpoint):
 
 
 def _not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
-    """What is wrong with weights that must not replace good ones, None where nothing is."""
+    """Names the first tensor with an infinity or NaN, for which nothing may be saved; None where all are finite."""
     finite = {name: torch.isfinite(tensor).all() for name, tensor in tensors.items() if tensor.is_floating_point()}
     if not finite or bool(torch.stack(list(finite.values())).all()):
         return None

@@ -29,7 +29,7 @@ class DigestCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Callable | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Tensors on the CPU, nothing in the file executed, whatever `map_location` and `weights_only` say.
+        """Reads a checkpoint onto the CPU without executing anything in it, whatever the other arguments say.
 
         Raises:
             CheckpointError: the file is damaged, has no digest, or holds more than tensors and plain values.

@@ -68,7 +68,7 @@ class ExportArtifact(FolderOwner):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """On a GPU, calibrates once before the clock starts: what that compiles would not fit into the reserve."""
+        """On a GPU, calibrates once before the clock starts, since compiling for it would not fit into the reserve."""
         wanted = self.settings.enabled and self.settings.quantization.calibrated and not is_trial(trainer)
         if wanted and pl_module.device.type == "cuda":
             with Run.of(trainer).phases.inside("warm_up"):
@@ -79,7 +79,7 @@ class ExportArtifact(FolderOwner):
 
 
 def expect_end(trainer: pl.Trainer) -> None:
-    """Before a fit: it will end, also where it goes on from a checkpoint after which nothing is left to train."""
+    """Has `end_run` called once at the end of the coming fit, even one that resumes with no step left to do."""
     run = Run.of(trainer)
     if not run.ends:
         end_where_nothing_is_left(trainer)
@@ -88,7 +88,7 @@ def expect_end(trainer: pl.Trainer) -> None:
 
 
 def end_run(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Finishes the run, once a fit, unless a signal ended it: then it goes on another time.
+    """Finishes the run, once for each fit. A run that a signal stopped is left as it is, to be resumed.
 
     Raises:
         What `finish` raises.

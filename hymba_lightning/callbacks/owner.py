@@ -36,7 +36,7 @@ class FolderOwner(pl.Callback):
             _on_rank_0(trainer, claim)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Everything else that can be refused was: what an old run left may go.
+        """Takes over the folder, and deletes what an old run left there: all other checks of the options have passed.
 
         Raises:
             RunExistsError: the folder holds another run.
@@ -55,11 +55,11 @@ class FolderOwner(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """With its first step a run has begun for good."""
+        """Keeps the folder as this run's: its first step is done."""
         settle(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Weights and data were taken: nothing is refused any more."""
+        """Keeps the folder as this run's: weights and data are loaded, and no check is left that could refuse them."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             Run.of(trainer).settled = True
 
@@ -76,7 +76,7 @@ class FolderOwner(pl.Callback):
 
 
 def _on_rank_0(trainer: pl.Trainer, work: Callable[[], None]) -> None:
-    """Rank 0's outcome is everyone's, so that no rank waits for one that was refused."""
+    """Calls `work` on rank 0, and raises its error on every rank, so that none waits for a rank 0 that is gone."""
     outcome: Exception | None = None
     if trainer.is_global_zero:
         try:
@@ -89,7 +89,7 @@ def _on_rank_0(trainer: pl.Trainer, work: Callable[[], None]) -> None:
 
 
 def settle(trainer: pl.Trainer) -> None:
-    """Lets go of what the run took the place of."""
+    """Deletes, on rank 0, what was kept of the run that this one replaces."""
     run = Run.of(trainer)
     if run.started_fit and not run.settled and run.folder is not None:
         run.settled = True

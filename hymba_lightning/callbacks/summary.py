@@ -165,7 +165,7 @@ def _identity(data: HymbaDataModule | None) -> DataIdentity | None:
 
 
 def _weights(run: Run) -> str:
-    """SHA-256 of the file that the weights came from as they are in it, else of the weights."""
+    """SHA-256 of the file whose weights are used as they are, or of the weights where there is no such file."""
     return file_sha256(run.weights_from) if run.weights_from else weights_sha256(run.net.state_dict())
 
 

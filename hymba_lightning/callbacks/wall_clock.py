@@ -117,7 +117,7 @@ class WallClock(Callback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside does not count. May be nested, and used before the clock runs or after it stopped."""
+        """Stops the clock for the time of the block. May be nested, and used while the clock does not run."""
         self.watch.pause()
         try:
             yield
@@ -125,11 +125,11 @@ class WallClock(Callback):
             self.watch.resume()
 
     def charged(self) -> AbstractContextManager[None]:
-        """What happens inside counts, although training is over: for work that the reserve was held back for."""
+        """Runs the clock for the time of the block, after training: for the work that the reserve was held back for."""
         return self.watch.charged()
 
     def end(self) -> None:
-        """Training is over: nothing counts any more but what is `charged`."""
+        """Ends training: from now on only the time within `charged` is counted."""
         self.watch.stop()
 
     def request_stop(self, code: int = 1) -> None:

@@ -74,7 +74,7 @@ class ClusterPrepare:
 
     @property
     def folder(self) -> Path:
-        """Where everything goes."""
+        """The folder that the data set is written to."""
         return Path(self.out).expanduser().resolve()
 
     @property
@@ -92,7 +92,7 @@ class ClusterPrepare:
         return find_inputs(self.inputs, EXCLUDED_FOLDERS, self.seed, self.folder, skips)
 
     def reader(self, files: list[InputFile]) -> DocumentReader:
-        """Of some of the files."""
+        """A reader of the documents of `files`."""
         separator = None if self.separator is None else unescaped(self.separator)
         return DocumentReader(files, self.text_key, separator, max_bytes=self.max_document_bytes)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from hymba_lightning.data.documents import Document, DocumentReader, document_digest, split_rank
 from hymba_lightning.data.manifest import SPLITS
-from hymba_lightning.data.shards import ShardWriter
+from hymba_lightning.data.shard_writing import ShardWriter
 from hymba_lightning.data.text_encoder import EncoderPool, TextEncoder, TextPiece
 from hymba_lightning.data.tokenizer import load_tokenizer
 from hymba_lightning.files import write_atomic
@@ -52,7 +52,7 @@ class SplitTotals:
 
 @dataclass(frozen=True)
 class Splitter:
-    """Which split a document belongs to."""
+    """Assigns documents to training or validation."""
 
     val_fraction: float
     """Share of the documents that is for validation."""
@@ -84,7 +84,7 @@ def read_progress(work: Path) -> dict[str, Any] | None:
 
 
 def can_go_on(work: Path, model: Path, progress: dict[str, Any], arguments: dict[str, Any]) -> bool:
-    """Whether the files that the progress speaks of are there."""
+    """Whether the folder still has the files that are needed to go on from the saved progress."""
     return model.is_file() and all(
         ShardWriter.holds(work, f"{arguments['name']}_{split}", arguments["shard_tokens"], state["writer"])
         for split, state in progress["splits"].items()

@@ -23,10 +23,11 @@ from hymba_lightning.data.loader import Loader, ResumableLoader, read_ahead
 from hymba_lightning.data.manifest import SPLITS, check_manifest, read_manifest
 from hymba_lightning.data.mixture import MixedSpans, check_tokenizers, sources_of, token_frequencies
 from hymba_lightning.data.position import ReadPosition
-from hymba_lightning.data.sequences import Batch, Chunk, TokenStream, TrainSpans, ValSequences, chunk_at, first_span
-from hymba_lightning.data.sequences import n_chunks as count_chunks
+from hymba_lightning.data.sequences import Batch, TrainSpans, ValSequences, first_span
 from hymba_lightning.data.shards import find_shards
 from hymba_lightning.data.token_bytes import TokenBytes
+from hymba_lightning.data.token_stream import Chunk, TokenStream, chunk_at
+from hymba_lightning.data.token_stream import n_chunks as count_chunks
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
 from hymba_lightning.trainer_internals import rewind_to_accumulation_window
 from hymba_lightning.units import bits_per_byte
@@ -335,7 +336,7 @@ class HymbaDataModule(pl.LightningDataModule):
         return chunk_at(self.val_stream(), self.token_bytes, self.ttt_chunk_tokens, index)
 
     def predict_dataloader(self) -> Loader:
-        """As for validation."""
+        """The loader of `val_dataloader`."""
         return self.val_dataloader()
 
     # Checkpoints --------------------------------------------------------------------------------------------------

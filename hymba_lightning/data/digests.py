@@ -141,7 +141,7 @@ def _recall(memory: dict[str, list], path: Path) -> FileDigest | None:
 
 
 def _differs(path: Path, digest: FileDigest) -> bool:
-    """Whether one of a few blocks, drawn anew every time, is not what it was."""
+    """Whether any of a few randomly chosen blocks of the file has another checksum than was remembered."""
     chosen = random.SystemRandom().sample(range(len(digest.blocks)), min(SAMPLED_BLOCKS, len(digest.blocks)))
     with open(path, "rb") as file:
         for index in chosen:

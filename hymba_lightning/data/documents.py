@@ -27,6 +27,7 @@ from hymba_lightning.data.streams import (
     read_blocks,
     whole_members,
 )
+from hymba_lightning.text import SURROGATES
 
 # A longer line or row is left out, a longer text file is cut: what one document takes bounds the memory.
 MAX_DOCUMENT_BYTES = 1 << 25
@@ -34,8 +35,6 @@ TEXT_BLOCK_BYTES = 1 << 22
 
 BOM = b"\xef\xbb\xbf"
 WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")
-# What stands for a byte that is no UTF-8.
-SURROGATES = re.compile("[\ud800-\udfff]")
 # Where a text that is too long for one document is cut, the best place first.
 CUTS = ("\n\n", "\n", " ")
 
@@ -339,7 +338,7 @@ def _decoded_blocks(blocks: Iterable[bytes], whole: bool) -> Iterator[str]:
 
 
 def _damage(row: list[str]) -> tuple[str, str]:
-    """Kind and cause where a field of CSV is no text, else nothing."""
+    """What is wrong with the fields of a CSV row that are no text, as (kind, cause); both empty where all are."""
     if any("\0" in field for field in row):
         return "NUL bytes", "it holds NUL bytes: a damaged file, or no text"
     if not all(field.isascii() or SURROGATES.search(field) is None for field in row):

@@ -95,7 +95,7 @@ def _scanned(scan: Scan, text: str, start: int) -> tuple[Any, int]:
 
 
 def _after_delimiter(text: str, start: int, last: str) -> tuple[int, bool]:
-    """Where the next part begins, and whether there is none since the list or object ends."""
+    """The position after a delimiter, and whether that delimiter ended the list or object."""
     end = _after_spaces(text, start)
     mark = text[end : end + 1]
     if mark not in (",", last):

@@ -121,7 +121,7 @@ def _check_used(folder: Path, manifest: dict[str, Any], used: dict[str, Path], t
 
 
 def first_damage(folder: Path, manifest: dict[str, Any]) -> str | None:
-    """What is wrong with a file that the manifest lists; None where all are what it says."""
+    """Says what is wrong with the first file that differs from the manifest; None where all agree with it."""
     listed = _listed_shards(manifest)
     model = manifest["tokenizer"]
     for name in [*listed, model["file"]]:

@@ -32,8 +32,10 @@ def sources_of(data_dir: Path, mixture: Mapping[str, float]) -> list[Source]:
     """`data_dir` with what the others leave, then the others.
 
     Raises:
-        ValueError: A share that is none, nothing left for data_dir, a folder named twice.
+        ValueError: No mapping, a share that is none, nothing left for data_dir, a folder named twice.
     """
+    if not isinstance(mixture, Mapping):
+        raise ValueError(f"data.mixture is {mixture!r}; name folders with their shares, as in {{'data/code': 0.3}}")
     others = [Source(Path(folder).expanduser(), _share(folder, share)) for folder, share in mixture.items()]
     left = 1 - sum((source.share for source in others), Fraction(0))
     if left <= 0:

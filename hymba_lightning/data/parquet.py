@@ -22,7 +22,7 @@ MEMORY_BYTES = 2 << 30
 
 
 def main(arguments: list[str]) -> None:
-    """Path, text_key and limit → `answer` on standard output."""
+    """Runs `answer` for a path, a text_key and a limit, given as text, and writes to standard output."""
     path, text_key, limit = arguments[0], arguments[1], int(arguments[2])
     threading.Thread(target=_end_with_input, daemon=True).start()
     answers = sys.stdout.buffer

@@ -47,7 +47,8 @@ from hymba_lightning.data.manifest import (
     read_manifest,
     sealed,
 )
-from hymba_lightning.data.shards import HEADER_BYTES, MAX_SHARD_TOKENS, TOKEN_DTYPE, Shard
+from hymba_lightning.data.shard_writing import MAX_SHARD_TOKENS
+from hymba_lightning.data.shards import HEADER_BYTES, TOKEN_DTYPE, Shard
 from hymba_lightning.data.skips import Skips, skip_lines
 from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer, train_tokenizer

@@ -1,14 +1,11 @@
-"""Who reads which tokens: one stream over the shards, training spans, validation sequences, chunks.
+"""Who reads which tokens: training spans, validation sequences.
 
-Shapes: B sequences, T = seq_len tokens, n tokens of a chunk. Everything here is a pure function of its arguments;
+Shapes: B sequences, T = seq_len tokens. Everything here is a pure function of its arguments;
 rank and world size are passed in.
 """
 
 from __future__ import annotations
 
-import os
-from bisect import bisect_right
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hymba_lightning.data.shards import Shard
 from hymba_lightning.data.token_bytes import TokenBytes
+from hymba_lightning.data.token_stream import TokenStream, target_bytes
 
 
 class Batch(NamedTuple):
@@ -29,21 +26,6 @@ class Batch(NamedTuple):
     """(B, T) int64: the token after each input."""
     target_bytes: Tensor
     """(B, T) int16: UTF-8 bytes each target stands for, given its input. Training batches have an empty (0,) tensor."""
-
-
-class Chunk(NamedTuple):
-    """A piece of the validation stream for score-first test-time training."""
-
-    index: int  # type: ignore[assignment]
-    """Place in the stream, from 0."""
-    n_chunks: int
-    """Chunks of the whole stream."""
-    tokens: Tensor
-    """(n+1,) int64: the first is the context of the first target."""
-    target_bytes: Tensor
-    """(n,) int16: UTF-8 bytes of tokens[1:]."""
-    start: int | None = None
-    """Position of tokens[0] in the stream; None where it is not known."""
 
 
 # Tensors of these hold no token ids.
@@ -98,58 +80,6 @@ def _description(batch: Any) -> str:
     if isinstance(batch, list | tuple):
         return f"{type(batch).__name__} of {', '.join(_description(part) for part in batch)}"
     return type(batch).__name__
-
-
-class TokenStream:
-    """Several shards read as one sequence of tokens, nothing loaded before it is asked for.
-
-    Args:
-        paths: Shard files, in the order of the stream.
-        vocab_size: Ids must be below this. None: ids are not checked.
-        limit: Use only the first `limit` tokens.
-
-    Raises:
-        ShardError: A file is no valid shard.
-    """
-
-    def __init__(
-        self, paths: Iterable[str | os.PathLike[str]], vocab_size: int | None = None, limit: int | None = None
-    ) -> None:
-        self._shards = [Shard(path, vocab_size) for path in paths]
-        ends = np.cumsum([shard.n_tokens for shard in self._shards]).tolist()
-        self._starts = [0, *ends]
-        total = self._starts[-1]
-        self.n_tokens = total if limit is None else min(limit, total)
-        """Tokens of the stream."""
-
-    def __len__(self) -> int:
-        return self.n_tokens
-
-    def __getitem__(self, tokens: slice) -> Tensor:
-        """stream[a:b] as an int64 tensor (b-a,), bounds clipped as Python clips them."""
-        start, stop, step = tokens.indices(self.n_tokens)
-        if step != 1:
-            raise ValueError("a token stream is sliced in steps of 1")
-        return torch.from_numpy(self.read(start, max(stop - start, 0)))
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        """`length` tokens from position `start` on, int64; past the end the stream begins again."""
-        pieces = []
-        position = start % self.n_tokens if self.n_tokens else 0
-        while length > 0:
-            index = bisect_right(self._starts, position) - 1
-            shard, first = self._shards[index], self._starts[index]
-            stop = min(position + length, first + shard.n_tokens, self.n_tokens)
-            pieces.append(shard.read(position - first, stop - first))
-            length -= stop - position
-            position = stop % self.n_tokens
-        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
-
-    def locate(self, position: int) -> tuple[Path, int]:
-        """Shard file, and offset in it, of the token at `position` (of the endless stream)."""
-        position %= self.n_tokens
-        index = bisect_right(self._starts, position) - 1
-        return self._shards[index].path, position - self._starts[index]
 
 
 class TrainSpans:
@@ -252,22 +182,4 @@ class ValSequences:
         start = first * self.seq_len
         tokens = self.stream[start : start + n_sequences * length + 1]
         inputs, targets = tokens[:-1].view(n_sequences, length), tokens[1:].view(n_sequences, length)
-        return Batch(inputs, targets.clone(), _target_bytes(self.token_bytes, inputs, targets))
-
-
-def n_chunks(stream: TokenStream, chunk_tokens: int) -> int:
-    """Chunks of `chunk_tokens` targets that cover every token after the first; the last may be shorter."""
-    return -(-(stream.n_tokens - 1) // chunk_tokens)
-
-
-def chunk_at(stream: TokenStream, token_bytes: TokenBytes, chunk_tokens: int, index: int) -> Chunk:
-    """Chunk `index` of the stream: targets 1 + index·chunk_tokens and on, preceded by one token of context."""
-    start = index * chunk_tokens
-    tokens = stream[start : start + chunk_tokens + 1]
-    return Chunk(
-        index, n_chunks(stream, chunk_tokens), tokens, _target_bytes(token_bytes, tokens[:-1], tokens[1:]), start
-    )
-
-
-def _target_bytes(token_bytes: TokenBytes, previous: Tensor, targets: Tensor) -> Tensor:
-    return torch.from_numpy(token_bytes.count(previous.numpy(), targets.numpy()))
+        return Batch(inputs, targets.clone(), target_bytes(self.token_bytes, inputs, targets))

@@ -19,7 +19,7 @@ MOST_CHARS = 1000
 
 
 class Skips:
-    """Counts by kind and the first names.
+    """What was left out: a count for each kind, and the first few names.
 
     Args:
         strict: `add` raises instead of counting.
@@ -66,7 +66,7 @@ class Skips:
         _count(self._kinds, kind, what, 1)
 
     def note(self, kind: str, what: str, number: int = 1) -> None:
-        """Counts something that is told but is no fault."""
+        """Counts something that is reported but is no fault, as `add` counts what was left out."""
         _count(self._notes, kind, printable(what, MOST_CHARS), number)
 
     def merge(self, other: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ class Skips:
                 known["first"] = (known["first"] + entry["first"])[:NAMED_OF_A_KIND]
 
     def state(self) -> dict[str, Any]:
-        """Plain values: what the manifest says, and what `restore` takes."""
+        """The counts and names as plain values, for the manifest and for `restore`."""
         return {
             "count": self.count,
             "first": list(self._first),

@@ -51,7 +51,7 @@ class Whole(NamedTuple):
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the name says so: .gz, .zst."""
+    """Whether the file is compressed, by its suffix: .gz or .zst."""
     return path.suffix.lower() in _MEMBERS
 
 
@@ -138,7 +138,7 @@ def n_lines(line: bytes | None) -> int:
 
 
 def _lines_of(block: bytes) -> list[bytes]:
-    """Lines of a block, many empty ones in a row as one."""
+    """Splits a block into lines; many empty lines in a row become one item."""
     lines: list[bytes] = []
     start = 0
     for run in EMPTY_LINES.finditer(block):

@@ -27,6 +27,7 @@ import sentencepiece
 from hymba_lightning.data.processes import isolated_python
 from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.tokenizer import SPACE, ByteTokenizer, load_tokenizer
+from hymba_lightning.text import SURROGATES
 
 PIECE_CHARS = 2000
 SPACE_BYTES = SPACE.encode()
@@ -138,8 +139,21 @@ class TextEncoder:
         return kept
 
     def encode_pieces(self, pieces: list[TextPiece]) -> np.ndarray:
-        """Token ids (n,) uint16 of consecutive pieces, with a BOS before the first piece of each document."""
-        rows = self.processor.encode([piece.text if piece.first else self._anchor + piece.text for piece in pieces])
+        """Token ids (n,) uint16 of consecutive pieces, with a BOS before the first piece of each document.
+
+        Raises:
+            ValueError: A piece holds half of a surrogate pair, which has no UTF-8.
+        """
+        try:
+            rows = self.processor.encode([piece.text if piece.first else self._anchor + piece.text for piece in pieces])
+        except (TypeError, UnicodeEncodeError) as error:
+            # Python's stand-ins for bytes of an argument or of stdin that are no UTF-8 are such halves.
+            found = SURROGATES.search("".join(piece.text for piece in pieces))
+            if found is None:
+                raise
+            raise ValueError(
+                f"the text is not UTF-8 at its character {found.start() + 1:,}; give it as UTF-8"
+            ) from error
         bos = [self.processor.bos_id()]
         for index, piece in enumerate(pieces):
             if SPACE in piece.text and self._byte_ids:

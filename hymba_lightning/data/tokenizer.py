@@ -29,6 +29,9 @@ TOKENIZER_FILE = "tokenizer.model"
 # pad, BOS, EOS, unknown and one piece per byte: no byte-fallback vocabulary can be smaller.
 N_SPECIAL = 4 + 256
 
+# SentencePiece itself takes no piece as long.
+MAX_PIECE = (1 << 15) - 1
+
 # SentencePiece writes the number into the model: one that followed the machine would change the fingerprint.
 TRAINING_THREADS = 4
 
@@ -95,6 +98,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> sentencepiece.SentencePieceP
     processor = _load_sentencepiece(path) if library is None else library.load(path)
     if (n_pieces := processor.get_piece_size()) > MAX_VOCAB_SIZE:
         raise ValueError(f"{path} has {n_pieces:,} pieces; the shards' uint16 holds ids below {MAX_VOCAB_SIZE:,}")
+    if isinstance(processor, ByteTokenizer) and max(len(processor.raw(token)) for token in range(n_pieces)) > MAX_PIECE:
+        raise ValueError(f"{path} has a piece of over {MAX_PIECE:,} bytes; the table of bytes per token is int16")
     return processor
 
 

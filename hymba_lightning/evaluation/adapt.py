@@ -91,7 +91,7 @@ class Adapter:
                 group["initial_lr"] = group["lr"]
 
     def clear_gradients(self) -> None:
-        """Before the first backward pass of an update."""
+        """Sets all gradients to zero, before the first backward pass of an update."""
         for p in self.weights:
             p.grad = None
 

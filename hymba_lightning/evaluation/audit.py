@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hymba_lightning.data.sequences import Chunk
+from hymba_lightning.data.token_stream import Chunk
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.curve import ContextCurve, DocumentPosition
 from hymba_lightning.evaluation.ttt import ChunkScore
@@ -36,7 +36,7 @@ def describe_context(config: TTTConfig, seq_len: int, world_size: int) -> str:
 
 
 class StreamAudit:
-    """Takes chunk after chunk; constant memory.
+    """Checks the scored stream chunk by chunk, in constant memory.
 
     Args:
         folder: Where nats.npy goes.

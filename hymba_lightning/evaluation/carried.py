@@ -76,7 +76,7 @@ class CarriedScorer:
             )
 
     def weights_changed(self) -> None:
-        """The network was trained since the last part."""
+        """Told after the network was trained. Where the state is to be made anew after an update, drops it."""
         if self.rewarm:
             self._state = None
 

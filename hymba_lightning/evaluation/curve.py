@@ -29,7 +29,7 @@ class CurvePoint(NamedTuple):
 
 
 def is_shown(at_least: int, n_tokens: int) -> bool:
-    """Whether a bin of contexts from `at_least` on rests on enough: a text that reaches beyond it has as many in it."""
+    """Whether a text of n_tokens is long enough for the bin of contexts from `at_least` tokens on to say something."""
     return n_tokens >= max(MIN_TOKENS, MIN_TEXTS * at_least)
 
 

@@ -129,7 +129,7 @@ def print_scores(scores: Iterable[DocumentScore], as_json: bool) -> Score:
 
 
 def _groups(documents: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Neighbours that fit together, padding included."""
+    """Groups consecutive documents, so that a group padded to its longest has at most `batch_tokens` tokens."""
     group: list[list[int]] = []
     for document in documents:
         longest = max(map(len, [*group, document]))

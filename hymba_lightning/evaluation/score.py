@@ -146,10 +146,10 @@ class WindowScorer:
         return self.seq_len / self.stride
 
     def weights_changed(self) -> None:
-        """The network was trained since the last part: nothing here depends on its weights."""
+        """Told after the network was trained; does nothing, since no state is kept here."""
 
     def score(self, tokens: Tensor) -> ScoredTokens:
-        """tokens (n+1,), of which the first was the last of the part before; scores tokens[1:]."""
+        """Scores tokens[1:] of tokens (n+1,); tokens[0] is the last token of the part before."""
         n = tokens.numel() - 1
         stream = tokens if self._before is None else torch.cat([self._before, tokens])
         n_context = stream.numel() - n

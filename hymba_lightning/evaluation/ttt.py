@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hymba_lightning.data.sequences import Chunk, TokenStream
+from hymba_lightning.data.token_stream import Chunk, TokenStream
 from hymba_lightning.evaluation.adapt import Adapter
 from hymba_lightning.evaluation.carried import CarriedScorer
 from hymba_lightning.evaluation.clock import EvaluationClock

@@ -143,7 +143,7 @@ def load(
 
 
 def ends_of(processor: sentencepiece.SentencePieceProcessor) -> tuple[int, ...]:
-    """Tokens that end a document: its end, and the start of another."""
+    """Ids at which a text ends: the tokenizer's EOS, if it has one, and BOS, which starts another document."""
     return tuple(token for token in (processor.bos_id(), processor.eos_id()) if token >= 0)
 
 

@@ -1,4 +1,5 @@
-"""A text that a person and a network write in turns: the state is kept between turns, so nothing is read twice."""
+"""A text that a person and a network write in turns. The network's state is kept between turns, so that no token is
+read twice."""
 
 from __future__ import annotations
 

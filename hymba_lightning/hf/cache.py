@@ -67,7 +67,7 @@ class HymbaCache(Cache):
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Each row becomes the row that `beam_idx` (B,) names: beam search."""
+        """Replaces each row by the row that `beam_idx` (B,) names, as beam search asks."""
         state = self.state
         if state is not None:
             self.state = select(state, beam_idx)

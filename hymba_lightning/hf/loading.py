@@ -1,4 +1,4 @@
-"""Any weights of ours, and their tokenizer, as a `transformers` model."""
+"""Loads an artifact, a checkpoint or a saved folder as a `transformers` model with its tokenizer."""
 
 from __future__ import annotations
 

@@ -65,14 +65,14 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Done by the network itself when it is made."""
+        """Does nothing: the network initialises itself when it is made."""
 
     def get_input_embeddings(self) -> nn.Module:
         """The token table."""
         return self.net.tok_emb
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Raises ValueError unless nothing is asked for: the table's rows are those of the tokenizer."""
+        """Raises ValueError for another size than the present one: the table has a row for each id of the tokenizer."""
         wanted = args[0] if args else kwargs.get("new_num_tokens")
         if wanted not in (None, self.config.vocab_size):
             raise ValueError(

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hymba_lightning.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from hymba_lightning.data.tokenizer import TOKENIZER_FILE
 from hymba_lightning.files import write_atomic
-from hymba_lightning.interop.tokenizer import fast_tokenizer, why_not_fast
+from hymba_lightning.interop.tokenizer import fast_tokenizer, load_sentencepiece, why_not_fast
 
 
 class HymbaTokenizer(PreTrainedTokenizer):
@@ -29,7 +29,7 @@ class HymbaTokenizer(PreTrainedTokenizer):
 
     def __init__(self, vocab_file: str, **kwargs: Any) -> None:
         self.vocab_file = vocab_file
-        self.processor = load_tokenizer(vocab_file)
+        self.processor = load_sentencepiece(vocab_file)
         kwargs = special_tokens(self.processor) | kwargs
         # "<s>" within a text is three characters of it.
         kwargs["split_special_tokens"] = True
@@ -101,8 +101,8 @@ def special_tokens(processor: Any) -> dict[str, str]:
 
 
 def tokenizer_of(model_file: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a SentencePiece model. Raises as `load_tokenizer` does."""
-    processor = load_tokenizer(model_file)
+    """The tokenizer of a SentencePiece model. Raises as `load_sentencepiece` does."""
+    processor = load_sentencepiece(model_file)
     if why_not_fast(model_file) is not None:
         return HymbaTokenizer(str(model_file))
     return PreTrainedTokenizerFast(

@@ -77,7 +77,7 @@ LAYER_NAMES = {
 
 
 def name_in_hf(name: str) -> str:
-    """Their name of one of our tensors. Raises KeyError for one that they do not have."""
+    """The released model's name of one of our tensors. Raises KeyError for one that it does not have."""
     if name in NAMES:
         return NAMES[name]
     _, layer, rest = name.split(".", 2)
@@ -127,7 +127,7 @@ def weights_to_hf(net: Hymba) -> dict[str, Tensor]:
 
 
 def load(folder: Path, content: dict[str, Any]) -> Pretrained:
-    """What a folder of theirs holds, as a folder of ours; `content` is its config.json.
+    """Loads a folder of a released Hymba model as `load_pretrained` does one of ours; `content` is its config.json.
 
     Raises FileNotFoundError or PretrainedError naming the file and what is wrong with it.
     """
@@ -144,7 +144,7 @@ def load(folder: Path, content: dict[str, Any]) -> Pretrained:
 
 
 def own_content(config: HymbaConfig, content: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of ours for a network and theirs."""
+    """The config.json of our format for a network, made from that of the released model."""
     ends = {name: content[name] for name in ("eos_token_id", "pad_token_id") if type(content.get(name)) is int}
     return folder_config(config, None, None) | ends
 

@@ -20,9 +20,9 @@ from torch import Tensor
 import hymba_lightning
 from hymba_lightning.checkpoints import weights_sha256
 from hymba_lightning.claim import LOCK, OWNER
-from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
+from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
 from hymba_lightning.files import write_atomic
-from hymba_lightning.interop.tokenizer import write_tokenizer
+from hymba_lightning.interop.tokenizer import load_sentencepiece, write_tokenizer
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.quantization import ArtifactError, QuantizationConfig, is_artifact, load_artifact, save_artifact
 from hymba_lightning.quantization.artifact import check_shapes
@@ -83,13 +83,14 @@ def save_pretrained(
         card: Text of README.md.
 
     Raises:
-        ValueError: `weights` is none of these, the artifact is another network's, or the tokenizer has another size.
+        ValueError: `weights` is none of these, the artifact is another network's, or the tokenizer has another size or
+            is no SentencePiece model.
         ImportError: safetensors, or with a tokenizer tokenizers, is not installed.
     """
     if weights not in WHICH:
         raise ValueError(f"weights={weights!r} is unknown: choose from {', '.join(WHICH)}")
     folder = Path(folder)
-    processor = None if tokenizer is None else load_tokenizer(tokenizer)
+    processor = None if tokenizer is None else load_sentencepiece(tokenizer)
     if processor is not None and processor.get_piece_size() != net.config.vocab_size:
         raise ValueError(
             f"{tokenizer} has {processor.get_piece_size()} pieces, and the network's vocab_size is "
@@ -333,6 +334,6 @@ def _of_artifact(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def generation_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What ends a text: the end of a document, or the start of another."""
+    """Settings for transformers' `generate`: a text ends at the end of a document, or at the start of another."""
     ends = sorted({token for token in (config["bos_token_id"], config["eos_token_id"]) if token is not None})
     return {"bos_token_id": config["bos_token_id"], "eos_token_id": ends, "pad_token_id": config["pad_token_id"]}

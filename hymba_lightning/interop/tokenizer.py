@@ -13,12 +13,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hymba_lightning.data.tokenizer import SPACE, load_tokenizer
+import sentencepiece
+
+from hymba_lightning.data.tokenizer import SPACE, ByteTokenizer, load_tokenizer
 from hymba_lightning.files import write_atomic
 
 TOKENIZER_CONFIG, FAST_FILE = "tokenizer_config.json", "tokenizer.json"
 # Types of pieces and models in a SentencePiece file.
 NORMAL, USER_DEFINED, UNUSED, BPE = 1, 4, 5, 2
+
+
+def load_sentencepiece(model_file: str | Path) -> sentencepiece.SentencePieceProcessor:
+    """The loaded tokenizer. Raises what `load_tokenizer` raises, and ValueError where it is another library's."""
+    processor = load_tokenizer(model_file)
+    if isinstance(processor, ByteTokenizer):
+        raise ValueError(
+            f"{model_file} is no SentencePiece model, and only these are written for transformers: save the network by "
+            "save_pretrained without a tokenizer, and put one that transformers reads beside it"
+        )
+    return processor
 
 
 def why_not_fast(model_file: str | Path) -> str | None:
@@ -80,7 +93,7 @@ def fast_tokenizer(model_file: str | Path) -> Any:
 
 def write_tokenizer(model_file: str | Path, folder: Path) -> None:
     """tokenizer_config.json and, where it is exact, tokenizer.json: what `transformers.AutoTokenizer` reads."""
-    processor = load_tokenizer(model_file)
+    processor = load_sentencepiece(model_file)
     fast = why_not_fast(model_file) is None
     special = {
         "bos_token": processor.bos_id(),
@@ -107,7 +120,7 @@ def write_tokenizer(model_file: str | Path, folder: Path) -> None:
 
 def _read(model_file: str | Path) -> Any:
     # Raises what is wrong with the file.
-    load_tokenizer(model_file)
+    load_sentencepiece(model_file)
     model = importlib.import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
     model.ParseFromString(Path(model_file).read_bytes())
     return model

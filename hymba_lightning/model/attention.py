@@ -56,7 +56,7 @@ def _(first: int, length: int, head_dim: int, base: float, like: Tensor) -> tupl
 
 
 def turn_back(keys_BPGK: Tensor, shift: int | Tensor, base: float) -> Tensor:
-    """Rotated keys (B, P, G, K) as they would be at positions lower by `shift`: a number, or (B,) of a row each."""
+    """Rotates keys (B, P, G, K) back by `shift` positions: one number for all rows, or a tensor (B,), one for each."""
     head_dim = keys_BPGK.size(-1)
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=keys_BPGK.device) / head_dim
     turns = shift[:, None, None, None] if isinstance(shift, Tensor) else shift

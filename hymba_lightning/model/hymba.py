@@ -154,7 +154,7 @@ class Hymba(Module):
         return rms_norm(embedded_BTD)
 
     def normed(self, hidden_BTD: Tensor) -> Tensor:
-        """What the head reads of the last block's output (B, T, D)."""
+        """The last block's output (B, T, D), normalised, which the head reads."""
         return rms_norm(hidden_BTD)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:

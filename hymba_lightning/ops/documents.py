@@ -1,7 +1,8 @@
 """Documents packed into one sequence: their positions, in the form that scan, convolution and attention take.
 
-B batch, T sequence. A token's document position is how many earlier tokens of its own document it has, so that it sees
-a token j behind it if j <= position: the scan forgets where it is 0, a tap or a key further back is not there.
+B batch, T sequence. A token's document position is the number of tokens before it in its own document. It sees the
+token j places back only if j <= position: convolution and attention leave out what is further back, and the scan resets
+its state at position 0.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from torch import Tensor
 
 
 def document_positions(ids_BT: Tensor, bos_id: int, earlier_B: Tensor | None = None) -> Tensor:
-    """(B, T) int32 of ids (B, T) in which `bos_id` starts a document.
+    """Document positions (B, T) int32 of ids (B, T), in which `bos_id` starts a document.
 
-    `earlier_B` counts the tokens before the first that are of its document, where it starts none; None: there are none.
+    `earlier_B` (B,) is how many tokens of a row's first document came before the row; None for none.
     """
     index_T = torch.arange(ids_BT.size(1), dtype=torch.int32, device=ids_BT.device)
     before_B1 = index_T.new_zeros(()) if earlier_B is None else -earlier_B.to(torch.int32)[:, None]

@@ -57,7 +57,7 @@ def positions(doc_position_BT: Tensor | None) -> tuple[np.ndarray, bool]:
 
 
 def _prepare(kernel: Callable[..., None], name: str, arguments: tuple) -> None:
-    """Loads `kernel` from numba's cache on disk, or compiles it; says so, because the latter takes seconds."""
+    """Loads `kernel` from numba's cache on disk, or compiles it, and logs so, since that takes seconds."""
     with _preparing:
         if name in _ready:
             return

@@ -121,7 +121,7 @@ def run_mlp(i: Any, backend: str) -> tuple[Tensor]:
 
 
 def bank(matrices: int, rows: int, columns: int) -> Tensor:
-    """Matrices of Frobenius norm 1, bfloat16."""
+    """Random matrices (n, R, C) of Frobenius norm 1, bfloat16."""
     x_nRC = torch.randn(matrices, rows, columns, device="cuda")
     return (x_nRC / x_nRC.norm(dim=(1, 2), keepdim=True)).bfloat16()
 
@@ -146,7 +146,7 @@ def check_schulz(shape: tuple[int, int, int]) -> bool:
 
 
 def check(quick: bool = False) -> bool:
-    """Every comparison of what can run here, or with `quick` the first two shapes of each; all passed?"""
+    """Makes every comparison that can run here (with `quick`, of the first two shapes); returns whether all passed."""
     passed, count = True, 2 if quick else None
     for backend in (name for name in ("fa4", "flex", "flash") if name in attention_backends("cuda")):
         for *shape, window in ATTENTIONS[:count]:

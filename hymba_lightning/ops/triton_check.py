@@ -125,7 +125,7 @@ def loss_inputs(tokens: int, vocab: int, dtype: torch.dtype) -> Inputs:
 
 
 def run_loss(i: Any, backend: str = "triton") -> tuple[Tensor]:
-    """The loss at targets that follow from the shape."""
+    """The loss, at targets made from the shape alone, so that every backend gets the same."""
     tokens, vocab = i["logits"].shape
     targets = torch.arange(tokens, device=i["logits"].device) * 7919 % vocab
     return (softcapped_cross_entropy(i["logits"], targets, cap=30.0, backend=backend),)

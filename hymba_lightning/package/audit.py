@@ -31,9 +31,10 @@ from torch import Tensor
 
 from hymba_lightning.checkpoints import check_tokenizer
 from hymba_lightning.closure import ARCHIVE, EVALUATE
-from hymba_lightning.data.sequences import Chunk, TokenStream
-from hymba_lightning.data.shards import find_shards, write_shard
+from hymba_lightning.data.shard_writing import write_shard
+from hymba_lightning.data.shards import find_shards
 from hymba_lightning.data.token_bytes import TokenBytes
+from hymba_lightning.data.token_stream import Chunk, TokenStream
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.auditor import AuditReport, Evaluator, RuleBrokenError, audit
 from hymba_lightning.evaluation.config import TTTConfig

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hymba_lightning.data.sequences import TokenStream, chunk_at, n_chunks
 from hymba_lightning.data.shards import find_shards
 from hymba_lightning.data.token_bytes import TokenBytes
+from hymba_lightning.data.token_stream import TokenStream, chunk_at, n_chunks
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.score import Score, world

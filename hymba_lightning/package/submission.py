@@ -319,7 +319,7 @@ def _write_code(folder: Path) -> list[Path]:
 
 
 def _test_options(run: Run) -> dict[str, Any]:
-    """Options of the test, else of the fit, as they were given."""
+    """The options of the run's test or, where it had none, of its fit, by their dotted names."""
     notes: list[str] = []
     for file in ("test_config.yaml", "config.yaml"):
         options = flatten(read_yaml(run.folder / file, notes))

@@ -1,4 +1,4 @@
-"""What a passage's repetition gains by its distance: how long a network can copy.
+"""How much a passage gains from having stood in the text before, by distance: how far back a network can copy from.
 
 The measure is Khandelwal et al.'s of what a context is used for, "Sharp Nearby, Fuzzy Far Away" (arXiv:1805.04623), on
 text of its own that is repeated as it stands.

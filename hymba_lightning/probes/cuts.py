@@ -1,4 +1,4 @@
-"""A network without a part of its memory, and as it was afterwards.
+"""Takes a part of its memory away from a network for the time of a `with` block.
 
 N sequences, T tokens of each.
 """

@@ -6,10 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from hymba_lightning.plots import BLUE, GREY, INK, ORANGE, save_figure
+from hymba_lightning.plots import BLUE, GREY, INK, ORANGE, panels, save_figure
 from hymba_lightning.probes.copying import Copy
 from hymba_lightning.probes.decay import QUANTILES, Memory
 from hymba_lightning.probes.positions import Curve
@@ -30,20 +27,15 @@ def draw(
     path: Path,
 ) -> Path:
     """Writes a PNG of the panels that there is something for; distances go up to 2^log_length tokens."""
-    panels: list[tuple[Callable[[Axes, Any], None], Sequence[Any]]] = [
+    drawers: list[tuple[Callable[[Axes, Any], None], Sequence[Any]]] = [
         (_draw_worse, curves),
         (_draw_copies, copies),
         (_draw_recalls, recalls),
         (_draw_memory, memory),
     ]
-    wanted = [(drawer, rows) for drawer, rows in panels if rows]
-    figure = Figure(figsize=(8.2, 3.3 * len(wanted)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(wanted), 1, squeeze=False)[:, 0]
+    wanted = [(drawer, rows) for drawer, rows in drawers if rows]
+    figure, axes = panels(8.2, 3.3 * len(wanted), len(wanted), grid=True)
     for axis, (drawer, rows) in zip(axes, wanted, strict=True):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(True, color="#e4e7ea", linewidth=0.8)
-        axis.tick_params(colors=INK, labelsize=9)
         drawer(axis, rows)
         if drawer is not _draw_memory:
             axis.set_xscale("log", base=2)

@@ -88,7 +88,8 @@ def recall(
 
 
 def nats_of_values(net: Hymba, tokens: Tensor) -> Tensor:
-    """Nats (B·VALUE,) of the last VALUE of tokens (B, T+1): the head, much of a small network, reads no other place."""
+    """Nats (B·VALUE,) of the last VALUE of tokens (B, T+1). Logits are made for these alone, since the head is most of
+    a small network's work."""
     hidden_BTD, _ = net.hidden(tokens[:, :-1])
     return net.nats(net.raw_logits(hidden_BTD[:, -VALUE:]).flatten(0, 1), tokens[:, -VALUE:].flatten())
 

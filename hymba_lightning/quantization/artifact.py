@@ -69,7 +69,7 @@ def check_network(header: dict, table: list[Entry]) -> None:
 
 
 def check_shapes(config: dict, stored: dict[str, list[int]]) -> None:
-    """The comparison of tensors' shapes with a config's network, for checkpoints too. Raises ArtifactError."""
+    """Compares tensors' shapes with those of a config's network, for checkpoints too. Raises ArtifactError."""
     from hymba_lightning.model.hymba import outline
 
     check_anchors(config, stored)

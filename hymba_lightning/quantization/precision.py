@@ -99,7 +99,7 @@ def allocate(options: dict[str, list[Option]], budget: float) -> dict[str, Optio
 
 
 def gain(hull: list[Option], at: int) -> float:
-    """Loss saved per byte by the step after position `at`."""
+    """Predicted loss saved per byte by going from option `at` of the hull to the next, larger one."""
     return (hull[at].loss - hull[at + 1].loss) / (hull[at + 1].bytes - hull[at].bytes)
 
 
@@ -365,5 +365,5 @@ def search(
 
 
 def digest(tensor: Tensor) -> bytes:
-    """Tells tensors apart by content."""
+    """SHA-256 of the tensor's values in float32: equal for equal tensors."""
     return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).digest()

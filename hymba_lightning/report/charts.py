@@ -8,10 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from hymba_lightning.plots import save_figure
+from hymba_lightning.plots import panels, save_figure
 from hymba_lightning.text import as_html, printable
 
 COLORS = ("#2563a8", "#c8641e", "#2a8f6d", "#8a4fb0", "#b0304f", "#6b7480")
@@ -98,7 +95,8 @@ def _limits(chart: Chart) -> tuple[float, float, float, float]:
     if chart.categories:
         return -0.3, len(chart.categories) - 0.7, y_low - margin, y_high + margin
     if x_low == x_high:
-        x_low, x_high = (x_low / 2, x_high * 2) if chart.log_x else (x_low - 0.5, x_high + 0.5)
+        wide = 0.05 * abs(x_low) or 0.5
+        x_low, x_high = (x_low / 2, x_high * 2) if chart.log_x else (x_low - wide, x_high + wide)
     return x_low, x_high, y_low - margin, y_high + margin
 
 
@@ -185,9 +183,7 @@ def to_png(chart: Chart, path: Path) -> Path:
     """The chart as a PNG file."""
     if chart.empty:
         raise ValueError(f"chart {chart.name!r} has no point to draw")
-    figure = Figure(figsize=(8.2, 4.8), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    figure, (axis,) = panels(8.2, 4.8)
     lines: list[Any] = []
     if chart.bars:
         for series in chart.series:
@@ -214,7 +210,6 @@ def to_png(chart: Chart, path: Path) -> Path:
         axis.set_xticks(range(len(chart.categories)), map(printable, chart.categories))
         axis.set_xlim(*_limits(chart)[:2])
     axis.set_ylim(*_limits(chart)[2:])
-    axis.spines[["top", "right"]].set_visible(False)
     axis.grid(True, axis="y", color="#e4e7ea", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.set_xlabel(printable(chart.x_label))

@@ -198,7 +198,7 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
 
 
 def _key(color: int, count: int) -> str:
-    """A run's colour, and its number where there are several: what stands for its name where that is too long."""
+    """HTML of a run's colour, with its number if there are several runs: used where its name would be too long."""
     return f'<i class="bg{color % len(charts.COLORS)}"></i>' + (f"<b>{color + 1}</b>" if count > 1 else "")
 
 
@@ -340,7 +340,7 @@ def _run_table(first: str, runs: Sequence[Run], rows: list[list[str]], numbers: 
 
 
 def _table(head: list[str], rows: list[list[str]], numbers: int = 0) -> str:
-    """`head` is HTML; `numbers` columns from the right are aligned as numbers."""
+    """An HTML table. `head` is HTML already; the last `numbers` columns are aligned as numbers."""
     first = len(head) - numbers
     cells = "".join(
         "<tr>"

@@ -58,7 +58,7 @@ def is_number(value: Any) -> bool:
 
 
 def take_numbers(content: dict[str, Any], names: Sequence[str], file: str, notes: list[str]) -> dict[str, Any]:
-    """Those of the named values that are there; with a note on each that is no number. None counts as missing."""
+    """The named values that are numbers. Notes each that is something else; None counts as missing."""
     found = {name: content[name] for name in names if content.get(name) is not None}
     for name in [name for name, value in found.items() if not is_number(value)]:
         notes.append(f"{name} in {file} is no number: left out")

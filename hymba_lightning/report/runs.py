@@ -191,7 +191,7 @@ def _check_numbers(record: RunRecord) -> None:
 
 
 def _take_summary(run: Run, recorded: bool) -> None:
-    """What the record says of the fit, and from summary.json the rest, unless it is another fit's."""
+    """Takes the fit's figures from the record, and the others from summary.json if that is of the same fit."""
     path, record = run.folder / "summary.json", run.record
     content = read_json(path, run.notes)
     bpb = content.get("bpb")

@@ -6,8 +6,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import nn
 
@@ -15,7 +13,7 @@ from hymba_lightning.model import HymbaConfig
 from hymba_lightning.model.hymba import outline
 from hymba_lightning.model.mixer import HybridMixer
 from hymba_lightning.model.roles import roles_of
-from hymba_lightning.plots import save_figure
+from hymba_lightning.plots import panels, save_figure
 from hymba_lightning.quantization import ArtifactReport
 from hymba_lightning.report.charts import COLORS
 from hymba_lightning.text import as_html, printable
@@ -123,9 +121,7 @@ def to_svg(report: ArtifactReport, config: dict, title: str) -> str:
 
 def to_png(report: ArtifactReport, config: dict, title: str, path: Path) -> Path:
     """The map as a PNG file."""
-    figure = Figure(figsize=(8.2, 5.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    figure, (axis,) = panels(8.2, 5.6)
     for tile in tiles(report, config):
         axis.add_patch(
             Rectangle(

@@ -25,7 +25,7 @@ from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.batches import score_batches
-from hymba_lightning.evaluation.score import sum_over_ranks
+from hymba_lightning.evaluation.score import Score, sum_over_ranks
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba
 from hymba_lightning.quantization import (
@@ -115,6 +115,7 @@ class _Ending:
         loader = None if self.data is None else self.data.val_dataloader()
         self.val_batches = 0 if loader is None else _limit(trainer.limit_val_batches, len(loader))
         self.report: ArtifactReport | None = None
+        self.scored: dict[str, Score] = {}
         self.shown = 0
 
     @property
@@ -182,16 +183,20 @@ class _Ending:
         return None if data is None else DataIdentity(data.data_digest(split), data.tokenizer_fingerprint())
 
     def score(self, stage: str, net: Hymba, weights: str | None = None, validated: bool = False) -> None:
-        """One pass over the validation stream; a validation of these very weights and tokens is not repeated."""
+        """One pass over the validation stream, unless these very weights have had theirs: in the last validation, or
+        as another stage, where an average that ends with the learning rates is the last weights."""
         self.announce(f"scoring {stage} weights")
         self.run.phases.begin("scoring")
         assert self.data is not None
         started, last = time.monotonic(), self.run.validation
+        weights = weights or self.trainer.strategy.broadcast(weights_sha256(net.state_dict()))
         if validated and last is not None and last.step == self.trainer.global_step:
             score = last.score
         else:
-            batches: Iterator[Any] = itertools.islice(self.data.val_dataloader(), self.val_batches)
-            score = score_batches(net, batches, self.module.device)
+            if weights not in self.scored:
+                batches: Iterator[Any] = itertools.islice(self.data.val_dataloader(), self.val_batches)
+                self.scored[weights] = score_batches(net, batches, self.module.device)
+            score = self.scored[weights]
             if validated:
                 self.run.note_validation(self.trainer, score)
         settings = settings_of(seq_len=self.data.seq_len, dtype=net.runtime.compute_dtype)
@@ -201,7 +206,7 @@ class _Ending:
             score.n_tokens,
             score.n_bytes,
             self.identity("val"),
-            weights or weights_sha256(net.state_dict()),
+            weights,
             "cold",
             settings,
             time.monotonic() - started,

@@ -151,7 +151,7 @@ class RunFolder:
         raise RunExistsError(f"{self.path} already holds a run ({', '.join(held)}): {remedy}")
 
     def claim(self, work: str) -> None:
-        """Takes the folder for this process; nothing happens where it has it already.
+        """Locks the folder for this process, unless it has done so already.
 
         Raises:
             FolderInUseError: another process writes here.
@@ -190,12 +190,12 @@ class RunFolder:
             self._before.discard(self.path / "config.yaml")
 
     def settle(self) -> None:
-        """The new run has begun for good: what it took the place of goes."""
+        """Deletes what was kept of the run that this one replaces, once this one has made its first step."""
         self._before = None
         shutil.rmtree(self.path / ASIDE, ignore_errors=True)
 
     def restore(self) -> None:
-        """What the present stage wrote goes, since it came to nothing, and what it took the place of comes back."""
+        """Undoes a stage that came to nothing: deletes what it wrote, and puts back what it had moved aside."""
         new = set() if self._before is None else set(self._files()) - self._before
         if self._loggers:
             new |= set(self._logger_files()) - set(self._logged)
@@ -227,7 +227,7 @@ class RunFolder:
         self._claim = None
 
     def _files(self) -> list[Path]:
-        """What lies here of a run, whatever name it gave its artifact."""
+        """The files of a run in this folder, its artifact under any name."""
         found = [path for pattern in OURS for path in self.path.glob(pattern)]
         try:
             named = RunRecord.load(self.path).artifact

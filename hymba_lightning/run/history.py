@@ -74,7 +74,7 @@ class Losses:
         """Losses so far."""
 
     def add(self, loss: Tensor) -> None:
-        """loss: 0-dim, nats per token."""
+        """Adds the loss of a micro-batch, a 0-dim tensor in nats per token."""
         self._sum = loss.detach() if self._sum is None else self._sum + loss.detach()
         self.count += 1
 

@@ -67,7 +67,7 @@ class ScoreRecord:
 
 @dataclass
 class Trained:
-    """What training came to."""
+    """How much was trained: steps, tokens and seconds."""
 
     steps: int
     tokens: int

@@ -65,7 +65,7 @@ class ClockReading:
 
 
 class Clock(Protocol):
-    """Training seconds: what the rest of a run asks of its clock."""
+    """The part of the training clock that the rest of a run uses."""
 
     budget_seconds: float | None
     reserve_seconds: float

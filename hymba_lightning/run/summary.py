@@ -106,7 +106,7 @@ STAGE_NAMES = {
 
 
 def print_table(title: str, summary: dict[str, Any], folder: RunFolder) -> None:
-    """The closing table: a row per figure that the summary holds."""
+    """Prints the table at a run's end, with a row for each figure of the summary."""
     table = Table(title=f"{title}: {printable(str(folder))}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")

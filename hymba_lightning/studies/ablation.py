@@ -80,8 +80,11 @@ class StudyQueue:
         )
 
     def take(self, compiled: str | None = None) -> tuple[str, int] | None:
-        """The next variant and seed, which nobody else gets; None where nothing is left. `compiled` is the graph of the
-        run before in the asking process."""
+        """Takes the next (variant, seed) that is not done and that no other worker has; None where nothing is left.
+
+        Args:
+            compiled: `graph` of the caller's last run. A run with the same one comes first, since it compiles nothing.
+        """
         with self._lock:
             if isinstance(self.source, Path):
                 try:
@@ -103,7 +106,7 @@ class StudyQueue:
             return pair
 
     def _done(self, pair: tuple[str, int]) -> bool:
-        """Whether an earlier call of the study ended this run, its test included, with the options that it has now."""
+        """Whether an earlier call of the study finished this run and its test with the same options."""
         run_dir = self.folder / f"{pair[0]}-{pair[1]}"
         if not (run_dir / "summary.json").is_file():
             return False

@@ -12,6 +12,7 @@ from hymba_lightning.report.charts import Chart, Series, to_png
 from hymba_lightning.report.runs import load_runs
 from hymba_lightning.studies.arguments import StudyParser
 from hymba_lightning.studies.runs import hardware, run_once
+from hymba_lightning.studies.variants import options
 
 
 def run_lengths(lengths: Sequence[int], tokens: int, steps: int, folder: Path, arguments: Sequence[str]) -> str:
@@ -34,24 +35,14 @@ def run_lengths(lengths: Sequence[int], tokens: int, steps: int, folder: Path, a
     environment: dict = {}
     for length in lengths:
         run_dir = folder / f"seq-{length}"
-        summary = run_once(
-            "fit",
-            run_dir,
-            "summary.json",
-            [
-                *arguments,
-                "--data.seq_len",
-                str(length),
-                "--data.micro_batch_size",
-                str(tokens // length),
-                "--trainer.max_steps",
-                str(steps),
-                "--model.budget_seconds",
-                "null",
-                "--export.enabled",
-                "false",
-            ],
-        )
+        values = {
+            "data.seq_len": length,
+            "data.micro_batch_size": tokens // length,
+            "trainer.max_steps": steps,
+            "model.budget_seconds": None,
+            "export.enabled": False,
+        }
+        summary = run_once("fit", run_dir, "summary.json", [*arguments, *options(values)])
         environment = summary["environment"]
         times = [milliseconds for _, milliseconds in load_runs([run_dir])[0].step_times()]
         mean = 1000 * summary["train_seconds"] / summary["steps"]
@@ -110,5 +101,5 @@ def main(args: list[str]) -> None:
     parser.add_argument("--seq_len", type=int, nargs="+", default=[8192, 16384, 32768, 65536], help="Lengths")
     parser.add_argument("--tokens", type=int, default=65536, help="Tokens per rank and step, a multiple of each length")
     parser.add_argument("--steps", type=int, default=13780, help="Optimizer steps of each run")
-    options = parser.read(args)
-    print(run_lengths(options.seq_len, options.tokens, options.steps, Path(options.out), parser.fit_options))
+    given = parser.read(args)
+    print(run_lengths(given.seq_len, given.tokens, given.steps, Path(given.out), parser.fit_options))

@@ -60,7 +60,7 @@ class Reading(enum.Enum):
 
 
 class NotTriedError(Exception):
-    """A format's package is not installed."""
+    """A format cannot be tried, since its package is not installed."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
 import io
 import json
@@ -18,7 +19,8 @@ from hymba_lightning.checkpoints import CheckpointError, read_checkpoint, write_
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.manifest import MANIFEST_FILE, first_damage, read_manifest, sealed
 from hymba_lightning.data.prepare import PrepareSummary, prepare
-from hymba_lightning.data.shards import HEADER_BYTES, TOKEN_DTYPE, Shard, write_shard
+from hymba_lightning.data.shard_writing import write_shard
+from hymba_lightning.data.shards import HEADER_BYTES, TOKEN_DTYPE, Shard
 from hymba_lightning.data.text_encoder import TextEncoder
 from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer
 from hymba_lightning.model import Hymba, HymbaConfig
@@ -148,13 +150,9 @@ def tokenizer() -> Format:
 
 def tokenizer_json() -> Format:
     """A tokenizer.json, damaged or edited: one that is taken gives every text back, and counts its bytes exactly."""
-    try:
-        library = importlib.import_module("tokenizers")
-    except ImportError as error:
-        raise NotTriedError('tokenizers is not installed: pip install "hymba-lightning[tokenizers]"') from error
-    true: list[list[int]] = []
+    library = _library("tokenizers")
 
-    def make(path: Path) -> bytes:
+    def make(path: Path) -> None:
         made = library.Tokenizer(library.models.BPE())
         made.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = library.trainers.BpeTrainer(
@@ -165,11 +163,40 @@ def tokenizer_json() -> Format:
         )
         made.train_from_iterator(fuzz_inputs.TEXTS, trainer)
         made.save(str(path))
-        true.extend(made.encode(text).ids for text in fuzz_inputs.TEXTS)
-        return path.read_bytes()
 
     def mutate(content: bytes, rng: random.Random) -> bytes:
         return damage(content, rng) if rng.random() < 0.5 else json.dumps(edit(json.loads(content), rng)).encode()
+
+    return _byte_tokenizer("tokenizer.json, damaged or edited", make, mutate, "t.json")
+
+
+def tokenizer_tiktoken() -> Format:
+    """A file of tiktoken's, damaged: one that is taken gives every text back, and counts its bytes exactly."""
+    _library("tiktoken")
+
+    def make(path: Path) -> None:
+        pieces = [bytes([byte]) for byte in range(256)] + [b" t", b"th", b" th", b"  "]
+        path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(pieces)))
+
+    return _byte_tokenizer("tiktoken's file, damaged", make, damage, "t.tiktoken")
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise NotTriedError(f'{name} is not installed: pip install "hymba-lightning[tokenizers]"') from error
+
+
+def _byte_tokenizer(
+    name: str, write: Callable[[Path], None], mutate: Callable[[bytes, random.Random], bytes], file: str
+) -> Format:
+    true: list[list[int]] = []
+
+    def make(path: Path) -> bytes:
+        write(path)
+        true.extend(load_tokenizer(path).encode(fuzz_inputs.TEXTS))
+        return path.read_bytes()
 
     def read(path: Path, content: bytes) -> Reading:
         encoder = TextEncoder(load_tokenizer(path))
@@ -179,7 +206,7 @@ def tokenizer_json() -> Format:
             return Reading.WRONG
         return Reading.RIGHT if ids == true else Reading.OTHER
 
-    return Format("tokenizer.json, damaged or edited", make, mutate, read, (ValueError,), "t.json")
+    return Format(name, make, mutate, read, (ValueError,), file)
 
 
 FORMATS: dict[str, Callable[[], Format]] = {
@@ -192,6 +219,7 @@ FORMATS: dict[str, Callable[[], Format]] = {
     "forged-manifest": forged_manifest,
     "tokenizer": tokenizer,
     "tokenizer-json": tokenizer_json,
+    "tokenizer-tiktoken": tokenizer_tiktoken,
     "text": fuzz_inputs.text,
     "jsonl": fuzz_inputs.jsonl,
     "csv": fuzz_inputs.csv_rows,

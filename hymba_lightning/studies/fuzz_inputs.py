@@ -1,4 +1,4 @@
-"""Text in every form that `prepare` takes, for `fuzz`: without a skip, what was written or what the file says."""
+"""The forms of text that `prepare` takes, for `fuzz`. What is read without a skip must be what the file says."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _says_zstd(content: bytes) -> list[str]:
 def _reads_texts(
     says: Callable[[bytes], list[str]], written: list[str] = TEXTS, checked: bool = False
 ) -> Callable[[Path, bytes], Reading]:
-    """Reads as a preparation does.
+    """A reader that reads texts as `prepare` does, and judges what it got.
 
     Args:
         says: The texts of a file, by another reader, which may raise.

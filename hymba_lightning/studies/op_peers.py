@@ -43,7 +43,7 @@ def mambapy_scan(
     z_BTE: Tensor,
     dt_bias_E: Tensor,
 ) -> Tensor:
-    """mambapy's parallel scan between plain PyTorch steps: every state of every token is in memory."""
+    """mambapy's parallel scan with the steps around it in plain PyTorch; keeps the states of all tokens in memory."""
     from mambapy.pscan import pscan
 
     dt = F.softplus(dt_BTE.float() + dt_bias_E)

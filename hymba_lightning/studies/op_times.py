@@ -49,7 +49,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class OpTime:
-    """Medians of a contender in milliseconds, or why there are none."""
+    """A contender's median times in milliseconds, or the reason why it has none."""
 
     forward: float
     both: float

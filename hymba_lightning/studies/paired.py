@@ -8,13 +8,10 @@ import statistics
 import textwrap
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from hymba_lightning.files import write_atomic
-from hymba_lightning.plots import save_figure
+from hymba_lightning.plots import panels, save_figure
 from hymba_lightning.studies.runs import read_json
-from hymba_lightning.studies.seeds import STAGES
+from hymba_lightning.studies.seeds import STAGES, mean_and_std
 from hymba_lightning.studies.significance import paired_p
 from hymba_lightning.studies.variants import Study
 
@@ -96,7 +93,7 @@ def report(study: Study, folder: Path, seeds: list[int], only: list[str] | None 
         if values:
             differences[name] = (statistics.mean(delta), _standard_error(delta))
             change, p = ("–", "–") if name == study.baseline else (_difference(delta), _p(delta))
-            rows.append(f"| {name} | {_mean(values)} | {change} | {p} | {len(values)} |")
+            rows.append(f"| {name} | {mean_and_std(values)} | {change} | {p} | {len(values)} |")
     known = [stage for stage in STAGES if any(stage in run for run in base.values())]
     rows += ["", "| variant | " + " | ".join(STAGES[stage] for stage in known) + " |", "|---" * (len(known) + 1) + "|"]
     for name in differences:
@@ -104,19 +101,13 @@ def report(study: Study, folder: Path, seeds: list[int], only: list[str] | None 
         for stage in known:
             values, delta = column(name, stage)
             change = "" if name == study.baseline or not delta else f" ({_difference(delta)})"
-            cells.append(_mean(values) + change if values else "–")
+            cells.append(mean_and_std(values) + change if values else "–")
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     table = "\n".join(rows) + "\n"
     write_atomic(folder / "table.md", table)
     write_results(study, folder)
     plot(differences, study.baseline, folder / "plot.png")
     return table
-
-
-def _mean(values: list[float]) -> str:
-    """Mean ± std, without the latter for a single value."""
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
 
 
 def _difference(delta: list[float]) -> str:
@@ -138,9 +129,7 @@ def _p(delta: list[float]) -> str:
 def plot(differences: dict[str, tuple[float, float]], baseline: str, path: Path) -> None:
     """Paired differences to the baseline with their standard errors; left of zero is better."""
     names = [name for name in differences if name != baseline][::-1]
-    figure = Figure(figsize=(8.5, 1.4 + 0.36 * len(names)), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    figure, (axis,) = panels(8.5, 1.4 + 0.36 * len(names))
     axis.axvline(0, color="#9aa3ad", linewidth=1)
     axis.errorbar(
         [differences[n][0] for n in names],
@@ -151,7 +140,6 @@ def plot(differences: dict[str, tuple[float, float]], baseline: str, path: Path)
         capsize=3,
     )
     axis.set_yticks(range(len(names)), [textwrap.fill(name, 48) for name in names], fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel(
         f"bits per byte against {baseline}, thousandths\n(mean and standard error over paired seeds)", fontsize=9
     )

@@ -21,8 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 import zstandard
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from hymba_lightning.data.datamodule import HymbaDataModule
@@ -32,7 +30,7 @@ from hymba_lightning.interop.quantized import quantized_reference_file
 from hymba_lightning.interop.reference import rename
 from hymba_lightning.model import Hymba, RuntimeConfig
 from hymba_lightning.package.export import check_data, read_source
-from hymba_lightning.plots import save_figure
+from hymba_lightning.plots import panels, save_figure
 from hymba_lightning.quantization import QuantizationConfig, load_artifact, save_artifact
 from hymba_lightning.quantization.artifact import read_parts
 from hymba_lightning.quantization.format import boundaries, compress
@@ -207,7 +205,8 @@ def brotli_bytes(content: bytes) -> int:
 
 
 def entropy_bytes(content: bytes, cuts: list[int]) -> int:
-    """What a coder with one fixed table for each stretch between cuts cannot go below, tables not counted."""
+    """Entropy bound in bytes: the least that a coder with one fixed table for each stretch between cuts can reach,
+    without the tables."""
     flat, bits = np.frombuffer(content, np.uint8), 0.0
     for start, end in itertools.pairwise([0, *cuts, len(content)]):
         counts = np.bincount(flat[start:end], minlength=256)
@@ -254,9 +253,7 @@ def report(results: dict[str, dict[str, Any]], out: Path) -> str:
 
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     """KL against bytes, one line a series; further down and to the left is better."""
-    figure = Figure(figsize=(8.0, 4.6), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    figure, (axis,) = panels(8.0, 4.6)
     for series, color in COLORS.items():
         points = sorted(
             (result["bytes"] / 1e6, 1000 * result["kl"]) for result in results.values() if result["series"] == series
@@ -267,7 +264,6 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), color=color, label=label, markersize=5, **style)
     axis.set_yscale("log")
     axis.grid(True, which="both", color="#e4e7ea", linewidth=0.7)
-    axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("bytes of the file, millions")
     axis.set_ylabel("KL from the float weights,\nthousandths of a nat a token")
     axis.legend(frameon=False)

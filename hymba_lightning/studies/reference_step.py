@@ -21,6 +21,7 @@ import torch
 
 from hymba_lightning.studies.arguments import StudyParser
 from hymba_lightning.studies.runs import RunFailedError, run_once
+from hymba_lightning.studies.variants import options
 
 # The published command's settings (SLIDING_WINDOW=512 …), one micro-batch a step, no warmdown, no evaluation between.
 SETTINGS = {
@@ -139,35 +140,23 @@ def run_ours(
     data_dir: Path, run_dir: Path, *, config: str, seq_len: int, tokens: int, steps: int, extra: list[str]
 ) -> float:
     """`hymba fit` for as many steps without a budget; returns training milliseconds a step, warm-up left out."""
+    values = {
+        "data.data_dir": str(data_dir),
+        "data.seq_len": seq_len,
+        "data.micro_batch_size": tokens // seq_len,
+        "data.val_tokens_limit": seq_len,
+        "trainer.devices": 1,
+        "trainer.strategy": "auto",
+        "trainer.max_steps": steps,
+        "model.budget_seconds": None,
+        "export.enabled": False,
+        "checkpoint.every_n_seconds": None,
+    }
     summary = run_once(
         "fit",
         run_dir,
         "summary.json",
-        [
-            "--config",
-            config,
-            "--data.data_dir",
-            str(data_dir),
-            "--data.seq_len",
-            str(seq_len),
-            "--data.micro_batch_size",
-            str(tokens // seq_len),
-            "--data.val_tokens_limit",
-            str(seq_len),
-            "--trainer.devices",
-            "1",
-            "--trainer.strategy",
-            "auto",
-            "--trainer.max_steps",
-            str(steps),
-            "--model.budget_seconds",
-            "null",
-            "--export.enabled",
-            "false",
-            "--checkpoint.every_n_seconds",
-            "null",
-            *extra,
-        ],
+        ["--config", config, *options(values), *extra],
     )
     return 1000 * summary["train_seconds"] / summary["steps"]
 
@@ -204,15 +193,15 @@ def main(args: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=65536, help="Tokens of a step on one GPU")
     parser.add_argument("--steps", type=int, default=120, help="Steps of each run")
     parser.add_argument("--repeats", type=int, default=3, help="Runs of each")
-    options = parser.read(args)
-    out, data = Path(options.out), Path(options.data_dir)
+    given = parser.read(args)
+    out, data = Path(given.out), Path(given.data_dir)
     out.mkdir(parents=True, exist_ok=True)
-    size = {"seq_len": options.seq_len, "tokens": options.tokens, "steps": options.steps}
+    size = {"seq_len": given.seq_len, "tokens": given.tokens, "steps": given.steps}
     pairs = []
-    for repeat in range(options.repeats):
+    for repeat in range(given.repeats):
         log = out / f"reference-{repeat}.log"
-        reference = run_reference(Path(options.train_gpt), data, data / "tokenizer.model", log, **size)
-        ours = run_ours(data, out / f"ours-{repeat}", config=options.config, extra=parser.fit_options, **size)
+        reference = run_reference(Path(given.train_gpt), data, data / "tokenizer.model", log, **size)
+        ours = run_ours(data, out / f"ours-{repeat}", config=given.config, extra=parser.fit_options, **size)
         pairs.append(Pair(reference, ours))
         memory = MEMORY_LINE.findall(log.read_text(encoding="utf-8", errors="replace"))
         print(
@@ -222,6 +211,6 @@ def main(args: list[str]) -> None:
         )
     print(
         f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}, "
-        f"{options.steps} steps of {options.tokens:,} tokens, sequences of {options.seq_len:,}"
+        f"{given.steps} steps of {given.tokens:,} tokens, sequences of {given.seq_len:,}"
     )
     print(table(pairs))

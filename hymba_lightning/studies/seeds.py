@@ -87,9 +87,14 @@ def _table(seeds: Sequence[int], rows: Sequence[dict]) -> str:
     cells = []
     for key in columns:
         values = [row[key] for row in rows]
-        spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        cells.append(f"{statistics.mean(values):.4f}{spread}" if key in STAGES else f"{statistics.mean(values):,.0f}")
+        cells.append(mean_and_std(values) if key in STAGES else f"{statistics.mean(values):,.0f}")
     return "\n".join([*lines, "| mean ± std | " + " | ".join(cells) + " |"]) + "\n"
+
+
+def mean_and_std(values: Sequence[float]) -> str:
+    """Mean ± std, without the latter for a single value."""
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
 
 
 def main(args: list[str]) -> None:

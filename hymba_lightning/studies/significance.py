@@ -1,4 +1,4 @@
-"""How often chance alone would make a difference as large: t-tests of SciPy, which only they need."""
+"""p-values of differences between runs, by t-tests of SciPy: the only part of the package that needs it."""
 
 from __future__ import annotations
 

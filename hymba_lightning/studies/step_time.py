@@ -68,7 +68,7 @@ class Stopwatch:
             self.seconds.append(time.perf_counter())
 
     def pieces(self) -> list[float]:
-        """Milliseconds between the marks; waits for the GPU."""
+        """Milliseconds between consecutive marks, after the GPU has reached the last one."""
         if self.cuda:
             torch.cuda.synchronize()
             return [a.elapsed_time(b) for a, b in zip(self.events, self.events[1:], strict=False)]

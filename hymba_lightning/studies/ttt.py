@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from hymba_lightning.data.datamodule import HymbaDataModule
-from hymba_lightning.data.sequences import Chunk, chunk_at, n_chunks
+from hymba_lightning.data.token_stream import Chunk, chunk_at, n_chunks
 from hymba_lightning.errors import UserError
 from hymba_lightning.evaluation import Score, ScoreFirstTTT, TTTConfig
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba, RuntimeConfig
 from hymba_lightning.options import read_settings
-from hymba_lightning.plots import save_figure
+from hymba_lightning.plots import panels, save_figure
 from hymba_lightning.quantization import load_artifact
 from hymba_lightning.studies.arguments import StudyParser
 from hymba_lightning.studies.runs import read_json
@@ -137,15 +135,12 @@ def report(study: TTTStudy, results: dict[str, dict[str, Any]], out: Path) -> st
         rows.append(f"| {name} | {result['bpb']:.4f} | {change:+.1f} | {result['seconds']:.1f} | {settings} |")
     table = "\n".join(rows) + "\n"
     write_atomic(out / "table.md", table)
-    figure = Figure(figsize=(8.5, 5.0), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
+    figure, (axis,) = panels(8.5, 5.0)
     for name in ordered:
         point = results[name]["seconds"], results[name]["bpb"]
         axis.plot(*point, "o", color="#c8641e" if name == study.baseline else "#2563a8")
         axis.annotate(name, point, xytext=(5, 3), textcoords="offset points", fontsize=8)
     axis.set_xscale("log")
-    axis.spines[["top", "right"]].set_visible(False)
     axis.grid(True, color="#e4e7ea", linewidth=0.8)
     axis.set_xlabel("seconds for the whole stream")
     axis.set_ylabel("bits per byte")

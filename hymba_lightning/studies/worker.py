@@ -65,7 +65,7 @@ class Worker:
         return code
 
     def stop(self) -> None:
-        """Has the run in progress save what it has and end, from another thread than the one in `run`."""
+        """Ends the run in progress, which saves its checkpoint first. Called from another thread than `run`."""
         process = self._process
         if process is not None:
             process.terminate()
@@ -103,7 +103,7 @@ def allow_graphs() -> None:
 
 
 def free_memory() -> None:
-    """Lets go of the last run's tensors."""
+    """Frees the memory of the last run's tensors, on the GPU too."""
     gc.collect()
     if "torch" not in sys.modules:
         return

@@ -67,7 +67,7 @@ def check_callbacks(trainer: pl.Trainer) -> None:
 
 
 def check_fit(trainer: pl.Trainer, budget_seconds: float | None, measures_more: bool) -> None:
-    """All that concerns a fit alone.
+    """Checks the Trainer's options and callbacks for a fit.
 
     Args:
         trainer: Whose options and callbacks are looked at.
@@ -90,7 +90,7 @@ def check_fit(trainer: pl.Trainer, budget_seconds: float | None, measures_more: 
 def check_schedulers(trainer: pl.Trainer) -> None:
     """
     Raises:
-        ValueError: a scheduler is to change the rates of the module's own optimizer, which follow the run's clock.
+        ValueError: a scheduler was configured for the module's own optimizer, whose rates follow the run's clock.
     """
     if trainer.lr_scheduler_configs and isinstance(trainer.optimizers[0], HymbaOptimizer):
         raise ValueError(
@@ -133,7 +133,7 @@ def check_end(trainer: pl.Trainer, budget_seconds: float | None) -> None:
 
 
 def check_monitors(trainer: pl.Trainer, measures_more: bool = False) -> None:
-    """Warns of a callback that would wait in vain.
+    """Refuses callbacks that monitor a value which is never logged; warns of those that wait for validations in vain.
 
     Args:
         trainer: Whose callbacks are looked at.

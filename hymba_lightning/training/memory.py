@@ -88,7 +88,7 @@ def estimate_memory(
 
 
 def free_memory() -> int | None:
-    """Bytes that this process can still get, by the system and by its control group; None where nobody says."""
+    """Bytes of memory that the system and the process's control group still allow; None where neither is known."""
     limits = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()

@@ -19,7 +19,8 @@ from hymba_lightning.callbacks.stats import TrainingStats
 from hymba_lightning.callbacks.wall_clock import WallClock
 from hymba_lightning.checkpoints import TOKENIZER_KEY, check_tokenizer
 from hymba_lightning.data.datamodule import HymbaDataModule
-from hymba_lightning.data.sequences import AnyBatch, Chunk, as_batch, known_ids
+from hymba_lightning.data.sequences import AnyBatch, as_batch, known_ids
+from hymba_lightning.data.token_stream import Chunk
 from hymba_lightning.evaluation.score import Score
 from hymba_lightning.evaluation.ttt import ScoreFirstTTT, TTTConfig
 from hymba_lightning.metrics import BitsPerByte
@@ -180,7 +181,7 @@ class HymbaModule(pl.LightningModule):
     def use_network(self, net: Hymba) -> None:
         """Replaces the network by another one, such as an artifact's."""
         self.net = net
-        if self._has_trainer:
+        if self._trainer is not None:
             self.run.net = self.net
 
     def configure_optimizers(self) -> HymbaOptimizer:
@@ -362,7 +363,7 @@ class HymbaModule(pl.LightningModule):
                     + "; ".join(different)
                     + "): use the config it was trained with"
                 )
-        if not self._has_trainer:
+        if self._trainer is None:
             return
         self._check_tokenizer(checkpoint.get(TOKENIZER_KEY))
         if self.trainer.state.fn == TrainerFn.FITTING:
@@ -375,10 +376,6 @@ class HymbaModule(pl.LightningModule):
             ]
             if changed:
                 log.info("going on with other settings of the optimizer than before: %s", ", ".join(changed))
-
-    @property
-    def _has_trainer(self) -> bool:
-        return self._trainer is not None
 
     def _check_tokenizer(self, saved: str | None) -> None:
         data = datamodule_of(self.trainer)

@@ -16,7 +16,8 @@ from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.inputs import first_common
 from hymba_lightning.data.manifest import read_manifest
 from hymba_lightning.data.prepare import prepare
-from hymba_lightning.data.shards import HEADER_BYTES, write_shard
+from hymba_lightning.data.shard_writing import write_shard
+from hymba_lightning.data.shards import HEADER_BYTES
 from hymba_lightning.data.tokenizer import train_tokenizer
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "sp1024.model"

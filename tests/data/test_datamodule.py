@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from hymba_lightning.data.datamodule import HymbaDataModule
-from hymba_lightning.data.shards import ShardError, write_shard
+from hymba_lightning.data.shard_writing import write_shard
+from hymba_lightning.data.shards import ShardError
 from hymba_lightning.data.token_bytes import TokenBytes
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "sp1024.model"

@@ -14,7 +14,7 @@ import pytest
 from hymba_lightning.data import digests
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.digests import file_digests, hash_file, remember
-from hymba_lightning.data.shards import write_shard
+from hymba_lightning.data.shard_writing import write_shard
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "sp1024.model"
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hymba_lightning.data.loader import Loader, read_ahead
-from hymba_lightning.data.sequences import Batch, Chunk
+from hymba_lightning.data.sequences import Batch
+from hymba_lightning.data.token_stream import Chunk
 
 
 def _batch(index: int) -> Batch:

@@ -1,5 +1,7 @@
 """Training on several folders by share: exact, in each one's own order, the same after going on, of one tokenizer."""
 
+import re
+import shlex
 import shutil
 from collections import Counter
 from fractions import Fraction
@@ -8,12 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import NET
 
+from hymba_lightning.cli import run
+from hymba_lightning.commands import run_command
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.mixture import MixedSpans
-from hymba_lightning.data.shards import write_shard
+from hymba_lightning.data.shard_writing import write_shard
+from hymba_lightning.options import shipped_configs
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "sp1024.model"
 SEQ_LEN = 7
@@ -99,6 +106,7 @@ def test_a_run_goes_on_where_it_was_and_validates_on_the_first_folder(folders):
 def test_what_cannot_be_mixed_is_refused(folders, tmp_path):
     a, b, c = map(str, folders)
     for mixture, message in (
+        ([(b, 0.3)], "name folders with their shares"),
         ({b: 0.7, c: 0.3}, "1 of the sequences together"),
         ({b: 0.0}, "a share of 0.0; a share lies between 0 and 1"),
         ({b: float("nan")}, "a share of nan"),
@@ -121,3 +129,29 @@ def test_what_cannot_be_mixed_is_refused(folders, tmp_path):
     shutil.copy(folders[0] / "x_val_000000.bin", folders[2] / "y_train_000000.bin")
     with pytest.raises(ValueError, match="training on validation text"):
         mixed(folders).setup("fit")
+
+
+def test_the_shipped_mixture_trains_as_its_header_says(tmp_path, monkeypatch):
+    """Its commands, with a few kilobytes of text and a smaller network."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("web", "books"):
+        Path(name).mkdir()
+        for number in range(40):
+            Path(name, f"{number}.txt").write_text(f"{name} {number} has words and more words. " * 8, encoding="utf-8")
+    header = re.findall(
+        r"^#   hymba (.*)$", shipped_configs()["web_and_books"].read_text(encoding="utf-8"), re.MULTILINE
+    )
+    *prepares, fit = [shlex.split(line.replace("1024", "300")) for line in header]
+    for command, *arguments in prepares:
+        run_command(command, arguments)
+    small = NET | {"vocab_size": 300}
+    toy = [f"--model.net.{name}={value}" for name, value in small.items()]
+    toy += ["--trainer.max_steps=10", "--model.budget_seconds=null", "--data.seq_len=32", "--data.val_tokens_limit=64"]
+    run([*fit, *toy, "--export.enabled=false", "--summary.plots=false"])
+    config = yaml.safe_load(Path("runs/web_and_books/config.yaml").read_text())
+    assert config["data"]["mixture"] == {"data/books": 0.3}
+    data = HymbaDataModule("data/web", mixture=config["data"]["mixture"], seq_len=32, micro_batch_size=1)
+    texts = [data.processor.decode(data.train_batch(step).inputs[0].tolist()) for step in range(10)]
+    assert sum("books" in text for text in texts) == 3
+    assert sum("web" in text for text in texts) == 7
+    assert data.val_stream().n_tokens == HymbaDataModule("data/web", seq_len=32).val_stream().n_tokens

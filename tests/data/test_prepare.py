@@ -17,7 +17,7 @@ from prepared import documents, file_digests, prepare_words, tokens, words_text
 from hymba_lightning.data import corpus, text_encoder
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.documents import Document, split_rank
-from hymba_lightning.data.shards import write_shard
+from hymba_lightning.data.shard_writing import write_shard
 from hymba_lightning.data.text_encoder import EncoderPool, TextPiece
 from hymba_lightning.data.tokenizer import file_sha256, load_tokenizer
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prepared import file_digests, prepare_words
 
-from hymba_lightning.data import shards
+from hymba_lightning.data import shard_writing
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.inputs import EXCLUDED_FOLDERS, find_inputs
 from hymba_lightning.errors import sentence
@@ -65,7 +65,7 @@ def test_interrupted_run_leaves_the_old_data_whole(tmp_path: Path, texts, tokeni
     def full_disk(self: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards._ShardFile, "commit", full_disk)
+    monkeypatch.setattr(shard_writing._ShardFile, "commit", full_disk)
     with pytest.raises(OSError, match="No space left"):
         prepare_words(tmp_path, tokenizer=tokenizer, seed=5, overwrite=True)
     assert file_digests(tmp_path / "out") == before

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from hymba_lightning.data.datamodule import HymbaDataModule
-from hymba_lightning.data.shards import write_shard
+from hymba_lightning.data.shard_writing import write_shard
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "sp1024.model"
 

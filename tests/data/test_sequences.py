@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hymba_lightning.data.sequences import TokenStream, TrainSpans, ValSequences, chunk_at, first_span, n_chunks
-from hymba_lightning.data.shards import write_shard
+from hymba_lightning.data.sequences import TrainSpans, ValSequences, first_span
+from hymba_lightning.data.shard_writing import write_shard
 from hymba_lightning.data.token_bytes import TokenBytes
+from hymba_lightning.data.token_stream import TokenStream, chunk_at, n_chunks
 
 # Every token its own position, so that what was read shows where it was.
 SIZES = (37, 5, 58)

@@ -9,15 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hymba_lightning.data.shards import (
-    HEADER_BYTES,
-    MAGIC,
-    Shard,
-    ShardError,
-    ShardWriter,
-    find_shards,
-    write_shard,
-)
+from hymba_lightning.data.shard_writing import ShardWriter, write_shard
+from hymba_lightning.data.shards import HEADER_BYTES, MAGIC, Shard, ShardError, find_shards
 
 
 @pytest.fixture

@@ -210,6 +210,12 @@ def test_audit_tells_what_the_challenges_tokenizer_loses(challenge_encoder: Text
     assert (collapsed.counted_bytes, collapsed.text_bytes) == (10, 11)
 
 
+def test_half_a_surrogate_pair_is_refused_as_what_it_comes_from(encoder: TextEncoder) -> None:
+    """Python's stand-in for a byte of an argument that is no UTF-8."""
+    with pytest.raises(ValueError, match="the text is not UTF-8 at its character 4; give it as UTF-8"):
+        encoder.encode("caf\udce9")
+
+
 def test_bad_tokenizer_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.model"):
         load_tokenizer(tmp_path / "none.model")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hymba_lightning.data.sequences import Chunk
+from hymba_lightning.data.token_stream import Chunk
 from hymba_lightning.evaluation import TTTConfig, score_first_ttt
 from hymba_lightning.model import Hymba, HymbaConfig
 

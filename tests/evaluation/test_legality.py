@@ -20,7 +20,7 @@ from tiny_lightning import run_ranks
 
 from hymba_lightning.evaluation import ScoreFirstTTT, TTTConfig, score_first_ttt
 from hymba_lightning.evaluation.adapt import Adapter
-from hymba_lightning.evaluation.auditor import RuleBrokenError, audit
+from hymba_lightning.evaluation.auditor import PAST_FIXED, RuleBrokenError, audit
 
 ALL = {
     **{name: ADAPT | mode for name, mode in MODES.items()},
@@ -87,8 +87,10 @@ CASES = [(kind, disguise) for kind, disguises in CHEATS.items() for disguise in 
 @pytest.mark.parametrize(("kind", "disguise"), CASES)
 def test_a_cheat_is_caught_and_its_rule_named(kind, disguise):
     make, rules = CHEATS[kind][disguise]
+    # What shows in the past does so without many sums over all ids.
+    sums = 1 if PAST_FIXED in rules else 8
     with pytest.raises(RuleBrokenError, match="rule broken: ") as broken:
-        audit(make(), stream(), VOCAB, past_positions=40, distribution_positions=8)
+        audit(make(), stream(), VOCAB, past_positions=40, distribution_positions=sums)
     assert broken.value.rule in rules
 
 

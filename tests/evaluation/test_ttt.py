@@ -9,7 +9,7 @@ import torch.distributed as dist
 from golden_vectors import arrays, network, settings, ttt_chunks, ttt_config
 from tiny_lightning import run_ranks
 
-from hymba_lightning.data.sequences import Chunk
+from hymba_lightning.data.token_stream import Chunk
 from hymba_lightning.evaluation import ScoreFirstTTT, TTTConfig, score_first_ttt
 
 MODES = {

@@ -2,7 +2,7 @@
 
 import io
 import json
-import subprocess
+import os
 import sys
 
 import pytest
@@ -79,14 +79,25 @@ def test_options_may_stand_before_and_between(artifact, run, capsys):
         assert capsys.readouterr().out == expected
 
 
-def test_a_pipe_is_read_and_dev_null_is_none(artifact):
-    """In a process of its own: what stdin is, is the system's word."""
-    command = [sys.executable, "-m", "hymba_lightning", "sample", artifact, *OPTIONS]
-    piped = subprocess.run(command, input="the end", capture_output=True, text=True, check=True)
-    assert piped.stdout.startswith("the end")
-    assert piped.stderr == ""
-    nothing = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
-    assert not nothing.stdout.startswith("the end")
+def test_a_pipe_and_a_file_are_read_and_dev_null_is_none(artifact, tmp_path, capsys, monkeypatch):
+    """What stdin is, is the system's word."""
+
+    def said(stdin):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        run_command("sample", [artifact, *OPTIONS])
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        return captured.out
+
+    reading, writing = os.pipe()
+    os.write(writing, b"the end")
+    os.close(writing)
+    (tmp_path / "prompt").write_text("the end", encoding="utf-8")
+    with open(reading) as pipe, open(tmp_path / "prompt") as file, open(os.devnull) as nothing:
+        continued = said(pipe)
+        assert continued.startswith("the end")
+        assert said(file) == continued
+        assert not said(nothing).startswith("the end")
 
 
 def test_json_says_what_ended_each_text(run):

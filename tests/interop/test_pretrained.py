@@ -1,5 +1,6 @@
 """Networks as folders with config.json and model.safetensors, and everything that can be wrong with such a folder."""
 
+import base64
 import json
 import math
 import struct
@@ -157,3 +158,12 @@ def test_missing_things_are_named_with_the_remedy(folder, tmp_path):
         load_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="nor the name owner/name"):
         load_pretrained(tmp_path / "nowhere")
+
+
+def test_another_librarys_tokenizer_is_refused_before_anything_is_written(net, tmp_path):
+    pieces = [base64.b64encode(bytes([byte])) for byte in range(256)]
+    (tmp_path / "t").write_bytes(b"".join(b"%s %d\n" % (piece, rank) for rank, piece in enumerate(pieces)))
+    pytest.importorskip("tiktoken")
+    with pytest.raises(ValueError, match="is no SentencePiece model, and only these are written for transformers"):
+        net.save_pretrained(tmp_path / "saved", tokenizer=tmp_path / "t")
+    assert not (tmp_path / "saved").exists()

@@ -316,6 +316,13 @@ def test_a_map_shares_its_area_by_bytes_without_overlap(sizes):
         assert -1e-6 <= y <= y + height <= 300 + 1e-6
 
 
+@pytest.mark.parametrize("tokens", [0.0, 3.0, 569_344.0])
+def test_the_marks_of_one_point_alone_are_different_words(tokens):
+    svg = charts.to_svg(Chart("one", "one", "tokens", "bits", [Series("one", [(tokens, 2.5)], markers=True)]))
+    below = re.findall(r'text-anchor="middle">([^<]+)</text>', svg)
+    assert len(below) == len(set(below)) > 2
+
+
 def test_points_that_are_no_numbers_are_left_out_and_nothing_is_an_error(tmp_path):
     chart = Chart("c", "t", "x", "y", [Series("s", [(0.0, math.nan), (1.0, 2.0), (2.0, math.inf), (3.0, 4.0)])])
     assert charts.to_svg(chart).count("points=") == 1

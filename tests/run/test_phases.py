@@ -60,6 +60,21 @@ def fit(folder, data, **options):
     return json.loads((folder / "summary.json").read_text()), Run.of(trainer)
 
 
+@pytest.mark.parametrize(("share", "passes"), [(0.0, 2), (0.5, 3)])
+def test_an_average_that_ends_as_the_last_weights_is_not_scored_again(tmp_path, monkeypatch, share, passes):
+    seen = []
+    score = finish_module.score_batches
+    monkeypatch.setattr(finish_module, "score_batches", lambda *args: seen.append(1) or score(*args))
+    module = tiny_module(ema_decay=share)
+    trainer = tiny_trainer(tmp_path / "run", max_steps=3, limit_val_batches=1, callbacks=[ExportArtifact()])
+    trainer.fit(module, tiny_data(write_data(tmp_path / "data")))
+    stages = Run.of(trainer).record.stages()
+    assert len(seen) == passes
+    assert (
+        (stages["raw"].weights == stages["ema"].weights) == (stages["raw"].nats == stages["ema"].nats) == (passes < 3)
+    )
+
+
 def test_a_summary_says_where_all_of_the_wall_clock_went(tmp_path, monkeypatch):
     passes = []
     monkeypatch.setattr(

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 from tiny_runs import copied, hymba
 
-from hymba_lightning.data.shards import write_shard
+from hymba_lightning.data.shard_writing import write_shard
 from hymba_lightning.run import RunRecord
 
 

@@ -7,7 +7,7 @@ from tiny import tiny_data, tiny_module, tiny_trainer, write_data
 from tiny_lightning import FakeTime, StopAt, TimedModule, TinyData, make_trainer
 
 from hymba_lightning.callbacks.wall_clock import WallClock
-from hymba_lightning.data.shards import write_shard
+from hymba_lightning.data.shard_writing import write_shard
 from hymba_lightning.training.optim import OptimizerConfig
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +19,12 @@ class Mixer(HybridMixer):
     """Convolution, input-dependent dt, B and C, and the gated selective scan: a decay for each channel and state.
 
     Its state: the convolution's tail (B, E, W-1) and the scan's state (B, E, N), float32.
+
+    mixer_options: `state_tokens`, 1 or more: how many times as long as the fastest state of a channel its slowest one
+    lasts at first, the others in equal ratios between (A from 1 to 1 / state_tokens). 0: Mamba's A, 1 … N.
     """
+
+    options: ClassVar[dict[str, int | float]] = {"state_tokens": 0}
 
     def input_widths(self, options: dict[str, int | float]) -> list[int]:
         """Of u and of the gate z."""
@@ -24,6 +32,9 @@ class Mixer(HybridMixer):
             raise ValueError(
                 f"d_state={self.config.d_state} is over 64, the most that the scan's kernels hold in registers"
             )
+        self.state_tokens = float(options["state_tokens"])
+        if self.state_tokens and not 1 <= self.state_tokens < math.inf:
+            raise ValueError(f"mixer_options.state_tokens={self.state_tokens:g} is neither 0 nor 1 or more")
         return [self.config.d_inner] * 2
 
     def make_branch(self) -> None:
@@ -33,7 +44,10 @@ class Mixer(HybridMixer):
         self.conv1d = DepthwiseConv(e, config.d_conv)
         self.x_proj = Linear(e, rank + 2 * n)
         self.dt_proj = TimeStepProjection(rank, e)
-        self.A_log = parameter(torch.arange(1, n + 1, dtype=torch.float32).log().repeat(e, 1), Role.DYNAMICS)
+        log_A_N = torch.arange(1, n + 1, dtype=torch.float32).log()
+        if self.state_tokens:
+            log_A_N = torch.linspace(0, -math.log(self.state_tokens), n)
+        self.A_log = parameter(log_A_N.repeat(e, 1), Role.DYNAMICS)
         self.D = parameter(torch.ones(e), Role.CONTROL)
 
     def branch(
@@ -70,7 +84,7 @@ class Mixer(HybridMixer):
         return y_BTE, (*new_conv, *new_scan)
 
     def normed_dynamics(self, dt_low_BTR: Tensor, B_BTN: Tensor, C_BTN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the scan takes from its input, normalised where the config says so."""
+        """dt (before its projection), B and C of the scan, RMS-normalised where the config says so."""
         if not self.config.dynamics_norm:
             return dt_low_BTR, B_BTN, C_BTN
         return rms_norm(dt_low_BTR), rms_norm(B_BTN), rms_norm(C_BTN)
@@ -80,7 +94,7 @@ class Mixer(HybridMixer):
         return self.mamba_proj(x_BTD).split(self.widths, dim=-1)[0]
 
     def decay_times(self, x_BTD: Tensor) -> Tensor:
-        """(E, N) for each channel and state."""
+        """Mean tokens until a state has decayed to 1/e, (E, N): one for each channel and state."""
         u_BTE = self.scan_input(x_BTD)
         (convolved_BTE,) = self.conv1d(u_BTE)
         assert isinstance(convolved_BTE, Tensor)

@@ -84,7 +84,7 @@ class Mixer(HybridMixer):
         return 1 / (dt_BTH.mean((0, 1)) * self.A_log.float().exp())
 
     def branch_flops(self) -> float:
-        """Within a chunk the scores and what they weigh; the states' making and reading."""
+        """Scores within a chunk and their product with the inputs; building and reading the states."""
         e, n = self.config.d_inner, self.config.d_state
         return 2 * CHUNK * (self.groups * n + e) + 4 * n * e
 

@@ -18,8 +18,8 @@ def causal_conv1d_naive(
     initial_state_BEW1: Tensor,
     doc_position_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y_t = bias + Σ_j weight[:, W-1-j] x_{t-j}, then SiLU if asked, in float32; the sum ends at the document's start,
-    where j is doc_position.
+    """y_t = bias + Σ_j weight[:, W-1-j] x_{t-j}, then SiLU if asked, in float32. The sum goes over j = 0 … W-1, and
+    with doc_position only over j <= doc_position: no further back than the document's start.
 
     The state holds the W-1 inputs before the first, oldest first. Returns y (B, T, E) and the last W-1 inputs
     (B, E, W-1), both in x's dtype.

@@ -49,7 +49,7 @@ def prefix_window_attention_blocked(
 
 
 def _in_blocks(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, window: int, prefix: int, scale: float) -> Tensor:
-    """Of queries, the last ones of the keys, whose windows end before the prefix."""
+    """Attention of queries at the end of the sequence, whose windows do not reach back into the prefix."""
     batch, n_queries = q_BTHK.shape[:2]
     block = min(BLOCK, n_queries)
     missing = -n_queries % block

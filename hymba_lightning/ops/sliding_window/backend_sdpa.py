@@ -22,10 +22,10 @@ def causal_attention_sdpa(
     hidden_B: Tensor | None = None,
     doc_position_BT: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale q·k over the keys seen) v; the last query sees every key but each row's first `hidden_B`, and of
-    documents its own.
+    """Causal attention, softmax(scale q·k) v, whose last query is at the last key. No query sees a row's first
+    `hidden_B` keys, nor keys of other documents.
 
-    Returns q's shape and dtype.
+    Returns a tensor of q's shape and dtype.
     """
     n_queries, n_keys = q_BTHK.size(1), k_BSGK.size(1)
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))

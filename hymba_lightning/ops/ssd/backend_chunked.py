@@ -88,7 +88,7 @@ def ssd_chunked(
 
 
 def cut_positions(doc_position_BT: Tensor, n_chunks: int, chunk: int) -> Tensor:
-    """Document positions (B, C, L) of whole chunks, what pads the last being of its last document."""
+    """Document positions cut into whole chunks (B, C, L); padding at the end goes on with the last document."""
     missing = n_chunks * chunk - doc_position_BT.size(1)
     behind_X = torch.arange(1, missing + 1, dtype=torch.int32, device=doc_position_BT.device)
     return torch.cat([doc_position_BT, doc_position_BT[:, -1:] + behind_X], dim=1).unflatten(1, (n_chunks, chunk))

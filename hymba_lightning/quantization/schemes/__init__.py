@@ -1,4 +1,4 @@
-"""The schemes: how a network's weights become integers and floats. A file of this folder is one, under its own name.
+"""The quantization schemes: how weights become integers and floats. Each file here is one, chosen by its name.
 
 Its `SCHEME` is an object of a class made from `Scheme`. What most schemes differ in is `round`; the rest (which tensor
 is kept as it is, the limit in bytes, GPTQ) is here.

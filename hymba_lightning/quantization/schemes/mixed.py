@@ -1,4 +1,4 @@
-"""Bits where they matter: each tensor gets the precision at which the whole file loses least for its bytes.
+"""Mixed precision: every tensor gets the number of bits at which the file's predicted loss is least for its size.
 
 How the loss is predicted and the bytes are shared out is in precision.py.
 """

@@ -1,4 +1,4 @@
-"""What moves the weights, by name: each file here is an optimizer, named like it, its class `Optimizer`."""
+"""The optimizers. Each file here is one, chosen by the file's name; it has a class `Optimizer`."""
 
 from __future__ import annotations
 
