@@ -18,6 +18,14 @@ import hymba_lightning
 ROOT = Path(hymba_lightning.__file__).parent
 # Of files that their package imports by what is there: ops/registry.py, data/tokenizer.py.
 PREFIXES = ("backend_", "tokenizer_")
+# Entries that only make training on a CPU faster: an evaluation does without, by the op's other backends.
+TRAINING_ONLY = {
+    "leaky_square_mlp.backend_blocked",
+    "rotary_norm.backend_numba",
+    "scaled_sum.backend_numba",
+    "sliding_window.backend_numba",
+    "softcapped_cross_entropy.backend_numba",
+}
 # Scores an artifact with nothing but itself, the tokenizer and the validation shards.
 REFEREE = "hymba_lightning.package.referee"
 ARCHIVE = "code.tar.xz"
@@ -94,7 +102,8 @@ def needed_files(*modules: str) -> list[Path]:
         found[name] = file
         if file.name == "__init__.py":
             entries = [entry for prefix in PREFIXES for entry in file.parent.glob(f"{prefix}*.py")]
-            waiting += [f"{name}.{entry.stem}" for entry in entries]
+            names = [f"{name}.{entry.stem}" for entry in entries]
+            waiting += [entry for entry in names if entry.removeprefix("hymba_lightning.ops.") not in TRAINING_ONLY]
         # Importing a.b.c runs a/__init__ and a/b/__init__ first.
         waiting += [name.rpartition(".")[0], *(_lazy_home(imported) or imported for imported in _imports(file))]
     return sorted(file.relative_to(ROOT.parent) for file in found.values())

@@ -22,6 +22,7 @@ from hymba_lightning.model import Hymba
 from hymba_lightning.model.gradients import GraphRecordingError
 from hymba_lightning.model.hymba import HymbaState
 from hymba_lightning.model.mixer import LayerState
+from hymba_lightning.model.one_token import OneToken, serves
 
 logger = logging.getLogger("hymba_lightning")
 
@@ -48,17 +49,23 @@ class Steps:
         self._on_gpu = net.tok_emb.weight.device.type == "cuda"
         self._may_fix = self._on_gpu and net.runtime.step_graphs if fixed is None else fixed
         self._fixed: FixedStep | None = None
+        # The step that a CPU has for single tokens, the state being in it while it `_runs`.
+        self._may_fit = not (self._on_gpu or self._may_fix)
+        self._one: OneToken | None = None
+        self._runs = False
         self._wait = STEPS_BEFORE_RECORDING
         self._waited = 0
 
     @property
     def state(self) -> HymbaState | None:
         """After all tokens so far. What is set is gone on from."""
+        if self._one is not None and self._runs:
+            return _owned(self.net.compact(self._one.state(), REBASE_AT))
         return self._state if self._fixed is None else self._fixed.state()
 
     @state.setter
     def state(self, state: HymbaState | None) -> None:
-        self._state, self._fixed, self._waited = state, None, 0
+        self._state, self._fixed, self._runs, self._waited = state, None, False, 0
 
     def select(self, rows: list[int]) -> None:
         """Goes on with some of the rows, which may come more than once."""
@@ -69,6 +76,8 @@ class Steps:
     @property
     def held(self) -> HymbaState | None:
         """`state` for a look at its rows and layers: keys may have padding, and the next token may overwrite it."""
+        if self._one is not None and self._runs:
+            return self._one.state()
         return self._state if self._fixed is None else self._fixed.held
 
     @property
@@ -79,7 +88,7 @@ class Steps:
     @torch.no_grad()
     def read(self, tokens: Tensor, piece_tokens: int) -> Tensor:
         """Feeds tokens (B, n), n >= 1, in pieces; returns the last ones' logits (B, V)."""
-        begun = self._fixed is not None or self._state is not None
+        begun = self._fixed is not None or self._runs or self._state is not None
         if begun and tokens.size(1) == 1:
             return self.net.logits(self.hidden(tokens))[:, 0]
         logits_BV, self.state = read(self.net, tokens, self.state, piece_tokens)
@@ -97,10 +106,29 @@ class Steps:
                 self._fix()
         if self._fixed is not None:
             return self._fixed.run(tokens_B1)
+        if self._may_fit and self._fits():
+            assert self._one is not None
+            return self._one.hidden(tokens_B1)
         hidden_B1D, after = self.net.hidden(tokens_B1, self._state, return_state=True)
         assert after is not None
         self._state = self.net.compact(after, REBASE_AT)
         return hidden_B1D
+
+    def _fits(self) -> bool:
+        """Whether the step for single tokens is made and has the state."""
+        if self._one is not None and self._runs and (self._one.position >= REBASE_AT or self._one.is_stale):
+            self.state = self.state
+        if self._runs:
+            return True
+        if self._one is None or self._one.is_stale:
+            self._may_fit = serves(self.net)
+            if not self._may_fit:
+                return False
+            self._one = OneToken(self.net)
+        assert self._state is not None
+        if self._one.load(self._state):
+            self._state, self._runs = None, True
+        return self._runs
 
     def _fix(self) -> None:
         assert self._state is not None

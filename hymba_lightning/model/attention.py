@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hymba_lightning.model.layers import RMS_EPS, rms_norm
+from hymba_lightning.model.layers import RMS_EPS
+from hymba_lightning.ops.rotary_norm import rotary_norm
 from hymba_lightning.ops.sliding_window import sliding_window_attention
 
 
@@ -52,44 +53,6 @@ def _(first: int, length: int, head_dim: int, base: float, like: Tensor) -> tupl
         like.new_empty((length, 1, 1, head_dim // 2), dtype=torch.float32),
         like.new_empty((length, 1, 2, head_dim // 2), dtype=torch.float32),
     )
-
-
-def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, H, K) with the halves x1, x2 of its last axis turned: (x1·cos + x2·sin, x2·cos - x1·sin), by the tables
-    of `rope_table`."""
-    # Not put together from its halves: a compiler would write those out in the backward pass.
-    halves = x_BTHK.unflatten(-1, (2, -1))
-    return (halves * cos.to(x_BTHK.dtype) + halves.flip(-2) * sin.to(x_BTHK.dtype)).flatten(-2)
-
-
-class RotaryNorm(torch.autograd.Function):
-    """rotate(gain·rms_norm(x)) of x (B, T, H, K), with one gain per head (H,) or None.
-
-    Its gradient is written out because compilers do worse: the sum over a head's width that the norm's gradient needs
-    is, added up over the tokens, also the gain's.
-    """
-
-    @staticmethod
-    def forward(ctx, x_BTHK, gain_H, cos, sin):  # type: ignore[no-untyped-def]
-        """x, its gain and the tables of `rope_table` → (B, T, H, K)."""
-        ctx.save_for_backward(x_BTHK, gain_H, cos, sin)
-        normed_BTHK = rms_norm(x_BTHK)
-        return rotate(normed_BTHK if gain_H is None else normed_BTHK * gain_H.to(x_BTHK.dtype)[:, None], cos, sin)
-
-    @staticmethod
-    def backward(ctx, g_BTHK):  # type: ignore[no-untyped-def]
-        """Gradients of x and of the gain, in float32 until they are returned."""
-        x_BTHK, gain_H, cos, sin = ctx.saved_tensors
-        x = x_BTHK.float()
-        scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPS)
-        normed = x * scale
-        g_normed = rotate(g_BTHK.float(), cos, -sin)
-        along_BTH1 = (g_normed * normed).sum(-1, keepdim=True)
-        g_gain = None
-        if gain_H is not None:
-            scale = scale * gain_H[:, None]
-            g_gain = along_BTH1.sum((0, 1, 3)).to(gain_H.dtype)
-        return (scale * (g_normed - normed * (along_BTH1 / x.size(-1)))).to(x_BTHK.dtype), g_gain, None, None
 
 
 def turn_back(keys_BPGK: Tensor, shift: int | Tensor, base: float) -> Tensor:
@@ -138,8 +101,8 @@ def attention_branch(
         BackendUnavailableError: the backend cannot serve this call.
     """
     batch, length, _ = q_BTD.shape
-    q_BTHK = RotaryNorm.apply(q_BTD.view(batch, length, -1, head_dim), q_gain_H, *rope)
-    k_BSGK = RotaryNorm.apply(k_BTC.view(batch, length, -1, head_dim), None, *rope)
+    q_BTHK = rotary_norm(q_BTD.view(batch, length, -1, head_dim), q_gain_H, *rope, RMS_EPS)
+    k_BSGK = rotary_norm(k_BTC.view(batch, length, -1, head_dim), None, *rope, RMS_EPS)
     v_BSGK = v_BTC.view(batch, length, -1, head_dim)
     hidden_B = None
     if past is not None:

@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
-from hymba_lightning.model.layers import Linear, is_plain, rms_norm
+from hymba_lightning.model.layers import RMS_EPS, Linear, is_plain
 from hymba_lightning.model.mixer import LayerState
 from hymba_lightning.model.mixers import mixer_class
 from hymba_lightning.model.roles import Module, Role, parameter
 from hymba_lightning.ops.leaky_square_mlp import leaky_square_mlp
+from hymba_lightning.ops.scaled_sum import scaled_sum
 
 
 class MLP(Module):
@@ -58,8 +59,8 @@ class Block(Module):
     ) -> tuple[Tensor, LayerState | None]:
         """x and x0 (B, T, D) → x (B, T, D), and the mixer's new state when asked."""
         mix = self.resid_mix.to(x_BTD.dtype)
-        x_BTD = mix[0] * x_BTD + mix[1] * x0_BTD
-        mixed_BTD, new_state = self.attn(rms_norm(x_BTD), rope, state, return_state, doc_position_BT)
-        x_BTD = x_BTD + self.attn_scale.to(x_BTD.dtype) * mixed_BTD
-        x_BTD = x_BTD + self.mlp_scale.to(x_BTD.dtype) * self.mlp(rms_norm(x_BTD))
+        x_BTD, normed_BTD = scaled_sum(x_BTD, x0_BTD, mix[0], mix[1], RMS_EPS)
+        mixed_BTD, new_state = self.attn(normed_BTD, rope, state, return_state, doc_position_BT)
+        x_BTD, normed_BTD = scaled_sum(x_BTD, mixed_BTD, None, self.attn_scale.to(x_BTD.dtype), RMS_EPS)
+        x_BTD, _ = scaled_sum(x_BTD, self.mlp(normed_BTD), None, self.mlp_scale.to(x_BTD.dtype))
         return x_BTD, new_state

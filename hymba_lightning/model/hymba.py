@@ -24,6 +24,7 @@ from hymba_lightning.model.mixer import LayerState, own
 from hymba_lightning.model.mixers import network_class
 from hymba_lightning.model.roles import Module, Role, parameter
 from hymba_lightning.ops.documents import document_positions
+from hymba_lightning.ops.scaled_sum import scaled_sum
 from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
 
 
@@ -212,7 +213,8 @@ class Hymba(Module):
         recompute = self.runtime.activation_checkpointing and self.training and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             if index >= self.n_skips and skips:
-                x_BTD = x_BTD + self.skip_weights[0, index - self.n_skips].to(x_BTD.dtype) * skips.pop()
+                skip_weight_D = self.skip_weights[0, index - self.n_skips].to(x_BTD.dtype)
+                x_BTD, _ = scaled_sum(x_BTD, skips.pop(), None, skip_weight_D)
             layer_state = None if state is None else state.layers[index]
             args = (x_BTD, x0_BTD, rope, layer_state, return_state, doc_position_BT)
             x_BTD, new_layer = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)

@@ -105,6 +105,29 @@ def total(typing_context, x):  # type: ignore[no-untyped-def]
     return types.float32(lanes_type), generate
 
 
+@intrinsic
+def largest(typing_context, x):  # type: ignore[no-untyped-def]
+    """The largest of the sixteen."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(ir.FloatType(), [_FLOATS])
+        reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fmax.v{LANES}f32")
+        return builder.call(reduce, arguments)
+
+    return types.float32(lanes_type), generate
+
+
+@intrinsic
+def larger(typing_context, x, y):  # type: ignore[no-untyped-def]
+    """The larger of each pair; y where x is NaN."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        x, y = arguments
+        return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+    return lanes_type(lanes_type, lanes_type), generate
+
+
 def _define(operation: Callable, emit: Callable) -> None:
     """Makes `operation` (operator.add, say) work on two lanes values."""
 

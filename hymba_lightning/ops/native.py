@@ -72,9 +72,10 @@ def _prepare(kernel: Callable[..., None], name: str, arguments: tuple) -> None:
 
 
 def run_items(
-    kernel: Callable[..., None], name: str, n_items: int, operations: float, arguments: tuple, threads: int
+    kernel: Callable[..., None], name: str, n_items: int, operations: float, arguments: tuple, threads: int = 0
 ) -> None:
-    """Calls kernel(first, last, *arguments) until every item in [0, n_items) is done, on up to `threads` threads.
+    """Calls kernel(first, last, *arguments) until every item in [0, n_items) is done, on up to `threads` threads
+    (0: as many as torch has).
 
     `kernel` is a numba function that releases the GIL and writes only what belongs to its items, so the result does not
     depend on the number of threads. `operations` estimates the whole work in inner steps: where it takes less than
@@ -82,6 +83,7 @@ def run_items(
     """
     if name not in _ready:
         _prepare(kernel, name, arguments)
+    threads = threads or torch.get_num_threads()
     if threads == 1 or operations < 2e6:
         kernel(0, n_items, *arguments)
     else:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hymba_lightning.closure import ARCHIVE, EVALUATE, evaluation_archive
+from hymba_lightning.closure import ARCHIVE, EVALUATE, TRAINING_ONLY, evaluation_archive
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import HymbaConfig, RuntimeConfig
 from hymba_lightning.package.digests import (
@@ -334,7 +334,7 @@ def _test_options(run: Run) -> dict[str, Any]:
 def _settings(tested: ScoreRecord, options: dict[str, Any]) -> dict[str, Any]:
     prefix = "model.runtime."
     runtime = {key.removeprefix(prefix): value for key, value in options.items() if key.startswith(prefix)}
-    known = {field.name for field in dataclasses.fields(RuntimeConfig)}
+    ops = {field.name: field.metadata.get("op", "") for field in dataclasses.fields(RuntimeConfig)}
     files = options.get("data.val_files") or "*_val_*.bin"
     return {
         "seq_len": tested.settings["seq_len"],
@@ -342,5 +342,11 @@ def _settings(tested: ScoreRecord, options: dict[str, Any]) -> dict[str, Any]:
         "ttt": tested.settings["ttt"],
         "val_tokens_limit": options.get("data.val_tokens_limit"),
         "val_files": Path(files).name if Path(files).expanduser().is_absolute() else files,
-        "runtime": {key: value for key, value in runtime.items() if key in known},
+        "runtime": {key: _in_archive(ops[key], value) for key, value in runtime.items() if key in ops},
     }
+
+
+def _in_archive(op: str, value: Any) -> Any:
+    """The value of an option that may name a backend of `op`: 'auto' for one that the archive does not have."""
+    missing = [entry for entry in TRAINING_ONLY if entry.endswith(f".backend_{value}")]
+    return "auto" if op and any(op.startswith(entry.partition(".")[0]) for entry in missing) else value

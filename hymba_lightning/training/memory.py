@@ -74,7 +74,9 @@ def estimate_memory(
 
     tokens = (seq_len + net.meta_tokens) * micro_batch_size
     size = 2 if runtime.compute_dtype == "bfloat16" else 4
-    block = 12 * d + mixers[0].branch_activations() + 1.5 * kv + 3 * net.mlp_hidden
+    # In float32 a CPU's MLP keeps what its first product gives alone.
+    hidden = (1 if size == 4 else 3) * net.mlp_hidden
+    block = 12 * d + mixers[0].branch_activations() + 1.5 * kv + hidden
     outside = 6.5 * d + net.vocab_size
     # The saved tensors of a recomputed block are its inputs, d; its peak of resident memory grows by ten times that,
     # as measured between 4 and 16 layers.

@@ -38,6 +38,7 @@ from hymba_lightning.trainer_internals import (
 from hymba_lightning.training.checks import check_callbacks, check_fit, check_options, check_schedulers
 from hymba_lightning.training.graphed import average_over_ranks, start_gradients, uses_cuda_graph
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
+from hymba_lightning.training.pages import keep_pages
 
 log = logging.getLogger("hymba_lightning")
 
@@ -171,6 +172,8 @@ class HymbaModule(pl.LightningModule):
             )
         if stage == "fit":
             check_fit(self.trainer, self.budget_seconds, measures_more=type(self) is not HymbaModule)
+            if self.trainer.strategy.root_device.type == "cpu":
+                keep_pages()
             if self.compile_net:
                 # Only what trains: an evaluation's last sequence is shorter, and a graph for every length costs more
                 # than it saves. Kept as a function, since a module here would name every weight twice.
@@ -387,13 +390,8 @@ class HymbaModule(pl.LightningModule):
                 "something only with that one"
             )
         else:
-            check_tokenizer(
-                "the checkpoint",
-                saved,
-                data.tokenizer_fingerprint(),
-                data.tokenizer,
-                "--data.tokenizer or --data.data_dir",
-            )
+            option = "--data.tokenizer or --data.data_dir"
+            check_tokenizer("the checkpoint", saved, data.tokenizer_fingerprint(), data.tokenizer, option)
 
 
 def _plain(value: Any) -> Any:

@@ -204,7 +204,7 @@ def test_loss_is_the_cross_entropy_of_the_logits(changes):
         torch.testing.assert_close(naive(inputs, targets), expected.mean())
         with pytest.raises(ValueError, match="reduction must be 'mean', 'sum' or 'none', not 'median'"):
             net(inputs, targets, reduction="median")
-        with pytest.raises(ValueError, match="no backend 'fused'; choose auto or one of naive, torch, triton"):
+        with pytest.raises(ValueError, match="no backend 'fused'; choose auto or one of naive, numba, torch, triton"):
             small(RuntimeConfig(loss_backend="fused"), **changes)(inputs, targets)
 
 

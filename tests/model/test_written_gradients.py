@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from hymba_lightning.model.attention import RotaryNorm, rope_table, rope_table_op
-from hymba_lightning.model.layers import Linear, fused_linear, rms_norm
+from hymba_lightning.model.attention import rope_table, rope_table_op
+from hymba_lightning.model.layers import RMS_EPS, Linear, fused_linear, rms_norm
 from hymba_lightning.model.mixer import Merge
+from hymba_lightning.ops.registry import BackendUnavailableError
+from hymba_lightning.ops.rotary_norm import rotary_norm
+from hymba_lightning.ops.scaled_sum import scaled_sum
 
 
 def random(*shape, seed):
@@ -35,22 +38,65 @@ def halves_rotated(x, first):
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-@pytest.mark.parametrize(("width", "first"), [(8, 0), (2, 5), (20, 3)])
-def test_norm_and_rotation(width, first):
-    tables = rope_table(first, 7, width, 100.0, torch.device("cpu"))
-    x, gain = random(2, 7, 3, width, seed=1), random(3, seed=2)
+@pytest.mark.parametrize(
+    ("length", "width", "first", "backend"),
+    [(7, 8, 0, "torch"), (7, 2, 5, "torch"), (7, 20, 3, "torch"), (130, 32, 3, "numba"), (20, 64, 0, "numba")],
+)
+def test_norm_and_rotation(length, width, first, backend):
+    tables = rope_table(first, length, width, 100.0, torch.device("cpu"))
+    x, gain = random(2, length, 3, width, seed=1), random(3, seed=2)
+
+    def turned(x, gain=None):
+        return rotary_norm(x, gain, *tables, RMS_EPS, backend=backend)
+
     check(
-        lambda x, gain: RotaryNorm.apply(x, gain, *tables),
+        turned,
         lambda x, gain: halves_rotated(rms_norm(x) * gain[:, None], first),
         [x, gain],
     )
-    check(lambda x: RotaryNorm.apply(x, None, *tables), lambda x: halves_rotated(rms_norm(x), first), [x])
+    check(turned, lambda x: halves_rotated(rms_norm(x), first), [x])
 
 
-def test_norm_and_rotation_of_tiny_vectors_counts_epsilon():
-    tables = rope_table(0, 3, 4, 100.0, torch.device("cpu"))
-    x = (1e-4 * random(1, 3, 1, 4, seed=1).detach()).requires_grad_()
-    check(lambda x: RotaryNorm.apply(x, None, *tables) * 1e-3, lambda x: halves_rotated(rms_norm(x), 0) * 1e-3, [x])
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_norm_and_rotation_of_tiny_vectors_counts_epsilon(backend):
+    tables = rope_table(0, 17, 32, 100.0, torch.device("cpu"))
+    x = (1e-4 * random(1, 17, 1, 32, seed=1).detach()).requires_grad_()
+    check(
+        lambda x: rotary_norm(x, None, *tables, RMS_EPS, backend=backend) * 1e-3,
+        lambda x: halves_rotated(rms_norm(x), 0) * 1e-3,
+        [x],
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("gained", [True, False])
+@pytest.mark.parametrize("eps", [1e-2, None])
+def test_sum_with_gains_and_its_norm(backend, gained, eps):
+    x, y, gain_y = random(2, 300, 48, seed=1), random(2, 300, 48, seed=2), random(48, seed=3)
+    gain_x = [random(48, seed=4)] if gained else []
+
+    def written(x, y, gain_y, gain_x=None):
+        # Both results at once.
+        return torch.stack(scaled_sum(x, y, gain_x, gain_y, eps, backend=backend))
+
+    def plain(x, y, gain_y, gain_x=1.0):
+        out = gain_x * x + gain_y * y
+        return torch.stack((out, out if eps is None else out / (out.square().mean(-1, keepdim=True) + eps).sqrt()))
+
+    check(written, plain, [x, y, gain_y, *gain_x])
+
+
+def test_loops_serve_long_float32_on_a_cpu_alone(monkeypatch):
+    monkeypatch.setattr("hymba_lightning.ops.registry.is_installed", lambda package: package == "numba")
+    x = torch.randn(1, 40, 2, 32)
+    tables, gain = rope_table(0, 40, 32, 100.0, torch.device("cpu")), torch.ones(32)
+    scaled_sum(x, x, None, gain, backend="numba")
+    for refused in (x.bfloat16(), x[:, :2, :, :], x[..., :20]):
+        with pytest.raises(BackendUnavailableError, match="scaled_sum"):
+            scaled_sum(refused, refused, None, gain[: refused.size(-1)], backend="numba")
+    for refused in (x.bfloat16(), x[:, :2], x[..., :16]):
+        with pytest.raises(BackendUnavailableError, match="rotary_norm"):
+            rotary_norm(refused, None, *tables, RMS_EPS, backend="numba")
 
 
 @pytest.mark.parametrize("channels", [1, 12])

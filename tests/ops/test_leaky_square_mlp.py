@@ -130,7 +130,7 @@ def test_choice_and_refusals(monkeypatch):
     capability = [9]
     monkeypatch.setattr("hymba_lightning.ops.registry.is_installed", lambda package: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability[0], 0))
-    assert choose("leaky_square_mlp", "auto", "cpu") == "torch"
+    assert choose("leaky_square_mlp", "auto", "cpu") == "blocked"
     assert choose("leaky_square_mlp", "auto", "cuda") == "triton"
     assert choose("leaky_square_mlp", "auto", "cuda", half_precision=False, width=64, hidden=64) == "torch"
     assert choose("leaky_square_mlp", "auto", "cuda", half_precision=True, width=64, hidden=60) == "torch"
@@ -138,6 +138,30 @@ def test_choice_and_refusals(monkeypatch):
     assert choose("leaky_square_mlp", "auto", "cuda") == "torch"
     with pytest.raises(BackendUnavailableError, match="made for Hopper GPUs"):
         choose("leaky_square_mlp", "triton", "cuda")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("tokens", [7, 100, 101])
+def test_blocks_of_tokens_give_the_definition(tokens, threads, monkeypatch):
+    monkeypatch.setattr("hymba_lightning.ops.leaky_square_mlp.backend_blocked.BLOCK", 20 * 72)
+    *inputs, gradient = operands(tokens, 24, 72, torch.float32)
+    expected = outcome(definition, *inputs, gradient)
+    torch.set_num_threads(threads)
+    try:
+        found = outcome(
+            lambda x, w_in, w_out: leaky_square_mlp(x[None], w_in, w_out, SLOPE, backend="blocked")[0],
+            *inputs,
+            gradient,
+        )
+    finally:
+        torch.set_num_threads(1)
+    assert_within({"ratios": differences(found, expected)}, LIMIT[torch.float32])
+
+
+def test_blocks_are_of_float32_on_a_cpu():
+    fits = {"half_precision": False, "width": 24, "hidden": 72}
+    assert choose("leaky_square_mlp", "auto", "cpu", **fits) == "blocked"
+    assert choose("leaky_square_mlp", "auto", "cpu", **fits | {"half_precision": True}) == "torch"
 
 
 if __name__ == "__main__":

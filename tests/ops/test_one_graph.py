@@ -110,7 +110,20 @@ CALLS = {
     ),
     "causal_conv1d_numba": (random(2, 33, 20), random(20, 4), random(20), True, random(2, 20, 3)),
     "causal_conv1d_torch": (random(2, 33, 20), random(20, 4), random(20), False, random(2, 20, 3)),
+    "softcapped_cross_entropy_numba": (random(33, 32), torch.arange(33) % 32, 30.0),
+    "scaled_sum_numba": (random(2, 33, 32), random(2, 33, 32), random(32), random(32), True, 1e-6),
+    "scaled_sum_numba without norm and gain": (random(2, 33, 32), random(2, 33, 32), None, random(32), False, 0.0),
+    "rotary_norm_numba": (random(2, 33, 3, 32), random(3), random(33, 1, 1, 16), random(33, 1, 2, 16), 1e-6),
+    "leaky_square_mlp_blocked": (random(33, 20), random(40, 20), random(20, 40), 0.3),
     "softcapped_cross_entropy_torch": (random(33, 20), torch.arange(33) % 20, 30.0),
+    "sliding_window_numba of documents": (
+        random(2, 33, 4, 8),
+        random(2, 40, 2, 8),
+        random(2, 40, 2, 8),
+        7,
+        0.5,
+        POSITIONS,
+    ),
     "sliding_window_blocked": (random(2, 33, 4, 8), random(2, 40, 2, 8), random(2, 40, 2, 8), 7, 0.5),
 }
 
@@ -119,10 +132,15 @@ CALLS = {
 def test_operators_pass_torchs_own_check(call):
     import hymba_lightning.ops.causal_conv1d.backend_torch
     import hymba_lightning.ops.causal_conv1d.loops
+    import hymba_lightning.ops.leaky_square_mlp.backend_blocked
+    import hymba_lightning.ops.rotary_norm.loops
+    import hymba_lightning.ops.scaled_sum.loops
     import hymba_lightning.ops.selective_scan.backend_chunked
     import hymba_lightning.ops.selective_scan.loops
     import hymba_lightning.ops.sliding_window.backend_blocked
-    import hymba_lightning.ops.softcapped_cross_entropy.backend_torch  # noqa: F401
+    import hymba_lightning.ops.sliding_window.loops
+    import hymba_lightning.ops.softcapped_cross_entropy.backend_torch
+    import hymba_lightning.ops.softcapped_cross_entropy.loops  # noqa: F401
 
     operator = getattr(torch.ops.hymba, call.split()[0]).default
     arguments = tuple(

@@ -87,8 +87,8 @@ OPS = {
     ),
     "conv": Op(causal_conv1d, conv_operands, ("torch", "numba"), ("triton", "torch")),
     "ssd": Op(ssd, ssd_operands, ("chunked", "small chunks"), ("chunked",)),
-    "window 20": Op(functools.partial(attend, window=20), attention_operands, ("blocked",), ("flex",)),
-    "all keys": Op(functools.partial(attend, window=None), attention_operands, ("blocked",), ("flex",)),
+    "window 20": Op(functools.partial(attend, window=20), attention_operands, ("blocked", "numba"), ("flex",)),
+    "all keys": Op(functools.partial(attend, window=None), attention_operands, ("blocked", "numba"), ("flex",)),
 }
 ON_CPU = [pytest.param(name, backend, id=f"{name}-{backend}") for name, op in OPS.items() for backend in op.cpu]
 WITH_NAIVE = ON_CPU + [pytest.param(name, "naive", id=f"{name}-naive") for name in OPS]

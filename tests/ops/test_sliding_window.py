@@ -24,12 +24,14 @@ SHAPES = [
     (1, 70, 90, 4, 2, 8, 1),
     (1, 50, 50, 2, 1, 8, 500),
     (1, 140, 200, 2, 2, 8, None),
+    (1, 150, 1300, 4, 2, 40, 900),
+    (1, 600, 600, 3, 1, 16, None),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("backend", "device"), on("cpu", "blocked") + on("cuda", "flex", "flash", "fa4"))
+@pytest.mark.parametrize(("backend", "device"), on("cpu", "blocked", "numba") + on("cuda", "flex", "flash", "fa4"))
 def test_backend_matches_naive(backend, shape, dtype, device):
     if backend not in available_backends(device):
         pytest.skip(f"{backend} is not installed")
@@ -66,7 +68,7 @@ def test_sdpa_aligns_the_last_query_with_the_last_key():
 
 
 @pytest.mark.parametrize("window", [1, 7, 16, 40, None])
-@pytest.mark.parametrize("backend", ["naive", "blocked", "flex"])
+@pytest.mark.parametrize("backend", ["naive", "blocked", "numba", "flex"])
 def test_a_query_sees_exactly_its_window(backend, window, monkeypatch):
     """With unit vectors as values the output is the row of weights: positive where 0 <= i-j < window, else zero."""
     n_queries, n_keys = 33, 40
@@ -95,7 +97,7 @@ def test_naive_is_masked_attention_with_kv_heads_repeated():
     torch.testing.assert_close(sliding_window_attention(**operands, window=6, scale=0.3, backend="naive"), expected)
 
 
-@pytest.mark.parametrize("backend", ["naive", "blocked"])
+@pytest.mark.parametrize("backend", ["naive", "blocked", "numba"])
 @pytest.mark.parametrize("window", [5, 70, None])
 def test_sequence_may_be_cut_anywhere(backend, window):
     operands = case(2, 200, 200, 4, 2, 8)
@@ -121,22 +123,32 @@ def test_sequence_may_be_cut_anywhere(backend, window):
         assert_close(f"gradient of {name}", gradients[name], reference, RATIO[torch.float32])
 
 
-def test_blocked_does_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize("backend", ["blocked", "numba"])
+def test_the_number_of_threads_changes_nothing(backend):
     operands, weights, results = case(2, 150, 150, 8, 4, 16), (random(2, 150, 8, 16, seed=3),), []
-    for threads in (1, 3):
+    for threads in (1, 3, 20):
         torch.set_num_threads(threads)
         try:
             results.append(
                 outputs_and_gradients(
-                    functools.partial(sliding_window_attention, window=40, backend="blocked"), operands, weights
+                    functools.partial(sliding_window_attention, window=40, backend=backend), operands, weights
                 )
             )
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(1)
-    assert_close("out", results[1][0][0], results[0][0][0], 1e-6)
-    for name, reference in results[0][1].items():
-        assert_close(f"gradient of {name}", results[1][1][name], reference, 1e-6)
+    for outputs, gradients in results[1:]:
+        assert_close("out", outputs[0], results[0][0][0], 1e-6)
+        for name, reference in results[0][1].items():
+            assert_close(f"gradient of {name}", gradients[name], reference, 1e-6)
+
+
+# Of scores of some hundreds float32 itself keeps four digits behind the point.
+@pytest.mark.parametrize(("scale", "ratio"), [(0.0, 3e-6), (-0.4, 3e-6), (30.0, 5e-4)])
+def test_native_loops_take_any_scale_and_scores_that_are_far_apart(scale, ratio):
+    operands = case(1, 90, 90, 2, 1, 16)
+    operands["q_BTHK"] = 4 * operands["q_BTHK"]
+    compare("numba", operands, 30, ratio, scale)
 
 
 def test_automatic_choice(monkeypatch):
@@ -147,6 +159,8 @@ def test_automatic_choice(monkeypatch):
     assert pick("cpu", **LOCAL) == "blocked"
     assert pick("cpu") == "sdpa"
     assert pick("cpu", **GLOBAL | {"offset_on_cpu": True}) == "blocked"
+    installed.add("numba")
+    assert pick("cpu", **LOCAL) == pick("cpu", **LOCAL | {"documents": True}) == "numba"
     assert pick("cuda", **LOCAL) == "flex"
     assert pick("cuda") == "sdpa"
     with pytest.raises(BackendUnavailableError, match="pip install flash-attn"):

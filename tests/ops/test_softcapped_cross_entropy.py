@@ -42,10 +42,14 @@ def compare(backend, operands, ratio, cap=30.0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("backend", "device"), on("cpu", "torch") + on("cuda", "torch", "triton"))
+@pytest.mark.parametrize(("backend", "device"), on("cpu", "torch", "numba") + on("cuda", "torch", "triton"))
 def test_backend_matches_naive(backend, shape, dtype, device):
     if backend not in available_backends(device):
         pytest.skip(f"{backend} is not installed")
+    if backend == "numba":
+        if dtype != torch.float32:
+            pytest.skip("float32 alone")
+        shape = (shape[0], 16 * shape[1])
     compare(backend, case(*shape, dtype=dtype, device=device), RATIO[dtype])
 
 
@@ -134,7 +138,7 @@ def test_errors_name_what_is_wrong():
         softcapped_cross_entropy(logits_NV, targets_N.int(), cap=30.0)
     with pytest.raises(ValueError, match=r"cap must be positive, not 0\.0"):
         softcapped_cross_entropy(logits_NV, targets_N, cap=0.0)
-    with pytest.raises(ValueError, match="no backend 'fused'; choose auto or one of naive, torch, triton"):
+    with pytest.raises(ValueError, match="no backend 'fused'; choose auto or one of naive, numba, torch, triton"):
         softcapped_cross_entropy(logits_NV, targets_N, cap=30.0, backend="fused")
     for backend in ("naive", "torch"):
         with pytest.raises(RuntimeError, match="out of bounds"):

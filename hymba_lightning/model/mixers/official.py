@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hymba_lightning.model.attention import rotate, turn_back
+from hymba_lightning.model.attention import turn_back
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
 from hymba_lightning.model.hymba import Hymba, HymbaState
 from hymba_lightning.model.init import initialise
@@ -28,6 +28,7 @@ from hymba_lightning.model.mixer import LayerState, own
 from hymba_lightning.model.mixers import mamba
 from hymba_lightning.model.roles import Module, Role, parameter
 from hymba_lightning.ops.prefix_window import prefix_window_attention
+from hymba_lightning.ops.rotary_norm.backend_torch import rotate
 from hymba_lightning.ops.sliding_window import sliding_window_attention
 
 

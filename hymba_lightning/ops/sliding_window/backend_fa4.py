@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hymba_lightning.ops.registry import Backend
 from hymba_lightning.ops.sliding_window.naive import DOCUMENTS, HIDDEN
-from hymba_lightning.ops.sliding_window.operator import make_attention_op
+from hymba_lightning.ops.sliding_window.operator import WITH_LOG_SUMS, make_attention_op
 
 # Compute capabilities it has kernels for, both passes: Hopper, Blackwell of data centres.
 CAPABILITIES = (9, 10, 11)
@@ -78,7 +78,7 @@ def _backward(
     return g_q, g_k, g_v
 
 
-_attention = make_attention_op("sliding_window_fa4", _forward, _backward, log_sums=True)
+_attention = make_attention_op("sliding_window_fa4", _forward, _backward, WITH_LOG_SUMS)
 
 
 def sliding_window_attention_fa4(

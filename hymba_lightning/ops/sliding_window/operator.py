@@ -3,8 +3,8 @@
 B batch, T queries, S keys, H query heads, G kv heads, K head_dim. Tensors of the pair:
     forward(q, k, v, window, scale, doc_position) -> out (B, T, H, K), and log Σ exp of the scores (B, H, T) where
         backward wants them
-    backward(g_out, q, k, v[, out, log_sums], window, scale, doc_position) -> the gradients of q, k and v
-doc_position (B, T) int32 is absent where every sequence is one document; a pair with log_sums never gets it.
+    backward(g_out, q, k, v[, out, log_sums], window, scale[, doc_position]) -> the gradients of q, k and v
+doc_position (B, T) int32 is absent where every sequence is one document, and where a pair refuses others.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ CONTRACT = Contract(
     gradients="q k v",
 )
 WITH_LOG_SUMS = CONTRACT._replace(results="out log_sums", kept="q k v out log_sums window scale")
+WITH_LOG_SUMS_AND_DOCUMENTS = WITH_LOG_SUMS._replace(kept=f"{WITH_LOG_SUMS.kept} doc_position")
 
 
-def make_attention_op(name: str, forward: Callable, backward: Callable, log_sums: bool = False) -> Callable:
-    """The differentiable operator hymba::`name` of a pair; `log_sums`: forward returns them, backward takes them."""
+def make_attention_op(name: str, forward: Callable, backward: Callable, contract: Contract = CONTRACT) -> Callable:
+    """The differentiable operator hymba::`name` of a pair that keeps to `contract`, one of those above."""
 
     def shapes(q, k, v, window, scale, doc_position=None):  # type: ignore[no-untyped-def]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        return (out, _log_sums(q)) if log_sums else out
+        return (out, _log_sums(q)) if contract is not CONTRACT else out
 
-    return make_operator(name, WITH_LOG_SUMS if log_sums else CONTRACT, forward, backward, shapes)
+    return make_operator(name, contract, forward, backward, shapes)
 
 
 def _log_sums(q_BTHK: Tensor) -> Tensor:

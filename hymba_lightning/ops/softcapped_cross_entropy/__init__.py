@@ -27,7 +27,14 @@ def softcapped_cross_entropy(logits_NV: Tensor, targets_N: Tensor, *, cap: float
     BackendUnavailableError for a named backend that cannot serve the call.
     """
     _check(logits_NV, targets_N, cap)
-    loss = registry.implementation("softcapped_cross_entropy", backend, logits_NV.device.type)
+    loss = registry.implementation(
+        "softcapped_cross_entropy",
+        backend,
+        logits_NV.device.type,
+        half_precision=logits_NV.dtype != torch.float32,
+        vocabulary=int(logits_NV.size(1)),
+        cap=float(cap),
+    )
     return loss(logits_NV, targets_N, cap)[0]
 
 

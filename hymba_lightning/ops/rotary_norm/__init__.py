@@ -1,0 +1,30 @@
+"""Heads normalised, scaled and turned by position: one contract, several backends.
+
+B batch, T sequence, H heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from hymba_lightning.ops import registry
+
+registry.register_folder("rotary_norm", __name__)
+available_backends = functools.partial(registry.available_backends, "rotary_norm")
+
+
+def rotary_norm(
+    x_BTHK: Tensor, gain_H: Tensor | None, cos: Tensor, sin: Tensor, eps: float, *, backend: str = "auto"
+) -> Tensor:
+    """rotate(gain·x / sqrt(mean(x²) + eps)) of each head, by the tables of `model.attention.rope_table`; no gain is 1.
+    Raises as `registry.implementation` does."""
+    compute = registry.implementation(
+        "rotary_norm",
+        backend,
+        x_BTHK.device.type,
+        loops=x_BTHK.dtype == torch.float32 and x_BTHK.size(-1) % 32 == 0 and x_BTHK.size(1) > 16 and cos.dim() == 4,
+    )
+    return compute(x_BTHK, gain_H, cos, sin, eps)

@@ -1,0 +1,22 @@
+"""The entry of the native CPU loops: see loops.py."""
+
+from collections.abc import Callable
+
+from hymba_lightning.ops.registry import Backend
+
+
+def _load() -> Callable:
+    from hymba_lightning.ops.scaled_sum.loops import scaled_sum_numba
+
+    return scaled_sum_numba
+
+
+BACKEND = Backend(
+    "native CPU loops",
+    _load,
+    devices=("cpu",),
+    package="numba",
+    install="pip install numba",
+    refuses=((lambda call: not call.loops, "it takes float32 of a width divisible by 16, over 16 rows: use 'torch'"),),
+    auto={"cpu": 20},
+)
