@@ -118,7 +118,7 @@ def _load_sentencepiece(path: str | os.PathLike[str]) -> sentencepiece.SentenceP
     except (RuntimeError, OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is not a SentencePiece model ({printable(str(error))}), nor by its first bytes a file of "
-            f"{_names_of_other_libraries()}; set the tokenizer to one of these, uncompressed and without a byte-order mark"
+            f"{_names_of_other_libraries()}; set the tokenizer to one of these, unpacked and without byte-order mark"
         ) from error
     if processor.bos_id() < 0:
         raise ValueError(f"{path} has no BOS piece, which must begin every document; use a tokenizer with bos_id ≥ 0")
