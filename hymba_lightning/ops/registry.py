@@ -79,6 +79,21 @@ OPERATIONS: dict[str, dict[str, Backend]] = {}
 _announced: set[tuple[str, str, str]] = set()
 
 
+def native_loops(
+    load: Callable[[], Callable[..., Any]], refuses: tuple[tuple[Callable[[Any], bool], str], ...] = ()
+) -> Backend:
+    """The entry of an op's native CPU loops, compiled by numba; arguments as `Backend`'s."""
+    return Backend(
+        "native CPU loops",
+        load,
+        devices=("cpu",),
+        package="numba",
+        install="pip install numba",
+        refuses=refuses,
+        auto={"cpu": 20},
+    )
+
+
 def register(op: str, backends: Mapping[str, Backend]) -> None:
     """Makes `op` known to `choose`."""
     OPERATIONS[op] = dict(backends)

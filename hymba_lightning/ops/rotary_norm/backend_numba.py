@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from hymba_lightning.ops.registry import Backend
+from hymba_lightning.ops.registry import native_loops
 
 
 def _load() -> Callable:
@@ -11,17 +11,12 @@ def _load() -> Callable:
     return rotary_norm_numba
 
 
-BACKEND = Backend(
-    "native CPU loops",
+BACKEND = native_loops(
     _load,
-    devices=("cpu",),
-    package="numba",
-    install="pip install numba",
     refuses=(
         (
             lambda call: not call.loops,
             "it takes over 16 tokens, alike placed in all rows, of float32 heads of a width divisible by 32",
         ),
     ),
-    auto={"cpu": 20},
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from hymba_lightning.ops.registry import Backend
+from hymba_lightning.ops.registry import native_loops
 
 
 def _load() -> Callable:
@@ -11,12 +11,7 @@ def _load() -> Callable:
     return scaled_sum_numba
 
 
-BACKEND = Backend(
-    "native CPU loops",
+BACKEND = native_loops(
     _load,
-    devices=("cpu",),
-    package="numba",
-    install="pip install numba",
     refuses=((lambda call: not call.loops, "it takes float32 of a width divisible by 16, over 16 rows: use 'torch'"),),
-    auto={"cpu": 20},
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from hymba_lightning.ops.registry import Backend
+from hymba_lightning.ops.registry import native_loops
 
 
 def _load() -> Callable:
@@ -11,11 +11,4 @@ def _load() -> Callable:
     return selective_scan_numba
 
 
-BACKEND = Backend(
-    "native CPU loops",
-    _load,
-    devices=("cpu",),
-    package="numba",
-    install="pip install numba",
-    auto={"cpu": 20},
-)
+BACKEND = native_loops(_load)

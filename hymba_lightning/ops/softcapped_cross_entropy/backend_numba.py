@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from hymba_lightning.ops.registry import Backend
+from hymba_lightning.ops.registry import native_loops
 
 
 def _load() -> Callable:
@@ -11,15 +11,10 @@ def _load() -> Callable:
     return softcapped_cross_entropy_numba
 
 
-BACKEND = Backend(
-    "native CPU loops",
+BACKEND = native_loops(
     _load,
-    devices=("cpu",),
-    package="numba",
-    install="pip install numba",
     refuses=(
         (lambda call: call.half_precision or call.vocabulary % 16, "it takes float32 of a vocabulary divisible by 16"),
         (lambda call: call.cap > 40, "its sums of exponentials hold for caps of at most 40"),
     ),
-    auto={"cpu": 20},
 )
