@@ -3,6 +3,8 @@ text is cut, for rows of any length."""
 
 import contextlib
 import logging
+import threading
+import time
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from hymba_lightning.generation.steps import FixedStep, Steps
 from hymba_lightning.interop.official import config_from_hf, weights_from_hf
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import GraphRecordingError
+from hymba_lightning.ops.registry import BackendUnavailableError
 
 # Shorter than the window of 16, as long, and far longer.
 LENGTHS = (1, 30, 5, 16, 30)
@@ -170,6 +173,64 @@ def test_a_step_that_cannot_be_fixed_is_told_once_and_goes_on(caplog, monkeypatc
     assert [record.getMessage() for record in caplog.records] == [
         "new tokens are read without a CUDA graph, more slowly: a reason"
     ]
+
+
+class Refusal(Exception):
+    """Of a compiler's, which is none of torch's own errors."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BackendUnavailableError("attention's backend takes no padding"),
+        torch.cuda.OutOfMemoryError("no room"),
+        Refusal("no kernel"),
+    ],
+    ids=["a named backend", "memory", "a compiler"],
+)
+def test_whatever_keeps_a_step_from_being_recorded_the_text_goes_on(error, caplog, monkeypatch):
+    net = network("window")
+    state = read_prompts(net)
+    given = Steps(net, state, fixed=True)
+    given._on_gpu = True
+
+    def refused(self):
+        raise error
+
+    monkeypatch.setattr(FixedStep, "record", refused)
+    with caplog.at_level(logging.WARNING):
+        state = follow(net, state, given, 10)
+    assert len(caplog.records) == 1
+    assert_same(given.state, state)
+
+
+def test_threads_record_one_after_another(monkeypatch):
+    net = network("window")
+    at_once, most, lock = [0], [0], threading.Lock()
+
+    def record(self):
+        with lock:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+        time.sleep(0.02)
+        with lock:
+            at_once[0] -= 1
+
+    monkeypatch.setattr(FixedStep, "record", record)
+
+    def generation():
+        given = Steps(net, read_prompts(net), fixed=True)
+        given._on_gpu = True
+        for _ in range(5):
+            given.read(torch.zeros(len(LENGTHS), 1, dtype=torch.int64), 64)
+        assert given._fixed is not None
+
+    threads = [threading.Thread(target=generation) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
 
 
 class Replayed:
