@@ -219,7 +219,9 @@ def test_weights_in_several_files_are_read_by_their_index(folder, net):
 
 def test_a_runs_folder_is_told_how_it_becomes_one_of_ours(tmp_path):
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"the folder is a run's, and `hymba publish .* --out FOLDER` makes one"):
+    with pytest.raises(
+        FileNotFoundError, match=r"the folder is a run's, and `hymba publish .* --out FOLDER` makes one"
+    ):
         Hymba.from_pretrained(tmp_path)
 
 
