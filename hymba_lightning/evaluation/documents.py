@@ -23,7 +23,6 @@ from hymba_lightning.evaluation.carried import score_onward
 from hymba_lightning.evaluation.score import Score
 from hymba_lightning.model import Hymba
 
-
 # For what cannot be read: a score of the rest would be another text's.
 REMEDY = "leave it out, or mend it"
 
