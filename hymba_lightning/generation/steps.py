@@ -34,7 +34,7 @@ STEPS_BEFORE_RECORDING = 3
 CALLS_BEFORE_RECORDING = 2
 # Keys that a graph has room for where more may come: then another is recorded.
 ROOM = 1024
-# Threads that generate at the same time record one after another: a stream records once at a time.
+# Threads that generate at the same time record one after another: torch allows one recording in a process.
 RECORDING = threading.Lock()
 
 
@@ -241,10 +241,13 @@ class FixedStep:
         before = _owned(self.held)
         for _ in range(CALLS_BEFORE_RECORDING):
             self._compute()
-        torch.cuda.synchronize(self._tokens_B1.device)
+        device = self._tokens_B1.device
+        torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
+        # torch's own stream for recording is of the device that was current first: on any other it would record nothing.
+        stream = torch.cuda.Stream(device)
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._hidden_B1D = self._compute()
         except RuntimeError as error:
             raise GraphRecordingError(

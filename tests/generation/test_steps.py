@@ -248,8 +248,17 @@ def test_recording_leaves_the_state_and_gives_one_place_to_the_output(net, monke
     step = FixedStep(net, state)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Replayed(step))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: contextlib.nullcontext())
+    recorded = []
+
+    def graph(graph, stream, capture_error_mode):
+        recorded.append(stream)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     step.record()
+    # Not of whatever device is current.
+    assert recorded == [f"stream of {step._tokens_B1.device}"]
     assert_same(step.state(), state)
     place = step._hidden_B1D.data_ptr()
     given = Steps(net, fixed=True)
@@ -265,6 +274,8 @@ def test_what_a_graph_cannot_hold_is_told_with_the_remedy(monkeypatch):
     step = FixedStep(net, read_prompts(net))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Replayed(step))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
 
     @contextlib.contextmanager
     def graph(*args, **options):
