@@ -24,7 +24,7 @@ from hymba_lightning.model.gradients import GraphRecordingError
 from hymba_lightning.model.hymba import HymbaState
 from hymba_lightning.model.mixer import LayerState
 from hymba_lightning.model.one_token import OneToken, serves, written_anywhere
-from hymba_lightning.model.watch import Watch
+from hymba_lightning.model.watch import Watch, has_hooks
 
 logger = logging.getLogger("hymba_lightning")
 
@@ -73,7 +73,7 @@ class Steps:
         self.state = self.state
         self._one = None
         self._on_gpu = self.net.tok_emb.weight.device.type == "cuda"
-        self._may_fix = self._on_gpu and self.net.runtime.step_graphs if self._given is None else self._given
+        self._may_fix = _is_recordable(self.net) if self._given is None else self._given
         self._may_fit = not (self._on_gpu or self._may_fix)
         self._wait = STEPS_BEFORE_RECORDING
 
@@ -244,7 +244,7 @@ class FixedStep:
         device = self._tokens_B1.device
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        # torch's own stream for recording is of the device that was current first: on any other it would record nothing.
+        # torch's own stream for recording is of the device that was current first; another's kernels it would miss.
         stream = torch.cuda.Stream(device)
         try:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -291,6 +291,12 @@ class FixedStep:
             values=layer.values[:, padding:],
             hidden=hidden_B if self._has_hidden[index] else None,
         )
+
+
+def _is_recordable(net: Hymba) -> bool:
+    """Whether a graph would hold all that a step does: on one GPU, and for nobody who looks on, as hooks do."""
+    devices = {weight.device for weight in net.parameters()}
+    return net.runtime.step_graphs and len(devices) == 1 and devices.pop().type == "cuda" and not has_hooks(net)
 
 
 def _tensors(state: HymbaState) -> list[Tensor]:

@@ -24,7 +24,7 @@ from hymba_lightning.model.hymba import Hymba, HymbaState
 from hymba_lightning.model.layers import RMS_EPS, is_plain
 from hymba_lightning.model.mixer import LayerState
 from hymba_lightning.model.mixers import mamba
-from hymba_lightning.model.watch import Watch
+from hymba_lightning.model.watch import Watch, has_hooks
 
 # Tokens for which a buffer has room until its window's keys are moved to its front.
 ROOM = 256
@@ -46,7 +46,7 @@ def serves(net: Hymba) -> bool:
         and net.compute_dtype == torch.float32
         and sum(p.numel() for p in net.parameters()) <= MOST_WEIGHTS
         and all(p.device.type == "cpu" and p.dtype == torch.float32 and not p.is_inference() for p in net.parameters())
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+        and not has_hooks(net)
         and all(type(module).__module__.startswith(OURS) or type(module) is nn.ModuleList for module in net.modules())
         and all(is_plain(module) for module in net.modules() if isinstance(module, nn.Linear))
         and all(type(block) is Block and type(block.attn) is mamba.Mixer for block in net.blocks)

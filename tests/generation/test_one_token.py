@@ -116,6 +116,21 @@ def wrapped(net):
     net.blocks[1].mlp = Doubled(net.blocks[1].mlp)
 
 
+def test_a_hook_that_comes_later_is_called_for_every_token():
+    net = lively(HymbaConfig(**BASE))
+    _, state = carried.read(net, torch.randint(0, 64, (1, 20)), None, 64)
+    reader, seen = Steps(net, state), []
+    reader.read(torch.tensor([[5]]), 64)
+    hook = net.blocks[1].register_forward_hook(lambda *call: seen.append(1))
+    for _ in range(3):
+        reader.read(torch.tensor([[5]]), 64)
+    assert len(seen) == 3
+    hook.remove()
+    reader.renew()
+    reader.read(torch.tensor([[5]]), 64)
+    assert reader._one is not None
+
+
 @pytest.mark.parametrize("fixed", [None, True], ids=["one token", "fixed memory"])
 @pytest.mark.parametrize("change", [written, assigned, given_other_storage, turned_to_bfloat16, wrapped])
 def test_a_network_that_changes_between_tokens_counts_from_the_next_one_on(change, fixed, monkeypatch):

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,6 +174,26 @@ def test_a_step_that_cannot_be_fixed_is_told_once_and_goes_on(caplog, monkeypatc
     assert [record.getMessage() for record in caplog.records] == [
         "new tokens are read without a CUDA graph, more slowly: a reason"
     ]
+
+
+def test_steps_are_recorded_on_one_gpu_and_with_nobody_looking_on():
+    def placed(*devices):
+        """A network whose weights say that they lie there."""
+        net = network("window")
+        weights = [SimpleNamespace(device=torch.device(device)) for device in devices]
+        net.parameters = lambda: iter(weights)
+        return net
+
+    recordable = steps_module._is_recordable
+    assert recordable(placed("cuda:1", "cuda:1"))
+    assert not recordable(placed("cuda:0", "cuda:1"))
+    assert not recordable(placed("cuda:0", "meta"))
+    assert not recordable(placed("cpu"))
+    looked_at, off = placed("cuda:0"), placed("cuda:0")
+    looked_at.blocks[0].register_forward_hook(lambda *call: None)
+    off.runtime = RuntimeConfig(step_graphs=False)
+    assert not recordable(looked_at)
+    assert not recordable(off)
 
 
 class Refusal(Exception):
