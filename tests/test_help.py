@@ -126,6 +126,20 @@ def test_near_misses(name, expected):
     assert usage.near_misses(name, known)[:1] == ([expected] if expected else [])
 
 
+def test_every_option_whose_words_hold_the_given_one_is_named_and_those_of_the_named_group_first():
+    lrs = ["matrix_lr", "embed_lr", "lr_floor", "decay_with_lr"]
+    known = [*(f"--model.optimizer.{lr}" for lr in lrs), "--model.ttt.lr", "--model.ttt.rest_lr", "--run_dir"]
+    likely_first = [known[0], "--model.ttt.lr", known[1], known[3], "--model.ttt.rest_lr", known[2]]
+    assert usage.near_misses("--lr", known) == likely_first
+    assert usage.near_misses("--model.ttt.learning_rate", known) == ["--model.ttt.lr", "--model.ttt.rest_lr"]
+    assert usage.near_misses("--optimizer.lr", known) == [known[index] for index in (0, 1, 3, 2)]
+    asked = usage.did_you_mean("--lr", known)
+    assert asked == f" (did you mean {', '.join(likely_first[:-1])} or {likely_first[-1]}?)"
+    many = usage.did_you_mean("--lr", [f"--group_{index}.lr" for index in range(40)])
+    assert many.endswith(".lr or 28 more?)")
+    assert many.count("--") == 12
+
+
 def test_the_config_of_an_old_run_loses_only_what_did_nothing():
     idle = {"model": {"qat_start": 1.0, "compile": False, "runtime": {"qat_bits": 0, "loss_backend": "auto"}}}
     assert usage.without_removed(idle) == {"model": {"compile": False, "runtime": {"loss_backend": "auto"}}}
