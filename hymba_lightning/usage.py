@@ -80,8 +80,7 @@ OTHER_OPTIONS = {
     "checkpoint": "ckpt_path",
     "output_dir": "run_dir",
     "out_dir": "run_dir",
-    "max_new_tokens": "tokens",
-    "length": "tokens",
+    "length": "max_new_tokens",
 }
 # Of the options that may be meant, as many are named: by their words, or because they look alike.
 MOST_NAMED, MOST_ALIKE = 12, 3

@@ -21,6 +21,7 @@ LEVELS = {
     "text": 0,
     "units": 0,
     "usage": 0,
+    "yaml_text": 0,
     "ops": 0,
     "checkpoints": 1,
     "model": 1,
