@@ -88,6 +88,12 @@ class OneSentence:
         if message.startswith("unrecognized arguments: "):
             name = message.split()[2].partition("=")[0]
             kind = "option" if name.startswith("-") else "argument"
+            required = [action for action in parser._actions if action.required and action.option_strings]
+            if kind == "argument" and required:
+                option = required[0].option_strings[-1]
+                raise UsageError(
+                    f"{name} stands alone: did you mean {option} {name}? `{command} --help` explains"
+                ) from ex
             raise unknown(kind, name, _names(parser), command) from ex
         group = re.fullmatch(r"Group '(\S+)' does not accept option '(\S+)'", message)
         key = re.fullmatch(r"(?:Subcommand '\S+' does not accept option|Option) '(\S+?)'( is not accepted.*)?", message)

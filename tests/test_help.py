@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hymba_lightning import help_text, usage
+from hymba_lightning.commands import run_command
 from hymba_lightning.options import with_config_files
 from hymba_lightning.signals import Saved
 
@@ -138,6 +139,26 @@ def test_every_option_whose_words_hold_the_given_one_is_named_and_those_of_the_n
     many = usage.did_you_mean("--lr", [f"--group_{index}.lr" for index in range(40)])
     assert many.endswith(".lr or 28 more?)")
     assert many.count("--") == 12
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["export", "runs/a"], r"runs/a stands alone: did you mean --ckpt runs/a\?"),
+        (["inspect", "{}/run"], r"run is a folder, and an artifact is needed \(did you mean .*/run/artifact\.hymba\?"),
+        (["inspect", "{}/none"], r"none does not exist"),
+        (
+            ["audit", "{}/run", "--data_dir", "{}/none"],
+            r"--data_dir .*none is no folder: give one that `hymba prepare`",
+        ),
+    ],
+)
+def test_a_thing_in_anothers_place_is_told_with_what_may_be_meant(args, told, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "artifact.hymba").touch()
+    command, *rest = (arg.replace("{}", str(tmp_path)) for arg in args)
+    with pytest.raises((OSError, ValueError), match=told):
+        run_command(command, rest)
 
 
 def test_the_config_of_an_old_run_loses_only_what_did_nothing():

@@ -119,6 +119,8 @@ def audit_path(
         ValueError, OSError: bad input.
     """
     source, data = Path(path), Path(data_dir)
+    if not data.is_dir():
+        raise FileNotFoundError(f"--data_dir {data} is no folder: give one that `hymba prepare` wrote")
     model = Path(tokenizer) if tokenizer else data / "tokenizer.model"
     token_bytes = TokenBytes.from_model(model)
     stream = TokenStream(find_shards(VAL_FILES, data), token_bytes.vocab_size)
@@ -189,7 +191,8 @@ def _folder_evaluator(
 ) -> Iterator[Evaluator]:
     for name in (ARTIFACT, SETTINGS):
         if not (source / name).is_file():
-            raise FileNotFoundError(f"{source} is no folder of `hymba package`: it lacks {name}")
+            near = f" (did you mean {source / ARTIFACT}?)" if name != ARTIFACT else ""
+            raise FileNotFoundError(f"{source} is no folder of `hymba package`: it lacks {name}{near}")
     # The artifact is looked at even where nothing is timed.
     with artifact_evaluator(source / ARTIFACT, sizes, tokenizer, device, TTTConfig(epochs=0)) as score:
         if answer_seconds is None:
