@@ -254,6 +254,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     # Its children too, if it has not yet been waited for.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    # What it did not read any more is still to be written.
+    with contextlib.suppress(OSError):
+        process.stdin.close()  # type: ignore[union-attr]
 
 
 def _ask(worker: _Worker, tokens: Tensor, tokenizer: Path, source: Path) -> tuple[dict[str, float], Tensor]:
