@@ -22,6 +22,7 @@ from hymba_lightning.model.gradients import CALLS_BEFORE_RECORDING
 from hymba_lightning.studies.arguments import StudyParser, source_version
 from hymba_lightning.training.graphed import start_gradients, uses_cuda_graph
 from hymba_lightning.training.optim import OptimizerConfig, build_optimizer
+from hymba_lightning.training.pages import keep_pages
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ def measure(
         raise ValueError(f"{tokens} tokens a step are no multiple of seq_len {seq_len}")
     obstacle = None if device.type == "cuda" else f"the network is on {device}"
     graphed = uses_cuda_graph(obstacle, cuda_graph, compile_net)
+    if device.type == "cpu":
+        keep_pages()
     torch.manual_seed(0)
     net = Hymba(config, runtime).to(device)
     optimizer = build_optimizer(net, optimizer_config or OptimizerConfig())
