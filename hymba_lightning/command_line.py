@@ -14,6 +14,8 @@ from hymba_lightning.terminal import set_up_messages, take_over_lightnings_messa
 
 # Nothing but their output: when nobody reads it, they end.
 FILTERS = ("bpb", "inspect", "sample")
+# What they print is a result too, but not one to end hours of work for; that it was lost is told at their end.
+TELL = ("audit", "study")
 OF_LIGHTNING = ("fit", "validate", "test")
 
 
@@ -46,7 +48,15 @@ def main() -> None:
 def _run_guarded(args: list[str], command: str, title: str, started: float, debug: bool) -> int:
     """Runs the command, prints the message for what ended it (an error, a signal), and returns the exit code."""
     try:
-        _run(args, command, started)
+        try:
+            _run(args, command, started)
+        except SystemExit as end:
+            # A parser's help.
+            if not end.code:
+                streams.check_arrived()
+            raise
+        if command in TELL:
+            streams.check_arrived()
         sys.stdout.flush()
     except BaseException as error:
         # The ranks of a run end by the signal that one of them got.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from pathlib import Path
 
 from hymba_lightning.options import CommandParser, positionals_first
 
@@ -92,12 +93,15 @@ def run_inspect(args: list[str]) -> None:
     import json
 
     from hymba_lightning.closure import evaluation_code_bytes
+    from hymba_lightning.files import not_a_file
     from hymba_lightning.quantization.listing import as_table, list_artifact
 
     parser = CommandParser(prog="hymba inspect", description="Show what an artifact holds and where its bytes are.")
     parser.add_argument("file", type=str, help="Artifact")
     parser.add_argument("--json", action="store_true", help="All of it as one JSON object")
     options = parser.parse_args(args)
+    if not Path(options.file).is_file():
+        raise not_a_file(options.file, options.file, "an artifact")
     listing = list_artifact(options.file, evaluation_code_bytes)
     print(json.dumps(listing, indent=1) if options.json else as_table(listing))
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
 from hymba_lightning.errors import UsageError, refused
 from hymba_lightning.model import RuntimeConfig
@@ -19,9 +21,49 @@ from hymba_lightning.model.mixers import MIXERS
 from hymba_lightning.plain import OBJECT, refusal
 from hymba_lightning.training.optimizers import OPTIMIZERS
 from hymba_lightning.usage import unknown
+from hymba_lightning.yaml_text import KeyTwiceError, check_keys, load_yaml
+
+_read_value = get_loader("yaml")
+
+
+# Values with a key twice, and which one: the parsers try types one after another, and what is no YAML may be text.
+_twice: dict[str, str] = {}
+
+
+def _read_checked(text: str) -> Any:
+    """What the parsers read a value with, or a file that stands for one."""
+    try:
+        check_keys(text)
+    except KeyTwiceError as error:
+        _twice[text] = error.problem
+        raise
+    return _read_value(text)
+
+
+def _refused_for_a_key(refusal: str, args: Sequence[str]) -> str | None:
+    """A sentence in place of a parser's refusal of a value that has a key twice, of its own or in the file it names."""
+    option = ""
+    for arg in args:
+        name, sign, value = arg.partition("=") if arg.startswith("--") else (option, "", arg)
+        option = "" if sign else name
+        file, content = Path(value), value
+        with contextlib.suppress(OSError, ValueError):
+            content = file.read_text(encoding="utf-8") if file.is_file() else value
+        problem = _twice.get(content) or _twice.get(content.strip())
+        if problem and (problem in refusal or value[:SHOWN] in refusal):
+            return f"{name} {value}: {problem}"
+    # Of a file that a config names.
+    problem = next(iter(_twice.values()), "")
+    named, sign, _ = refusal.partition(" is no YAML file")
+    return f"{named}: {problem}" if problem and sign else None
+
+
+set_loader("yaml", _read_checked, (yaml.YAMLError,))
 
 # Options that are text to work on, whatever it looks like.
 TEXTS = ("prompt",)
+# Characters of a value that surely stand in its refusal.
+SHOWN = 40
 
 
 class OneSentence:
@@ -46,6 +88,12 @@ class OneSentence:
         if message.startswith("unrecognized arguments: "):
             name = message.split()[2].partition("=")[0]
             kind = "option" if name.startswith("-") else "argument"
+            required = [action for action in parser._actions if action.required and action.option_strings]
+            if kind == "argument" and required:
+                option = required[0].option_strings[-1]
+                raise UsageError(
+                    f"{name} stands alone: did you mean {option} {name}? `{command} --help` explains"
+                ) from ex
             raise unknown(kind, name, _names(parser), command) from ex
         group = re.fullmatch(r"Group '(\S+)' does not accept option '(\S+)'", message)
         key = re.fullmatch(r"(?:Subcommand '\S+' does not accept option|Option) '(\S+?)'( is not accepted.*)?", message)
@@ -59,7 +107,14 @@ class OneSentence:
         Raises:
             UsageError: the arguments cannot be understood.
         """
-        config = super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        _twice.clear()
+        try:
+            config = super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        except UsageError as error:
+            told = _refused_for_a_key(str(error), (args[0] if args else kwargs.get("args")) or [])
+            if told is None:
+                raise
+            raise UsageError(told) from error
         _check_groups(self, config)
         _check_empty(self, config)
         return _at_home(config)
@@ -171,11 +226,13 @@ def _config_file(name: str) -> str:
     """A file with settings, checked; `best`, `best.yaml` and `configs/best.yaml` name a shipped one."""
     if not name or name.startswith("--"):
         raise UsageError("--config needs a file, such as configs/demo.yaml")
-    path, _ = read_settings(name, "--config ", "configs", "model: {budget_seconds: 90}")
+    path, _ = read_settings(name, "--config ", "configs", "model: {budget_seconds: 90}", options=True)
     return str(path)
 
 
-def read_settings(name: str, option: str, folder: str, example: str) -> tuple[Path, dict[str, Any]]:
+def read_settings(
+    name: str, option: str, folder: str, example: str, options: bool = False
+) -> tuple[Path, dict[str, Any]]:
     """File and content of a YAML file with a mapping.
 
     Args:
@@ -183,9 +240,10 @@ def read_settings(name: str, option: str, folder: str, example: str) -> tuple[Pa
         option: What stands before the name in an error.
         folder: Where the shipped ones lie, `configs` or a folder in it.
         example: What such a file might hold.
+        options: Whether its names are options, in which dots stand for groups.
 
     Raises:
-        UsageError: there is no such file, it cannot be read, or holds no mapping.
+        UsageError: there is no such file, it cannot be read, holds no mapping, or a name twice.
     """
     path, shipped = Path(name).expanduser(), shipped_configs(folder.partition("/")[2])
     if not path.exists() and path.parent.as_posix() in (".", folder):
@@ -200,13 +258,15 @@ def read_settings(name: str, option: str, folder: str, example: str) -> tuple[Pa
         hint = f" (did you mean {option}{near[0]}?)" if near else known
         raise UsageError(f"{option}{name} is {kind}, and a YAML file is needed{hint}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"), dotted=options)
     except FileNotFoundError:
-        raise UsageError(f"{option}{name} does not exist{known}") from None
+        raise UsageError(_missing(option, name, path, shipped)) from None
     except OSError as error:
         raise UsageError(f"{option}{name} cannot be read: {refused(error)}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{option}{name} is no UTF-8 text: {error.reason} at byte {error.start}") from None
+    except KeyTwiceError as error:
+        raise UsageError(f"{option}{name}: {error.problem}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -219,6 +279,20 @@ def read_settings(name: str, option: str, folder: str, example: str) -> tuple[Pa
             f"{option}{name} holds a {type(content).__name__}; names with values are needed, such as {example}"
         )
     return path, content or {}
+
+
+def _missing(option: str, name: str, path: Path, shipped: dict[str, Path]) -> str:
+    """That there is no such file, those that may be meant, and which others are shipped."""
+    beside = sorted(other for ending in ("*.yaml", "*.yml") for other in path.parent.glob(ending))
+    spelled = {stem.lower(): stem for stem in shipped} | {other.stem.lower(): str(other) for other in beside}
+    stem = path.name.removesuffix(path.suffix).lower().replace("-", "_")
+    near = [spelled[match] for match in difflib.get_close_matches(stem, spelled)]
+    asked = f" (did you mean {option}{' or '.join(near)}?)" if near else ""
+    if not shipped:
+        return f"{option}{name} does not exist{asked}"
+    others = [stem for stem in shipped if stem not in near]
+    folder = next(iter(shipped.values())).parent
+    return f"{option}{name} does not exist{asked}; shipped with the package, in {folder}: {', '.join(others)}"
 
 
 def _kind(path: Path) -> str:
@@ -260,7 +334,7 @@ def _check_empty(parser: Any, config: Any) -> None:
     dests = [action.dest for action in parser._actions]
     objects = [action.dest for action in parser._actions if hasattr(action, "_typehint")]
     for path in config.get("config") or []:
-        for name in _empty(yaml.safe_load(Path(str(path)).read_text(encoding="utf-8"))):
+        for name in _empty(load_yaml(Path(str(path)).read_text(encoding="utf-8"))):
             known = any(f"{dest}.".startswith(f"{name}.") for dest in dests)
             if not known and not any(name.startswith(f"{dest}.") for dest in objects):
                 raise unknown("key", name, _names(parser), parser.prog.replace(" [options]", ""))

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union
 
 from jsonargparse._typehints import get_all_subclass_paths
 
-from hymba_lightning.usage import near_misses
+from hymba_lightning.usage import did_you_mean
 
 KEY = re.compile(r'Parser key "([^"]+)"')
 GIVEN = re.compile(r"(?:Given|Got) value: (.*)")
@@ -104,8 +104,8 @@ def _of_an_object(name: str, hint: Any, message: str, error: BaseException | Non
         return f"{option}: say first which {kind} it is of, with --{name}"
     if last.startswith(("Expected a dot import path", "Import path", "No module named", "module ")):
         known = [path.rpartition(".")[2] for found in _classes(hint) for path in get_all_subclass_paths(found)]
-        near = near_misses(value.strip("'").rpartition(".")[2], dict.fromkeys(known))
-        return f"--{name}: there is no {kind} {value}" + (f" (did you mean {' or '.join(near)}?)" if near else "")
+        near = did_you_mean(value.strip("'").rpartition(".")[2], dict.fromkeys(known))
+        return f"--{name}: there is no {kind} {value}{near}"
     if last and not last.startswith(("Expected a", "Not a valid subclass", "Parser key", *OBJECT)):
         return f"--{name}: {last}"
     return f"--{name}: expected {describe(hint)}, got {value}"

@@ -25,6 +25,8 @@ class GuardedStream:
     def __init__(self, stream: TextIO, must_arrive: bool = False) -> None:
         self._stream = stream
         self._must_arrive = must_arrive
+        self.lost: OSError | None = None
+        """Why text did not arrive, where some did not."""
 
     def write(self, text: str) -> int:
         """Returns the number of characters that were taken, arrived or not."""
@@ -59,6 +61,9 @@ class GuardedStream:
         if isinstance(error, BlockingIOError):
             return  # this text is lost, the next may find room
         if isinstance(error, OSError):
+            # Which its message names.
+            error.filename = "standard output"
+            self.lost = self.lost or error
             _to_null(self._stream)
         if self._must_arrive:
             raise error
@@ -80,6 +85,18 @@ def guard(must_arrive: bool = False) -> None:
             ascii_only = (stream.encoding or "").lower() in ASCII
             stream.reconfigure(encoding="utf-8" if ascii_only else None, errors="backslashreplace")
         setattr(sys, name, GuardedStream(stream, must_arrive and name == "stdout"))
+
+
+def check_arrived() -> None:
+    """
+    Raises:
+        OSError: some of what was printed did not arrive, whoever has passed over that, as argparse does; not where a
+            reader has read enough.
+    """
+    sys.stdout.flush()
+    lost = getattr(sys.stdout, "lost", None)
+    if lost is not None and not broken_pipe(lost):
+        raise lost
 
 
 def ascii_locale() -> bool:

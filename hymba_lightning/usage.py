@@ -57,20 +57,35 @@ HELP, VERSION = ("help", "-h", "--help"), ("version", "-V", "--version")
 # What other tools call an option, by its last part.
 OTHER_OPTIONS = {
     "lr": "matrix_lr",
-    "learning_rate": "matrix_lr",
+    "wd": "weight_decay",
+    "bs": "micro_batch_size",
+    "batch": "micro_batch_size",
+    "batch_size": "micro_batch_size",
+    "gpu": "devices",
     "gpus": "devices",
+    "n_gpus": "devices",
+    "num_gpus": "devices",
     "epochs": "max_epochs",
+    "num_epochs": "max_epochs",
     "steps": "max_steps",
+    "iters": "max_steps",
     "max_iters": "max_steps",
+    "max_seconds": "budget_seconds",
+    "seconds": "budget_seconds",
+    "time": "budget_seconds",
+    "context": "seq_len",
     "context_length": "seq_len",
     "block_size": "seq_len",
     "resume": "ckpt_path",
     "checkpoint": "ckpt_path",
     "output_dir": "run_dir",
     "out_dir": "run_dir",
-    "max_new_tokens": "tokens",
-    "length": "tokens",
+    "length": "max_new_tokens",
 }
+# Of the options that may be meant, as many are named: by their words, or because they look alike.
+MOST_NAMED, MOST_ALIKE = 12, 3
+# Behind all places among the near misses.
+NOT_NAMED = 6
 _QAT = "late quantization-aware training made artifacts no better at 4 or 6 bits; leave it out"
 # Options of earlier versions: the value that did nothing, with which the config of an old run is still taken, and why
 # they are gone.
@@ -154,38 +169,67 @@ def check_name(kind: str, name: str, known: Iterable[str], other_names: Mapping[
         raise UsageError(f"{what}{hint}: choose from {', '.join(known)}")
 
 
-def near_misses(name: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """Known names that `name` may stand for: those with the same last part, else those that it abbreviates or that
-    other tools call so, else the most alike.
+def near_misses(name: str, known: Iterable[str]) -> list[str]:
+    """Known names that `name` may stand for, likely ones first: what other tools call so, those with the same last
+    part, with it as one of their words, with a word that it abbreviates; else the most alike. Where it names a group,
+    those in it alone, if there are any.
 
-    >>> near_misses("--budget_seconds", ["--model.budget_seconds", "--model.compile"])
-    ['--model.budget_seconds']
+    >>> near_misses("--lr", ["--ttt.lr", "--ttt.lr_decay", "--ttt.rest_lr", "--optimizer.matrix_lr", "--run_dir"])
+    ['--optimizer.matrix_lr', '--ttt.lr', '--ttt.rest_lr', '--ttt.lr_decay']
     """
-    name = name.lstrip("-").replace("-", "_")
+    name = name.lstrip("-").replace("-", "_").replace("learning_rate", "lr")
     ours = {option.lstrip("-"): option for option in known}
-    last = name.rpartition(".")[2]
-    alike = {key: difflib.SequenceMatcher(None, name, key).ratio() for key in ours}
-    near = [key for key in ours if key.rpartition(".")[2] == last]
-    if not near and len(last) > 2:
-        near = [key for key in ours if key.rpartition(".")[2].startswith(last)]
+    group, _, last = name.rpartition(".")
+    place = {key: _place(last, key.rpartition(".")[2]) for key in ours}
+    near = sorted((key for key in ours if place[key] < NOT_NAMED), key=place.__getitem__)
+    if group:
+        near = [key for key in near if f".{group}." in f".{key}"] or near
     if not near:
-        near = [key for key in ours if key.rpartition(".")[2] == OTHER_OPTIONS.get(last)]
-    if not near:
-        parts = {key: difflib.SequenceMatcher(None, last, key.rpartition(".")[2]).ratio() for key in ours}
-        alike = {key: max(alike[key], parts[key]) for key in ours}
+        alike = {key: max(_alike(name, key), _alike(last, key.rpartition(".")[2])) for key in ours}
         best = max(alike.values(), default=0.0)
         near = [key for key in ours if alike[key] >= max(0.75, best - 0.02)]
-    return [ours[key] for key in sorted(near, key=lambda key: -alike[key])[:most]]
+        near = sorted(near, key=lambda key: -alike[key])[:MOST_ALIKE]
+    return [ours[key] for key in near]
+
+
+def did_you_mean(name: str, known: Iterable[str], kind: str = "option") -> str:
+    """The near misses as a question in brackets, '' where there are none.
+
+    Args:
+        name: What was given.
+        known: What it may stand for.
+        kind: What is written with dashes is an "option", and without them else.
+    """
+    near = [option if kind == "option" else option.lstrip("-") for option in near_misses(name, known)]
+    more = len(near) - MOST_NAMED
+    if more > 0:
+        near[MOST_NAMED:] = [f"{more} more"]
+    *most, last = near or [""]
+    return f" (did you mean {', '.join(most)} or {last}?)" if most else f" (did you mean {last}?)" if last else ""
+
+
+def _place(given: str, ours: str) -> int:
+    """How far down among the near misses an option belongs, by its last part and the given one's."""
+    ways = (
+        OTHER_OPTIONS.get(given) == ours,
+        ours == given,
+        ours.endswith(f"_{given}"),
+        ours.startswith(f"{given}_"),
+        f"_{given}_" in ours,
+        len(given) > 2 and f"_{given}" in f"_{ours}",
+    )
+    return ways.index(True) if True in ways else NOT_NAMED
+
+
+def _alike(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def unknown(kind: str, name: str, known: Iterable[str], command: str) -> UsageError:
     """The error for an option or a key of a config that does not exist, or no longer."""
     if name.lstrip("-") in REMOVED:
         return UsageError(f"{kind} {name} was removed: {REMOVED[name.lstrip('-')][1]}")
-    near = near_misses(name, known) if kind != "argument" else []
-    if kind != "option":
-        near = [option.lstrip("-") for option in near]
-    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    hint = did_you_mean(name, known, kind) if kind != "argument" else ""
     return UsageError(f"unknown {kind} {name}{hint}; `{command} --help` lists them all")
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hymba_lightning import help_text, usage
+from hymba_lightning.commands import run_command
 from hymba_lightning.options import with_config_files
 from hymba_lightning.signals import Saved
 
@@ -124,6 +125,40 @@ def test_near_misses(name, expected):
         "--run_dir",
     ]
     assert usage.near_misses(name, known)[:1] == ([expected] if expected else [])
+
+
+def test_every_option_whose_words_hold_the_given_one_is_named_and_those_of_the_named_group_first():
+    lrs = ["matrix_lr", "embed_lr", "lr_floor", "decay_with_lr"]
+    known = [*(f"--model.optimizer.{lr}" for lr in lrs), "--model.ttt.lr", "--model.ttt.rest_lr", "--run_dir"]
+    likely_first = [known[0], "--model.ttt.lr", known[1], known[3], "--model.ttt.rest_lr", known[2]]
+    assert usage.near_misses("--lr", known) == likely_first
+    assert usage.near_misses("--model.ttt.learning_rate", known) == ["--model.ttt.lr", "--model.ttt.rest_lr"]
+    assert usage.near_misses("--optimizer.lr", known) == [known[index] for index in (0, 1, 3, 2)]
+    asked = usage.did_you_mean("--lr", known)
+    assert asked == f" (did you mean {', '.join(likely_first[:-1])} or {likely_first[-1]}?)"
+    many = usage.did_you_mean("--lr", [f"--group_{index}.lr" for index in range(40)])
+    assert many.endswith(".lr or 28 more?)")
+    assert many.count("--") == 12
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["export", "runs/a"], r"runs/a stands alone: did you mean --ckpt runs/a\?"),
+        (["inspect", "{}/run"], r"run is a folder, and an artifact is needed \(did you mean .*/run/artifact\.hymba\?"),
+        (["inspect", "{}/none"], r"none does not exist"),
+        (
+            ["audit", "{}/run", "--data_dir", "{}/none"],
+            r"--data_dir .*none is no folder: give one that `hymba prepare`",
+        ),
+    ],
+)
+def test_a_thing_in_anothers_place_is_told_with_what_may_be_meant(args, told, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "artifact.hymba").touch()
+    command, *rest = (arg.replace("{}", str(tmp_path)) for arg in args)
+    with pytest.raises((OSError, ValueError), match=told):
+        run_command(command, rest)
 
 
 def test_the_config_of_an_old_run_loses_only_what_did_nothing():

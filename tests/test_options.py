@@ -30,11 +30,27 @@ def test_a_file_goes_before_a_shipped_config_of_its_name(tmp_path, monkeypatch):
     assert with_config_files(["--config", "demo.yaml"]) == ["--config", "demo.yaml"]
 
 
-@pytest.mark.parametrize("name", ["nothing.yaml", "elsewhere/demo.yaml", "/nowhere/configs/demo.yaml"])
-def test_an_unknown_config_is_refused_with_the_names_there_are(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("nothing.yaml", ""),
+        ("elsewhere/demo.yaml", "demo"),
+        ("/nowhere/configs/demo.yaml", "demo"),
+        ("demo.yml", "demo"),
+        ("hymba-32K", "hymba_32k"),
+        ("my_confg.yaml", "my_config.yaml"),
+    ],
+)
+def test_an_unknown_config_is_refused_with_what_may_be_meant_and_the_shipped_ones(name, near, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=rf"--config {name} does not exist; the shipped ones are best, demo, "):
+    Path("my_config.yaml").write_text("model: {budget_seconds: 1}\n")
+    with pytest.raises(UsageError) as refused:
         with_config_files(["--config", name])
+    told, _, shipped = str(refused.value).partition(f"; shipped with the package, in {CONFIGS}: ")
+    assert told.startswith(f"--config {name} does not exist")
+    assert told.endswith("does not exist") if not near else f"(did you mean --config {near}" in told
+    named = {*shipped.split(", "), *told.partition("--config ")[2].partition("--config ")[2].rstrip("?)").split(" or ")}
+    assert named >= {path.stem for path in CONFIGS.glob("*.yaml")}, "each once, here or there"
 
 
 def test_installed_configs_lie_in_the_package(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import subprocess
@@ -11,7 +13,10 @@ from pathlib import Path
 import pytest
 from fit_process import write_config
 
+from hymba_lightning import command_line, streams, studies
+
 HYMBA = [sys.executable, "-m", "hymba_lightning"]
+FULL_DISK = b"No space left on device; free some space there, or write to another disk\n"
 
 
 @pytest.fixture
@@ -102,7 +107,41 @@ def test_a_filter_whose_output_cannot_be_written_fails_with_one_line(fitted_run)
             timeout=60,
         )
     assert done.returncode == 2
-    assert done.stderr == b"hymba inspect: No space left on device; free some space there, or write to another disk\n"
+    assert done.stderr == b"hymba inspect: standard output: " + FULL_DISK
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "typed",
+    ["prepare --help", "fit --config demo.yaml --print_config", "study"],
+)
+def test_help_that_cannot_be_written_fails_with_one_line(typed):
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run([*HYMBA, *typed.split()], stdout=full, stderr=subprocess.PIPE, check=False, timeout=60)
+    assert (done.returncode, done.stderr.splitlines(True)[-1]) == (
+        2,
+        f"hymba {typed.split()[0]}: standard output: ".encode() + FULL_DISK,
+    )
+
+
+@pytest.mark.parametrize(("lost", "code"), [(errno.ENOSPC, 2), (errno.EPIPE, 0)])
+def test_a_studys_table_that_was_lost_is_told_at_its_end(monkeypatch, capsys, lost, code):
+    done = []
+
+    def study(_):
+        print("a table")
+        sys.stdout.flush()
+        done.append(True)
+
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(lost, os.strerror(lost))
+
+    monkeypatch.setattr(studies, "run", study)
+    monkeypatch.setattr(sys, "stdout", streams.GuardedStream(Full()))
+    assert command_line._run_guarded(["study", "ops"], "study", "hymba study", 0.0, debug=False) == code
+    assert done
+    assert ("standard output: No space" in capsys.readouterr().err) == (code == 2)
 
 
 def test_a_c_locale_can_print_all_there_is():

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import re
 import shutil
 import time
@@ -15,6 +14,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hymba_lightning.claim import FolderClaim
+from hymba_lightning.cores import available_cores
 from hymba_lightning.data.corpus import (
     Splitter,
     SplitTotals,
@@ -155,7 +155,7 @@ def prepare(
             both training and validation.
     """
     started = time.monotonic()
-    workers = _available_cores() if workers is None else workers
+    workers = available_cores() if workers is None else workers
     _check_arguments(
         name,
         val_fraction,
@@ -351,10 +351,6 @@ def _progress_bar(enabled: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), percent, TimeElapsedColumn(), *eta, disable=not enabled
     )
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_arguments(

@@ -75,6 +75,10 @@ class ByteTokenizer(ABC):
         """None: every byte is known."""
         return -1
 
+    def pad_id(self) -> int:
+        """None."""
+        return -1
+
 
 def _other_libraries() -> list[ModuleType]:
     names = sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))

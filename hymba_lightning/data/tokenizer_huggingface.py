@@ -85,6 +85,14 @@ class HuggingFaceTokenizer(ByteTokenizer):
     def eos_id(self) -> int:
         return self._eos
 
+    def id_to_piece(self, token: int) -> str:
+        """What the file calls the id."""
+        return self._tokenizer.id_to_token(token)
+
+    def to_json(self) -> str:
+        """The file's content, without truncation and padding."""
+        return self._tokenizer.to_str()
+
     def is_control(self, token: int) -> bool:
         return token in self._controls
 

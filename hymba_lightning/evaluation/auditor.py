@@ -18,13 +18,16 @@ a share s of the tokens passes n positions with probability (1 - s)^n, so that w
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +95,7 @@ def audit(
     distribution_positions: int = 3,
     tolerance: float = 0.0,
     seed: int | None = None,
+    jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> AuditReport:
     """Calls `evaluate` about past_positions + (distribution_positions + 1) * vocab_size times.
@@ -106,6 +110,7 @@ def audit(
             token besides; 0 leaves that rule out.
         tolerance: Nats by which equal scores may differ; 0 on a CPU, where kernels add in one order.
         seed: Of all that is drawn; None draws a new one, so that nobody can know the positions.
+        jobs: Calls of `evaluate` at a time, from as many threads.
         progress: Called with evaluations done and in all.
 
     Raises:
@@ -137,21 +142,22 @@ def audit(
     # Compared as they come: with every result kept, a large vocabulary would need much memory.
     waiting: list[tuple[_Trial, Tensor]] = []
     sums = dict.fromkeys(summed, 0.0)
-    for done, index in enumerate(order):
-        trial = trials[index]
-        nats = _scores(evaluate, trial.stream)
-        if trial.rule == DISTRIBUTION:
-            sums[trial.position] += float(torch.exp(-nats[trial.position - 1]))
-        if true is None and trial.rule == SAME_AGAIN:
-            true = nats
-        if trial.rule != EVERY_TOKEN:
-            waiting.append((trial, nats[: max(trial.position - 1, 0)].float()))
-        if true is not None:
-            for earlier, scores in waiting:
-                _compare(earlier, true, scores, tolerance)
-            waiting.clear()
-        if progress is not None:
-            progress(done + 1, len(order))
+    with contextlib.closing(_evaluated(evaluate, [trials[index].stream for index in order], jobs)) as results:
+        for done, (index, given) in enumerate(zip(order, results, strict=True)):
+            trial = trials[index]
+            nats = _scores(given, trial.stream.numel())
+            if trial.rule == DISTRIBUTION:
+                sums[trial.position] += float(torch.exp(-nats[trial.position - 1]))
+            if true is None and trial.rule == SAME_AGAIN:
+                true = nats
+            if trial.rule != EVERY_TOKEN:
+                waiting.append((trial, nats[: max(trial.position - 1, 0)].float()))
+            if true is not None:
+                for earlier, scores in waiting:
+                    _compare(earlier, true, scores, tolerance)
+                waiting.clear()
+            if progress is not None:
+                progress(done + 1, len(order))
     for k, total in sums.items():
         if not abs(total - 1) <= SUM_TOLERANCE:
             raise RuleBrokenError(
@@ -190,13 +196,31 @@ def _another_future(rng: random.Random, kind: str, tokens: Tensor, k: int, vocab
     return changed
 
 
-def _scores(evaluate: Evaluator, stream: Tensor) -> Tensor:
-    given = evaluate(stream.clone())
+def _evaluated(evaluate: Evaluator, streams: list[Tensor], jobs: int) -> Generator[Any]:
+    """What `evaluate` gives for each stream, in order; a few calls ahead of what was asked for, no more."""
+    if jobs == 1:
+        yield from (evaluate(stream.clone()) for stream in streams)
+        return
+    ahead: deque[Future] = deque()
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for stream in streams:
+                ahead.append(pool.submit(evaluate, stream.clone()))
+                if len(ahead) > 2 * jobs:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for call in ahead:
+                call.cancel()
+
+
+def _scores(given: Any, n: int) -> Tensor:
+    """What an evaluator gave for a stream of n tokens, checked."""
     try:
         nats = torch.as_tensor(given).detach().cpu().double().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise RuleBrokenError(EVERY_TOKEN, f"the scores are no numbers, but {type(given).__name__}") from error
-    n = stream.numel()
     if nats.shape != (n - 1,):
         raise RuleBrokenError(
             EVERY_TOKEN, f"a stream of {n} tokens has scores of shape {list(nats.shape)}, not [{n - 1}]"

@@ -16,6 +16,7 @@ from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.quantization.artifact import MAX_MESSAGE, check_shapes
 from hymba_lightning.text import printable
+from hymba_lightning.yaml_text import load_yaml
 
 # What reading a config that is none ends in.
 DAMAGED = (yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError)
@@ -117,19 +118,18 @@ def _tokenizer_beside(weights: str | Path) -> Path | None:
     if config is None:
         return None
     try:
-        data = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]
+        data = load_yaml(config.read_text(encoding="utf-8"))["data"]
         return Path(data["tokenizer"] or Path(data["data_dir"]) / TOKENIZER_FILE).expanduser()
     except DAMAGED as error:
-        raise ValueError(
-            f"{config}, which would name the tokenizer, is damaged ({type(error).__name__}): give --tokenizer"
-        ) from error
+        why = getattr(error, "problem", type(error).__name__)
+        raise ValueError(f"{config}, which would name the tokenizer, is damaged ({why}): give --tokenizer") from error
 
 
 def trained_seq_len(weights: str | Path) -> int | None:
     """Tokens of the sequences that a run trained on, by the config.yaml beside its weights; None without one."""
     config = _config_beside(Path(weights).expanduser())
     try:
-        found = config and yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["seq_len"]
+        found = config and load_yaml(config.read_text(encoding="utf-8"))["data"]["seq_len"]
     except DAMAGED:
         return None
     return found if type(found) is int and found > 0 else None

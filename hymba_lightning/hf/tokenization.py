@@ -9,7 +9,12 @@ from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTraine
 
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE
 from hymba_lightning.files import write_atomic
-from hymba_lightning.interop.tokenizer import fast_tokenizer, load_sentencepiece, why_not_fast
+from hymba_lightning.interop.tokenizer import (
+    exact_fast_tokenizer,
+    load_for_transformers,
+    load_sentencepiece,
+    special_tokens,
+)
 
 
 class HymbaTokenizer(PreTrainedTokenizer):
@@ -91,26 +96,14 @@ class HymbaTokenizer(PreTrainedTokenizer):
         return (str(path),)
 
 
-def special_tokens(processor: Any) -> dict[str, str]:
-    """The special pieces by transformers' names; where there is none for padding, BOS serves."""
-    ids = {
-        "bos_token": processor.bos_id(),
-        "eos_token": processor.eos_id(),
-        "unk_token": processor.unk_id(),
-        "pad_token": processor.pad_id(),
-    }
-    named = {name: processor.id_to_piece(token) for name, token in ids.items() if token >= 0}
-    return {"pad_token": named["bos_token"]} | named
-
-
 def tokenizer_of(model_file: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a SentencePiece model. Raises as `load_sentencepiece` does."""
-    processor = load_sentencepiece(model_file)
-    if why_not_fast(model_file) is not None:
+    """The tokenizer of a SentencePiece model or a tokenizer.json. Raises as `load_for_transformers` does."""
+    fast = exact_fast_tokenizer(model_file)
+    if fast is None:
         return HymbaTokenizer(str(model_file))
     return PreTrainedTokenizerFast(
-        tokenizer_object=fast_tokenizer(model_file),
-        **special_tokens(processor),
+        tokenizer_object=fast,
+        **special_tokens(load_for_transformers(model_file)),
         padding_side="left",
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,

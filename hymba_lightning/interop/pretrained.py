@@ -24,7 +24,7 @@ from hymba_lightning.checkpoints import weights_sha256
 from hymba_lightning.claim import LOCK, OWNER
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
 from hymba_lightning.files import write_atomic
-from hymba_lightning.interop.tokenizer import load_sentencepiece, write_tokenizer
+from hymba_lightning.interop.tokenizer import load_for_transformers, write_tokenizer
 from hymba_lightning.interop.weight_files import (
     AGAIN,
     ARTIFACT,
@@ -78,20 +78,20 @@ def save_pretrained(
     Args:
         net: The network.
         folder: Made where it is missing; files of these names in it are replaced.
-        tokenizer: The SentencePiece model that the network was trained with, which is put beside it.
+        tokenizer: The SentencePiece model or tokenizer.json that the network was trained with, put beside it.
         weights: safetensors (float32), artifact (ours, about 6 bits a weight), or both.
         artifact: An artifact of these weights to take, instead of one that is made here.
         card: Text of README.md.
 
     Raises:
         ValueError: `weights` is none of these, the artifact is another network's, or the tokenizer has another size or
-            is no SentencePiece model.
+            is of a library that transformers does not follow.
         ImportError: safetensors, or with a tokenizer tokenizers, is not installed.
     """
     if weights not in WHICH:
         raise ValueError(f"weights={weights!r} is unknown: choose from {', '.join(WHICH)}")
     folder = Path(folder)
-    processor = None if tokenizer is None else load_sentencepiece(tokenizer)
+    processor = None if tokenizer is None else load_for_transformers(tokenizer)
     if processor is not None and processor.get_piece_size() != net.config.vocab_size:
         raise ValueError(
             f"{tokenizer} has {processor.get_piece_size()} pieces, and the network's vocab_size is "

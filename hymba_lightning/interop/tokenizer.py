@@ -3,7 +3,8 @@
 It does for byte-pair encodings that normalise nothing, which is what `hymba prepare` trains. SentencePiece's table of
 normalisations (nmt_nfkc) replaces the longest match anywhere; the library's counterpart looks at one grapheme at a
 time, and gives other ids where a mark follows a replaced character. Such models, and unigram models, whose ties
-SentencePiece decides by rounding, stay with SentencePiece: `hymba_lightning.hf.HymbaTokenizer`.
+SentencePiece decides by rounding, stay with SentencePiece: `hymba_lightning.hf.HymbaTokenizer`. A tokenizer.json is the
+library's own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import sentencepiece
 
 from hymba_lightning.data.tokenizer import SPACE, ByteTokenizer, load_tokenizer
+from hymba_lightning.data.tokenizer_huggingface import HuggingFaceTokenizer
 from hymba_lightning.files import write_atomic
 
 TOKENIZER_CONFIG, FAST_FILE = "tokenizer_config.json", "tokenizer.json"
@@ -27,11 +29,57 @@ def load_sentencepiece(model_file: str | Path) -> sentencepiece.SentencePiecePro
     """The loaded tokenizer. Raises what `load_tokenizer` raises, and ValueError where it is another library's."""
     processor = load_tokenizer(model_file)
     if isinstance(processor, ByteTokenizer):
+        raise ValueError(f"{model_file} is no SentencePiece model")
+    return processor
+
+
+def load_for_transformers(model_file: str | Path) -> Any:
+    """The loaded tokenizer, of SentencePiece or a tokenizer.json.
+
+    Raises what `load_tokenizer` raises, and ValueError where transformers would give other ids.
+    """
+    processor = load_tokenizer(model_file)
+    if isinstance(processor, ByteTokenizer) and not isinstance(processor, HuggingFaceTokenizer):
         raise ValueError(
-            f"{model_file} is no SentencePiece model, and only these are written for transformers: save the network by "
-            "save_pretrained without a tokenizer, and put one that transformers reads beside it"
+            f"{model_file} is neither a SentencePiece model nor a tokenizer.json, and transformers, which cuts words "
+            "by other regular expressions than tiktoken, may give other ids: publish the network alone with "
+            "--tokenizer none (in Python save_pretrained without a tokenizer)"
         )
     return processor
+
+
+def special_tokens(processor: Any) -> dict[str, str]:
+    """The special pieces by transformers' names; where there is none for padding, BOS serves."""
+    ids = {
+        "bos_token": processor.bos_id(),
+        "eos_token": processor.eos_id(),
+        "unk_token": processor.unk_id(),
+        "pad_token": processor.pad_id(),
+    }
+    named = {name: processor.id_to_piece(token) for name, token in ids.items() if token >= 0}
+    return {"pad_token": named["bos_token"]} | named
+
+
+def exact_fast_tokenizer(model_file: str | Path) -> Any:
+    """The `tokenizers.Tokenizer` with the file's ids, BOS in front; None where only SentencePiece gives them.
+
+    Raises what `load_for_transformers` raises, ImportError without `tokenizers`.
+    """
+    processor = load_for_transformers(model_file)
+    if isinstance(processor, HuggingFaceTokenizer):
+        return _with_bos(processor)
+    return fast_tokenizer(model_file) if why_not_fast(model_file) is None else None
+
+
+def _with_bos(processor: HuggingFaceTokenizer) -> Any:
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_str(processor.to_json())
+    bos = processor.id_to_piece(processor.bos_id())
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, processor.bos_id())]
+    )
+    return tokenizer
 
 
 def why_not_fast(model_file: str | Path) -> str | None:
@@ -93,26 +141,17 @@ def fast_tokenizer(model_file: str | Path) -> Any:
 
 def write_tokenizer(model_file: str | Path, folder: Path) -> None:
     """tokenizer_config.json and, where it is exact, tokenizer.json: what `transformers.AutoTokenizer` reads."""
-    processor = load_sentencepiece(model_file)
-    fast = why_not_fast(model_file) is None
-    special = {
-        "bos_token": processor.bos_id(),
-        "eos_token": processor.eos_id(),
-        "unk_token": processor.unk_id(),
-        "pad_token": processor.pad_id(),
-    }
-    config: dict[str, Any] = {name: processor.id_to_piece(token) for name, token in special.items() if token >= 0}
-    config.setdefault("pad_token", config["bos_token"])
-    config |= {
-        "tokenizer_class": "PreTrainedTokenizerFast" if fast else "HymbaTokenizer",
+    fast = exact_fast_tokenizer(model_file)
+    config: dict[str, Any] = special_tokens(load_for_transformers(model_file)) | {
+        "tokenizer_class": "HymbaTokenizer" if fast is None else "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         # "<s>" within a text is three characters of it, never a token.
         "split_special_tokens": True,
     }
-    if fast:
-        write_atomic(folder / FAST_FILE, fast_tokenizer(model_file).to_str())
+    if fast is not None:
+        write_atomic(folder / FAST_FILE, fast.to_str())
     else:
         (folder / FAST_FILE).unlink(missing_ok=True)
     write_atomic(folder / TOKENIZER_CONFIG, json.dumps(config, indent=2) + "\n")

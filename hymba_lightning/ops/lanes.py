@@ -52,16 +52,16 @@ def _ints(value: int) -> ir.Constant:
     return ir.Constant(_INTS, [value] * LANES)
 
 
-def _pointer(context, builder, array_type, array, index):  # type: ignore[no-untyped-def]
+def _pointer(context, builder, array_type, array, index):
     data = context.make_array(array_type)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), _FLOATS.as_pointer())
 
 
 @intrinsic
-def load(typing_context, array, index):  # type: ignore[no-untyped-def]
+def load(typing_context, array, index):
     """array[index:index+16]."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         loaded = builder.load(_pointer(context, builder, signature.args[0], *arguments))
         loaded.align = 4
         return loaded
@@ -70,10 +70,10 @@ def load(typing_context, array, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
+def store(typing_context, array, index, value):
     """array[index:index+16] = value."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         stored = builder.store(arguments[2], _pointer(context, builder, signature.args[0], *arguments[:2]))
         stored.align = 4
         return context.get_dummy_value()
@@ -82,10 +82,10 @@ def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def splat(typing_context, x):  # type: ignore[no-untyped-def]
+def splat(typing_context, x):
     """Sixteen times the float32 x."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         nothing = ir.Constant(_FLOATS, ir.Undefined)
         first = builder.insert_element(nothing, arguments[0], ir.Constant(_INT, 0))
         return builder.shuffle_vector(first, nothing, _ints(0))
@@ -94,10 +94,10 @@ def splat(typing_context, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def total(typing_context, x):  # type: ignore[no-untyped-def]
+def total(typing_context, x):
     """The sum of the sixteen, in any order."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS])
         reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
         return builder.call(reduce, [ir.Constant(ir.FloatType(), 0.0), arguments[0]], fastmath=("reassoc",))
@@ -106,10 +106,10 @@ def total(typing_context, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def largest(typing_context, x):  # type: ignore[no-untyped-def]
+def largest(typing_context, x):
     """The largest of the sixteen."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         kind = ir.FunctionType(ir.FloatType(), [_FLOATS])
         reduce = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fmax.v{LANES}f32")
         return builder.call(reduce, arguments)
@@ -118,10 +118,10 @@ def largest(typing_context, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def larger(typing_context, x, y):  # type: ignore[no-untyped-def]
+def larger(typing_context, x, y):
     """The larger of each pair; y where x is NaN."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         x, y = arguments
         return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
@@ -132,14 +132,14 @@ def _define(operation: Callable, emit: Callable) -> None:
     """Makes `operation` (operator.add, say) work on two lanes values."""
 
     @intrinsic
-    def apply(typing_context, x, y):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def apply(typing_context, x, y):
+        def generate(context, builder, signature, arguments):
             return emit(builder, *arguments)
 
         return lanes_type(lanes_type, lanes_type), generate
 
     @overload(operation)
-    def choose(x, y):  # type: ignore[no-untyped-def]
+    def choose(x, y):
         if isinstance(x, LanesType) and isinstance(y, LanesType):
             return lambda x, y: apply(x, y)
         return None
@@ -151,12 +151,12 @@ _define(operator.mul, lambda builder, x, y: builder.fmul(x, y, flags=_FLAGS))
 _define(operator.truediv, lambda builder, x, y: builder.fdiv(x, y, flags=_FLAGS))
 
 
-def _larger(builder, x, bound):  # type: ignore[no-untyped-def]
+def _larger(builder, x, bound):
     # The comparison is true for NaN, which so stays NaN.
     return builder.select(builder.fcmp_unordered(">", x, bound), x, bound)
 
 
-def _smaller(builder, x, bound):  # type: ignore[no-untyped-def]
+def _smaller(builder, x, bound):
     return builder.select(builder.fcmp_unordered("<", x, bound), x, bound)
 
 
@@ -165,10 +165,10 @@ _EXP2 = (1.0, 6.93147206e-1, 2.40226469e-1, 5.55032878e-2, 9.61848896e-3, 1.3399
 
 
 @intrinsic
-def exp2(typing_context, x):  # type: ignore[no-untyped-def]
+def exp2(typing_context, x):
     """2**x, x held within [-126, 127]."""
 
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, arguments):
         x = _smaller(builder, _larger(builder, arguments[0], _floats(-126.0)), _floats(127.0))
         # Adding 1.5 * 2**23 rounds x to a whole number and leaves that number in the sum's low bits.
         shifter = _floats(12582912.0)
@@ -185,29 +185,29 @@ def exp2(typing_context, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _magnitude(typing_context, x):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+def _magnitude(typing_context, x):
+    def generate(context, builder, signature, arguments):
         return builder.bitcast(builder.and_(builder.bitcast(arguments[0], _INTS), _ints(0x7FFFFFFF)), _FLOATS)
 
     return lanes_type(lanes_type), generate
 
 
 @intrinsic
-def _positive_part(typing_context, x):  # type: ignore[no-untyped-def]
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+def _positive_part(typing_context, x):
+    def generate(context, builder, signature, arguments):
         return _larger(builder, arguments[0], _floats(0.0))
 
     return lanes_type(lanes_type), generate
 
 
 @njit(inline="always")
-def sigmoid(x):  # type: ignore[no-untyped-def]
+def sigmoid(x):
     """1 / (1 + exp(-x))."""
     return splat(f32(1)) / (splat(f32(1)) + exp2(splat(-LOG2E) * x))
 
 
 @njit(inline="always")
-def softplus(x):  # type: ignore[no-untyped-def]
+def softplus(x):
     """log(1 + exp(x)) = max(x, 0) + 2 artanh(e / (2 + e)) with e = exp(-|x|): keeps its digits where it is tiny."""
     e = exp2(splat(-LOG2E) * _magnitude(x))
     s = e / (splat(f32(2)) + e)

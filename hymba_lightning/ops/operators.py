@@ -71,7 +71,7 @@ def make_operator(
 
     gradient.register_fake(gradient_shapes)
 
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    def setup_context(ctx, inputs, output):
         outputs = output if several else (output,)
         known = dict(zip(places, inputs, strict=True)) | dict(zip(results, outputs, strict=True))
         ctx.numbers = {word: known[word] for word in kept if not types.get(word, "Tensor").startswith("Tensor")}
@@ -81,7 +81,7 @@ def make_operator(
         # A result that has no part in the loss gets zeros below, but only where it has a gradient at all.
         ctx.set_materialize_grads(False)
 
-    def differentiate(ctx, *g_outputs):  # type: ignore[no-untyped-def]
+    def differentiate(ctx, *g_outputs):
         gradients = [
             torch.zeros(like[0], dtype=like[1], device=like[2]) if g is None else g
             for g, like in zip(g_outputs, ctx.like, strict=False)

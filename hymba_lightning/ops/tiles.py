@@ -24,8 +24,8 @@ ROWS, VECTORS = (8, 2) if _WIDE else (4, 1)
 
 def _make_tile(vectors: int, adds: bool) -> Callable:
     @intrinsic
-    def tile(typing_context, c, c_at, c_row, a, a_at, a_row, a_term, b, b_at, b_vector, b_term, terms):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+    def tile(typing_context, c, c_at, c_row, a, a_at, a_row, a_term, b, b_at, b_vector, b_term, terms):
+        def generate(context, builder, signature, arguments):
             c, c_at, c_row, a, a_at, a_row, a_term, b, b_at, b_vector, b_term, terms = arguments
             c, a, b = (
                 context.make_array(signature.args[place])(context, builder, array).data
@@ -78,7 +78,7 @@ _add_wide, _add_narrow = _make_tile(VECTORS, adds=True), _make_tile(1, adds=True
 
 
 @njit(inline="always")
-def set_rows(c, c_at, c_row, a, a_at, a_row, a_term, b, b_at, b_vector, b_term, terms, columns):  # type: ignore[no-untyped-def]
+def set_rows(c, c_at, c_row, a, a_at, a_row, a_term, b, b_at, b_vector, b_term, terms, columns):
     """c[c_at + i·c_row + x] = Σ_k a[a_at + i·a_row + k·a_term] · b[b_at + x/LANES·b_vector + x%LANES + k·b_term] for
     ROWS rows i and `columns` columns x, a multiple of LANES; k below `terms`."""
     x = 0
@@ -93,7 +93,7 @@ def set_rows(c, c_at, c_row, a, a_at, a_row, a_term, b, b_at, b_vector, b_term, 
 
 
 @njit(inline="always")
-def add_rows(c, c_at, c_row, a, a_at, a_row, a_term, b, b_at, b_vector, b_term, terms, columns):  # type: ignore[no-untyped-def]
+def add_rows(c, c_at, c_row, a, a_at, a_row, a_term, b, b_at, b_vector, b_term, terms, columns):
     """`set_rows`, added to what stands in c."""
     x = 0
     while x + VECTORS * LANES <= columns:

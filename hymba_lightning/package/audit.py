@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import itertools
 import json
 import lzma
 import math
 import os
+import queue
 import random
 import secrets
 import select
@@ -23,26 +23,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hymba_lightning.checkpoints import check_tokenizer
 from hymba_lightning.closure import ARCHIVE, EVALUATE
+from hymba_lightning.cores import available_cores
 from hymba_lightning.data.shard_writing import write_shard
 from hymba_lightning.data.shards import find_shards
 from hymba_lightning.data.token_bytes import TokenBytes
-from hymba_lightning.data.token_stream import Chunk, TokenStream
-from hymba_lightning.data.tokenizer import file_sha256
+from hymba_lightning.data.token_stream import TokenStream
 from hymba_lightning.device import device_of
 from hymba_lightning.evaluation.auditor import AuditReport, Evaluator, RuleBrokenError, audit
 from hymba_lightning.evaluation.config import TTTConfig
-from hymba_lightning.evaluation.ttt import score_first_ttt
+from hymba_lightning.package.audit_artifact import artifact_evaluator
 from hymba_lightning.package.digests import ARTIFACT, SETTINGS, DigestError, verify_folder
 from hymba_lightning.package.submission import KEPT_VARIABLES, SubmissionError
-from hymba_lightning.quantization import load_artifact
 from hymba_lightning.text import printable
 from hymba_lightning.units import bits_per_byte
 
@@ -54,14 +52,18 @@ MAX_FOLDER_BYTES, MAX_CODE_BYTES = 1 << 28, 1 << 24
 MAX_LINE_BYTES = 1 << 16
 # How long a worker may take to answer: the first time it imports and may compile.
 MIN_ANSWER_SECONDS, START_SECONDS, TIMES_SCORING = 60.0, 240.0, 100.0
+# Evaluations for which several processes are worth their start, and how many processes at most.
+MANY, MOST_JOBS = 200, 8
 # Runs in a folder's copy: evaluates each data folder named on a line, as the folder's evaluate.py would.
 WORKER = """
 import json, sys
 from pathlib import Path
-folder, device = Path(sys.argv[1]), sys.argv[2]
+folder, device, jobs = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 sys.path.insert(0, str(folder))
 import numpy, torch
 from hymba_lightning.package.referee import evaluate
+if jobs > 1:
+    torch.set_num_threads(1)
 answer = sys.stdout
 sys.stdout = sys.stderr
 for line in sys.stdin:
@@ -86,6 +88,7 @@ def audit_path(
     seed: int | None = None,
     device: str = "auto",
     answer_seconds: float | None = None,
+    jobs: int | None = None,
     ttt: TTTConfig | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> AuditReport:
@@ -97,8 +100,9 @@ def audit_path(
         tokenizer: SentencePiece model (default: tokenizer.model in data_dir).
         tokens: Tokens of the stream that is audited. Evaluations, as many as the vocabulary has ids for the last token
             and for every position drawn where probabilities are summed, take time in proportion.
-        seq_len: Tokens of a forward pass (default: a twelfth of the stream, at most the settings').
-        chunk_tokens: Tokens of a chunk (default: a quarter of the stream, so that there are several).
+        seq_len: Tokens of a forward pass (default: a fourteenth of the stream).
+        chunk_tokens: Tokens of a chunk (default: about a quarter of the stream, so that there are several, in whole
+            forward passes where they are shorter; the last one has a rest).
         past_positions: Positions from which on the stream is changed.
         distribution_positions: Positions drawn where the probabilities of all ids are summed, as they are at the last
             token besides; 0 leaves that rule out.
@@ -107,6 +111,8 @@ def audit_path(
         device: cpu, cuda, or auto.
         answer_seconds: How long a folder's code may take for one evaluation (default: a hundred times what scoring the
             stream without adaptation takes here, at least 60 s; the first time 240 s more, to import and compile).
+        jobs: Processes that evaluate at a time (default: one for each core where there are many evaluations to make, at
+            most 8; one on a GPU).
         ttt: How an artifact is scored and adapts; a folder brings its own.
         progress: Called with evaluations done and in all.
 
@@ -115,6 +121,8 @@ def audit_path(
         ValueError, OSError: bad input.
     """
     source, data = Path(path), Path(data_dir)
+    if not data.is_dir():
+        raise FileNotFoundError(f"--data_dir {data} is no folder: give one that `hymba prepare` wrote")
     model = Path(tokenizer) if tokenizer else data / "tokenizer.model"
     token_bytes = TokenBytes.from_model(model)
     stream = TokenStream(find_shards(VAL_FILES, data), token_bytes.vocab_size)
@@ -125,12 +133,20 @@ def audit_path(
     seed = secrets.randbits(32) if seed is None else seed
     first = random.Random(seed).randrange(len(stream) - tokens + 1)
     where = str(device_of(device))
-    sizes = {"seq_len": seq_len or max(tokens // 12, 2), "chunk_tokens": chunk_tokens or -(-tokens // 4)}
+    length, quarter = seq_len or max(tokens // 14, 2), -(-tokens // 4)
+    # Whole passes: a short one in every chunk would nearly double the number of forward passes.
+    chunk = chunk_tokens or (-(-quarter // length) * length if length < quarter else quarter)
+    sizes = {"seq_len": length, "chunk_tokens": chunk}
+    if jobs is None:
+        many = past_positions + (distribution_positions and distribution_positions + 1) * token_bytes.vocab_size
+        jobs = min(available_cores(), MOST_JOBS) if where == "cpu" and many >= MANY else 1
+    elif jobs < 1:
+        raise ValueError(f"jobs={jobs} must be at least 1")
     true = stream[first : first + tokens]
     making = (
-        _folder_evaluator(source, sizes, model, token_bytes, where, true, answer_seconds)
+        _folder_evaluator(source, sizes, model, token_bytes, where, true, answer_seconds, jobs)
         if source.is_dir()
-        else _artifact_evaluator(source, sizes, model, token_bytes, where, ttt or TTTConfig())
+        else artifact_evaluator(source, sizes, model, where, ttt or TTTConfig(), jobs)
     )
     with making as evaluate:
         report = audit(
@@ -141,6 +157,7 @@ def audit_path(
             distribution_positions=distribution_positions,
             tolerance=tolerance,
             seed=seed,
+            jobs=jobs,
             progress=progress,
         )
     if source.is_dir():
@@ -164,39 +181,6 @@ def _check_as_packaged(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _artifact_evaluator(
-    path: Path, sizes: dict[str, int], tokenizer: Path, token_bytes: TokenBytes, device: str, ttt: TTTConfig
-) -> Iterator[Evaluator]:
-    artifact = load_artifact(path)
-    fingerprint = artifact.tokenizer.get("sha256")
-    if fingerprint is not None:
-        check_tokenizer(path, fingerprint, file_sha256(tokenizer), tokenizer, "--tokenizer")
-    net = artifact.network().to(device)
-    # A clock would make scores depend on the machine's load.
-    config = dataclasses.replace(ttt, limit_seconds=None)
-
-    def evaluate(tokens: Tensor) -> Tensor:
-        starts = range(0, tokens.numel() - 1, sizes["chunk_tokens"])
-        pieces = [tokens[start : start + sizes["chunk_tokens"] + 1] for start in starts]
-        chunks = [
-            Chunk(
-                index,
-                len(pieces),
-                piece,
-                torch.from_numpy(token_bytes.count(piece[:-1].numpy(), piece[1:].numpy())),
-                start,
-            )
-            for index, (start, piece) in enumerate(zip(starts, pieces, strict=True))
-        ]
-        # Training changes the network.
-        fresh = copy.deepcopy(net) if config.epochs else net
-        scored = score_first_ttt(fresh, chunks, sizes["seq_len"], config, stream=tokens)
-        return torch.cat([chunk.nats for chunk in scored])
-
-    yield evaluate
-
-
-@contextlib.contextmanager
 def _folder_evaluator(
     source: Path,
     sizes: dict[str, int],
@@ -205,17 +189,21 @@ def _folder_evaluator(
     device: str,
     true: Tensor,
     answer_seconds: float | None,
+    jobs: int,
 ) -> Iterator[Evaluator]:
     for name in (ARTIFACT, SETTINGS):
         if not (source / name).is_file():
-            raise FileNotFoundError(f"{source} is no folder of `hymba package`: it lacks {name}")
-    limit, first_limit = answer_seconds, answer_seconds
-    with _artifact_evaluator(source / ARTIFACT, sizes, tokenizer, token_bytes, device, TTTConfig(epochs=0)) as score:
-        if limit is None:
+            near = f" (did you mean {source / ARTIFACT}?)" if name != ARTIFACT else ""
+            raise FileNotFoundError(f"{source} is no folder of `hymba package`: it lacks {name}{near}")
+    # The artifact is looked at even where nothing is timed.
+    with artifact_evaluator(source / ARTIFACT, sizes, tokenizer, device, TTTConfig(epochs=0)) as score:
+        if answer_seconds is None:
             started = time.monotonic()
             score(true)
             limit = max(MIN_ANSWER_SECONDS, TIMES_SCORING * (time.monotonic() - started))
             first_limit = limit + START_SECONDS
+        else:
+            limit = first_limit = answer_seconds
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve() / "submission"
         _copy(source, folder)
@@ -225,50 +213,78 @@ def _folder_evaluator(
         settings["ttt"] |= {"limit_seconds": None}
         (folder / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
         environment = {key: os.environ[key] for key in KEPT_VARIABLES if key in os.environ} | {"HOME": temporary}
-        with (
-            open(Path(temporary) / "errors", "w+b") as errors,
-            subprocess.Popen(
-                [sys.executable, "-I", "-c", WORKER, str(folder), device],
-                cwd=temporary,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=True,
-            ) as worker,
-        ):
-            limits = itertools.chain([first_limit], itertools.repeat(limit))
+        workers: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        with contextlib.ExitStack() as all_of_them:
+            for index in range(jobs):
+                errors = all_of_them.enter_context(open(Path(temporary) / f"errors.{index}", "w+b"))
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-c", WORKER, str(folder), device, str(jobs)],
+                    cwd=temporary,
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    start_new_session=True,
+                )
+                all_of_them.enter_context(process)
+                all_of_them.callback(_end, process)
+                limits = itertools.chain([first_limit], itertools.repeat(limit))
+                workers.put(_Worker(process, errors, limits))
 
             def evaluate(tokens: Tensor) -> Tensor:
-                seconds = next(limits)
-                with _data_of(tokens, tokenizer) as data:
-                    try:
-                        worker.stdin.write(f"{data}\n".encode())  # type: ignore[union-attr]
-                        worker.stdin.flush()  # type: ignore[union-attr]
-                        result = json.loads(_read_line(worker.stdout, seconds))  # type: ignore[arg-type]
-                        nats = _read_nats(data / "nats.npy", tokens.numel())
-                        result = {key: float(result[key]) for key in ("val_bpb", "tokens", "bytes")}
-                    except TimeoutError as error:
-                        raise SubmissionError(
-                            f"the code in {source} gave no answer for a stream of {tokens.numel()} tokens within "
-                            f"{seconds:.0f} s: give it longer with --answer_seconds, if it is only slow"
-                        ) from error
-                    except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
-                        errors.seek(0)
-                        last = errors.read().decode(errors="replace").splitlines()[-15:]
-                        raise SubmissionError(f"the code in {source} could not score:\n" + "\n".join(last)) from error
+                worker = workers.get()
+                try:
+                    result, nats = _ask(worker, tokens, tokenizer, source)
+                finally:
+                    workers.put(worker)
                 _check_sum(result, tokens, nats, token_bytes)
                 return nats
 
-            try:
-                yield evaluate
-            finally:
-                # Its children too, if it has not yet been waited for.
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(worker.pid, signal.SIGKILL)
+            yield evaluate
 
 
-def _read_line(pipe: BinaryIO, seconds: float) -> bytes:
+class _Worker(NamedTuple):
+    """A process that runs a folder's code."""
+
+    process: subprocess.Popen[bytes]
+    errors: IO[bytes]
+    limits: Iterator[float]
+    """Seconds for each of its answers."""
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    # Its children too, if it has not yet been waited for.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    # What it did not read any more is still to be written.
+    with contextlib.suppress(OSError):
+        process.stdin.close()  # type: ignore[union-attr]
+
+
+def _ask(worker: _Worker, tokens: Tensor, tokenizer: Path, source: Path) -> tuple[dict[str, float], Tensor]:
+    """A worker's sums and nats for a stream. Raises SubmissionError where it has none to give."""
+    seconds, process = next(worker.limits), worker.process
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with _data_of(tokens, tokenizer) as data:
+        try:
+            process.stdin.write(f"{data}\n".encode())
+            process.stdin.flush()
+            result = json.loads(_read_line(process.stdout, seconds))
+            nats = _read_nats(data / "nats.npy", tokens.numel())
+            return {key: float(result[key]) for key in ("val_bpb", "tokens", "bytes")}, nats
+        except TimeoutError as error:
+            raise SubmissionError(
+                f"the code in {source} gave no answer for a stream of {tokens.numel()} tokens within "
+                f"{seconds:.0f} s: give it longer with --answer_seconds, if it is only slow"
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
+            worker.errors.seek(0)
+            last = worker.errors.read().decode(errors="replace").splitlines()[-15:]
+            raise SubmissionError(f"the code in {source} could not score:\n" + "\n".join(last)) from error
+
+
+def _read_line(pipe: IO[bytes], seconds: float) -> bytes:
     """A worker's next line, or what there is of it where it has ended. Raises TimeoutError."""
     line, ends = bytearray(), time.monotonic() + seconds
     while not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from hymba_lightning.claim import LOCK, OWNER, FolderClaim
+from hymba_lightning.data.tokenizer import TOKENIZER_FILE
 from hymba_lightning.generation.loading import find_tokenizer, load_network
 from hymba_lightning.interop.pretrained import (
     CONFIG,
@@ -16,6 +17,7 @@ from hymba_lightning.interop.pretrained import (
     read_config,
     save_pretrained,
 )
+from hymba_lightning.interop.tokenizer import FAST_FILE, TOKENIZER_CONFIG
 from hymba_lightning.quantization import is_artifact
 from hymba_lightning.report.card import model_card
 from hymba_lightning.run.folder import ARTIFACT, RunFolder
@@ -23,6 +25,7 @@ from hymba_lightning.run.record import RunRecord
 
 # Where the files are written, inside the folder, until all are there.
 BUILDING = ".publishing"
+NO_TOKENIZER = "none"
 
 
 def publish(
@@ -42,7 +45,8 @@ def publish(
         out: Folder to write: a new or empty one, or one that was published before.
         weights: safetensors (float32), artifact (about 6 bits a weight), or both. The artifact is the run's own where
             it has one.
-        tokenizer: SentencePiece model; by default the one that the run's config.yaml names.
+        tokenizer: SentencePiece model or tokenizer.json; by default the one that the run's config.yaml names. none
+            leaves it out.
         name: What the model card calls it; by default the folder's name.
         push_to: owner/name on the hub, where the folder is uploaded too; log in with `hf auth login`, or set HF_TOKEN.
         private: Make a new repository of the hub private.
@@ -69,7 +73,7 @@ def publish(
         artifact = folder if is_artifact(folder) else None
         folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
     net, fingerprint = load_network(source)
-    model_file = find_tokenizer(source, tokenizer, fingerprint)
+    model_file = None if tokenizer == NO_TOKENIZER else find_tokenizer(source, tokenizer, fingerprint)
     card = model_card(name or target.resolve().name, net.config, RunRecord.load(folder), folder)
     with FolderClaim(target, "hymba publish"):
         _check_target(target)
@@ -91,8 +95,8 @@ def _install(building: Path, folder: Path) -> None:
     (folder / CONFIG).unlink(missing_ok=True)
     for name in sorted(names, key=lambda name: name == CONFIG):
         os.replace(building / name, folder / name)
-    for name in {WEIGHTS, ARTIFACT} - names:
-        # The weights of an earlier publish are not these.
+    for name in {WEIGHTS, ARTIFACT, TOKENIZER_FILE, FAST_FILE, TOKENIZER_CONFIG} - names:
+        # The weights and the tokenizer of an earlier publish are not these.
         (folder / name).unlink(missing_ok=True)
 
 

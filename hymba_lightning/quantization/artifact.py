@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
-from hymba_lightning.quantization import format
+from hymba_lightning.quantization import format, frames
 from hymba_lightning.quantization.format import (
     ArtifactError,
     Entry,
@@ -188,7 +188,7 @@ def read_verified(file: BinaryIO, size: int, check: Check = check_header) -> Par
     # Aliases count: a tensor that repeats another one has memory of its own in the network.
     format.check_weights_size(sum(entry.numel for entry in table), len(payload))
     check(header, table)
-    content = format.decompress(payload, content_bytes(counts), "payload")
+    content = frames.decompress(payload, content_bytes(counts), "payload")
     return Parts(header, counts, table, content, len(payload))
 
 

@@ -35,7 +35,7 @@ from hymba_lightning.model.config import HymbaConfig
 from hymba_lightning.model.hymba import Hymba
 from hymba_lightning.model.roles import Role
 from hymba_lightning.ops.threads import spread_torch
-from hymba_lightning.quantization import format
+from hymba_lightning.quantization import frames
 from hymba_lightning.quantization.format import STREAM_DTYPES, Encoded, to_planes
 from hymba_lightning.quantization.gptq import SingularHessianError, inverse_factor, round_columns
 from hymba_lightning.quantization.rows import QuantizedTensor, as_rows, normalise, q_max_of, round_to, search_scale
@@ -210,13 +210,13 @@ class Candidate:
         """All of them, finest first."""
         rows_RC, sensitivity_RC = self.rows_RC, self.sensitivity_RC
         planes = to_planes(self.tensor.cpu().flatten().numpy().astype(STREAM_DTYPES["float32"]))
-        options = [Option(0.0, len(format.draft(planes)), "float32")]
+        options = [Option(0.0, len(frames.draft(planes)), "float32")]
         if fits_float16(self.tensor.cpu().flatten()):
             half = self.tensor.half()
             planes = to_planes(half.cpu().flatten().numpy().astype(STREAM_DTYPES["float16"]))
             options.append(
                 Option(
-                    self._loss(as_rows(half.float()) - rows_RC, sensitivity_RC), len(format.draft(planes)), "float16"
+                    self._loss(as_rows(half.float()) - rows_RC, sensitivity_RC), len(frames.draft(planes)), "float16"
                 )
             )
         if rows_RC.numel() <= SMALL:
@@ -233,7 +233,7 @@ class Candidate:
             q_RC = round_to(rows_RC, step_R, Q_MAX)
             loss = self._loss(q_RC * step_R[:, None] - rows_RC, sensitivity_RC) * share * self.gptq_gain
             codes = (q_RC + Q_MAX).to(torch.uint8).cpu().numpy().tobytes()
-            options.append(Option(loss, len(format.frame(codes, 1)) * share + 2 * n_rows, "int", factor))
+            options.append(Option(loss, len(frames.frame(codes, 1)) * share + 2 * n_rows, "int", factor))
         return options
 
     @staticmethod

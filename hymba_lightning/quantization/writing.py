@@ -14,7 +14,7 @@ from hymba_lightning.files import write_atomic
 from hymba_lightning.model.config import HymbaConfig
 from hymba_lightning.model.hymba import outline
 from hymba_lightning.model.roles import Role, roles_of
-from hymba_lightning.quantization import format
+from hymba_lightning.quantization import format, frames
 from hymba_lightning.quantization.artifact import Parts
 from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.format import Encoded, boundaries, lay_out
@@ -73,14 +73,14 @@ def save_artifact(
         return format.pack(header, payload), Parts(header, counts, table, content, len(payload))
 
     # What is measured last is mostly what is written.
-    compressed = lru_cache(maxsize=1)(format.compress)
+    compressed = lru_cache(maxsize=1)(frames.compress)
 
     def compress_in_earnest(content: bytes, cuts: Sequence[int], level: int) -> bytes:
         return compressed(content, level, tuple(cuts))
 
     def measure(encoded: list[Encoded], exact: bool = False) -> int:
         """Most bytes that the file can have; a little fewer where the time is taken to compress it in earnest."""
-        compress = partial(compress_in_earnest, level=scheme.zstd_level) if exact else format.draft
+        compress = partial(compress_in_earnest, level=scheme.zstd_level) if exact else frames.draft
         return len(lay_out_file(encoded, scheme, compress)[0]) + HEADER_SLACK
 
     if roles is None:

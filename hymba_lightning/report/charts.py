@@ -70,12 +70,21 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def short(value: float) -> str:
-    """4096 → 4.1K, 0.25 → 0.25."""
+def short(value: float, more: int = 0) -> str:
+    """4096 → 4.1K, 0.25 → 0.25. `more`: digits besides."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if abs(value) >= size * 0.9999:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.4g}"
+            return f"{value / size:.{3 + more}g}{unit}"
+    return f"{value:.{4 + more}g}"
+
+
+def tick_labels(values: list[float]) -> list[str]:
+    """A label for each tick, of as many digits as tell them apart."""
+    for more in range(10):
+        labels = [short(value, more) for value in values]
+        if len(set(labels)) == len(values):
+            break
+    return labels
 
 
 def _power_label(value: float) -> str:
@@ -116,17 +125,15 @@ def to_svg(chart: Chart) -> str:
         )
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{as_html(chart.title)}">']
-    for value in ticks(y_low, y_high):
+    heights = ticks(y_low, y_high)
+    for value, label in zip(heights, tick_labels(heights), strict=True):
         _, y = place(x_high, value)
         parts.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{short(value)}</text>'
+            f'<text class="tick" x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{label}</text>'
         )
-    for value in _x_ticks(chart, x_low, x_high):
+    for value, label in _x_ticks(chart, x_low, x_high):
         x, _ = place(value, y_low)
-        label = (
-            chart.categories[int(value)] if chart.categories else _power_label(value) if chart.log_x else short(value)
-        )
         parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>')
     parts.append(
         f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" '
@@ -170,13 +177,17 @@ def _bars(chart: Chart) -> Iterator[tuple[Series, float, float]]:
             yield series, x - 0.4 + index * _bar_width(chart), y
 
 
-def _x_ticks(chart: Chart, low: float, high: float) -> list[float]:
+def _x_ticks(chart: Chart, low: float, high: float) -> list[tuple[float, str]]:
+    """Places on the x axis and their labels."""
     if chart.categories:
-        return [float(place) for place in range(len(chart.categories))]
-    if not chart.log_x:
-        return ticks(low, high)
-    powers = list(range(math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9) + 1))
-    return [2.0**power for power in powers[:: max(len(powers) // 6, 1)]]
+        return [(float(place), name) for place, name in enumerate(chart.categories)]
+    powers: list[int] = []
+    if chart.log_x:
+        powers = list(range(math.ceil(math.log2(low) - 1e-9), math.floor(math.log2(high) + 1e-9) + 1))
+    if powers:
+        return [(2.0**power, _power_label(2.0**power)) for power in powers[:: max(len(powers) // 6, 1)]]
+    places = ticks(low, high)
+    return list(zip(places, tick_labels(places), strict=True))
 
 
 def to_png(chart: Chart, path: Path) -> Path:
@@ -204,8 +215,8 @@ def to_png(chart: Chart, path: Path) -> Path:
         )
     if chart.log_x:
         axis.set_xscale("log", base=2)
-        places = _x_ticks(chart, *_limits(chart)[:2])
-        axis.set_xticks(places, [_power_label(place) for place in places])
+        places, labels = zip(*_x_ticks(chart, *_limits(chart)[:2]), strict=True)
+        axis.set_xticks(places, labels)
     if chart.categories:
         axis.set_xticks(range(len(chart.categories)), map(printable, chart.categories))
         axis.set_xlim(*_limits(chart)[:2])

@@ -10,18 +10,20 @@ from typing import Any
 
 import yaml
 
+from hymba_lightning.yaml_text import load_yaml
+
 # What a run writes has a handful of levels, and a value takes a byte or more; aliases of YAML can claim anything.
 MOST_LEVELS, VALUES_A_BYTE = 64, 4
 
 
 def read_json(path: Path, notes: list[str]) -> dict[str, Any]:
     """The dictionary in a JSON file; empty where there is no such file, or with a note where it is damaged."""
-    return _read(path, notes, lambda content: json.loads(content))
+    return _read(path, notes, json.loads)
 
 
 def read_yaml(path: Path, notes: list[str]) -> dict[str, Any]:
     """The dictionary in a YAML file, in the same way."""
-    return _read(path, notes, lambda content: yaml.safe_load(content))
+    return _read(path, notes, load_yaml)
 
 
 def _read(path: Path, notes: list[str], parse: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from hymba_lightning.data.shards import HEADER_BYTES, TOKEN_DTYPE, Shard
 from hymba_lightning.data.text_encoder import TextEncoder
 from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer
 from hymba_lightning.model import Hymba, HymbaConfig
-from hymba_lightning.quantization import ArtifactError, QuantizationConfig, format, load_artifact, save_artifact
+from hymba_lightning.quantization import ArtifactError, QuantizationConfig, format, frames, load_artifact, save_artifact
 from hymba_lightning.studies import fuzz_inputs
 from hymba_lightning.studies.fuzz import Format, NotTriedError, Reading, damage, edit
 
@@ -256,15 +256,15 @@ def _forge_artifact(content: bytes, rng: random.Random) -> bytes:
         header = header | {"config": edit(header["config"], rng)}
     elif kind == 2:
         text = damage(json.dumps(header).encode(), rng) or b" "
-        return format.seal(format.frame(text, 1), payload)
+        return format.seal(frames.frame(text, 1), payload)
     else:
         raw_bytes = sum(
             size * header["streams"][name] for name, size in {"q": 1, "scale": 2, "float16": 2, "float32": 4}.items()
         )
-        raw = format.decompress(payload, raw_bytes, "payload")
-        payload = format.frame(damage(raw, rng) or b"\0", 1) if rng.random() < 0.7 else damage(payload, rng)
+        raw = frames.decompress(payload, raw_bytes, "payload")
+        payload = frames.frame(damage(raw, rng) or b"\0", 1) if rng.random() < 0.7 else damage(payload, rng)
     text = json.dumps(header).encode()
-    return format.seal(format.frame(text, 1), payload)
+    return format.seal(frames.frame(text, 1), payload)
 
 
 def _reads_weights_of(exactly: bool) -> Callable[[Path, bytes], Reading]:

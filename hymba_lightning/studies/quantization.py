@@ -33,7 +33,8 @@ from hymba_lightning.package.export import check_data, read_source
 from hymba_lightning.plots import panels, save_figure
 from hymba_lightning.quantization import QuantizationConfig, load_artifact, save_artifact
 from hymba_lightning.quantization.artifact import read_parts
-from hymba_lightning.quantization.format import boundaries, compress
+from hymba_lightning.quantization.format import boundaries
+from hymba_lightning.quantization.frames import compress
 from hymba_lightning.quantization.schemes import Calibration, calibrate
 from hymba_lightning.studies.arguments import StudyParser
 from hymba_lightning.studies.runs import read_json

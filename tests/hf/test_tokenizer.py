@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TOKENIZER
 
-from hymba_lightning.data.tokenizer import train_tokenizer
+from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer
 from hymba_lightning.interop.tokenizer import fast_tokenizer, why_not_fast, write_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -96,3 +96,53 @@ def test_batches_are_padded_on_the_left(loaded, own):
     assert batch["attention_mask"][0][-1] == 1
     assert {len(row) for row in batch["input_ids"]} == {max(map(sum, batch["attention_mask"]))}
     assert loaded[own].pad_token_id == 0
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    """A tokenizer.json, and a folder for transformers with it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<s>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(SAMPLE, trainer)
+    made.add_tokens(["width!!"])
+    made.enable_truncation(5)
+    folder = tmp_path_factory.mktemp("byte_level")
+    made.save(str(folder / "tokenizer.model"))
+    write_tokenizer(folder / "tokenizer.model", folder)
+    hf.HymbaPretrainedConfig().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def byte_level_pair(byte_level):
+    """What training encodes with, and what AutoTokenizer and `hf.tokenizer_of` make of it."""
+    file = byte_level / "tokenizer.model"
+    return load_tokenizer(file), [transformers.AutoTokenizer.from_pretrained(byte_level), hf.tokenizer_of(file)]
+
+
+@given(TEXTS | st.sampled_from(["width!!", "a<|endoftext|>b", "long " * 20]))
+@settings(max_examples=300, deadline=None)
+def test_a_tokenizer_json_keeps_its_ids_with_bos_in_front(byte_level_pair, text):
+    own, others = byte_level_pair
+    for other in others:
+        assert other(text)["input_ids"] == [own.bos_id(), *own.encode(text)]
+        assert other.decode(own.encode(text)) == text
+
+
+def test_a_tokenizer_json_names_its_special_tokens(byte_level, byte_level_pair):
+    for other in byte_level_pair[1]:
+        assert other.is_fast
+        assert (other.bos_token, other.eos_token, other.pad_token) == ("<s>", "<|endoftext|>", "<s>")
+    assert sorted(path.name for path in byte_level.iterdir()) == [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]

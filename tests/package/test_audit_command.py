@@ -54,6 +54,35 @@ def test_an_honest_artifact_passes(fitted_run, capsys):
     assert "seed 3" in said
 
 
+@pytest.mark.parametrize("what", ["artifact", "folder"])
+def test_processes_beside_one_another_score_as_one_does(folder, fitted_run, capsys, what):
+    path = folder if what == "folder" else fitted_run / "artifact.hymba"
+    code, said = outcome(path, fitted_run, capsys, *NO_SUMS, "--jobs", "2")
+    assert (code, "kept: the same again" in said, "kept: the past is fixed" in said) == (0, True, True), said
+
+
+def test_a_number_of_jobs_that_is_none_is_refused(fitted_run, capsys):
+    code, said = outcome(fitted_run / "artifact.hymba", fitted_run, capsys, "--jobs", "0")
+    assert (code, "jobs=0 must be at least 1" in said) == (2, True), said
+
+
+@pytest.mark.parametrize("tokens", [16, 40, 257, 600])
+def test_chunks_are_several_and_all_but_the_last_hold_whole_forward_passes(fitted_run, capsys, monkeypatch, tokens):
+    seen = []
+
+    @contextlib.contextmanager
+    def noting(path, sizes, *_):
+        seen.append(sizes)
+        yield lambda stream: torch.ones(stream.numel() - 1)
+
+    monkeypatch.setattr(audit_module, "artifact_evaluator", noting)
+    code, said = outcome(fitted_run / "artifact.hymba", fitted_run, capsys, *NO_SUMS, "--tokens", str(tokens))
+    assert code == 0, said
+    seq_len, chunk = seen[0]["seq_len"], seen[0]["chunk_tokens"]
+    assert 3 * chunk < tokens - 1 <= 6 * chunk
+    assert chunk % seq_len == 0
+
+
 def test_an_honest_folder_passes_with_its_own_code(folder, fitted_run, capsys):
     code, said = outcome(folder, fitted_run, capsys, *NO_SUMS)
     assert code == 0, said
@@ -73,7 +102,7 @@ def test_a_cheat_on_the_last_token_alone_is_caught_with_the_commands_defaults(fi
 
         yield score
 
-    monkeypatch.setattr(audit_module, "_artifact_evaluator", cheating)
+    monkeypatch.setattr(audit_module, "artifact_evaluator", cheating)
     for seed in range(4):
         code, said = outcome(fitted_run / "artifact.hymba", fitted_run, capsys, "--seed", str(seed))
         assert (code, "rule broken: a full distribution" in said) == (1, True), said

@@ -87,3 +87,12 @@ def test_a_full_disk_leaves_what_was_published_before_or_nothing(fitted_run, tmp
     (tmp_path / "new" / "artifact.hymba").write_text("moved already, without its config")
     publish(str(fitted_run), str(tmp_path / "new"), weights="artifact")
     assert not {".publishing", "model.safetensors"} & {path.name for path in (tmp_path / "new").iterdir()}
+
+
+def test_without_a_tokenizer_that_of_an_earlier_publish_goes_too(fitted_run, tmp_path):
+    out = tmp_path / "out"
+    publish(str(fitted_run), str(out))
+    assert (out / "tokenizer_config.json").is_file()
+    publish(str(fitted_run), str(out), tokenizer="none")
+    assert [path.name for path in out.iterdir() if "tokenizer" in path.name] == []
+    assert (out / "model.safetensors").is_file()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from any_tensors import inspect_any, load_any
 
-import hymba_lightning.quantization.format as format
+import hymba_lightning.quantization.frames as frames
 from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization import (
     ArtifactError,
@@ -141,7 +141,7 @@ def test_recentred_codes_and_planes_beat_plain_arrays(tmp_path):
         + quantized.scale.numpy().tobytes()
         + tensors["tok_emb.weight"].half().numpy().tobytes()
     )
-    assert report.bytes < 0.97 * len(format.zstandard.ZstdCompressor(level=22).compress(plain))
+    assert report.bytes < 0.97 * len(frames.zstandard.ZstdCompressor(level=22).compress(plain))
     counts = np.unique(quantized.q.numpy(), return_counts=True)[1] / quantized.q.numel()
     entropy_bytes = -(counts * np.log2(counts)).sum() * quantized.q.numel() / 8
     share = next(tensor.bytes for tensor in report.tensors if tensor.storage == "int6")
@@ -152,11 +152,11 @@ def test_recentred_codes_and_planes_beat_plain_arrays(tmp_path):
 def test_a_draft_is_never_smaller_than_the_file_will_be(levels):
     generator = np.random.default_rng(0)
     content = np.clip(generator.normal(levels / 2, levels / 8, 200_000).round(), 0, levels - 1).astype(np.uint8)
-    draft = format.draft(content.tobytes())
+    draft = frames.draft(content.tobytes())
     for level in (1, 3, 9, 22):
-        packed = format.compress(content.tobytes(), level)
+        packed = frames.compress(content.tobytes(), level)
         assert 0.8 * len(draft) < len(packed) <= len(draft)
-        assert format.decompress(packed, content.size, "payload") == content.tobytes()
+        assert frames.decompress(packed, content.size, "payload") == content.tobytes()
 
 
 def test_report_adds_up_and_inspection_repeats_it(tmp_path):

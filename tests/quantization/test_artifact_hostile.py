@@ -13,6 +13,7 @@ import zstandard
 from any_tensors import load_any, unchecked
 
 import hymba_lightning.quantization.format as format
+import hymba_lightning.quantization.frames as frames
 from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization import ArtifactError, QuantizationConfig, save_artifact
 from hymba_lightning.quantization.artifact import decode, read_verified
@@ -127,7 +128,7 @@ def test_ten_thousand_mutations_end_in_an_error_or_the_same_tensors(sample):
     content, expected = sample
     header, payload = split(content)
     raw_header = json.dumps(header).encode()
-    raw_payload = format.decompress(payload, zstandard.get_frame_parameters(payload).content_size, "payload")
+    raw_payload = frames.decompress(payload, zstandard.get_frame_parameters(payload).content_size, "payload")
     rng = random.Random(0)
     refused = 0
     start = time.monotonic()
@@ -138,10 +139,10 @@ def test_ten_thousand_mutations_end_in_an_error_or_the_same_tensors(sample):
         elif kind == 2:  # a forger who also repairs the checksums
             mutated = format.pack(edit(header, rng), payload)
         elif kind == 3:
-            mutated = format.seal(format.compress(damage(raw_header, rng) or b" ", 3), payload)
+            mutated = format.seal(frames.compress(damage(raw_header, rng) or b" ", 3), payload)
         else:
             forged = (
-                format.compress(damage(raw_payload, rng) or b"\0", 3) if rng.random() < 0.5 else damage(payload, rng)
+                frames.compress(damage(raw_payload, rng) or b"\0", 3) if rng.random() < 0.5 else damage(payload, rng)
             )
             mutated = format.pack(header, forged)
         try:
@@ -197,7 +198,7 @@ def forged_header(tensors: list, **streams: int) -> dict:
     ],
 )
 def test_absurd_headers_are_refused_before_anything_is_allocated(tmp_path, header, match):
-    content = format.pack(header, format.compress(bytes(16), 3))
+    content = format.pack(header, frames.compress(bytes(16), 3))
     tracemalloc.start()
     start = time.monotonic()
     with pytest.raises(ArtifactError, match=match):
@@ -208,7 +209,7 @@ def test_absurd_headers_are_refused_before_anything_is_allocated(tmp_path, heade
 
 
 def test_bombs_are_refused(tmp_path):
-    bomb = format.compress(bytes(200 << 20), 3)
+    bomb = frames.compress(bytes(200 << 20), 3)
     honest = forged_header([entry(shape=[50 << 20])], float32=50 << 20)
     start = time.monotonic()
     with pytest.raises(ArtifactError, match="over the"):
@@ -221,7 +222,7 @@ def test_bombs_are_refused(tmp_path):
 
 
 def test_deeply_nested_headers_are_refused(tmp_path):
-    nested = format.compress(b"[" * 100_000, 3)
+    nested = frames.compress(b"[" * 100_000, 3)
     with pytest.raises(ArtifactError, match="not JSON"):
         load(tmp_path / "a", format.seal(nested, b""))
 
@@ -233,17 +234,17 @@ def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path, sample):
         twice = text.replace(old, b'{"tensors": [], "config"' if name == "tensors" else b'"offset": 0, "offset"', 1)
         assert json.loads(twice) == header
         with pytest.raises(ArtifactError, match=f"the name '{name}' stands twice in an object"):
-            load(tmp_path / "a", format.seal(format.compress(twice, 3), payload))
+            load(tmp_path / "a", format.seal(frames.compress(twice, 3), payload))
     many = b"{" + b",".join(b'"%d":0' % number for number in range(300_000)) + b',"299999":1}'
     start = time.process_time()
     with pytest.raises(ArtifactError, match="'299999' stands twice"):
-        load(tmp_path / "a", format.seal(format.compress(many, 3), payload))
+        load(tmp_path / "a", format.seal(frames.compress(many, 3), payload))
     assert time.process_time() - start < 1
 
 
 def test_unknown_version_is_named(tmp_path, sample):
     header, payload = split(sample[0])
-    packed = format.compress(json.dumps(header).encode(), 3)
+    packed = frames.compress(json.dumps(header).encode(), 3)
     with pytest.raises(ArtifactError, match="format version 7, and this package reads version 1"):
         load(tmp_path / "a", format.seal(packed, payload, version=7))
 
@@ -266,7 +267,7 @@ def test_damage_says_what_is_damaged(tmp_path, sample):
 def test_codes_and_floats_outside_their_range_are_refused(tmp_path):
     codes = forged_header([entry(storage="int", bits=4, exponent=0, scale_offset=0)], q=4, scale=1)
     with pytest.raises(ArtifactError, match="w has a code over 14"):
-        load(tmp_path / "a", format.pack(codes, format.compress(bytes([0, 15, 3, 4, 60, 0]), 3)))
+        load(tmp_path / "a", format.pack(codes, frames.compress(bytes([0, 15, 3, 4, 60, 0]), 3)))
     floats = forged_header([entry()], float32=4)
     with pytest.raises(ArtifactError, match="w has inf or NaN"):
-        load(tmp_path / "a", format.pack(floats, format.compress(b"\x7f" * 4 + b"\xc0" * 12, 3)))
+        load(tmp_path / "a", format.pack(floats, frames.compress(b"\x7f" * 4 + b"\xc0" * 12, 3)))

@@ -20,6 +20,7 @@ from any_tensors import load_any
 from test_artifact_hostile import edit, split
 
 import hymba_lightning.quantization.format as format
+import hymba_lightning.quantization.frames as frames
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization import ArtifactError, QuantizationConfig, load_artifact, save_artifact
@@ -78,7 +79,7 @@ def forge(path, section: str, changes: dict) -> None:
     text, payload = true_parts()
     header = json.loads(text)
     header[section] |= changes
-    path.write_bytes(format.seal(format.frame(json.dumps(header).encode(), 3), payload))
+    path.write_bytes(format.seal(frames.frame(json.dumps(header).encode(), 3), payload))
 
 
 def refused(path, match: str) -> None:
@@ -144,7 +145,7 @@ def test_numbers_that_json_reads_as_infinite_are_refused(tmp_path, word):
     text, payload = true_parts()
     text = text.replace('"mlp_slope": 0.9', f'"mlp_slope": {word}')
     assert word in text
-    (tmp_path / "a").write_bytes(format.seal(format.compress(text.encode(), 3), payload))
+    (tmp_path / "a").write_bytes(format.seal(frames.compress(text.encode(), 3), payload))
     refused(tmp_path / "a", "mlp_slope|is not a JSON value")
 
 
@@ -288,7 +289,7 @@ def bomb(path, config: HymbaConfig, shapes: dict[str, list[int]], first: str) ->
         "streams": counts,
     }
     size = counts["q"] + 2 * counts["scale"]
-    path.write_bytes(format.pack(header, format.frame(bytes(size), 3)))
+    path.write_bytes(format.pack(header, frames.frame(bytes(size), 3)))
     return path.stat().st_size
 
 
@@ -351,7 +352,7 @@ def test_forged_headers_of_a_network_end_in_an_error_or_the_same_network(tmp_pat
     for _ in range(250):
         forged = edit(header, rng) if rng.random() < 0.3 else header | {"config": edit(header["config"], rng)}
         try:
-            (tmp_path / "a").write_bytes(format.seal(format.frame(json.dumps(forged).encode(), 3), payload))
+            (tmp_path / "a").write_bytes(format.seal(frames.frame(json.dumps(forged).encode(), 3), payload))
             artifact = load_artifact(tmp_path / "a")
         except (ArtifactError, ValueError):
             continue

@@ -4,17 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+import hymba_lightning.quantization.frames as frames
 from hymba_lightning.model import Hymba, HymbaConfig
-from hymba_lightning.quantization import QuantizationConfig, format, save_artifact
+from hymba_lightning.quantization import QuantizationConfig, save_artifact
 
 
 @pytest.fixture
 def levels(monkeypatch):
     """(level, bytes) of every frame that is made."""
     made = []
-    frame = format.frame
+    frame = frames.frame
     monkeypatch.setattr(
-        format, "frame", lambda raw, level, cuts=(): made.append((level, raw)) or frame(raw, level, cuts)
+        frames, "frame", lambda raw, level, cuts=(): made.append((level, raw)) or frame(raw, level, cuts)
     )
     return made
 
@@ -24,24 +25,24 @@ def noise(n):
 
 
 def test_of_long_content_that_repeats_nothing_only_pieces_are_compressed_at_a_high_level(levels):
-    content = noise(format.LONG)
-    assert format.compress(content, 19) == format.draft(content)
-    assert 0 < max(len(raw) for level, raw in levels if level == 19) <= format.PIECES * format.PIECE_BYTES
+    content = noise(frames.LONG)
+    assert frames.compress(content, 19) == frames.draft(content)
+    assert 0 < max(len(raw) for level, raw in levels if level == 19) <= frames.PIECES * frames.PIECE_BYTES
 
 
 def test_long_content_with_much_to_find_is_compressed_at_the_level_asked_for():
     # Words drawn from so many that only a high level's search finds them.
     generator = np.random.default_rng(0)
     words = generator.integers(0, 256, (60_000, 10), dtype=np.uint8)
-    content = words[generator.integers(0, 60_000, format.LONG // 10 + 1)].tobytes()
-    packed = format.compress(content, 9)
-    assert len(packed) < 0.97 * len(format.draft(content))
-    assert format.decompress(packed, len(content), "payload") == content
+    content = words[generator.integers(0, 60_000, frames.LONG // 10 + 1)].tobytes()
+    packed = frames.compress(content, 9)
+    assert len(packed) < 0.97 * len(frames.draft(content))
+    assert frames.decompress(packed, len(content), "payload") == content
 
 
 def test_short_content_is_always_tried(levels):
     content = noise(10_000)
-    format.compress(content, 22)
+    frames.compress(content, 22)
     assert (22, content) in levels
 
 

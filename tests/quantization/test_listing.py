@@ -118,7 +118,7 @@ def test_names_cannot_steer_the_terminal(tmp_path):
         (lambda content: content[:300], "truncated"),
         (lambda content: content[:-20] + b"x" * 20, "damaged"),
         (lambda content: b"PK\x03\x04" + content, "not an artifact"),
-        (None, "there is no artifact"),
+        (None, "does not exist"),
     ],
 )
 def test_a_damaged_file_is_refused_within_a_second(artifact, tmp_path, change, message):

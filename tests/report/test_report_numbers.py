@@ -3,11 +3,13 @@
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 
 import pytest
 from changed import change_json
 
+from hymba_lightning.report.charts import Chart, Series, to_svg
 from hymba_lightning.report.page import write_report
 from hymba_lightning.report.runs import load_runs
 from hymba_lightning.run.record import DataIdentity, RunRecord
@@ -136,3 +138,15 @@ def test_runs_on_different_data_are_told_apart(runs, tmp_path):
     said = "not scored on the same validation data"
     assert said in write_report([str(runs[0]), str(other)], str(tmp_path / "a")).read_text()
     assert said not in write_report([str(run) for run in runs], str(tmp_path / "b")).read_text()
+
+
+@pytest.mark.parametrize("log_x", [False, True])
+@pytest.mark.parametrize("x", [1.0, 618_496.0, 72_418_781_191.0])
+@pytest.mark.parametrize("apart", [[0], [0, 1], [0, 4096]])
+def test_no_two_ticks_of_an_axis_have_one_label(x, apart, log_x):
+    points = [(x + step, 2.077 + 1e-3 * place) for place, step in enumerate(apart)]
+    svg = to_svg(Chart("validation", "", "tokens", "bits per byte", [Series("a", points)], log_x=log_x))
+    for side in ("end", "middle"):
+        labels = re.findall(rf'<text class="tick"[^>]*text-anchor="{side}">([^<]+)<', svg)
+        assert labels
+        assert len(set(labels)) == len(labels), labels

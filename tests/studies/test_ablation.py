@@ -263,7 +263,7 @@ def test_the_shipped_studies_are_studies(name):
         ("", "is empty: names with values are needed, such as "),
         ("config: [a.yaml]", "needs config, baseline, variants"),
         ("[1]", "holds a list"),
-        ("variants: [", "line 1, column 12: this is no YAML"),
+        ("variants: [", "line 2, column 1: this is no YAML"),
         ("config: a.yaml\nbaseline: a\nvariants: {a: {}}", "config is 'a.yaml'; a list of files is needed"),
         ("config: [a.yaml]\nbaseline: a\nvariants: [a]", r"variants is \['a'\]; names of options"),
         ("config: [a.yaml]\nbaseline: a\nvariants: {a: 3}", "a is 3; names of options with values are needed"),

@@ -56,7 +56,7 @@ def test_every_study_explains_its_options(name, capsys):
         (["step", "--runtime.scan_backnd", "x"], ["option --runtime.scan_backnd", "--runtime.scan_backend?"]),
         (["step", "--steps", "x"], ["--steps", "'x'"]),
         (["kernels", "--only", "all"], ["streams"]),
-        (["ablation", "nothing", "--out", "x"], ["nothing does not exist; the shipped ones are ablations, results"]),
+        (["ablation", "nothing", "--out", "x"], ["nothing does not exist; shipped with the", ": ablations, results"]),
         (
             ["ttt", "nothing", "--out", "x", "--artifact", "a", "--data_dir", "d"],
             ["nothing does not exist", "ttt_recipes"],

@@ -29,7 +29,7 @@ def _forward(
     batch,
     length,
     channels,
-    taps,  # type: ignore[no-untyped-def]
+    taps,
     x,
     x_row,
     past,
@@ -74,7 +74,7 @@ def _backward(
     batch,
     length,
     channels,
-    taps,  # type: ignore[no-untyped-def]
+    taps,
     x,
     x_row,
     past,

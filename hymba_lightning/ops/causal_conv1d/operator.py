@@ -29,7 +29,7 @@ CONTRACT = Contract(
 def make_conv_op(name: str, forward: Callable, backward: Callable) -> Callable:
     """The differentiable operator hymba::`name` of a pair."""
 
-    def shapes(x, weight, bias, silu, state, doc_position=None):  # type: ignore[no-untyped-def]
+    def shapes(x, weight, bias, silu, state, doc_position=None):
         return tuple(torch.empty(tensor.shape, dtype=x.dtype, device=x.device) for tensor in (x, state))
 
     return make_operator(name, CONTRACT, forward, backward, shapes)

@@ -91,7 +91,7 @@ def hidden_layer(x_MD: Tensor, w_in_FD: Tensor, slope: float) -> tuple[Tensor, T
 
 
 @hidden_layer.register_fake
-def _(x_MD, w_in_FD, slope):  # type: ignore[no-untyped-def]
+def _(x_MD, w_in_FD, slope):
     return _outputs(x_MD, w_in_FD)
 
 
@@ -113,7 +113,7 @@ def hidden_layer_backward(
 
 
 @hidden_layer_backward.register_fake
-def _(g_MD, w_out_DF, activation_MF, signs_MT8, slope):  # type: ignore[no-untyped-def]
+def _(g_MD, w_out_DF, activation_MF, signs_MT8, slope):
     return torch.empty_like(activation_MF)
 
 
@@ -121,7 +121,7 @@ class LeakySquareMLP(torch.autograd.Function):
     """x (M, D), W_in (F, D), W_out (D, F), slope → (M, D)."""
 
     @staticmethod
-    def forward(ctx, x_MD, w_in_FD, w_out_DF, slope):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_MD, w_in_FD, w_out_DF, slope):
         """Keeps x, the activation and the signs under it."""
         activation_MF, signs_MT8 = hidden_layer(x_MD, w_in_FD, slope)
         ctx.save_for_backward(x_MD, w_in_FD, w_out_DF, activation_MF, signs_MT8)
@@ -129,7 +129,7 @@ class LeakySquareMLP(torch.autograd.Function):
         return activation_MF @ w_out_DF.mT
 
     @staticmethod
-    def backward(ctx, g_MD):  # type: ignore[no-untyped-def]
+    def backward(ctx, g_MD):
         """Gradients of x and both matrices."""
         x_MD, w_in_FD, w_out_DF, activation_MF, signs_MT8 = ctx.saved_tensors
         g_hidden_MF = hidden_layer_backward(g_MD, w_out_DF, activation_MF, signs_MT8, ctx.slope)

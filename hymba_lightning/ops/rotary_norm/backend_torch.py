@@ -28,7 +28,7 @@ class RotaryNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_BTHK, gain_H, cos, sin, eps):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_BTHK, gain_H, cos, sin, eps):
         """x, its gain and the tables of `rope_table` → (B, T, H, K)."""
         ctx.save_for_backward(x_BTHK, gain_H, cos, sin)
         ctx.eps = eps
@@ -36,7 +36,7 @@ class RotaryNorm(torch.autograd.Function):
         return rotate(normed_BTHK if gain_H is None else normed_BTHK * gain_H.to(x_BTHK.dtype)[:, None], cos, sin)
 
     @staticmethod
-    def backward(ctx, g_BTHK):  # type: ignore[no-untyped-def]
+    def backward(ctx, g_BTHK):
         """Gradients of x and of the gain, in float32 until they are returned."""
         x_BTHK, gain_H, cos, sin = ctx.saved_tensors
         x = x_BTHK.float()

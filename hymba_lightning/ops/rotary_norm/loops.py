@@ -18,7 +18,7 @@ RUN = 256
 
 
 @native_loop
-def _forward(first, last, count, length, heads, width, x, x_row, gain, cos, sin, eps, out):  # type: ignore[no-untyped-def]
+def _forward(first, last, count, length, heads, width, x, x_row, gain, cos, sin, eps, out):
     """Work items first … last-1. cos, sin (T, K/2); out (N, H, K)."""
     half = width // 2
     for token in range(first * RUN, min(last * RUN, count)):
@@ -49,7 +49,7 @@ def _backward(
     gain,
     cos,
     sin,
-    eps,  # type: ignore[no-untyped-def]
+    eps,
     g_out,
     g_row,
     g_x,

@@ -30,7 +30,7 @@ def _forward(
     gain_x,
     gain_y,
     norms,
-    eps,  # type: ignore[no-untyped-def]
+    eps,
     out,
     normed,
 ):
@@ -60,7 +60,7 @@ def _backward(
     gain_x,
     gain_y,
     norms,
-    eps,  # type: ignore[no-untyped-def]
+    eps,
     out,
     g_out,
     g_out_row,
@@ -148,7 +148,7 @@ def _backward_numba(
     return g_x, g_y, g_x.new_empty(0) if gain_x is None else g_gain_x, g_gain_y
 
 
-def _shapes(x, y, gain_x, gain_y, norms, eps):  # type: ignore[no-untyped-def]
+def _shapes(x, y, gain_x, gain_y, norms, eps):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(x.shape if norms else (0,))
 
 

@@ -31,7 +31,7 @@ def _forward(
     batch,
     length,
     channels,
-    states,  # type: ignore[no-untyped-def]
+    states,
     u,
     u_row,
     dt,
@@ -101,7 +101,7 @@ def _backward(
     batch,
     length,
     channels,
-    states,  # type: ignore[no-untyped-def]
+    states,
     u,
     u_row,
     dt,

@@ -13,7 +13,7 @@ EDGES = np.repeat(np.array([1, 0, 0, 1], f32), LANES)
 
 
 @native_loop
-def oldest_key(b, t, length, keys, window, doc_position, packed):  # type: ignore[no-untyped-def]
+def oldest_key(b, t, length, keys, window, doc_position, packed):
     """The first key that query t sees."""
     position = keys - length + t
     oldest = max(0, position - window + 1)
@@ -23,7 +23,7 @@ def oldest_key(b, t, length, keys, window, doc_position, packed):  # type: ignor
 
 
 @native_loop
-def pack_rows(out, out_at, x, row, at, first, count, padded_count, width, padded, factor):  # type: ignore[no-untyped-def]
+def pack_rows(out, out_at, x, row, at, first, count, padded_count, width, padded, factor):
     """out (padded_count, padded) = factor times rows first … first+count-1 of x, zeros around."""
     for i in range(padded_count):
         place, source = out_at + i * padded, (first + i) * row + at
@@ -35,7 +35,7 @@ def pack_rows(out, out_at, x, row, at, first, count, padded_count, width, padded
 
 
 @native_loop
-def pack_panels(out, x, row, at, first, count, padded_count, width, padded):  # type: ignore[no-untyped-def]
+def pack_panels(out, x, row, at, first, count, padded_count, width, padded):
     """`pack_rows`, transposed in panels of LANES rows: out (padded_count/LANES, padded, LANES)."""
     for i in range(padded_count):
         place, source = i // LANES * padded * LANES + i % LANES, (first + i) * row + at
@@ -47,13 +47,13 @@ def pack_panels(out, x, row, at, first, count, padded_count, width, padded):  # 
 
 
 @njit(inline="always")
-def _shows(edges, x, left, right):  # type: ignore[no-untyped-def]
+def _shows(edges, x, left, right):
     """Ones where a column x … x+LANES-1 is at least `left` and below `right`, else zeros."""
     return load(edges, min(max(48 - left + x, 32), 48)) * load(edges, min(max(16 - right + x, 0), 16))
 
 
 @native_loop
-def weigh(p, at, columns, left, right, edges, offset):  # type: ignore[no-untyped-def]
+def weigh(p, at, columns, left, right, edges, offset):
     """p[at + x] = 2^(p - offset) for left <= x < right, else 0; returns the sum."""
     sums, offsets = splat(f32(0)), splat(offset)
     start, stop = left // LANES * LANES, min((right + LANES - 1) // LANES * LANES, columns)
@@ -71,7 +71,7 @@ def weigh(p, at, columns, left, right, edges, offset):  # type: ignore[no-untype
 
 
 @native_loop
-def largest_score(p, at, left, right):  # type: ignore[no-untyped-def]
+def largest_score(p, at, left, right):
     """The largest p[at + x] for left <= x < right."""
     found = f32(-np.inf)
     start, stop = (left + LANES - 1) // LANES * LANES, right // LANES * LANES

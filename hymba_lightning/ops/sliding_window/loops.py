@@ -43,7 +43,7 @@ def _forward(
     keys,
     heads,
     kv_heads,
-    width,  # type: ignore[no-untyped-def]
+    width,
     window,
     scale,
     parts,
@@ -159,7 +159,7 @@ def _backward(
     keys,
     heads,
     kv_heads,
-    width,  # type: ignore[no-untyped-def]
+    width,
     window,
     scale,
     parts,

@@ -30,7 +30,7 @@ WITH_LOG_SUMS_AND_DOCUMENTS = WITH_LOG_SUMS._replace(kept=f"{WITH_LOG_SUMS.kept}
 def make_attention_op(name: str, forward: Callable, backward: Callable, contract: Contract = CONTRACT) -> Callable:
     """The differentiable operator hymba::`name` of a pair that keeps to `contract`, one of those above."""
 
-    def shapes(q, k, v, window, scale, doc_position=None):  # type: ignore[no-untyped-def]
+    def shapes(q, k, v, window, scale, doc_position=None):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         return (out, _log_sums(q)) if contract is not CONTRACT else out
 

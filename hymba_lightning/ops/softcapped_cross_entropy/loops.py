@@ -21,13 +21,13 @@ RUN = 64
 
 
 @njit(inline="always")
-def _tanh(x):  # type: ignore[no-untyped-def]
+def _tanh(x):
     """1 - 2 / (1 + exp(2 x)), good to a few units in the last place of 1."""
     return splat(f32(1)) - splat(f32(2)) / (splat(f32(1)) + exp2(splat(f32(2) * LOG2E) * x))
 
 
 @native_loop
-def _forward(first, last, count, width, logits, row, targets, cap, nats, log_sums):  # type: ignore[no-untyped-def]
+def _forward(first, last, count, width, logits, row, targets, cap, nats, log_sums):
     """Work items first … last-1. nats, log_sums (N,)."""
     inverse = splat(f32(1) / cap)
     for token in range(first * RUN, min(last * RUN, count)):
@@ -40,7 +40,7 @@ def _forward(first, last, count, width, logits, row, targets, cap, nats, log_sum
 
 
 @native_loop
-def _backward(first, last, count, width, logits, row, targets, cap, g_nats, log_sums, g_logits):  # type: ignore[no-untyped-def]
+def _backward(first, last, count, width, logits, row, targets, cap, g_nats, log_sums, g_logits):
     """Work items first … last-1. g_logits (N, V)."""
     inverse, one = splat(f32(1) / cap), splat(f32(1))
     for token in range(first * RUN, min(last * RUN, count)):

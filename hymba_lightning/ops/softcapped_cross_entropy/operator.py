@@ -26,7 +26,7 @@ CONTRACT = Contract(
 def make_loss_op(name: str, forward: Callable, backward: Callable) -> Callable:
     """The operator hymba::`name` of a pair, differentiable through the loss."""
 
-    def shapes(logits, targets, cap):  # type: ignore[no-untyped-def]
+    def shapes(logits, targets, cap):
         return tuple(torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(2))
 
     return make_operator(name, CONTRACT, forward, backward, shapes)
