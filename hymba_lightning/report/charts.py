@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -79,12 +80,19 @@ def short(value: float, more: int = 0) -> str:
 
 
 def tick_labels(values: list[float]) -> list[str]:
-    """A label for each tick, of as many digits as tell them apart."""
+    """A label for each tick, of as many digits as say where it lies, to a hundredth of the way to the next one."""
+    gap = min((abs(b - a) for a, b in itertools.pairwise(values)), default=math.inf)
     for more in range(10):
         labels = [short(value, more) for value in values]
-        if len(set(labels)) == len(values):
+        if all(abs(_number(label) - value) < 0.01 * gap for label, value in zip(labels, values, strict=True)):
             break
     return labels
+
+
+def _number(label: str) -> float:
+    """What `short` made the label of."""
+    unit = {"B": 1e9, "M": 1e6, "K": 1e3}.get(label[-1])
+    return float(label) if unit is None else float(label[:-1]) * unit
 
 
 def _power_label(value: float) -> str:

@@ -9,7 +9,7 @@ import shutil
 import pytest
 from changed import change_json
 
-from hymba_lightning.report.charts import Chart, Series, to_svg
+from hymba_lightning.report.charts import Chart, Series, tick_labels, to_svg
 from hymba_lightning.report.page import write_report
 from hymba_lightning.report.runs import load_runs
 from hymba_lightning.run.record import DataIdentity, RunRecord
@@ -150,3 +150,10 @@ def test_no_two_ticks_of_an_axis_have_one_label(x, apart, log_x):
         labels = re.findall(rf'<text class="tick"[^>]*text-anchor="{side}">([^<]+)<', svg)
         assert labels
         assert len(set(labels)) == len(labels), labels
+
+
+def test_a_ticks_label_says_where_it_lies():
+    assert tick_labels([2.045, 2.0475, 2.05, 2.0525]) == ["2.045", "2.0475", "2.05", "2.0525"]
+    assert tick_labels([0.0, 1250.0, 2500.0]) == ["0", "1.25K", "2.5K"]
+    assert tick_labels([10_000.0, 10_250.0]) == ["10K", "10.25K"]
+    assert tick_labels([3.0]) == ["3"]
