@@ -284,7 +284,7 @@ def table(times: Sequence[RankTime], predicted: Sequence[int] = ()) -> str:
         rate = 2 * (most.ranks - 1) / most.ranks * most.payload / most.reduction_alone / 1e6
         rows += [
             "",
-            f"Gradients of {most.payload / 1e6:.1f} MB; their mean over {most.ranks} ranks alone runs at {rate:.0f} "
+            f"Gradients of {most.payload / 1e6:.1f} MB; their mean over {most.ranks} ranks alone runs at {rate:.3g} "
             f"GB/s a link, a mean of one number takes {1000 * most.latency:.0f} µs.",
         ]
     return "\n".join(rows) + "\n"
@@ -324,6 +324,8 @@ def main(args: list[str]) -> None:
     given = parser.read(args)
     if cuda and max(given.ranks) > there:
         raise ValueError(f"--ranks asks for {max(given.ranks)} GPUs, and there are {there}")
+    if given.predict and (1 not in given.ranks or max(given.ranks) == 1):
+        raise ValueError("--predict needs the step on one rank and on several: give --ranks 1 and a larger size")
     out = Path(given.out)
     request = Request(
         ranks=given.ranks,

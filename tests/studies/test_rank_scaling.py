@@ -53,6 +53,8 @@ def test_what_cannot_be_measured_is_refused_before_a_process_starts(tmp_path):
         main([*line, "--tokens", "48"])
     with pytest.raises(ValueError, match=r"--ranks must rise, got \[2, 1\]"):
         main([*line, "--tokens", "64", "--ranks", "2", "1"])
+    with pytest.raises(ValueError, match="--predict needs the step on one rank and on several"):
+        main([*line, "--tokens", "64", "--ranks", "2", "--predict", "8"])
     with pytest.raises(ValueError, match="n_layers must be at least 2"):
         main([*line, "--tokens", "64", "--net.n_layers", "1"])
     assert not (tmp_path / "out").exists()
