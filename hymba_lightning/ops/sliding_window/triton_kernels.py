@@ -45,11 +45,11 @@ def rows_of(x, x_batch, x_token, x_head, first, T, TOKENS: tl.constexpr, HEADS: 
 
 
 @triton.jit
-def sums_of(sums, first, T, H, TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """The same for a number of each query in a (B, H, T) tensor."""
+def numbers_of(numbers, first, length, H, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """The same for one number of each query, a (B, H, length) tensor."""
     row = tl.arange(0, TOKENS * HEADS)
     token, head = first + row // HEADS, tl.program_id(1) * HEADS + row % HEADS
-    return sums + (tl.program_id(2).to(tl.int64) * H + head) * T + token, token < T
+    return numbers + (tl.program_id(2).to(tl.int64) * H + head) * length + token, token < length
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def attention_forward(
         greatest = greater
     where, exists = rows_of(out, T * H * K, H * K, K, first, T, TOKENS, HEADS, K)
     tl.store(where, (sums / total[:, None]).to(out.dtype.element_ty), mask=exists)
-    where, exists = sums_of(log_sums, first, T, H, TOKENS, HEADS)
+    where, exists = numbers_of(log_sums, first, T, H, TOKENS, HEADS)
     tl.store(where, (greatest + tl.log2(total)) * LN2, mask=exists)
 
 
@@ -121,8 +121,9 @@ def attention_grad_q(
     g_out,
     log_sums,
     g_q,
-    along,
+    aside,
     T,
+    length,
     offset,
     window,
     scale,
@@ -140,8 +141,8 @@ def attention_grad_q(
     HEADS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """g_q (B, T, H, K), contiguous, and for the other kernel g_out · out of each query, `along` (B, H, T).
-    Grid (T/TOKENS, H/HEADS, B)."""
+    """g_q (B, T, H, K), contiguous, and `aside` (2, B, H, length) for the other kernel: of each query log Σ exp to base
+    2, and g_out · out; zeros for what is beyond the last. Grid (T/TOKENS, H/HEADS, B)."""
     ROWS: tl.constexpr = TOKENS * HEADS
     first = tl.program_id(0) * TOKENS
     batch, column = tl.program_id(2), tl.program_id(1) * HEADS // R * K
@@ -154,10 +155,11 @@ def attention_grad_q(
     where, exists = rows_of(out, T * H * K, H * K, K, first, T, TOKENS, HEADS, K)
     outputs = tl.load(where, mask=exists, other=0.0)
     product = tl.sum(outputs.to(tl.float32) * gradients.to(tl.float32), 1)
-    where, exists = sums_of(along, first, T, H, TOKENS, HEADS)
-    tl.store(where, product, mask=exists)
-    where, exists = sums_of(log_sums, first, T, H, TOKENS, HEADS)
+    where, exists = numbers_of(log_sums, first, T, H, TOKENS, HEADS)
     log_sum = tl.load(where, mask=exists, other=0.0) * LOG2E
+    where, exists = numbers_of(aside, first, length, H, TOKENS, HEADS)
+    tl.store(where, log_sum, mask=exists)
+    tl.store(where + tl.num_programs(2).to(tl.int64) * H * length, product, mask=exists)
     where, exists = rows_of(q, q_batch, q_token, q_head, first, T, TOKENS, HEADS, K)
     queries = tl.load(where, mask=exists, other=0.0)
     sums = tl.zeros([ROWS, K], tl.float32)
@@ -165,13 +167,13 @@ def attention_grad_q(
     for tile in range(tl.cdiv(stop - lowest, KEYS)):
         start = stop - (tile + 1) * KEYS
         keys = k_tiles.load([batch, start, column]).reshape(KEYS, K)
-        values = v_tiles.load([batch, start, column]).reshape(KEYS, K)
         scores = tl.dot(queries, keys.T)
-        g_weights = tl.dot(gradients, values.T)
         if (start + KEYS > offset + first + 1) | (start < highest):
             key = start + tl.arange(0, KEYS)[None, :]
             scores = tl.where((key <= position[:, None]) & (key >= oldest[:, None]), scores, float("-inf"))
-        g_scores = tl.exp2(scores * scale - log_sum[:, None]) * (g_weights - product[:, None])
+        weights = tl.exp2(scores * scale - log_sum[:, None])
+        values = v_tiles.load([batch, start, column]).reshape(KEYS, K)
+        g_scores = weights * (tl.dot(gradients, values.T) - product[:, None])
         sums = tl.dot(g_scores.to(keys.dtype), keys, sums)
     where, exists = rows_of(g_q, T * H * K, H * K, K, first, T, TOKENS, HEADS, K)
     tl.store(where, (sums * (scale * LN2)).to(g_q.dtype.element_ty), mask=exists)
@@ -184,8 +186,7 @@ def attention_grad_kv(
     v_tiles,
     doc_position,
     g_tiles,
-    log_sums,
-    along,
+    aside_tiles,
     g_k,
     g_v,
     T,
@@ -199,7 +200,10 @@ def attention_grad_kv(
     TOKENS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """g_k and g_v (B, S, G, K), contiguous. Grid (S/KEYS, G, B): a program goes over the queries of all R heads."""
+    """g_k and g_v (B, S, G, K), contiguous. Grid (S/KEYS, G, B): a program goes over the queries of all R heads.
+
+    What is beyond the last query is all zeros, which adds nothing.
+    """
     start, group, batch = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2)
     offset = S - T
     key = start + tl.arange(0, KEYS)
@@ -208,17 +212,14 @@ def attention_grad_kv(
     sums_k = tl.zeros([KEYS, K], tl.float32)
     sums_v = tl.zeros([KEYS, K], tl.float32)
     doc_position += batch.to(tl.int64) * T
-    before = (batch.to(tl.int64) * H + group * R) * T
-    begin = tl.maximum(start - offset, 0)
+    # Rows of numbers are read from multiples of 16 bytes.
+    begin = tl.maximum(start - offset, 0) // 4 * 4
     end = tl.minimum(start + KEYS + window - 1 - offset, T)
     for turn in range(tl.cdiv(tl.maximum(end - begin, 0), TOKENS) * R):
         first, head = begin + turn // R * TOKENS, turn % R
         queries = q_tiles.load([batch, first, (group * R + head) * K]).reshape(TOKENS, K)
         gradients = g_tiles.load([batch, first, (group * R + head) * K]).reshape(TOKENS, K)
         token = first + tl.arange(0, TOKENS)
-        # Queries beyond the last weigh nothing.
-        log_sum = tl.load(log_sums + before + head * T + token, mask=token < T, other=float("inf")) * LOG2E
-        product = tl.load(along + before + head * T + token, mask=token < T, other=0.0)
         scores = tl.dot(keys, queries.T)
         g_weights = tl.dot(values, gradients.T)
         crossed = (offset + first < start + KEYS - 1) | (offset + first + TOKENS > start + window)
@@ -226,8 +227,11 @@ def attention_grad_kv(
             oldest = oldest_keys(doc_position, token, T, offset, window, PACKED)
             seen = (key[:, None] <= offset + token[None, :]) & (key[:, None] >= oldest[None, :])
             scores = tl.where(seen, scores, float("-inf"))
+        row = batch * H + group * R + head
+        log_sum = aside_tiles.load([row, first]).reshape(TOKENS)
         weights = tl.exp2(scores * scale - log_sum[None, :])
         sums_v = tl.dot(weights.to(gradients.dtype), gradients, sums_v)
+        product = aside_tiles.load([row + tl.num_programs(2) * H, first]).reshape(TOKENS)
         g_scores = weights * (g_weights - product[None, :])
         sums_k = tl.dot(g_scores.to(queries.dtype), queries, sums_k)
     where = ((batch.to(tl.int64) * S + key) * (H // R) + group)[:, None] * K + tl.arange(0, K)[None, :]

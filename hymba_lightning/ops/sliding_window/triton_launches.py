@@ -26,7 +26,7 @@ class Launch(NamedTuple):
     """How a kernel is launched."""
 
     rows: int
-    """Queries of a tile; forward and for the gradient of q those of several heads."""
+    """Queries of a tile; forward and for the gradient of q those of all its heads."""
     keys: int
     warps: int
     stages: int
@@ -34,10 +34,20 @@ class Launch(NamedTuple):
     """At most, of a thread."""
 
 
-# None of these spills at widths of 64 and 128; they were chosen by the compiler's figures, not by a measurement.
-FORWARD = Launch(128, 64, 8, 3)
-GRAD_Q = Launch(128, 64, 8, 3)
-GRAD_KV = Launch(64, 64, 4, 2)
+class Launches(NamedTuple):
+    """Of the three kernels."""
+
+    forward: Launch
+    grad_q: Launch
+    grad_kv: Launch
+
+
+# By the widest head they are for. Chosen by the compiler's figures, not by measurement: none spills, and as many programs
+# as possible fit a multiprocessor.
+LAUNCHES = {
+    64: Launches(Launch(128, 64, 8, 3, 128), Launch(128, 64, 8, 3, 128), Launch(64, 64, 4, 3)),
+    128: Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(32, 64, 4, 2)),
+}
 # Query heads of a kv head whose rows share a tile, at most.
 MAX_HEADS = 2
 
@@ -67,6 +77,7 @@ class _Call:
         self.n_keys, self.kv_heads = k.shape[1:3]
         self.window = min(window, self.n_keys)
         self.scale = max(scale, LEAST_SCALE) * LOG2E
+        self.launches = next(launches for width, launches in LAUNCHES.items() if self.width <= width)
         # Without documents a pointer that is not read.
         self.doc_position = q if doc_position is None else doc_position.contiguous()
         self.packed = doc_position is not None
@@ -101,12 +112,13 @@ def _forward(
         return out, log_sums
     q, k, v = _readable(q), _readable(k), _readable(v)
     call = _Call(q, k, window, scale, doc_position)
-    grid, constants = call.over_queries(FORWARD)
+    how = call.launches.forward
+    grid, constants = call.over_queries(how)
     with torch.cuda.device_of(q):
         attention_forward[grid](
             q,
-            _tiles(k, FORWARD.keys),
-            _tiles(v, FORWARD.keys),
+            _tiles(k, how.keys),
+            _tiles(v, how.keys),
             call.doc_position,
             out,
             log_sums,
@@ -135,21 +147,25 @@ def _backward(
     if not g_q.numel():
         return g_q, g_k.zero_(), g_v.zero_()
     g_out, q, k, v = _readable(g_out), _readable(q), _readable(k), _readable(v)
-    along = torch.empty(log_sums.shape, dtype=torch.float32, device=q.device)
+    # Rows of tiles begin at multiples of 16 bytes.
+    length = triton.cdiv(q.size(1), 4) * 4
+    aside = torch.empty(2 * q.size(0) * q.size(2), length, dtype=torch.float32, device=q.device)
     call = _Call(q, k, window, scale, doc_position)
-    grid, constants = call.over_queries(GRAD_Q)
+    _, over_keys, how = call.launches
+    grid, constants = call.over_queries(over_keys)
     with torch.cuda.device_of(q):
         attention_grad_q[grid](
             q,
-            _tiles(k, GRAD_Q.keys),
-            _tiles(v, GRAD_Q.keys),
+            _tiles(k, over_keys.keys),
+            _tiles(v, over_keys.keys),
             call.doc_position,
             out,
             g_out,
             log_sums,
             g_q,
-            along,
+            aside,
             call.n_queries,
+            length,
             call.n_keys - call.n_queries,
             call.window,
             call.scale,
@@ -157,22 +173,21 @@ def _backward(
             *g_out.stride()[:3],
             **constants,
         )
-        attention_grad_kv[(triton.cdiv(call.n_keys, GRAD_KV.keys), call.kv_heads, call.batch)](
-            _tiles(q, GRAD_KV.rows),
-            _tiles(k, GRAD_KV.keys),
-            _tiles(v, GRAD_KV.keys),
+        attention_grad_kv[(triton.cdiv(call.n_keys, how.keys), call.kv_heads, call.batch)](
+            _tiles(q, how.rows),
+            _tiles(k, how.keys),
+            _tiles(v, how.keys),
             call.doc_position,
-            _tiles(g_out, GRAD_KV.rows),
-            log_sums,
-            along,
+            _tiles(g_out, how.rows),
+            TensorDescriptor(aside, list(aside.shape), [length, 1], [1, how.rows]),
             g_k,
             g_v,
             call.n_queries,
             call.n_keys,
             call.window,
             call.scale,
-            TOKENS=GRAD_KV.rows,
-            **call.constants(GRAD_KV),
+            TOKENS=how.rows,
+            **call.constants(how),
         )
     return g_q, g_k, g_v
 
