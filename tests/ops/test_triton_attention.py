@@ -95,8 +95,9 @@ def compare(shape):
     """A case: the ratios of output and gradients."""
     module, leaves, gradient, doc_position, scale = setup(shape)
     *_, window, special = shape
+    call = {"window": window, "scale": scale, "doc_position_BT": doc_position}
     found, expected = (
-        outcome(lambda q, k, v: run(q, k, v, window, scale, doc_position_BT=doc_position), leaves, gradient, special)
+        outcome(functools.partial(run, **call), leaves, gradient, special)
         for run in (module.sliding_window_attention_triton, sliding_window_attention_naive)
     )
     if "zero" in special:
