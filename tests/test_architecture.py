@@ -13,6 +13,7 @@ LEVELS = {
     "__init__": 0,
     "claim": 0,
     "closure": 0,
+    "device": 0,
     "errors": 0,
     "files": 0,
     "signals": 0,

@@ -131,6 +131,7 @@ class RunSummary(FolderOwner):
             "mode_without_adaptation": plain and plain.mode,
             "chunks": testing.n_chunks,
             "seconds": score.seconds,
+            **testing.ttt.clock.summary(),
             "limit_seconds": config.limit_seconds,
             "epochs_done": testing.ttt.epochs_done,
             "seq_len": seq_len,

@@ -23,10 +23,13 @@ class Skips:
 
     Args:
         strict: `add` raises instead of counting.
+        remedy: What is said then.
     """
 
-    def __init__(self, strict: bool = False) -> None:
-        self.strict = strict
+    def __init__(
+        self, strict: bool = False, remedy: str = "leave it out, or prepare without strict to skip what cannot be read"
+    ) -> None:
+        self.strict, self.remedy = strict, remedy
         self.count = 0
         """Of all kinds."""
         self._first: list[str] = []
@@ -59,7 +62,7 @@ class Skips:
         said = what if isinstance(what, str) else what()
         what = printable(said.replace("\n", " "), MOST_CHARS)
         if self.strict:
-            raise ValueError(f"{what} ({kind}); leave it out, or prepare without strict to skip what cannot be read")
+            raise ValueError(f"{what} ({kind}); {self.remedy}")
         self.count += 1
         if len(self._first) < NAMED:
             self._first.append(what)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Callable
 
@@ -45,6 +46,10 @@ class EvaluationClock:
         self._start = time_fn() if started is None else started
         self._score_seconds = 0.0
         self._epoch_seconds: float | None = None
+        self.scorings: list[tuple[float, int]] = []
+        """Seconds and tokens of every chunk's scoring."""
+        self.epochs: list[tuple[float, int]] = []
+        """Seconds and updates of every epoch over a chunk."""
         self._warned = False
 
     def elapsed(self) -> float:
@@ -56,13 +61,28 @@ class EvaluationClock:
         dist.broadcast(shared, src=0)
         return float(shared)
 
-    def note_scoring(self, seconds: float) -> None:
+    def note_scoring(self, seconds: float, n_tokens: int) -> None:
         """Remembers how long a chunk's scoring took."""
         self._score_seconds = seconds
+        self.scorings.append((seconds, n_tokens))
 
-    def note_epoch(self, seconds: float) -> None:
+    def note_epoch(self, seconds: float, n_updates: int) -> None:
         """Remembers how long an epoch over a chunk took."""
         self._epoch_seconds = seconds
+        self.epochs.append((seconds, n_updates))
+
+    def summary(self) -> dict[str, float | None]:
+        """Where the time went: seconds of all scoring and of all training, and, as medians over the chunks so that a
+        start which compiles does not count, tokens scored a second and milliseconds of an update; None for what was
+        not done."""
+        rates = [n / max(seconds, 1e-9) for seconds, n in self.scorings]
+        updates = [1000 * seconds / n for seconds, n in self.epochs]
+        return {
+            "scoring_seconds": sum(seconds for seconds, _ in self.scorings),
+            "training_seconds": sum(seconds for seconds, _ in self.epochs),
+            "scored_tokens_per_s": statistics.median(rates) if rates else None,
+            "update_ms": statistics.median(updates) if updates else None,
+        }
 
     def allows_epoch(
         self, *, now: float, chunk_started: float, chunks_left: int, first: bool, forwards_per_score: float

@@ -23,6 +23,9 @@ from hymba_lightning.evaluation.carried import score_onward
 from hymba_lightning.evaluation.score import Score
 from hymba_lightning.model import Hymba
 
+# For what cannot be read: a score of the rest would be another text's.
+REMEDY = "leave it out, or mend it"
+
 
 @dataclass(frozen=True)
 class DocumentScore:
@@ -57,6 +60,10 @@ def token_nats(net: Hymba, documents: list[list[int]], batch_tokens: int) -> Ite
             yield score_onward(net, ids, None, batch_tokens)[0].double().cpu().numpy()
             continue
         longest = max(map(len, group))
+        if longest == 1:
+            # The tokenizer makes nothing of these, as of line ends alone.
+            yield from (np.empty(0) for _ in group)
+            continue
         # Causal: what pads a row on the right changes nothing before it.
         ids_BT = torch.tensor([document + [0] * (longest - len(document)) for document in group], device=device)
         with torch.no_grad():
@@ -98,9 +105,10 @@ def read_texts(inputs: list[str], text_key: str = "text", separator: str | None 
     """
     # Nothing is written, so no folder is left out for that.
     written = Path(os.devnull)
-    files = find_inputs(inputs, EXCLUDED_FOLDERS, 0, written, Skips(strict=True))
+    files = find_inputs(inputs, EXCLUDED_FOLDERS, 0, written, Skips(strict=True, remedy=REMEDY))
     files.sort(key=lambda file: file.key)
-    reader = DocumentReader(files, text_key, None if separator is None else unescaped(separator), Skips(strict=True))
+    skips = Skips(strict=True, remedy=REMEDY)
+    reader = DocumentReader(files, text_key, None if separator is None else unescaped(separator), skips)
     for document in reader:
         position = reader.position()
         yield f"{files[position['file']].path.name}:{position['document']}", document.text
@@ -115,8 +123,9 @@ def print_scores(scores: Iterable[DocumentScore], as_json: bool) -> Score:
             print(json.dumps(document.as_dict(), ensure_ascii=False), flush=True)
         else:
             print(f"{document.score.bpb:8.4f}  {document.score.n_bytes:>10,} bytes  {document.name}", flush=True)
-    if not count:
-        raise ValueError("no document to score: the inputs hold no text")
+    if not total.n_tokens:
+        what = "the tokenizer makes no token of what the inputs hold" if count else "the inputs hold no text"
+        raise ValueError(f"no document to score: {what}")
     if as_json:
         summary = DocumentScore("", total).as_dict() | {"documents": count, "mean_bits_per_byte": mean / count}
         print(json.dumps({key: value for key, value in summary.items() if key != "document"}), flush=True)

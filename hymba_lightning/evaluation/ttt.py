@@ -104,7 +104,7 @@ class ScoreFirstTTT:
         self.n_scored += 1
         self._position += chunk.tokens.numel() - 1
         self._last = chunk._replace(tokens=chunk.tokens.clone())
-        self.clock.note_scoring(self.clock.elapsed() - started)
+        self.clock.note_scoring(self.clock.elapsed() - started, nats.numel())
         return ChunkScore(nats, context, score)
 
     def adapt_chunk(self, chunk: Chunk) -> float | None:
@@ -198,12 +198,13 @@ class ScoreFirstTTT:
                 forwards_per_score=self.scorer.forwards_per_score,
             ):
                 return
-            for first in range(0, len(sequences), per_update):
+            starts = range(0, len(sequences), per_update)
+            for first in starts:
                 losses.append(self._update(sequences[first : first + per_update], lr))
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             before, now = now, self.clock.elapsed()
-            self.clock.note_epoch(now - before)
+            self.clock.note_epoch(now - before, len(starts))
             self.epochs_done[-1] += 1
 
     def _update(self, sequences: list[Tensor], lr: float) -> Tensor:

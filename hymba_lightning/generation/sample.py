@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-import torch
 
 from hymba_lightning.data.text_encoder import TextEncoder
 from hymba_lightning.data.tokenizer import load_tokenizer
+from hymba_lightning.device import device_of
 from hymba_lightning.files import not_a_file
 from hymba_lightning.generation.loading import find_tokenizer, load_network
 from hymba_lightning.generation.reply import Reply
@@ -131,7 +131,7 @@ def load(
     weights: str, tokenizer: str | None, device: str, runtime: RuntimeConfig
 ) -> tuple[Hymba, sentencepiece.SentencePieceProcessor]:
     """Network and tokenizer that belong together. Raises FileNotFoundError or ValueError."""
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = device_of(device)
     net, fingerprint = load_network(weights, runtime, where)
     processor = load_tokenizer(find_tokenizer(weights, tokenizer, fingerprint))
     if processor.get_piece_size() != net.config.vocab_size:
@@ -167,8 +167,22 @@ def typed_lines() -> Iterator[str]:
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
+            if asks:
+                print(file=sys.stderr)
             return
+        if asks and not _is_text(line):
+            # The document goes on as it is.
+            print("the line is not UTF-8 and was left out: type it again", file=sys.stderr)
+            continue
         yield line.removesuffix("\n")
+
+
+def _is_text(line: str) -> bool:
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_piped() -> bool:
@@ -190,7 +204,8 @@ def _of_file(name: str) -> str:
     if path.is_dir() or not path.exists():  # a pipe is read as a file is
         raise not_a_file(f"--prompt_file {name}", path, "a text file")
     try:
-        return path.read_text(encoding="utf-8")
+        # A mark of the encoding in front is no text.
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt_file {name} is no UTF-8 text: {error.reason} at byte {error.start}") from error
 

@@ -43,6 +43,8 @@ class SamplingConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.temperature < 0 or self.top_k < 0:
             raise ValueError(f"temperature={self.temperature} and top_k={self.top_k} must not be negative")
+        if not -(2**63) <= self.seed < 2**62:
+            raise ValueError(f"seed={self.seed} does not fit into 63 bits")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is a probability over 0 and at most 1, got {self.top_p}")
 
@@ -61,7 +63,9 @@ def distribution(logits_V: Tensor, config: SamplingConfig) -> tuple[Tensor, Tens
     logits_V = logits_V.detach().cpu().double()
     if config.temperature == 0:
         return logits_V.argmax()[None], torch.ones(1, dtype=torch.float64)
-    probabilities, ids = torch.softmax(logits_V / config.temperature, dim=0).sort(descending=True, stable=True)
+    # From the largest down: no temperature is so low that it makes infinities of them.
+    logits_V = (logits_V - logits_V.max()) / config.temperature
+    probabilities, ids = torch.softmax(logits_V, dim=0).sort(descending=True, stable=True)
     keep = config.top_k or ids.numel()
     probabilities, ids = probabilities[:keep], ids[:keep]
     probabilities = probabilities / probabilities.sum()

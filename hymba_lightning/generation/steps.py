@@ -11,6 +11,7 @@ Sources: the CUDA programming guide on graphs; `torch.cuda.CUDAGraph`.
 from __future__ import annotations
 
 import logging
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,8 @@ from hymba_lightning.model import Hymba
 from hymba_lightning.model.gradients import GraphRecordingError
 from hymba_lightning.model.hymba import HymbaState
 from hymba_lightning.model.mixer import LayerState
-from hymba_lightning.model.one_token import OneToken, serves
+from hymba_lightning.model.one_token import OneToken, serves, written_anywhere
+from hymba_lightning.model.watch import Watch, has_hooks
 
 logger = logging.getLogger("hymba_lightning")
 
@@ -32,29 +34,28 @@ STEPS_BEFORE_RECORDING = 3
 CALLS_BEFORE_RECORDING = 2
 # Keys that a graph has room for where more may come: then another is recorded.
 ROOM = 1024
+# Threads that generate at the same time record one after another: torch allows one recording in a process.
+RECORDING = threading.Lock()
 
 
 class Steps:
     """What was read so far, and how it goes on.
 
     Args:
-        net: The network, in eval mode; its weights may change in place only.
+        net: The network, in eval mode. Weights that are changed or replaced between tokens count from the next one on,
+            but for those that are written through `parameter.data` (peft's merging): for these call `renew`.
         state: After the tokens before; None: nothing was read.
         fixed: Whether steps of one token are made in memory that stays where it is, and recorded on a GPU. Default: on
             a GPU, unless the network's `runtime.step_graphs` says no.
     """
 
     def __init__(self, net: Hymba, state: HymbaState | None = None, fixed: bool | None = None) -> None:
-        self.net, self._state = net, state
-        self._on_gpu = net.tok_emb.weight.device.type == "cuda"
-        self._may_fix = self._on_gpu and net.runtime.step_graphs if fixed is None else fixed
+        self.net, self._state, self._given = net, state, fixed
         self._fixed: FixedStep | None = None
         # The step that a CPU has for single tokens, the state being in it while it `_runs`.
-        self._may_fit = not (self._on_gpu or self._may_fix)
         self._one: OneToken | None = None
         self._runs = False
-        self._wait = STEPS_BEFORE_RECORDING
-        self._waited = 0
+        self.renew()
 
     @property
     def state(self) -> HymbaState | None:
@@ -66,6 +67,15 @@ class Steps:
     @state.setter
     def state(self, state: HymbaState | None) -> None:
         self._state, self._fixed, self._runs, self._waited = state, None, False, 0
+
+    def renew(self) -> None:
+        """Makes anew, with the next token, whatever was made of the network."""
+        self.state = self.state
+        self._one = None
+        self._on_gpu = self.net.tok_emb.weight.device.type == "cuda"
+        self._may_fix = _is_recordable(self.net) if self._given is None else self._given
+        self._may_fit = not (self._on_gpu or self._may_fix)
+        self._wait = STEPS_BEFORE_RECORDING
 
     def select(self, rows: list[int]) -> None:
         """Goes on with some of the rows, which may come more than once."""
@@ -79,6 +89,14 @@ class Steps:
         if self._one is not None and self._runs:
             return self._one.state()
         return self._state if self._fixed is None else self._fixed.held
+
+    @property
+    def rows(self) -> int | None:
+        """B of the state; None before anything was read."""
+        if self._one is not None and self._runs:
+            return self._one.rows
+        state = self._state if self._fixed is None else self._fixed.held
+        return None if state is None else state.last_id.size(0)
 
     @property
     def is_recorded(self) -> bool:
@@ -98,6 +116,10 @@ class Steps:
     @torch.no_grad()
     def hidden(self, tokens_B1: Tensor) -> Tensor:
         """Feeds one token of each row, which follow others; returns the last block's output (B, 1, D)."""
+        if tokens_B1.size(0) != self.rows:
+            raise ValueError(f"{tokens_B1.size(0)} tokens were given for {self.rows} rows: give one a row")
+        if self._fixed is not None and self._fixed.watch.is_replaced:
+            self.renew()
         if self._fixed is not None and not self._fixed.has_room:
             self.state = self._fixed.state()
         if self._fixed is None and self._may_fix:
@@ -116,11 +138,13 @@ class Steps:
 
     def _fits(self) -> bool:
         """Whether the step for single tokens is made and has the state."""
-        if self._one is not None and self._runs and (self._one.position >= REBASE_AT or self._one.is_stale):
+        if self._one is not None and self._one.is_stale:
+            self.renew()
+        if self._one is not None and self._runs and self._one.position >= REBASE_AT:
             self.state = self.state
         if self._runs:
             return True
-        if self._one is None or self._one.is_stale:
+        if self._one is None:
             self._may_fit = serves(self.net)
             if not self._may_fit:
                 return False
@@ -135,9 +159,11 @@ class Steps:
         try:
             fixed = FixedStep(self.net, self._state)
             if self._on_gpu:
-                fixed.record()
-        except (GraphRecordingError, torch.cuda.OutOfMemoryError) as error:
-            # Nothing was read by it: the state is as it was.
+                with RECORDING:
+                    fixed.record()
+        except Exception as error:
+            # No recording is worth a text: memory, a named backend that takes no padding, a compiler. Nothing was read
+            # by it, so the state is as it was, and what else is wrong the ordinary step tells.
             logger.warning("new tokens are read without a CUDA graph, more slowly: %s", error)
             self._may_fix = False
             return
@@ -153,9 +179,9 @@ class FixedStep:
     Raises GraphRecordingError where a step changes more of the state's shapes than the number of keys.
     """
 
-    @torch.no_grad()
+    @written_anywhere()
     def __init__(self, net: Hymba, state: HymbaState) -> None:
-        self.net = net
+        self.net, self.watch = net, Watch(net)
         self.graph: torch.cuda.CUDAGraph | None = None
         # A layer without keys reads another's, or sees its own token alone: it stays without.
         self._wanted, self._grows = [], []
@@ -209,16 +235,19 @@ class FixedStep:
         position = self.held.position if isinstance(position, Tensor) else position + self._steps
         return _owned(self.held._replace(layers=layers, position=position))
 
-    @torch.no_grad()
+    @written_anywhere()
     def record(self) -> None:
         """Records the graph; the state stays what it is. Raises GraphRecordingError where that is not possible."""
         before = _owned(self.held)
         for _ in range(CALLS_BEFORE_RECORDING):
             self._compute()
-        torch.cuda.synchronize(self._tokens_B1.device)
+        device = self._tokens_B1.device
+        torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
+        # torch's own stream for recording is of the device that was current first; another's kernels it would miss.
+        stream = torch.cuda.Stream(device)
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._hidden_B1D = self._compute()
         except RuntimeError as error:
             raise GraphRecordingError(
@@ -262,6 +291,12 @@ class FixedStep:
             values=layer.values[:, padding:],
             hidden=hidden_B if self._has_hidden[index] else None,
         )
+
+
+def _is_recordable(net: Hymba) -> bool:
+    """Whether a graph would hold all that a step does: on one GPU, and for nobody who looks on, as hooks do."""
+    devices = {weight.device for weight in net.parameters()}
+    return net.runtime.step_graphs and len(devices) == 1 and devices.pop().type == "cuda" and not has_hooks(net)
 
 
 def _tensors(state: HymbaState) -> list[Tensor]:

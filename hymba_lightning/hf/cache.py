@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -40,16 +39,21 @@ class HymbaCache(Cache):
 
     def step(self, net: Hymba, ids_B1: Tensor) -> Tensor:
         """One more token of each row; returns the last block's output (B, 1, D)."""
-        if self._steps is None:
-            self._steps, self._state = Steps(net, self._state), None
+        if self._steps is None or self._steps.net is not net:
+            self._steps, self._state = Steps(net, self.state), None
         return self._steps.hidden(ids_B1)
+
+    def renew(self) -> None:
+        """Makes anew, with the next token, whatever was made of the network, which may be another one by then."""
+        if self._steps is not None:
+            self._steps.renew()
 
     def _held(self) -> HymbaState | None:
         return self._state if self._steps is None else self._steps.held
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HymbaCache:
-        # A recorded graph is no part of what was read.
-        return HymbaCache(copy.deepcopy(self.state, memo), self.columns)
+    def __reduce__(self) -> tuple[type[HymbaCache], tuple[HymbaState | None, int]]:
+        # For copies and files: the network, and a recorded graph, are no part of what was read.
+        return HymbaCache, (self.state, self.columns)
 
     def __repr__(self) -> str:
         return f"HymbaCache({self.columns} columns)"
@@ -94,13 +98,14 @@ class HymbaCache(Cache):
     @property
     def batch_size(self) -> int:
         """Rows."""
-        held = self._held()
-        return -1 if held is None else held.last_id.size(0)
+        state = self._state
+        rows = self._steps.rows if self._steps is not None else None if state is None else state.last_id.size(0)
+        return -1 if rows is None else rows
 
     @property
     def is_initialized(self) -> bool:
         """Whether anything was read."""
-        return self._held() is not None
+        return self.batch_size >= 0
 
     @property
     def is_compileable(self) -> bool:

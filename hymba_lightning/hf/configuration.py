@@ -23,7 +23,8 @@ class HymbaPretrainedConfig(PretrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    keys_to_ignore_at_inference = ("cache", "past_key_values")
+    # A list: Trainer adds others to it.
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - transformers reads the class's
 
     def __init__(self, net: dict[str, Any] | None = None, runtime: dict[str, Any] | None = None, **kwargs: Any) -> None:
         config = HymbaConfig.from_dict(net or {})
@@ -34,6 +35,8 @@ class HymbaPretrainedConfig(PretrainedConfig):
         self.num_hidden_layers = config.n_layers
         self.num_attention_heads = config.n_heads
         self.num_key_value_heads = config.n_kv_heads
+        # What training scripts set for every model; the cache is made where it is asked for.
+        self.use_cache = kwargs.pop("use_cache", True)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
             kwargs.pop(name, None)
         # Concerns weights that layers share; whether head and embedding are one is the network's affair.

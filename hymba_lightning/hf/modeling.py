@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from hymba_lightning.evaluation.carried import REBASE_AT
@@ -18,9 +20,12 @@ from hymba_lightning.hf.configuration import HymbaPretrainedConfig
 from hymba_lightning.interop.official import is_official
 from hymba_lightning.interop.pretrained import (
     ARTIFACT,
+    INDEX,
     PREFIX,
     WEIGHTS,
     find_folder,
+    generation_settings,
+    is_folder,
     load_pretrained,
     read_config,
     shared_weights,
@@ -30,6 +35,8 @@ from hymba_lightning.model.hymba import HymbaState
 
 # Columns read in one forward pass where the cache is kept: the memory's bound.
 PIECE_TOKENS = 2048
+BEGIN = "a text begins with the document start, which the tokenizer adds unless add_special_tokens is false"
+ALL_PADDING = "a row is all padding: each needs at least one token"
 
 
 @dataclass
@@ -81,25 +88,44 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
             )
         return self.get_input_embeddings()
 
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Called by `gradient_checkpointing_enable` and its kin: ours is the runtime's, without their function."""
+        self.gradient_checkpointing = enable
+        self.net.runtime = dataclasses.replace(self.net.runtime, activation_checkpointing=enable)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> HymbaForCausalLM:
         """As of every transformers model. Where the folder has our artifact and no safetensors file, or with
-        weights="artifact", the artifact's weights are read; a released Hymba's folder is read as it is."""
-        weights = kwargs.pop("weights", None)
+        weights="artifact", the artifact's weights are read; a released Hymba's folder is read as it is.
+
+        Raises FileNotFoundError or ValueError as `interop.pretrained.load_pretrained` does: transformers itself fills
+        what a damaged file lacks with whatever lies in memory.
+        """
+        weights, name = kwargs.pop("weights", None), pretrained_model_name_or_path
+        if not isinstance(name, str | Path):
+            return super().from_pretrained(name, *args, **kwargs)
         hub = ("revision", "token", "cache_dir", "local_files_only")
         local: dict[str, Any] = {key: kwargs[key] for key in hub if key in kwargs}
-        if weights is None and not _is_read_by_us(pretrained_model_name_or_path, local):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        found = load_pretrained(pretrained_model_name_or_path, weights=weights, **local)
+        folder = find_folder(name, **local) / kwargs.get("subfolder", "")
+        if weights is None and not _is_read_by_us(folder):
+            # Other kinds of files (a variant's, another library's) are transformers' affair.
+            if is_folder(folder) and not ({"variant", "state_dict", "gguf_file"} & kwargs.keys()):
+                load_pretrained(folder)
+            return super().from_pretrained(name, *args, **kwargs)
+        found = load_pretrained(folder, weights=weights)
         config = kwargs.pop("config", None) or HymbaPretrainedConfig.from_dict(dict(found.extra))
         tensors = {PREFIX + name: value for name, value in found.weights.items()}
-        for key in local:
-            kwargs.pop(key)
-        return super().from_pretrained(None, *args, config=config, state_dict=tensors, **kwargs)
+        for key in (*local, "subfolder"):
+            kwargs.pop(key, None)
+        loaded = super().from_pretrained(None, *args, config=config, state_dict=tensors, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config._name_or_path = str(name)
+        model.generation_config = GenerationConfig(**generation_settings(found.extra))
+        return loaded
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: HymbaCache | None = None,
         past_key_values: HymbaCache | None = None,
@@ -115,8 +141,13 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         `attention_mask` (B, T), or (B, columns of the cache + T), is 0 where padding stands, whose logits are 0.
         `last_of_rows` asks for logits (B, 1, V) of each row's last token that is no padding. `labels` (B, T) are
         shifted here and -100 ones left out, as everywhere in transformers. `past_key_values` stands for `cache` too.
+
+        Raises ValueError for tokens, a mask or a cache of another kind, shape or range, and where vectors of layers or
+        attention's weights are asked for.
         """
-        cache = past_key_values if cache is None else cache
+        _refuse_what_is_not_there(kwargs)
+        cache = _ours(past_key_values if cache is None else cache)
+        input_ids = self._checked(input_ids, cache)
         if use_cache is None:
             use_cache = cache is not None
         mask_BT = _of_new_columns(attention_mask, input_ids)
@@ -139,6 +170,26 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         out = HymbaOutput(loss=loss, logits=logits, cache=cache if use_cache else None)
         return out if return_dict is None or return_dict else out.to_tuple()
+
+    def _checked(self, ids_BT: Tensor | None, cache: HymbaCache | None) -> Tensor:
+        """The tokens as int64. Raises ValueError where they are none."""
+        if not isinstance(ids_BT, Tensor) or ids_BT.dim() != 2 or ids_BT.is_floating_point():
+            raise ValueError("input_ids must be a tensor of token ids, (batch, tokens), and nothing else can be read")
+        if not ids_BT.numel():
+            raise ValueError(f"input_ids has no tokens ({tuple(ids_BT.shape)}): {BEGIN}")
+        if cache is not None and cache.is_initialized and cache.batch_size != ids_BT.size(0):
+            raise ValueError(
+                f"input_ids has {ids_BT.size(0)} rows, and its cache {cache.batch_size}: give the same ones"
+            )
+        # A look at single tokens, or at a batch of training, would hold a GPU up.
+        if ids_BT.device.type == "cpu" or (ids_BT.is_cuda and ids_BT.size(1) > 1 and not self.training):
+            low, high = (int(end) for end in ids_BT.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"input_ids has the id {low if low < 0 else high}, and the network's vocab_size is "
+                    f"{self.config.vocab_size}: use the tokenizer that lies beside it"
+                )
+        return ids_BT.long()
 
     def _is_step(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: HymbaCache) -> bool:
         """Whether each row has one more token, and nobody wants its gradient."""
@@ -167,7 +218,7 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         hidden, after = [], []
         for row_T, real_T, own in zip(ids_BT, real_BT, before, strict=True):
             if not real_T.any():
-                raise ValueError("a row is all padding: each needs at least one token")
+                raise ValueError(ALL_PADDING)
             out_1ND, new = self._in_pieces(row_T[real_T][None], own)
             row_TD = out_1ND.new_zeros(row_T.numel(), out_1ND.size(2))
             hidden.append(row_TD.masked_scatter(real_T[:, None], out_1ND))
@@ -181,6 +232,13 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
             after = self.net.compact(cast(HymbaState, new), REBASE_AT)
             hidden.append(hidden_BTD)
         return torch.cat(hidden, dim=1), cast(HymbaState, after)
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As of every transformers model. Raises ValueError for prompts without tokens."""
+        given = kwargs.get("input_ids") if inputs is None else inputs
+        if isinstance(given, Tensor) and not given.numel():
+            raise ValueError(f"the prompt has no tokens: {BEGIN}")
+        return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -210,8 +268,14 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
             "last_of_rows": True,
         }
 
-    def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """None of transformers' own: the first forward pass makes ours."""
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """None of transformers' own: the first forward pass makes ours. One that is given may be older than weights."""
+        _refuse_what_is_not_there(vars(generation_config))
+        for given in (model_kwargs.get("cache"), model_kwargs.get("past_key_values")):
+            if isinstance(given, HymbaCache):
+                given.renew()
 
     def _update_model_kwargs_for_generation(
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -222,9 +286,29 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         return model_kwargs
 
 
+def _refuse_what_is_not_there(asked: dict[str, Any]) -> None:
+    if asked.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds cannot be read, since bigrams are looked up by id: give input_ids")
+    if asked.get("output_hidden_states"):
+        raise ValueError("output_hidden_states is not offered: put a forward hook on the blocks of model.net.blocks")
+    if asked.get("output_attentions"):
+        raise ValueError("output_attentions is not offered: attention's weights are never made as a matrix")
+
+
+def _ours(cache: Any) -> HymbaCache | None:
+    """The cache; None for one of another class that has read nothing, such as libraries make for every model."""
+    if cache is None or isinstance(cache, HymbaCache):
+        return cache
+    if isinstance(cache, Cache) and not cache.get_seq_length():
+        return None
+    raise ValueError(f"a {type(cache).__name__} is no cache of a Hymba's: give the one that an earlier call returned")
+
+
 def _last_of_rows(hidden_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     if mask_BT is None:
         return hidden_BTD[:, -1:]
+    if not bool((mask_BT != 0).any(1).all()):
+        raise ValueError(ALL_PADDING)
     last_B = mask_BT.size(1) - 1 - (mask_BT != 0).flip(1).byte().argmax(1)
     return hidden_BTD.take_along_dim(last_B[:, None, None], 1)
 
@@ -232,7 +316,7 @@ def _last_of_rows(hidden_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
 def _of_new_columns(mask: Tensor | None, ids_BT: Tensor) -> Tensor | None:
     if mask is None:
         return None
-    if mask.dim() != 2 or mask.size(1) < ids_BT.size(1):
+    if mask.dim() != 2 or mask.size(0) != ids_BT.size(0) or mask.size(1) < ids_BT.size(1):
         raise ValueError(
             f"attention_mask must be (batch, columns) with 0 for padding, not {tuple(mask.shape)} for input_ids "
             f"{tuple(ids_BT.shape)}"
@@ -240,11 +324,9 @@ def _of_new_columns(mask: Tensor | None, ids_BT: Tensor) -> Tensor | None:
     return mask[:, mask.size(1) - ids_BT.size(1) :]
 
 
-def _is_read_by_us(name: str | Path, hub: dict[str, Any]) -> bool:
-    """Whether the folder, or the repository, has our artifact and no safetensors file, or is a released Hymba's."""
-    if name is None or not isinstance(name, str | Path):
-        return False
-    folder = find_folder(name, **hub)
+def _is_read_by_us(folder: Path) -> bool:
+    """Whether the folder has our artifact and no safetensors file, or is a released Hymba's."""
     if is_official(folder):
         return True
-    return not (folder / WEIGHTS).is_file() and (folder / ARTIFACT).is_file() and bool(read_config(folder))
+    stored = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
+    return not stored and (folder / ARTIFACT).is_file() and bool(read_config(folder))

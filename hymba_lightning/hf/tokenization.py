@@ -21,13 +21,16 @@ class HymbaTokenizer(PreTrainedTokenizer):
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no SentencePiece model, or has no BOS.
+        ValueError: none is given, it is no SentencePiece model, or has no BOS.
     """
 
     vocab_files_names = {"vocab_file": TOKENIZER_FILE}  # noqa: RUF012 - transformers reads the class's
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
-    def __init__(self, vocab_file: str, **kwargs: Any) -> None:
+    def __init__(self, vocab_file: str | None = None, **kwargs: Any) -> None:
+        if vocab_file is None:
+            # No OSError, of which transformers would make another sentence.
+            raise ValueError(f"the folder holds no {TOKENIZER_FILE}: put there the SentencePiece model of the network")
         self.vocab_file = vocab_file
         self.processor = load_sentencepiece(vocab_file)
         kwargs = special_tokens(self.processor) | kwargs

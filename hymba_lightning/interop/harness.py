@@ -82,8 +82,11 @@ class HymbaLM(LM):
             first = len(self._encode(kept)) if kept else 1
             pairs.append((whole, min(first, len(whole) - 1)))
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        for group in self._groups([whole for whole, _ in pairs]):
-            for index, result in zip(group, self._score([pairs[index] for index in group]), strict=True):
+        # A text of no tokens is certain.
+        said = [i for i, request in enumerate(requests) if request.args[1] and len(pairs[i][0]) > 1]
+        for group in self._groups([pairs[index][0] for index in said]):
+            members = [said[place] for place in group]
+            for index, result in zip(members, self._score([pairs[index] for index in members]), strict=True):
                 results[index] = result
         return results
 

@@ -25,7 +25,7 @@ from hymba_lightning.interop.pretrained import (
     folder_config,
     need,
     read_json,
-    read_safetensors,
+    read_weights,
 )
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.hymba import outline
@@ -45,7 +45,6 @@ __all__ = [
     "with_bfloat16_matrices",
 ]
 
-INDEX = "model.safetensors.index.json"
 NAMES = {
     "tok_emb.weight": "model.embed_tokens.weight",
     "meta_tokens": "model.memory_tokens",
@@ -135,7 +134,7 @@ def load(folder: Path, content: dict[str, Any]) -> Pretrained:
         config = config_from_hf(content)
     except ValueError as error:
         raise PretrainedError(f"{folder / CONFIG}: {error}") from error
-    tensors = _read_weights(folder)
+    tensors = read_weights(folder)
     try:
         weights = weights_from_hf(config, tensors)
     except ValueError as error:
@@ -147,25 +146,6 @@ def own_content(config: HymbaConfig, content: dict[str, Any]) -> dict[str, Any]:
     """The config.json of our format for a network, made from that of the released model."""
     ends = {name: content[name] for name in ("eos_token_id", "pad_token_id") if type(content.get(name)) is int}
     return folder_config(config, None, None) | ends
-
-
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    if (folder / WEIGHTS).is_file():
-        return read_safetensors(folder / WEIGHTS)
-    if not (folder / INDEX).is_file():
-        raise FileNotFoundError(
-            f"{folder} holds neither {WEIGHTS} nor {INDEX}: fetch the repository's safetensors files"
-        )
-    index = read_json(folder / INDEX).get("weight_map")
-    names = list(index.values()) if isinstance(index, dict) else []
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise PretrainedError(f"{folder / INDEX} has no weight_map of tensors to files beside it")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(names)):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks {name}, which {INDEX} names: fetch it")
-        tensors |= read_safetensors(folder / name)
-    return tensors
 
 
 def is_official(folder: str | Path) -> bool:

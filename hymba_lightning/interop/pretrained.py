@@ -7,8 +7,10 @@ used.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -23,22 +25,29 @@ from hymba_lightning.claim import LOCK, OWNER
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
 from hymba_lightning.files import write_atomic
 from hymba_lightning.interop.tokenizer import load_sentencepiece, write_tokenizer
+from hymba_lightning.interop.weight_files import (
+    AGAIN,
+    ARTIFACT,
+    CARD,
+    CONFIG,
+    DIGEST,
+    INDEX,
+    PREFIX,
+    WEIGHTS,
+    PretrainedError,
+    check_pointer,
+    need,
+    read_json,
+    read_weights,
+)
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
+from hymba_lightning.model.config import LATER
 from hymba_lightning.quantization import ArtifactError, QuantizationConfig, is_artifact, load_artifact, save_artifact
 from hymba_lightning.quantization.artifact import check_shapes
 
 MODEL_TYPE = "hymba_lightning"
-CONFIG, WEIGHTS, ARTIFACT, CARD = "config.json", "model.safetensors", "artifact.hymba", "README.md"
-# Names of weights in model.safetensors are those of our checkpoints and of the transformers class.
-PREFIX = "net."
-DIGEST = "weights_sha256"
 WHICH = ("safetensors", "artifact", "both")
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-INSTALL = "pip install 'hymba-lightning[hf]'"
-
-
-class PretrainedError(ValueError):
-    """A folder, or what a name of the hub stands for, holds no network that can be loaded; says what is wrong."""
 
 
 class Pretrained(NamedTuple):
@@ -48,14 +57,6 @@ class Pretrained(NamedTuple):
     weights: dict[str, Tensor]
     tokenizer_sha256: str | None
     extra: dict[str, Any]  # all of config.json
-
-
-def need(package: str) -> Any:
-    """The optional package. Raises ImportError with the command that installs it."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"this needs {package.partition('.')[0]}: {INSTALL}") from error
 
 
 def official() -> Any:
@@ -175,16 +176,23 @@ def load_pretrained(
     extra = read_config(folder)
     if weights not in (None, "safetensors", "artifact"):
         raise ValueError(f"weights={weights!r} is unknown: choose safetensors or artifact")
-    names = {"safetensors": (WEIGHTS,), "artifact": (ARTIFACT,), None: (WEIGHTS, ARTIFACT)}[weights]
-    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    names = {"safetensors": (WEIGHTS, INDEX), "artifact": (ARTIFACT,), None: (WEIGHTS, INDEX, ARTIFACT)}[weights]
+    path = next((folder / name for name in names if os.path.lexists(folder / name)), None)
     if path is None:
-        raise FileNotFoundError(f"{folder} holds no {' and no '.join(names)}")
-    tensors = _of_artifact(path, extra["net"]) if path.name == ARTIFACT else read_safetensors(path)
+        there = [name for name in names if name != INDEX]
+        raise FileNotFoundError(
+            f"{folder} holds no {' and no '.join(there)}: fetch it, or save the network again by save_pretrained"
+        )
+    if not path.is_file():
+        raise PretrainedError(f"{path} is no file, or a link to none. {AGAIN}")
+    tensors = _of_artifact(path, extra["net"]) if path.name == ARTIFACT else read_weights(folder)
     tensors = tensors | _shared(HymbaConfig.from_dict(extra["net"]), tensors)
     try:
-        check_shapes(extra["net"], {name: list(value.shape) or [1] for name, value in tensors.items()})
+        check_shapes(extra["net"], {name: list(value.shape) for name, value in tensors.items()})
     except ArtifactError as error:
-        raise PretrainedError(f"{path} does not fit {CONFIG}: {error}") from error
+        raise PretrainedError(
+            f"{path} does not fit {CONFIG}: {error}. Fetch both again, or save the network again"
+        ) from error
     sha256 = extra.get("tokenizer_sha256")
     return Pretrained(extra["net"], tensors, sha256 if isinstance(sha256, str) else None, extra)
 
@@ -258,47 +266,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     content = read_json(path)
     if content.get("model_type") != MODEL_TYPE:
         kind = content.get("model_type")
-        raise PretrainedError(f"{path} is that of another kind of model ({kind!r} where {MODEL_TYPE!r} is needed)")
+        raise PretrainedError(
+            f"{path} is that of another kind of model ({kind!r} where {MODEL_TYPE!r} is needed): give a folder that "
+            "save_pretrained wrote"
+        )
     if not isinstance(content.get("net"), dict):
-        raise PretrainedError(f"{path} has no network's config under 'net'")
+        raise PretrainedError(f"{path} has no network's config under 'net'. {AGAIN}")
+    missing = sorted({field.name for field in dataclasses.fields(HymbaConfig)} - {*content["net"], *LATER})
+    if missing:
+        raise PretrainedError(f"{path} does not say the network's {', '.join(missing)}. {AGAIN}")
     try:
-        HymbaConfig.from_dict(content["net"])
+        network = HymbaConfig.from_dict(content["net"])
     except ValueError as error:
-        raise PretrainedError(f"{path}: {error}") from error
+        raise PretrainedError(f"{path}: {error}. {AGAIN}") from error
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        given = content.get(name)
+        for token in given if isinstance(given, list) and name == "eos_token_id" else [given]:
+            if token is not None and not (type(token) is int and 0 <= token < network.vocab_size):
+                raise PretrainedError(
+                    f"{path}: {name}={given!r} is no id below the network's vocab_size={network.vocab_size}. {AGAIN}"
+                )
     return content
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The dictionary in a JSON file. Raises FileNotFoundError or PretrainedError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: give a folder that save_pretrained wrote")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PretrainedError(f"{path} cannot be read: {error}") from error
-    return content if isinstance(content, dict) else {}
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors by our names, in float32. Raises PretrainedError for a damaged file, or one that holds other things."""
-    library = need("safetensors")
-    try:
-        with library.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (library.SafetensorError, OSError, ValueError, TypeError) as error:
-        raise PretrainedError(f"{path} is damaged: {error}") from error
-    tensors = {name.removeprefix(PREFIX): value for name, value in stored.items()}
-    # What other libraries save has no digest.
-    if DIGEST in metadata and metadata[DIGEST] != weights_sha256(tensors):
-        raise PretrainedError(f"{path} is damaged: its weights do not match their digest. Fetch or save it again")
-    wrong = next((name for name, value in tensors.items() if not value.is_floating_point()), None)
-    if wrong is not None:
-        raise PretrainedError(f"{path}: its tensor {wrong} is no weight of a network ({tensors[wrong].dtype})")
-    infinite = next((name for name, value in tensors.items() if not torch.isfinite(value).all()), None)
-    if infinite is not None:
-        raise PretrainedError(f"{path}: its tensor {infinite} holds values that are not finite. Fetch or save it again")
-    return tensors
 
 
 def _as_safetensors(net: Hymba) -> bytes:
@@ -325,15 +313,17 @@ def _shared(config: HymbaConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _of_artifact(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    check_pointer(path)
     if not is_artifact(path):
-        raise PretrainedError(f"{path} is no artifact")
+        raise PretrainedError(f"{path} is no artifact. {AGAIN}")
     artifact = load_artifact(path)
     if artifact.config != HymbaConfig.from_dict(config).to_dict():
-        raise PretrainedError(f"{path} is the artifact of another network than {CONFIG} says")
+        raise PretrainedError(f"{path} is the artifact of another network than {CONFIG} says. Fetch or save both again")
     return artifact.state_dict
 
 
 def generation_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Settings for transformers' `generate`: a text ends at the end of a document, or at the start of another."""
-    ends = sorted({token for token in (config["bos_token_id"], config["eos_token_id"]) if token is not None})
-    return {"bos_token_id": config["bos_token_id"], "eos_token_id": ends, "pad_token_id": config["pad_token_id"]}
+    bos, eos, pad = (config.get(f"{name}_token_id") for name in ("bos", "eos", "pad"))
+    ends = {bos, *(eos if isinstance(eos, list) else [eos])} - {None}
+    return {"bos_token_id": bos, "eos_token_id": sorted(ends), "pad_token_id": pad}

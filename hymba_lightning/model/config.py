@@ -303,9 +303,10 @@ class HymbaConfig:
         for name, value in values.items():
             fits = LISTS.get(name, lambda value: False)
             if not (_is_of(kinds[name], value) or fits(value)):
+                kind = kinds[name]
+                within = f" within ±{MAX_INTEGER}" if kind in (int, float) else ""
                 raise ValueError(
-                    f"{name}={str(value)[:40]!r} is {type(value).__name__}, where "
-                    f"{kinds[name].__name__} within ±{MAX_INTEGER} is needed"
+                    f"{name}={str(value)[:40]!r} is {type(value).__name__}, where {kind.__name__}{within} is needed"
                 )
         return cls(**values)
 

@@ -9,6 +9,8 @@ B rows, D d_model, E d_inner, N d_state, W d_conv, H query heads, G key/value he
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,11 +24,14 @@ from hymba_lightning.model.hymba import Hymba, HymbaState
 from hymba_lightning.model.layers import RMS_EPS, is_plain
 from hymba_lightning.model.mixer import LayerState
 from hymba_lightning.model.mixers import mamba
+from hymba_lightning.model.watch import Watch, has_hooks
 
 # Tokens for which a buffer has room until its window's keys are moved to its front.
 ROOM = 256
 # Weights of larger networks, whose products take most of the time anyway, are not kept twice.
 MOST_WEIGHTS = 2**26
+# Where modules come from that nobody put in the place of others.
+OURS = "hymba_lightning.model."
 
 
 def serves(net: Hymba) -> bool:
@@ -41,10 +46,18 @@ def serves(net: Hymba) -> bool:
         and net.compute_dtype == torch.float32
         and sum(p.numel() for p in net.parameters()) <= MOST_WEIGHTS
         and all(p.device.type == "cpu" and p.dtype == torch.float32 and not p.is_inference() for p in net.parameters())
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+        and not has_hooks(net)
+        and all(type(module).__module__.startswith(OURS) or type(module) is nn.ModuleList for module in net.modules())
         and all(is_plain(module) for module in net.modules() if isinstance(module, nn.Linear))
         and all(type(block) is Block and type(block.attn) is mamba.Mixer for block in net.blocks)
     )
+
+
+@contextlib.contextmanager
+def written_anywhere() -> Iterator[None]:
+    """Tensors made here can be written to outside of `torch.inference_mode` too."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _root_eps(width: int) -> Tensor:
@@ -96,10 +109,11 @@ class _Layer:
         rows, kept = state.keys.shape[:2]
         self.first, self.last = 0, kept
         # (B, G, room, K), so that a head's keys are one matrix.
-        self.keys, self.values = (
-            torch.cat([part.transpose(1, 2), part.new_empty(rows, self.kv_heads, ROOM, self.width)], dim=2)
-            for part in (state.keys, state.values)
-        )
+        with written_anywhere():
+            self.keys, self.values = (
+                torch.cat([part.transpose(1, 2), part.new_empty(rows, self.kv_heads, ROOM, self.width)], dim=2)
+                for part in (state.keys, state.values)
+            )
         self.conv, self.scan = state.recurrent
 
     def state(self) -> LayerState:
@@ -146,11 +160,12 @@ class _Layer:
 
     def _make_room(self) -> None:
         kept = self.last - self.first
-        for name in ("keys", "values"):
-            buffer = getattr(self, name)
-            moved = buffer.new_empty(*buffer.shape[:2], kept + max(ROOM, kept // 2), self.width)
-            moved[:, :, :kept] = buffer[:, :, self.first : self.last]
-            setattr(self, name, moved)
+        with written_anywhere():
+            for name in ("keys", "values"):
+                buffer = getattr(self, name)
+                moved = buffer.new_empty(*buffer.shape[:2], kept + max(ROOM, kept // 2), self.width)
+                moved[:, :, :kept] = buffer[:, :, self.first : self.last]
+                setattr(self, name, moved)
         self.first, self.last = 0, kept
 
     def _scan(self, u_BE: Tensor) -> Tensor:
@@ -172,8 +187,7 @@ class OneToken:
 
     def __init__(self, net: Hymba) -> None:
         config = self.config = net.config
-        self._parameters = list(net.parameters())
-        self._version = self._versions()
+        self._watch = Watch(net)
         with torch.no_grad():
             self._layers = [_Layer(block, config) for block in net.layers]
             self._skips = net.skip_weights[0].detach()
@@ -197,22 +211,35 @@ class OneToken:
         self.position, self._last_id, self._last_vector = state.position, state.last_id, state.last_vector[:, 0]
         return True
 
-    def _versions(self) -> int:
-        return sum(parameter._version for parameter in self._parameters)
-
     @property
     def is_stale(self) -> bool:
-        """Whether a weight was changed in place since it was copied."""
-        return self._versions() != self._version
+        """Whether the network has other weights or modules than when they were copied."""
+        return self._watch.is_replaced or self._watch.is_written
+
+    @property
+    def rows(self) -> int:
+        """B of the state."""
+        return self._last_id.size(0)
 
     def state(self) -> HymbaState:
         """The state after the tokens read so far, its keys and values in memory that goes on being used."""
         layers = [layer.state() for layer in self._layers]
         return HymbaState(layers, self._last_id, self._last_vector[:, None], self.position)
 
-    @torch.no_grad()
     def hidden(self, ids_B1: Tensor) -> Tensor:
         """Reads a token of each row, (B, 1) int64; returns the last block's output (B, 1, D)."""
+        before = [layer.__dict__.copy() for layer in self._layers], self._last_id, self._last_vector
+        try:
+            return self._read(ids_B1)
+        except BaseException:
+            # Interrupted in the middle (Ctrl-C): no layer may be a token ahead of others.
+            layers, self._last_id, self._last_vector = before
+            for layer, values in zip(self._layers, layers, strict=True):
+                layer.__dict__.update(values)
+            raise
+
+    @torch.no_grad()
+    def _read(self, ids_B1: Tensor) -> Tensor:
         x_BD = F.embedding(ids_B1[:, 0], self._table)
         starts = self.config.reset_at_bos and bool((ids_B1 == self.config.bos_id).any())
         before_B1, before_BD = self._last_id, self._last_vector

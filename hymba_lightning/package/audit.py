@@ -36,6 +36,7 @@ from hymba_lightning.data.shards import find_shards
 from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.token_stream import Chunk, TokenStream
 from hymba_lightning.data.tokenizer import file_sha256
+from hymba_lightning.device import device_of
 from hymba_lightning.evaluation.auditor import AuditReport, Evaluator, RuleBrokenError, audit
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.ttt import score_first_ttt
@@ -123,7 +124,7 @@ def audit_path(
         raise ValueError(f"answer_seconds={answer_seconds} must be a number of seconds above 0")
     seed = secrets.randbits(32) if seed is None else seed
     first = random.Random(seed).randrange(len(stream) - tokens + 1)
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    where = str(device_of(device))
     sizes = {"seq_len": seq_len or max(tokens // 12, 2), "chunk_tokens": chunk_tokens or -(-tokens // 4)}
     true = stream[first : first + tokens]
     making = (

@@ -17,6 +17,7 @@ from hymba_lightning.checkpoints import check_tokenizer, read_checkpoint
 from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
+from hymba_lightning.device import device_of
 from hymba_lightning.files import not_a_file
 from hymba_lightning.generation.loading import find_tokenizer, load_network
 from hymba_lightning.model import Hymba, RuntimeConfig
@@ -114,7 +115,7 @@ def export(
         raise ValueError("GPTQ needs training batches: give --data_dir, or another scheme")
     if calibration_batches < 1:
         raise ValueError(f"calibration_batches={calibration_batches} must be at least 1")
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = device_of(device)
     source = read_source(Path(ckpt), tokenizer, runtime, where)
     started, fingerprint = time.monotonic(), source.fingerprint
     batches: list[Tensor] = []

@@ -16,6 +16,7 @@ import torch
 
 from hymba_lightning.checkpoints import weights_sha256
 from hymba_lightning.data.datamodule import HymbaDataModule
+from hymba_lightning.device import device_of
 from hymba_lightning.files import write_atomic
 from hymba_lightning.generation.loading import find_tokenizer, load_network, trained_seq_len
 from hymba_lightning.model import RuntimeConfig
@@ -143,7 +144,7 @@ def probe(
     if passages == 1:
         raise ValueError("passages must be at least 2 for a standard error, or 0 for none, got 1")
     path = Path(file).expanduser()
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = device_of(device)
     slow = where.type == "cpu"
     recall_steps = (20 if slow else 60) if recall_steps is None else recall_steps
     questions = (32 if slow else 64) if questions is None else questions

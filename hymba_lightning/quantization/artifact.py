@@ -129,7 +129,7 @@ def check_anchors(config: dict, shapes: dict[str, list[int]]) -> HymbaConfig:
     expected = [network.vocab_size, network.d_model]
     if shapes.get("tok_emb.weight") != expected:
         raise ArtifactError(
-            f"its config has a token table of {expected}, and its tensors one of {shapes.get('tok_emb.weight')}"
+            f"its config has a token table of {expected}, and its tensors {shapes.get('tok_emb.weight', 'none')}"
         )
     layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
     if network.n_layers > MAX_LAYERS or layers != {str(layer) for layer in range(network.n_layers)}:

@@ -43,6 +43,10 @@ MAX_WINDOW_BYTES = 128 << 20
 MIN_MATCH = 7
 # Levels that do little but code the entropy: on weights 0.1 % better to 4 % worse than level 22, 100 times as fast.
 DRAFT_LEVELS = (1, 3)
+# From so many bytes on the higher levels, which take a second for 4 MB, are tried only where pieces of the content
+# say that they gain so much: on six trained networks of 27M weights level 22 lost 0.5 to 2.7 % of the whole content
+# where it gained up to 1.4 % of such pieces.
+LONG, PIECES, PIECE_BYTES, WORTH = 8 << 20, 8, 256 << 10, 0.97
 
 STREAM_DTYPES: dict[str, np.dtype] = {
     "q": np.dtype("u1"),
@@ -65,7 +69,18 @@ def compress(raw: bytes, level: int, cuts: Sequence[int] = ()) -> bytes:
 
     At the `cuts`, positions in `raw`, where another kind of numbers begins, the coder makes new tables.
     """
-    return min(draft(raw, cuts), frame(raw, level, cuts), key=len)
+    quick = draft(raw, cuts)
+    return min(quick, frame(raw, level, cuts), key=len) if may_gain(raw, level) else quick
+
+
+def may_gain(raw: bytes, level: int) -> bool:
+    """Whether `level` is worth its time on `raw` beside a draft; of long content, by pieces of it."""
+    if len(raw) < LONG:
+        return True
+    starts = [i * (len(raw) - PIECE_BYTES) // (PIECES - 1) for i in range(PIECES)]
+    sample = b"".join(raw[start : start + PIECE_BYTES] for start in starts)
+    cuts = [i * PIECE_BYTES for i in range(1, PIECES)]
+    return len(frame(sample, level, cuts)) < WORTH * len(draft(sample, cuts))
 
 
 def draft(raw: bytes, cuts: Sequence[int] = ()) -> bytes:

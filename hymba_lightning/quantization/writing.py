@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 from torch import Tensor
@@ -72,9 +72,15 @@ def save_artifact(
         format.check_weights_size(sum(entry.numel for entry in table), len(payload))
         return format.pack(header, payload), Parts(header, counts, table, content, len(payload))
 
+    # What is measured last is mostly what is written.
+    compressed = lru_cache(maxsize=1)(format.compress)
+
+    def compress_in_earnest(content: bytes, cuts: Sequence[int], level: int) -> bytes:
+        return compressed(content, level, tuple(cuts))
+
     def measure(encoded: list[Encoded], exact: bool = False) -> int:
         """Most bytes that the file can have; a little fewer where the time is taken to compress it in earnest."""
-        compress = partial(format.compress, level=scheme.zstd_level) if exact else format.draft
+        compress = partial(compress_in_earnest, level=scheme.zstd_level) if exact else format.draft
         return len(lay_out_file(encoded, scheme, compress)[0]) + HEADER_SLACK
 
     if roles is None:
@@ -85,7 +91,7 @@ def save_artifact(
     budget = scheme.limit_bytes - code_bytes
     weights = Weights(state_dict, quantized or {}, hessians, sensitivities, measure, budget, roles)
     encoded, final = encode_weights(weights, scheme)
-    packed, parts = lay_out_file(encoded, final, partial(format.compress, level=final.zstd_level))
+    packed, parts = lay_out_file(encoded, final, partial(compress_in_earnest, level=final.zstd_level))
     write_atomic(Path(path), packed)
     return build_report(len(packed), parts)
 

@@ -279,6 +279,8 @@ def _results(runs: Sequence[Run]) -> str:
     row("share of the byte limit", [_share(run) for run in runs], ".1%")
     row("tokens scored", [run.tokens_scored for run in runs], ",.0f")
     row("test seconds", [run.test.get("seconds") for run in runs], ",.1f")
+    row("tokens scored a second", [run.test.get("scored_tokens_per_s") for run in runs], ",.0f")
+    row("milliseconds of a TTT update", [run.test.get("update_ms") for run in runs], ",.1f")
     rows.append(["validation data", *("unknown" if run.data is None else run.data.digest[:7] for run in runs)])
     known = {run.data for run in runs} - {None}
     apart = ""

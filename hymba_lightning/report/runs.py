@@ -38,7 +38,7 @@ SUMMARY_NUMBERS = (
     "code_bytes",
     "limit_bytes",
 )
-TEST_NUMBERS = ("ttt_bpb", "tokens", "chunks", "seconds")
+TEST_NUMBERS = ("ttt_bpb", "tokens", "chunks", "seconds", "scored_tokens_per_s", "update_ms")
 CURVE_FIELDS = ("at_least", "bpb", "n_tokens")
 # A run's name, which stands in headings and legends.
 NAME_LENGTH = 48

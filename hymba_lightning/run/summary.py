@@ -135,5 +135,7 @@ def print_table(title: str, summary: dict[str, Any], folder: RunFolder) -> None:
     row("tokens per second", summary.get("tokens_per_s"), ",.0f")
     row("tokens scored", summary.get("tokens" if "ttt_bpb" in summary else "scored_tokens"), ",")
     row("evaluation seconds", summary.get("seconds"), ".1f")
+    row("tokens scored a second", summary.get("scored_tokens_per_s"), ",.0f")
+    row("milliseconds of an update", summary.get("update_ms"), ".1f")
     # Names are text, not markup.
     Console(markup=False, emoji=False).print(table)

@@ -11,8 +11,10 @@ from hymba_lightning.evaluation.adapt import Adapter
 N_CHUNKS = 4
 
 
-def timed_run(monkeypatch, limit, score_seconds=1.0, update_seconds=1.0, epochs=5, slow_after=None, rank_offset=0.0):
-    """Runs the stream on a clock that only scoring and updates move. Returns seconds used and epochs per chunk."""
+def timed_evaluation(
+    monkeypatch, limit, score_seconds=1.0, update_seconds=1.0, epochs=5, slow_after=None, rank_offset=0.0
+):
+    """Runs the stream on a clock that only scoring and updates move."""
     time = FakeTime(now=100.0 + rank_offset)
     original = Adapter.update
     n_updates = 0
@@ -37,6 +39,12 @@ def timed_run(monkeypatch, limit, score_seconds=1.0, update_seconds=1.0, epochs=
         ttt.score_chunk(chunk)
         ttt.adapt_chunk(chunk)
     monkeypatch.undo()
+    return ttt
+
+
+def timed_run(monkeypatch, limit, **timing):
+    """Seconds used and epochs per chunk."""
+    ttt = timed_evaluation(monkeypatch, limit, **timing)
     return ttt.clock.elapsed(), ttt.epochs_done
 
 
@@ -97,3 +105,20 @@ def test_ranks_agree_on_the_time_whatever_their_clocks_say(tmp_path):
     assert other == (seconds, epochs)
     assert seconds <= 10
     assert sum(epochs) > 0
+
+
+def test_where_the_time_went_is_told_as_sums_and_medians(monkeypatch):
+    ttt = timed_evaluation(monkeypatch, None, score_seconds=2.0, update_seconds=0.25, epochs=2, slow_after=5)
+    n_tokens = [chunk.tokens.numel() - 1 for chunk in chunks(stream())]
+    seconds = ttt.clock.summary()
+    updates = [0.25] * 5 + [0.75]
+    assert seconds["scoring_seconds"] == pytest.approx(2.0 * N_CHUNKS)
+    assert seconds["training_seconds"] == pytest.approx(sum(updates))
+    assert seconds["scored_tokens_per_s"] == pytest.approx(sorted(n_tokens)[N_CHUNKS // 2] / 2.0)
+    assert seconds["update_ms"] == pytest.approx(250)
+
+
+def test_what_was_not_done_has_no_rate(monkeypatch):
+    seconds = timed_evaluation(monkeypatch, None, epochs=0).clock.summary()
+    assert (seconds["training_seconds"], seconds["update_ms"]) == (0, None)
+    assert seconds["scored_tokens_per_s"] > 0

@@ -79,13 +79,21 @@ def test_the_command_scores_files_and_lines(artifact, tmp_path, capsys):
     assert f"{total['bits_per_byte']:8.4f}          20 bytes  all 3 documents" in plain
 
 
+@pytest.mark.parametrize("texts", [["\n"], ["\n", "\n\n"]])
+def test_texts_of_which_a_tokenizer_makes_nothing_are_none(artifact, tmp_path, texts):
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = ["--tokenizer", str(TOKENIZER), "--device", "cpu"]
+    with pytest.raises(ValueError, match="the tokenizer makes no token of what the inputs hold"):
+        run_command("bpb", [artifact, str(tmp_path / "lines.jsonl"), *options])
+
+
 def test_what_cannot_be_scored_is_an_error(artifact, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "broken.jsonl").write_text('{"text": "the end"}\n{"txt": 1}\n')
     options = ["--tokenizer", str(TOKENIZER), "--device", "cpu"]
     with pytest.raises(ValueError, match="no document to score"):
         run_command("bpb", [artifact, str(tmp_path / "empty.txt"), *options])
-    with pytest.raises(ValueError, match=r"broken\.jsonl"):
+    with pytest.raises(ValueError, match=r"broken\.jsonl:2.*; leave it out, or mend it$"):
         run_command("bpb", [artifact, str(tmp_path / "broken.jsonl"), *options])
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run_command("bpb", [artifact, str(tmp_path / "nowhere"), *options])

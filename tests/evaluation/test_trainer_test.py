@@ -77,6 +77,9 @@ def test_what_test_writes(folder, tmp_path, ttt):
     assert {name: summary["ttt"][name] for name in ttt} == ttt
     assert summary["chunk_tokens"] == 192
     assert summary["limit_seconds"] == 600
+    assert 0 < summary["scoring_seconds"] + summary["training_seconds"] <= summary["seconds"]
+    assert summary["scored_tokens_per_s"] > 0
+    assert (summary["update_ms"] is None) == (ttt["epochs"] == 0)
     for curve in ("bpb_by_context", "bpb_by_document_position"):
         assert sum(point["n_tokens"] for point in summary[curve]) == 699
     most = max(point["at_least"] for point in summary["bpb_by_context"])

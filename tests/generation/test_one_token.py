@@ -87,6 +87,129 @@ def test_weights_that_change_in_place_are_seen():
     assert rms_ratio(reader.read(token, 64), expected) < 1e-5
 
 
+def written(net):
+    net.load_state_dict({name: value * 1.3 for name, value in net.state_dict().items()})
+
+
+def assigned(net):
+    net.load_state_dict({name: value * 1.3 for name, value in net.state_dict().items()}, assign=True)
+
+
+def given_other_storage(net):
+    for parameter in net.parameters():
+        parameter.data = parameter.data * 1.3
+
+
+def turned_to_bfloat16(net):
+    net.to(torch.bfloat16)
+
+
+def wrapped(net):
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    net.blocks[1].mlp = Doubled(net.blocks[1].mlp)
+
+
+def test_a_hook_that_comes_later_is_called_for_every_token():
+    net = lively(HymbaConfig(**BASE))
+    _, state = carried.read(net, torch.randint(0, 64, (1, 20)), None, 64)
+    reader, seen = Steps(net, state), []
+    reader.read(torch.tensor([[5]]), 64)
+    hook = net.blocks[1].register_forward_hook(lambda *call: seen.append(1))
+    for _ in range(3):
+        reader.read(torch.tensor([[5]]), 64)
+    assert len(seen) == 3
+    hook.remove()
+    reader.renew()
+    reader.read(torch.tensor([[5]]), 64)
+    assert reader._one is not None
+
+
+@pytest.mark.parametrize("fixed", [None, True], ids=["one token", "fixed memory"])
+@pytest.mark.parametrize("change", [written, assigned, given_other_storage, turned_to_bfloat16, wrapped])
+def test_a_network_that_changes_between_tokens_counts_from_the_next_one_on(change, fixed, monkeypatch):
+    monkeypatch.setattr(steps, "STEPS_BEFORE_RECORDING", 1)
+    net = lively(HymbaConfig(**BASE))
+    _, state = carried.read(net, torch.randint(0, 64, (1, 20)), None, 64)
+    reader, token = Steps(net, state, fixed), torch.tensor([[5]])
+    for _ in range(3):
+        reader.read(token, 64)
+    made = reader._fixed or reader._one
+    assert made is not None
+    change(net)
+    expected, _ = carried.read(net, token, reader.state, 64)
+    assert rms_ratio(reader.read(token, 64), expected) < 1e-5
+    assert (reader._fixed or reader._one) is not made or change is written
+
+
+def test_what_was_written_unseen_counts_after_renew():
+    net = lively(HymbaConfig(**BASE))
+    _, state = carried.read(net, torch.randint(0, 64, (1, 20)), None, 64)
+    reader, token = Steps(net, state), torch.tensor([[5]])
+    reader.read(token, 64)
+    net.blocks[2].attn.proj.weight.data += 0.5
+    reader.renew()
+    expected, _ = carried.read(net, token, reader.state, 64)
+    assert rms_ratio(reader.read(token, 64), expected) < 1e-5
+
+
+@pytest.mark.parametrize("fixed", [None, True], ids=["one token", "fixed memory"])
+def test_a_text_begun_in_inference_mode_goes_on_outside_of_it(fixed, monkeypatch, little_room):
+    monkeypatch.setattr(steps, "STEPS_BEFORE_RECORDING", 1)
+    net = lively(HymbaConfig(**BASE))
+    ids = torch.randint(0, 64, (1, 40))
+    with torch.inference_mode():
+        _, state = carried.read(net, ids[:, :10], None, 64)
+        reader = Steps(net, state, fixed)
+        for t in range(10, 20):
+            reader.read(ids[:, t : t + 1], 64)
+    for t in range(20, 40):
+        logits_BV = reader.read(ids[:, t : t + 1], 64)
+    assert rms_ratio(logits_BV, net(ids)[:, -1]) < 1e-5
+
+
+def test_an_interrupted_token_can_be_read_again(monkeypatch):
+    """No layer has read it where another has not."""
+    net = lively(HymbaConfig(**BASE))
+    ids = torch.randint(0, 64, (2, 30))
+    _, state = carried.read(net, ids[:, :10], None, 64)
+    step = OneToken(net)
+    step.load(state)
+    ordinary = one_token._Layer.step
+
+    def interrupted(layer, *values):
+        if layer is step._layers[2]:
+            raise KeyboardInterrupt
+        return ordinary(layer, *values)
+
+    for t in range(10, 30):
+        with monkeypatch.context() as patch:
+            patch.setattr(one_token._Layer, "step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                step.hidden(ids[:, t : t + 1])
+        hidden_B1D = step.hidden(ids[:, t : t + 1])
+    assert rms_ratio(net.logits(hidden_B1D)[:, 0], net(ids)[:, -1]) < 1e-5
+
+
+@pytest.mark.parametrize("fixed", [None, True, False], ids=["one token", "fixed memory", "ordinary"])
+def test_another_number_of_rows_than_was_read_is_refused(fixed, monkeypatch):
+    monkeypatch.setattr(steps, "STEPS_BEFORE_RECORDING", 1)
+    monkeypatch.setattr(steps, "serves", lambda net: fixed is None)
+    net = lively(HymbaConfig(**BASE))
+    _, state = carried.read(net, torch.randint(0, 64, (2, 9)), None, 64)
+    reader = Steps(net, state, fixed)
+    for _ in range(3):
+        reader.read(torch.tensor([[5], [6]]), 64)
+    with pytest.raises(ValueError, match="1 tokens were given for 2 rows: give one a row"):
+        reader.read(torch.tensor([[5]]), 64)
+
+
 def with_a_hook(net):
     net.blocks[1].mlp.register_forward_hook(lambda *call: None)
 

@@ -10,9 +10,10 @@ from tiny import NET, TOKENIZER, lively
 
 from hymba_lightning.commands import run_command
 from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer
+from hymba_lightning.device import device_of
 from hymba_lightning.errors import UsageError
 from hymba_lightning.generation.reply import StopText
-from hymba_lightning.generation.sample import ends_of
+from hymba_lightning.generation.sample import ends_of, typed_lines
 from hymba_lightning.generation.sampler import SamplingConfig, generate
 from hymba_lightning.generation.session import Session
 from hymba_lightning.generation.steps import Steps
@@ -190,6 +191,23 @@ def test_interactive_answers_line_by_line(run):
     assert plain == "".join(row["text"] + "\n" for row in rows)
 
 
+def test_a_typed_line_that_is_no_text_is_left_out_and_the_document_goes_on(monkeypatch, capsys):
+    typed = io.StringIO("the end\ncaf\udce9\nof it\n")
+    typed.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert list(typed_lines()) == ["the end", "of it"]
+    assert capsys.readouterr().err == "> > the line is not UTF-8 and was left out: type it again\n> > \n"
+
+
+def test_a_mark_of_the_encoding_is_no_text(run, tmp_path):
+    (tmp_path / "a.txt").write_text("the end", encoding="utf-8-sig")
+    assert run("--prompt_file", str(tmp_path / "a.txt")) == run("the end")
+
+
+def test_no_temperature_is_too_low(run):
+    assert run("the end", "--temperature", "1e-320") == run("the end", "--temperature", "0")
+
+
 def test_verbose_alone_tells_the_speed(run, capsys, artifact):
     run("the end", "--verbose")
     run_command("sample", [artifact, "the end", "--verbose", *OPTIONS])
@@ -208,3 +226,12 @@ def test_what_cannot_be_is_one_sentence(run, tmp_path):
         run("--prompt_file", str(tmp_path / "latin"))
     with pytest.raises(ValueError, match="give - once"):
         run("--prompt", "-", "-", stdin="x")
+    with pytest.raises(ValueError, match="does not fit into 63 bits"):
+        SamplingConfig(seed=10**20)
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:x", "meta", "cuda:1000"])
+def test_a_device_that_is_not_here_is_named(name):
+    with pytest.raises(ValueError, match=rf"device '{name}' cannot be used \(.+\): give cpu, cuda or auto"):
+        device_of(name)
+    assert device_of("auto").type in ("cpu", "cuda")

@@ -3,6 +3,9 @@ text is cut, for rows of any length."""
 
 import contextlib
 import logging
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from hymba_lightning.generation.steps import FixedStep, Steps
 from hymba_lightning.interop.official import config_from_hf, weights_from_hf
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import GraphRecordingError
+from hymba_lightning.ops.registry import BackendUnavailableError
 
 # Shorter than the window of 16, as long, and far longer.
 LENGTHS = (1, 30, 5, 16, 30)
@@ -172,6 +176,84 @@ def test_a_step_that_cannot_be_fixed_is_told_once_and_goes_on(caplog, monkeypatc
     ]
 
 
+def test_steps_are_recorded_on_one_gpu_and_with_nobody_looking_on():
+    def placed(*devices):
+        """A network whose weights say that they lie there."""
+        net = network("window")
+        weights = [SimpleNamespace(device=torch.device(device)) for device in devices]
+        net.parameters = lambda: iter(weights)
+        return net
+
+    recordable = steps_module._is_recordable
+    assert recordable(placed("cuda:1", "cuda:1"))
+    assert not recordable(placed("cuda:0", "cuda:1"))
+    assert not recordable(placed("cuda:0", "meta"))
+    assert not recordable(placed("cpu"))
+    looked_at, off = placed("cuda:0"), placed("cuda:0")
+    looked_at.blocks[0].register_forward_hook(lambda *call: None)
+    off.runtime = RuntimeConfig(step_graphs=False)
+    assert not recordable(looked_at)
+    assert not recordable(off)
+
+
+class Refusal(Exception):
+    """Of a compiler's, which is none of torch's own errors."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BackendUnavailableError("attention's backend takes no padding"),
+        torch.cuda.OutOfMemoryError("no room"),
+        Refusal("no kernel"),
+    ],
+    ids=["a named backend", "memory", "a compiler"],
+)
+def test_whatever_keeps_a_step_from_being_recorded_the_text_goes_on(error, caplog, monkeypatch):
+    net = network("window")
+    state = read_prompts(net)
+    given = Steps(net, state, fixed=True)
+    given._on_gpu = True
+
+    def refused(self):
+        raise error
+
+    monkeypatch.setattr(FixedStep, "record", refused)
+    with caplog.at_level(logging.WARNING):
+        state = follow(net, state, given, 10)
+    assert len(caplog.records) == 1
+    assert_same(given.state, state)
+
+
+def test_threads_record_one_after_another(monkeypatch):
+    net = network("window")
+    at_once, most, lock = [0], [0], threading.Lock()
+
+    def record(self):
+        with lock:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+        time.sleep(0.02)
+        with lock:
+            at_once[0] -= 1
+
+    monkeypatch.setattr(FixedStep, "record", record)
+
+    def generation():
+        given = Steps(net, read_prompts(net), fixed=True)
+        given._on_gpu = True
+        for _ in range(5):
+            given.read(torch.zeros(len(LENGTHS), 1, dtype=torch.int64), 64)
+        assert given._fixed is not None
+
+    threads = [threading.Thread(target=generation) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+
+
 class Replayed:
     """In the place of a CUDA graph: computes again what was recorded, into the memory that the recording gave."""
 
@@ -187,8 +269,17 @@ def test_recording_leaves_the_state_and_gives_one_place_to_the_output(net, monke
     step = FixedStep(net, state)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Replayed(step))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, capture_error_mode: contextlib.nullcontext())
+    recorded = []
+
+    def graph(graph, stream, capture_error_mode):
+        recorded.append(stream)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     step.record()
+    # Not of whatever device is current.
+    assert recorded == [f"stream of {step._tokens_B1.device}"]
     assert_same(step.state(), state)
     place = step._hidden_B1D.data_ptr()
     given = Steps(net, fixed=True)
@@ -204,6 +295,8 @@ def test_what_a_graph_cannot_hold_is_told_with_the_remedy(monkeypatch):
     step = FixedStep(net, read_prompts(net))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Replayed(step))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
 
     @contextlib.contextmanager
     def graph(*args, **options):

@@ -54,6 +54,13 @@ def test_loglikelihoods_are_those_of_each_pair_alone(model, processor):
         assert got == pytest.approx(float(log_p(model.net, ids)[0][first - 1 :].sum()), abs=1e-4)
 
 
+def test_nothing_is_certain_whatever_stands_before_it(model):
+    empty = [("", ""), ("the end", ""), ("", "\n")]
+    assert model.loglikelihood(requests(*empty)) == [(0.0, True)] * 3
+    alone = model.loglikelihood(requests(("the end", " of it")))
+    assert model.loglikelihood(requests(*empty, ("the end", " of it"))) == [(0.0, True)] * 3 + alone
+
+
 def test_greedy_continuations_are_known_as_such(model, processor):
     prompt = [1, *processor.encode("the end")]
     drawn = [row[0] for row in generate(model.net, [prompt], SamplingConfig(max_new_tokens=3, temperature=0.0))]

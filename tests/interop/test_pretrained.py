@@ -18,6 +18,7 @@ from hymba_lightning.quantization import load_artifact
 safetensors = pytest.importorskip("safetensors.torch")
 pytest.importorskip("tokenizers")
 
+FULL = HymbaConfig(**NET).to_dict()
 VARIANTS = {
     "plain": {},
     "keys and values shared": {"kv_share_every": 2, "n_layers": 4},
@@ -132,11 +133,15 @@ def test_weights_that_are_not_finite_are_refused(folder, net, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"net": NET | {"d_model": 64}}, r"does not fit config\.json: its config has a token table of \[1024, 64\]"),
-        ({"net": NET | {"d_state": 8}}, r"does not fit config\.json: its tensor .* has the shape"),
-        ({"net": NET | {"windows": 3}}, "fields this version does not know: windows"),
+        ({"net": FULL | {"d_model": 64}}, r"does not fit config\.json: its config has a token table of \[1024, 64\]"),
+        ({"net": FULL | {"d_state": 8}}, r"does not fit config\.json: its tensor .* has the shape"),
+        ({"net": FULL | {"windows": 3}}, "fields this version does not know: windows"),
+        ({"net": FULL | {"merge": 5}}, "merge='5' is int, where str is needed. Fetch or save it again"),
+        ({"net": {name: FULL[name] for name in FULL if name != "window"}}, "does not say the network's window. Fetch"),
         ({"net": None}, "no network's config under 'net'"),
         ({"model_type": "llama"}, r"another kind of model \('llama' where 'hymba_lightning' is needed\)"),
+        ({"pad_token_id": 1024}, "pad_token_id=1024 is no id below the network's vocab_size=1024"),
+        ({"eos_token_id": [2, "x"]}, r"eos_token_id=\[2, 'x'\] is no id below"),
     ],
 )
 def test_a_config_that_does_not_fit_is_named(folder, change, message):
@@ -144,6 +149,80 @@ def test_a_config_that_does_not_fit_is_named(folder, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(PretrainedError, match=message):
         Hymba.from_pretrained(folder)
+
+
+def test_a_config_that_is_no_object_is_named(folder):
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(PretrainedError, match=r"config\.json holds no JSON object. Fetch or save it again"):
+        Hymba.from_pretrained(folder)
+
+
+def rewritten(folder, change):
+    """The safetensors file with some tensors changed and no digest."""
+    path = folder / "model.safetensors"
+    safetensors.save_file(change(safetensors.load_file(path)), path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda all_: {n: v.to(torch.float8_e4m3fn) for n, v in all_.items()}, "is no weight of a network .*float8"),
+        (lambda all_: all_ | {"net.skip_weights": torch.tensor(1.0)}, r"skip_weights has the shape \[\]"),
+        (
+            lambda all_: all_ | {"skip_weights": all_["net.skip_weights"] * 0},
+            "two tensors for one weight, skip_weights",
+        ),
+        (lambda all_: {n: v for n, v in all_.items() if "tok_emb" not in n}, "and its tensors none. Fetch both again"),
+    ],
+    ids=["float8", "a scalar", "two names", "missing"],
+)
+def test_tensors_that_are_not_the_networks_are_named(folder, change, message):
+    rewritten(folder, change)
+    with pytest.raises(PretrainedError, match=message):
+        Hymba.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "artifact.hymba"])
+def test_what_git_leaves_in_the_place_of_a_large_file_is_named(net, tmp_path, name):
+    folder = net.save_pretrained(tmp_path, weights="both")
+    (folder / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(PretrainedError, match="Git LFS's pointer to a file, not the file: `git lfs pull` fetches it"):
+        Hymba.from_pretrained(folder, weights="safetensors" if name.startswith("model") else "artifact")
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_half_fetched_weights_are_not_silently_replaced_by_the_artifacts(net, tmp_path, kind):
+    path = net.save_pretrained(tmp_path, weights="both") / "model.safetensors"
+    path.unlink()
+    path.symlink_to(tmp_path / "blob") if kind == "link" else path.mkdir()
+    with pytest.raises(PretrainedError, match=r"model\.safetensors is no file, or a link to none. Fetch"):
+        Hymba.from_pretrained(tmp_path)
+    assert Hymba.from_pretrained(tmp_path, weights="artifact").config == net.config
+
+
+def test_weights_in_several_files_are_read_by_their_index(folder, net):
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    names = {name: f"model-{index % 2 + 1:05}-of-00002.safetensors" for index, name in enumerate(tensors)}
+    for file in set(names.values()):
+        safetensors.save_file({name: tensors[name] for name in names if names[name] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert same_weights(Hymba.from_pretrained(folder), net)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks model-00002-of-00002\.safetensors"):
+        Hymba.from_pretrained(folder)
+    index.write_text(json.dumps({"weight_map": {"net.skip_weights": "../elsewhere.safetensors"}}))
+    with pytest.raises(PretrainedError, match="no weight_map of tensors to files beside it"):
+        Hymba.from_pretrained(folder)
+
+
+def test_a_runs_folder_is_told_how_it_becomes_one_of_ours(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(
+        FileNotFoundError, match=r"the folder is a run's, and `hymba publish .* --out FOLDER` makes one"
+    ):
+        Hymba.from_pretrained(tmp_path)
 
 
 def test_missing_things_are_named_with_the_remedy(folder, tmp_path):
