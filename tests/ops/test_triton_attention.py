@@ -191,6 +191,24 @@ def test_no_tokens_give_nothing(results, batch, length):
     assert results[f"nothing, {batch} x {length}"]["shapes"] == [q, q, kv, kv]
 
 
+@needs_triton
+def test_heads_are_read_where_they_are_unless_no_tile_could_be():
+    from hymba_lightning.ops.sliding_window.triton_launches import _readable
+
+    wide = torch.zeros(2, 10, 5 * 16, dtype=torch.bfloat16)
+    for x in (wide[..., 32:64].unflatten(2, (2, 16)), wide[:, 3:, 8:40].unflatten(2, (2, 16))):
+        assert _readable(x) is x
+    for x in (
+        wide[..., 4:36].unflatten(2, (2, 16)),
+        wide.unflatten(2, (5, 16))[:, :, ::2],
+        wide.unflatten(2, (5, 16)).transpose(1, 2),
+        wide[:1].unflatten(2, (5, 16)).expand(2, -1, -1, -1),
+        wide[:, :1].unflatten(2, (5, 16)).expand(-1, 10, -1, -1),
+    ):
+        assert _readable(x).is_contiguous()
+        assert torch.equal(_readable(x), x)
+
+
 def test_it_is_chosen_by_name_only(monkeypatch):
     capability = [9]
     monkeypatch.setattr("hymba_lightning.ops.registry.is_installed", lambda package: package == "triton")

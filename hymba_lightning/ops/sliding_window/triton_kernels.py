@@ -34,13 +34,13 @@ def oldest_keys(doc_position, token, T, offset, window, PACKED: tl.constexpr):
 
 
 @triton.jit
-def rows_of(x, x_batch, x_token, x_head, first, T, TOKENS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr):
-    """Pointers to a tile's rows (TOKENS·HEADS, K) of a (B, T, H, K) tensor, and which of them exist. Grid axes 1 and 2
-    are groups of HEADS heads, and the batch."""
+def rows_of(x, x_batch, x_token, first, T, TOKENS: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr):
+    """Pointers to a tile's rows (TOKENS·HEADS, K) of a (B, T, H, K) tensor with a token's heads next to each other, and
+    which of them exist. Grid axes 1 and 2 are groups of HEADS heads, and the batch."""
     row = tl.arange(0, TOKENS * HEADS)
     token, head = first + row // HEADS, tl.program_id(1) * HEADS + row % HEADS
     x += tl.program_id(2).to(tl.int64) * x_batch
-    where = x + (token.to(tl.int64) * x_token + head * x_head)[:, None] + tl.arange(0, K)[None, :]
+    where = x + (token.to(tl.int64) * x_token + head * K)[:, None] + tl.arange(0, K)[None, :]
     return where, (token < T)[:, None]
 
 
@@ -66,7 +66,6 @@ def attention_forward(
     scale,
     q_batch,
     q_token,
-    q_head,
     H: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
@@ -84,7 +83,7 @@ def attention_forward(
     position = offset + token
     oldest = oldest_keys(doc_position + batch.to(tl.int64) * T, token, T, offset, window, PACKED)
     lowest, highest = tl.min(oldest, 0), tl.max(oldest, 0)
-    where, exists = rows_of(q, q_batch, q_token, q_head, first, T, TOKENS, HEADS, K)
+    where, exists = rows_of(q, q_batch, q_token, first, T, TOKENS, HEADS, K)
     queries = tl.load(where, mask=exists, other=0.0)
     greatest = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -105,7 +104,7 @@ def attention_forward(
         values = v_tiles.load([batch, start, column]).reshape(KEYS, K)
         sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None])
         greatest = greater
-    where, exists = rows_of(out, T * H * K, H * K, K, first, T, TOKENS, HEADS, K)
+    where, exists = rows_of(out, T * H * K, H * K, first, T, TOKENS, HEADS, K)
     tl.store(where, (sums / total[:, None]).to(out.dtype.element_ty), mask=exists)
     where, exists = numbers_of(log_sums, first, T, H, TOKENS, HEADS)
     tl.store(where, (greatest + tl.log2(total)) * LN2, mask=exists)
@@ -129,10 +128,8 @@ def attention_grad_q(
     scale,
     q_batch,
     q_token,
-    q_head,
     g_batch,
     g_token,
-    g_head,
     H: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
@@ -150,9 +147,9 @@ def attention_grad_q(
     position = offset + token
     oldest = oldest_keys(doc_position + batch.to(tl.int64) * T, token, T, offset, window, PACKED)
     lowest, highest = tl.min(oldest, 0), tl.max(oldest, 0)
-    where, exists = rows_of(g_out, g_batch, g_token, g_head, first, T, TOKENS, HEADS, K)
+    where, exists = rows_of(g_out, g_batch, g_token, first, T, TOKENS, HEADS, K)
     gradients = tl.load(where, mask=exists, other=0.0)
-    where, exists = rows_of(out, T * H * K, H * K, K, first, T, TOKENS, HEADS, K)
+    where, exists = rows_of(out, T * H * K, H * K, first, T, TOKENS, HEADS, K)
     outputs = tl.load(where, mask=exists, other=0.0)
     product = tl.sum(outputs.to(tl.float32) * gradients.to(tl.float32), 1)
     where, exists = numbers_of(log_sums, first, T, H, TOKENS, HEADS)
@@ -160,7 +157,7 @@ def attention_grad_q(
     where, exists = numbers_of(aside, first, length, H, TOKENS, HEADS)
     tl.store(where, log_sum, mask=exists)
     tl.store(where + tl.num_programs(2).to(tl.int64) * H * length, product, mask=exists)
-    where, exists = rows_of(q, q_batch, q_token, q_head, first, T, TOKENS, HEADS, K)
+    where, exists = rows_of(q, q_batch, q_token, first, T, TOKENS, HEADS, K)
     queries = tl.load(where, mask=exists, other=0.0)
     sums = tl.zeros([ROWS, K], tl.float32)
     stop = offset + first + TOKENS
@@ -175,7 +172,7 @@ def attention_grad_q(
         values = v_tiles.load([batch, start, column]).reshape(KEYS, K)
         g_scores = weights * (tl.dot(gradients, values.T) - product[:, None])
         sums = tl.dot(g_scores.to(keys.dtype), keys, sums)
-    where, exists = rows_of(g_q, T * H * K, H * K, K, first, T, TOKENS, HEADS, K)
+    where, exists = rows_of(g_q, T * H * K, H * K, first, T, TOKENS, HEADS, K)
     tl.store(where, (sums * (scale * LN2)).to(g_q.dtype.element_ty), mask=exists)
 
 

@@ -127,7 +127,7 @@ def _forward(
             call.n_keys - call.n_queries,
             call.window,
             call.scale,
-            *q.stride()[:3],
+            *q.stride()[:2],
             **constants,
         )
     return out, log_sums
@@ -158,8 +158,8 @@ def _grad_q(
         call.n_keys - call.n_queries,
         call.window,
         call.scale,
-        *q.stride()[:3],
-        *g_out.stride()[:3],
+        *q.stride()[:2],
+        *g_out.stride()[:2],
         **constants,
     )
     return g_q, aside
