@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from code_archive import rewrite_code
+from fitted import without_native_loops
 
 from hymba_lightning.closure import ARCHIVE
 from hymba_lightning.commands import run_command
@@ -28,8 +29,9 @@ NO_SUMS = ["--distribution_positions", "0"]
 
 @pytest.fixture(scope="module")
 def folder(fitted_run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("audited") / "mine"
-    package(str(fitted_run), str(out), name="Tiny", author="A", github_id="a", blurb="Small.", evaluate=False)
+    parent = tmp_path_factory.mktemp("audited")
+    run, out = without_native_loops(fitted_run, parent / "run"), parent / "mine"
+    package(str(run), str(out), name="Tiny", author="A", github_id="a", blurb="Small.", evaluate=False)
     return out
 
 
