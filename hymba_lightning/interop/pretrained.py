@@ -248,6 +248,11 @@ def find_folder(name: str | Path, **hub: Any) -> Path:
     """The folder itself, or a repository's files in huggingface_hub's cache. Raises as `load_pretrained` does."""
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
+    if Path(name).expanduser().is_file():
+        raise FileNotFoundError(
+            f"{name} is a file, and a folder or the name owner/name of a repository is needed: artifacts and "
+            "checkpoints are read by `hymba_lightning.hf.load` and `hymba_lightning.generation.load_network`"
+        )
     if not REPOSITORY.fullmatch(str(name)):
         raise FileNotFoundError(f"{name} is no folder, nor the name owner/name of a repository on the hub")
     library = need("huggingface_hub")
@@ -279,14 +284,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         network = HymbaConfig.from_dict(content["net"])
     except ValueError as error:
         raise PretrainedError(f"{path}: {error}. {AGAIN}") from error
+    check_token_ids(path, content, network.vocab_size)
+    return content
+
+
+def check_token_ids(path: Path, content: dict[str, Any], vocab_size: int) -> None:
+    """Raises PretrainedError where a file of settings names a special token that the network has not."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         given = content.get(name)
         for token in given if isinstance(given, list) and name == "eos_token_id" else [given]:
-            if token is not None and not (type(token) is int and 0 <= token < network.vocab_size):
+            if token is not None and not (type(token) is int and 0 <= token < vocab_size):
                 raise PretrainedError(
-                    f"{path}: {name}={given!r} is no id below the network's vocab_size={network.vocab_size}. {AGAIN}"
+                    f"{path}: {name}={given!r} is no id below the network's vocab_size={vocab_size}. {AGAIN}"
                 )
-    return content
 
 
 def _as_safetensors(net: Hymba) -> bytes:
