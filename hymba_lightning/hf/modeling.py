@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -62,11 +62,11 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = HymbaPretrainedConfig
     base_model_prefix = "net"
     main_input_name = "input_ids"
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012 - transformers reads the class's
     _is_stateful = True
     supports_gradient_checkpointing = True
     # Weights stay float32 whatever `dtype` says: that is the activations'.
-    _keep_in_fp32_modules_strict = ("net",)
+    _keep_in_fp32_modules_strict = ["net"]  # noqa: RUF012
 
     def __init__(self, config: HymbaPretrainedConfig) -> None:
         refuse_other_attention(getattr(config, "_attn_implementation", None))
@@ -83,10 +83,14 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         """The token table."""
         return self.net.tok_emb
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Any:
         """Raises ValueError for another size than the present one: the table has a row for each id of the tokenizer."""
-        wanted = args[0] if args else kwargs.get("new_num_tokens")
-        if wanted not in (None, self.config.vocab_size):
+        wanted = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if wanted != self.config.vocab_size:
             raise ValueError(
                 f"the table has {self.config.vocab_size} rows, one for each piece of its tokenizer: train a network "
                 f"with vocab_size={wanted} instead"
@@ -99,7 +103,9 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         self.net.runtime = dataclasses.replace(self.net.runtime, activation_checkpointing=enable)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> HymbaForCausalLM:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> HymbaForCausalLM:
         """As of every transformers model. Where the folder has our artifact and no safetensors file, or with
         weights="artifact", the artifact's weights are read; a released Hymba's folder is read as it is.
 
@@ -107,12 +113,12 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         what a damaged file lacks with whatever lies in memory.
         """
         weights, name = kwargs.pop("weights", None), pretrained_model_name_or_path
-        if not isinstance(name, str | Path):
+        if name is None:
             return super().from_pretrained(name, *args, **kwargs)
         kwargs = checked_options(kwargs)
         hub = ("revision", "token", "cache_dir", "local_files_only")
         local: dict[str, Any] = {key: kwargs[key] for key in hub if key in kwargs}
-        folder = find_folder(name, **local) / kwargs.get("subfolder", "")
+        folder = find_folder(os.fspath(name), **local) / kwargs.get("subfolder", "")
         if weights is None and not is_read_by_us(folder):
             # Other kinds of files (a variant's, another library's) are transformers' affair.
             if is_folder(folder) and not ({"variant", "state_dict", "gguf_file"} & kwargs.keys()):
@@ -278,7 +284,7 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+    ) -> Any:
         """None of transformers' own: the first forward pass makes ours. One that is given may be older than weights."""
         refuse_what_is_not_there(vars(generation_config))
         for given in (model_kwargs.get("cache"), model_kwargs.get("past_key_values")):
@@ -289,8 +295,9 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if outputs.cache is not None:
-            model_kwargs["cache"] = outputs.cache
+        cache = cast(HymbaOutput, outputs).cache
+        if cache is not None:
+            model_kwargs["cache"] = cache
         return model_kwargs
 
 

@@ -184,3 +184,9 @@ def test_a_cache_of_another_kind_of_network_is_refused(model, change):
 def test_the_table_of_tokens_looks_ids_up_by_itself(model):
     table = model.get_input_embeddings()
     assert torch.equal(table(IDS), table.weight[IDS])
+
+
+def test_the_table_is_padded_to_no_other_size(model):
+    assert model.resize_token_embeddings(pad_to_multiple_of=64) is model.get_input_embeddings()
+    with pytest.raises(ValueError, match="the table has 1024 rows"):
+        model.resize_token_embeddings(pad_to_multiple_of=1000)
