@@ -2,6 +2,7 @@
 
 import pytest
 import sentencepiece
+from byte_tokenizers import write_tokenizer_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TOKENIZER
@@ -101,20 +102,8 @@ def test_batches_are_padded_on_the_left(loaded, own):
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
     """A tokenizer.json, and a folder for transformers with it."""
-    tokenizers = pytest.importorskip("tokenizers")
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>", "<s>"]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator(SAMPLE, trainer)
-    made.add_tokens(["width!!"])
-    made.enable_truncation(5)
     folder = tmp_path_factory.mktemp("byte_level")
-    made.save(str(folder / "tokenizer.model"))
+    write_tokenizer_json(folder / "tokenizer.model", SAMPLE, vocab_size=400)
     write_tokenizer(folder / "tokenizer.model", folder)
     hf.HymbaPretrainedConfig().save_pretrained(folder)
     return folder
