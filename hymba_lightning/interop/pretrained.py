@@ -84,13 +84,19 @@ def save_pretrained(
         card: Text of README.md.
 
     Raises:
-        ValueError: `weights` is none of these, the artifact is another network's, or the tokenizer has another size or
-            is of a library that transformers does not follow.
+        ValueError: `weights` is none of these, a weight is not finite, the artifact is another network's, or the
+            tokenizer has another size or is of a library that transformers does not follow.
+        NotADirectoryError: a file stands where the folder would be.
         ImportError: safetensors, or with a tokenizer tokenizers, is not installed.
     """
     if weights not in WHICH:
         raise ValueError(f"weights={weights!r} is unknown: choose from {', '.join(WHICH)}")
+    if not str(folder):
+        raise ValueError("the folder's name is empty: give one, or . for the present folder")
     folder = Path(folder)
+    infinite = next((name for name, value in net.state_dict().items() if not torch.isfinite(value).all()), None)
+    if infinite is not None:
+        raise ValueError(f"the network's {infinite} holds values that are not finite, and could not be loaded again")
     processor = None if tokenizer is None else load_for_transformers(tokenizer)
     if processor is not None and processor.get_piece_size() != net.config.vocab_size:
         raise ValueError(
@@ -103,7 +109,10 @@ def save_pretrained(
     content = None
     if weights != "artifact":
         content = _as_safetensors(net)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{folder} cannot be made, a file stands in its place: give another folder") from error
     if content is not None:
         write_atomic(folder / WEIGHTS, content)
     if weights != "safetensors" and artifact is not None:
