@@ -148,7 +148,7 @@ def check_schulz(shape: tuple[int, int, int]) -> bool:
 def check(quick: bool = False) -> bool:
     """Makes every comparison that can run here (with `quick`, of the first two shapes); returns whether all passed."""
     passed, count = True, 2 if quick else None
-    for backend in (name for name in ("fa4", "flex", "flash") if name in attention_backends("cuda")):
+    for backend in (name for name in ("fa4", "flex", "flash", "triton") if name in attention_backends("cuda")):
         for *shape, window in ATTENTIONS[:count]:
             passed &= compare(
                 f"attention {backend} {tuple(shape)} window {window}",
@@ -190,7 +190,7 @@ def timings() -> None:
             functools.partial(run_attention, window=512, backend=name),
             attention_inputs(*TRAINING_ATTENTION[:6]),
         )
-        for name in ("fa4", "flex", "flash")
+        for name in ("fa4", "flex", "flash", "triton")
         if name in attention_backends("cuda")
     }
     # Compiled, because the elementwise passes of plain torch are what it is compared with.

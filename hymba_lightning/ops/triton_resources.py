@@ -28,6 +28,7 @@ from hymba_lightning.ops.leaky_square_mlp import triton_launches as mlp_triton
 from hymba_lightning.ops.newton_schulz import triton_launches as schulz_triton
 from hymba_lightning.ops.selective_scan import triton_launches as scan_triton
 from hymba_lightning.ops.selective_scan.operator import ScanOperands
+from hymba_lightning.ops.sliding_window import triton_launches as attention_triton
 from hymba_lightning.ops.softcapped_cross_entropy import triton_launches as loss_triton
 
 TYPE_NAMES = {
@@ -143,6 +144,31 @@ def loss_launches(tokens: int, vocab: int, dtype: torch.dtype) -> list[Launch]:
     with recorded(loss_triton) as launches:
         nats, log_sums = loss_triton._forward(logits, targets, 30.0)
         loss_triton._backward(nats, logits, targets, log_sums, 30.0)
+    return launches
+
+
+def attention_launches(
+    batch: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    window: int,
+    dtype: torch.dtype,
+    documents: bool = False,
+) -> list[Launch]:
+    """Every launch of window attention, forward and backward, its values a slice of a wider tensor."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    q, g_out = (empty(batch, length, heads, width) for _ in range(2))
+    k = empty(batch, length, kv_heads, width)
+    v = empty(batch, length, 2 * kv_heads * width)[..., kv_heads * width :].unflatten(2, (kv_heads, width))
+    position = empty(batch, length, dtype=torch.int32) if documents else None
+    with recorded(attention_triton) as launches:
+        out, log_sums = attention_triton._forward(q, k, v, window, width**-0.5, position)
+        attention_triton._backward(g_out, q, k, v, out, log_sums, window, width**-0.5, position)
     return launches
 
 
@@ -270,6 +296,9 @@ def report_all() -> bool:
         for rows, columns in ((512, 2048), (48, 512)):
             launches = newton_schulz_launches(8, rows, columns, torch.bfloat16)
             clean &= report(launches, f"newton_schulz {rows} x {columns} bfloat16", capability)
+        for width, documents in ((64, False), (64, True), (128, False), (128, True)) if capability == 90 else ():
+            launches = attention_launches(2, 32768, 8, 4, width, 512, torch.bfloat16, documents)
+            clean &= report(launches, f"attention K={width}{' documents' if documents else ''}", capability)
         if capability == 90:
             clean &= report(mlp_launches(65536, 512, 2048, torch.bfloat16), "leaky_square_mlp bfloat16", capability)
     print("no kernel spills" if clean else "SPILLS: see the table")

@@ -104,7 +104,7 @@ def conv_contenders(device: torch.device) -> list[Contender]:
 def attention_contenders(device: torch.device, window: int, length: int, dtype: torch.dtype) -> list[Contender]:
     """The dense mask first, where it fits, then ours."""
     dense = Contender("SDPA, dense mask", functools.partial(dense_mask_attention, window=window))
-    skipped = ("naive", "sdpa", "flash", "fa4") if dtype == torch.float32 else ("naive", "sdpa")
+    skipped = ("naive", "sdpa", "flash", "fa4", "triton") if dtype == torch.float32 else ("naive", "sdpa")
     attention = functools.partial(sliding_window.sliding_window_attention, window=window)
     ours = _ours(attention, sliding_window.available_backends(device), *skipped)
     return [dense, *ours] if length <= 8192 else ours

@@ -31,14 +31,16 @@ SHAPES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("backend", "device"), on("cpu", "blocked", "numba") + on("cuda", "flex", "flash", "fa4"))
+@pytest.mark.parametrize(
+    ("backend", "device"), on("cpu", "blocked", "numba") + on("cuda", "flex", "flash", "fa4", "triton")
+)
 def test_backend_matches_naive(backend, shape, dtype, device):
     if backend not in available_backends(device):
         pytest.skip(f"{backend} is not installed")
     *sizes, window = shape
-    if backend in ("flash", "fa4") and dtype == torch.float32:
-        pytest.skip("flash-attn has no float32")
-    if backend == "fa4":
+    if backend in ("flash", "fa4", "triton") and dtype == torch.float32:
+        pytest.skip(f"{backend} has no float32")
+    if backend in ("fa4", "triton"):
         sizes[-1] = 64  # it takes no narrower heads
     # A GPU's tensor cores round float32 factors to 10 bits and bfloat16 weights before the second product.
     ratio = {torch.float32: 2e-3, torch.bfloat16: 2e-2} if device == "cuda" else RATIO

@@ -78,6 +78,20 @@ def test_an_mlps_hidden_layer_does_not_spill_on_hopper(resources):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("width", [64, 128])
+def test_window_attention_does_not_spill_on_hopper(resources, width, documents):
+    launches = resources.attention_launches(2, 32768, 8, 4, width, 512, torch.bfloat16, documents)
+    assert [launch.kernel.__name__ for launch in launches] == [
+        "attention_forward",
+        "attention_grad_q",
+        "attention_grad_kv",
+    ]
+    assert {launch.arguments["PACKED"] for launch in launches} == {documents}
+    assert resources.report(launches, "attention", 90)
+
+
+@pytest.mark.slow
 def test_a_spill_is_reported(resources, monkeypatch, capsys):
     from hymba_lightning.ops.selective_scan import triton_launches as triton
 

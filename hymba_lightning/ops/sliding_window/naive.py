@@ -10,7 +10,7 @@ from torch import Tensor
 
 # What most backends do not serve, and which do.
 HIDDEN = "rows whose first keys are hidden are served by 'sdpa' (where no query outgrows the window) and 'naive'"
-DOCUMENTS = "documents within a sequence are served by 'flex' on a GPU, 'blocked' on a CPU, and 'naive'"
+DOCUMENTS = "documents within a sequence are served by 'flex' and 'triton' on a GPU, 'blocked' on a CPU, and 'naive'"
 
 
 def window_mask(n_queries: int, n_keys: int, window: int | None, device: torch.device | None) -> Tensor:
