@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader
 
 from hymba_lightning.errors import UsageError, refused
 from hymba_lightning.model import RuntimeConfig
@@ -333,7 +333,8 @@ def _check_empty(parser: Any, config: Any) -> None:
     """
     dests = [action.dest for action in parser._actions]
     objects = [action.dest for action in parser._actions if hasattr(action, "_typehint")]
-    for path in config.get("config") or []:
+    files = [action.dest for action in parser._actions if isinstance(action, ActionConfigFile)]
+    for path in [path for dest in files for path in config.get(dest) or []]:
         for name in _empty(load_yaml(Path(str(path)).read_text(encoding="utf-8"))):
             known = any(f"{dest}.".startswith(f"{name}.") for dest in dests)
             if not known and not any(name.startswith(f"{dest}.") for dest in objects):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import yaml
 from fit_process import finish, start, write_config
 
 
@@ -28,3 +30,12 @@ def make_run(folder: Path, steps: int = 8, name: str = "run") -> Path:
         if finish([start(command, folder / "log")]) != [0]:
             raise RuntimeError((folder / "log").read_text())
     return run
+
+
+def without_native_loops(run: Path, folder: Path) -> Path:
+    """A copy of a run whose packaged code compiles no loop by numba, for which every new folder takes five seconds."""
+    copied = Path(shutil.copytree(run, folder))
+    config = yaml.safe_load((copied / "test_config.yaml").read_text())
+    config["model"]["runtime"] |= {"scan_backend": "chunked", "conv_backend": "torch"}
+    (copied / "test_config.yaml").write_text(yaml.safe_dump(config))
+    return copied

@@ -14,12 +14,17 @@ repeated, also catch an evaluator that makes several passes and keeps the one wi
 same kind for a future it would keep the same one. Positions are drawn from the whole stream, one from each of as many
 equal stretches as are asked for. What is rare is found by chance: a cheat on
 a share s of the tokens passes n positions with probability (1 - s)^n, so that what it gains is small.
+
+Sums over all ids are most of the work. An evaluator that can be trusted to leave off may come with a probe, which gives
+one token's nats and does no more than they need. Nothing is taken for granted from it but what some ids, drawn at every
+position, show: for them the whole evaluation must give the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import random
 import secrets
 import time
@@ -33,11 +38,14 @@ import torch
 from torch import Tensor
 
 Evaluator = Callable[[Tensor], Tensor]
+Probe = Callable[[Tensor, int], float]
 
 EVERY_TOKEN, SAME_AGAIN = "every token once", "the same again"
 PAST_FIXED, DISTRIBUTION = "the past is fixed", "a full distribution"
 RULES = (EVERY_TOKEN, SAME_AGAIN, PAST_FIXED, DISTRIBUTION)
 SUM_TOLERANCE = 1e-3
+# Ids at each position where probabilities are summed that a whole evaluation must score as the probe does.
+PROBES_CHECKED = 8
 # What stands from a changed position on.
 FUTURES = ("one token", "text from elsewhere", "its ids in disorder", "noise", "one id")
 
@@ -58,6 +66,8 @@ class AuditReport:
     """Tokens of the stream."""
     evaluations: int
     """How often the evaluator was called."""
+    probes: int
+    """How often a token's nats were asked for alone."""
     past_positions: list[int]
     """From where on the stream was changed."""
     distribution_positions: list[int]
@@ -73,8 +83,9 @@ class AuditReport:
             f"  kept: {rule}" if rule != DISTRIBUTION or self.distribution_positions else f"  not tried: {rule}"
             for rule in (*RULES, *self.also)
         )
+        streams = f"streams of {self.tokens} tokens" + (f" and {self.probes} of one token" if self.probes else "")
         return (
-            f"{rules}\n{self.evaluations} evaluations of streams of {self.tokens} tokens in {self.seconds:.1f} s; "
+            f"{rules}\n{self.evaluations} evaluations of {streams} in {self.seconds:.1f} s; "
             f"changed from {len(self.past_positions)} positions on, probabilities summed at "
             f"{len(self.distribution_positions)}; seed {self.seed}"
         )
@@ -84,6 +95,7 @@ class _Trial(NamedTuple):
     stream: Tensor
     rule: str
     position: int  # of the first token that differs from the true stream; its length where none does
+    alone: bool = False  # the probe is asked, for the token at that position
 
 
 def audit(
@@ -96,9 +108,11 @@ def audit(
     tolerance: float = 0.0,
     seed: int | None = None,
     jobs: int = 1,
+    probe: Probe | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> AuditReport:
-    """Calls `evaluate` about past_positions + (distribution_positions + 1) * vocab_size times.
+    """Calls `evaluate` about past_positions + (distribution_positions + 1) * vocab_size times, or with a probe
+    past_positions + (distribution_positions + 1) * PROBES_CHECKED times.
 
     Args:
         evaluate: tokens (n,) int64 → nats (n-1,): -ln of the probability of each token after the first. Must start
@@ -110,8 +124,9 @@ def audit(
             token besides; 0 leaves that rule out.
         tolerance: Nats by which equal scores may differ; 0 on a CPU, where kernels add in one order.
         seed: Of all that is drawn; None draws a new one, so that nobody can know the positions.
-        jobs: Calls of `evaluate` at a time, from as many threads.
-        progress: Called with evaluations done and in all.
+        jobs: Calls of `evaluate` and `probe` at a time, from as many threads.
+        probe: tokens (n,) int64, position → the nats that `evaluate` gives the token there, by less work.
+        progress: Called with calls done and in all.
 
     Raises:
         RuleBrokenError: naming the rule and where it is broken.
@@ -134,36 +149,57 @@ def audit(
         _Trial(_another_future(rng, kind, tokens, k, vocab_size), PAST_FIXED, k)
         for k, kind in zip(past, kinds, strict=False)
     ]
-    trials += [_Trial(_with(tokens, k, token), DISTRIBUTION, k) for k in summed for token in range(vocab_size)]
+    trials += [
+        _Trial(_with(tokens, k, token), DISTRIBUTION, k, alone=probe is not None)
+        for k in summed
+        for token in range(vocab_size)
+    ]
     trials += [_Trial(tokens[:k].clone(), EVERY_TOKEN, k) for k in (2, *(max(k, 2) for k in _spread(rng, n, 3)))]
+    if probe is not None:
+        checked = [
+            (k, token) for k in summed for token in rng.sample(range(vocab_size), min(PROBES_CHECKED, vocab_size))
+        ]
+        trials += [_Trial(_with(tokens, k, token), DISTRIBUTION, k) for k, token in checked]
     order = list(range(len(trials)))
     rng.shuffle(order)
     true: Tensor | None = None
     # Compared as they come: with every result kept, a large vocabulary would need much memory.
     waiting: list[tuple[_Trial, Tensor]] = []
     sums = dict.fromkeys(summed, 0.0)
-    with contextlib.closing(_evaluated(evaluate, [trials[index].stream for index in order], jobs)) as results:
+    # Of each id at each position, by the probe where there is one, and by whole evaluations.
+    alone: dict[tuple[int, int], float] = {}
+    whole: dict[tuple[int, int], float] = {}
+    with contextlib.closing(_called(evaluate, probe, [trials[index] for index in order], jobs)) as results:
         for done, (index, given) in enumerate(zip(order, results, strict=True)):
-            trial = trials[index]
-            nats = _scores(given, trial.stream.numel())
+            trial, k = trials[index], trials[index].position
+            nats = _scores([given], 2, k) if trial.alone else _scores(given, trial.stream.numel())
             if trial.rule == DISTRIBUTION:
-                sums[trial.position] += float(torch.exp(-nats[trial.position - 1]))
+                asked = float(nats[0] if trial.alone else nats[k - 1])
+                (alone if trial.alone else whole)[k, int(trial.stream[k])] = asked
+                if trial.alone or probe is None:
+                    sums[k] += math.exp(-asked)
             if true is None and trial.rule == SAME_AGAIN:
                 true = nats
-            if trial.rule != EVERY_TOKEN:
-                waiting.append((trial, nats[: max(trial.position - 1, 0)].float()))
+            if trial.rule != EVERY_TOKEN and not trial.alone:
+                waiting.append((trial, nats[: max(k - 1, 0)].float()))
             if true is not None:
                 for earlier, scores in waiting:
                     _compare(earlier, true, scores, tolerance)
                 waiting.clear()
             if progress is not None:
                 progress(done + 1, len(order))
+    for (k, token), nats_alone in alone.items():
+        by = nats_alone - whole.get((k, token), nats_alone)
+        if not abs(by) <= tolerance:
+            raise RuleBrokenError(
+                SAME_AGAIN, f"id {token} as token {k} has {by:+.6f} nats where nothing is scored after its chunk"
+            )
     for k, total in sums.items():
         if not abs(total - 1) <= SUM_TOLERANCE:
             raise RuleBrokenError(
                 DISTRIBUTION, f"the probabilities of all {vocab_size} ids as token {k} sum to {total:.6f}"
             )
-    return AuditReport(n, len(trials), past, summed, seed, time.monotonic() - started)
+    return AuditReport(n, len(trials) - len(alone), len(alone), past, summed, seed, time.monotonic() - started)
 
 
 def _spread(rng: random.Random, n: int, count: int) -> list[int]:
@@ -196,27 +232,32 @@ def _another_future(rng: random.Random, kind: str, tokens: Tensor, k: int, vocab
     return changed
 
 
-def _evaluated(evaluate: Evaluator, streams: list[Tensor], jobs: int) -> Generator[Any]:
-    """What `evaluate` gives for each stream, in order; a few calls ahead of what was asked for, no more."""
+def _called(evaluate: Evaluator, probe: Probe | None, trials: list[_Trial], jobs: int) -> Generator[Any]:
+    """What `evaluate` or `probe` gives for each trial, in order; a few calls ahead of what was asked for, no more."""
+
+    def call(trial: _Trial) -> Any:
+        stream = trial.stream.clone()
+        return probe(stream, trial.position) if trial.alone and probe is not None else evaluate(stream)
+
     if jobs == 1:
-        yield from (evaluate(stream.clone()) for stream in streams)
+        yield from map(call, trials)
         return
     ahead: deque[Future] = deque()
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            for stream in streams:
-                ahead.append(pool.submit(evaluate, stream.clone()))
+            for trial in trials:
+                ahead.append(pool.submit(call, trial))
                 if len(ahead) > 2 * jobs:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
         finally:
-            for call in ahead:
-                call.cancel()
+            for begun in ahead:
+                begun.cancel()
 
 
-def _scores(given: Any, n: int) -> Tensor:
-    """What an evaluator gave for a stream of n tokens, checked."""
+def _scores(given: Any, n: int, first: int = 1) -> Tensor:
+    """What an evaluator gave for a stream of n tokens, checked; `first` is the place of the first token scored."""
     try:
         nats = torch.as_tensor(given).detach().cpu().double().clone()
     except (TypeError, ValueError, RuntimeError) as error:
@@ -227,8 +268,8 @@ def _scores(given: Any, n: int) -> Tensor:
         )
     wrong = ~(torch.isfinite(nats) & (nats >= 0))
     if wrong.any():
-        first = int(wrong.nonzero()[0])
-        raise RuleBrokenError(EVERY_TOKEN, f"token {first + 1} of {n} has {float(nats[first])} nats")
+        place = int(wrong.nonzero()[0])
+        raise RuleBrokenError(EVERY_TOKEN, f"token {first + place} of {n + first - 1} has {float(nats[place])} nats")
     return nats
 
 

@@ -18,13 +18,16 @@ log = logging.getLogger("hymba_lightning")
 EPOCH_IN_FORWARDS = 3.0
 # What was measured may be exceeded by this factor the next time.
 MARGIN = 1.1
+# With so many chunks to come, what the first one took is looked at twice before training is left out for it.
+MANY_CHUNKS = 8
 
 
 class EvaluationClock:
     """Seconds since the evaluation began, rank 0's on every rank, and what they allow.
 
-    What comes is taken to last as long as it last did, and a tenth more: a slow start, which compiles kernels, is soon
-    forgotten. Every rank must make the same calls.
+    What comes is taken to last as long as it last did, and a tenth more. The first chunk's times are of a start that
+    compiles kernels, and must not cost it its training: where they forbid it, its scoring is to be timed again, and its
+    first epoch says nothing of the next. Every rank must make the same calls.
 
     Args:
         limit_seconds: Seconds for everything; None for no limit.
@@ -50,6 +53,8 @@ class EvaluationClock:
         """Seconds and tokens of every chunk's scoring."""
         self.epochs: list[tuple[float, int]] = []
         """Seconds and updates of every epoch over a chunk."""
+        self._looked_twice = False
+        self._steady_since = 0.0  # when the first epoch, which compiles, had ended
         self._warned = False
 
     def elapsed(self) -> float:
@@ -65,6 +70,19 @@ class EvaluationClock:
         """Remembers how long a chunk's scoring took."""
         self._score_seconds = seconds
         self.scorings.append((seconds, n_tokens))
+
+    def needs_second_look(self, *, now: float, chunks_left: int) -> bool:
+        """Whether scoring is to be timed again before its time forbids an epoch: it was timed once, and one more pass
+        cannot be what exceeds the limit, because there is room for it, or none for the scoring alone."""
+        if self.limit_seconds is None or self._looked_twice or len(self.scorings) > 1 or chunks_left < MANY_CHUNKS:
+            return False
+        end = now + self._score_seconds * chunks_left
+        return end > self.limit_seconds or end + self._score_seconds <= self.limit_seconds
+
+    def note_second_look(self, seconds: float) -> None:
+        """Remembers how long the first chunk's scoring takes when nothing is compiled."""
+        self._score_seconds = min(seconds, self._score_seconds)
+        self._looked_twice = True
 
     def note_epoch(self, seconds: float, n_updates: int) -> None:
         """Remembers how long an epoch over a chunk took."""
@@ -94,15 +112,21 @@ class EvaluationClock:
         """
         if self.limit_seconds is None:
             return True
-        epoch = self._epoch_seconds
-        if epoch is None:
-            epoch = EPOCH_IN_FORWARDS * self._score_seconds / forwards_per_score
-        scoring_left = MARGIN * self._score_seconds * chunks_left
-        since = now if first else chunk_started
-        spare = self.limit_seconds - since - scoring_left
-        share = spare if first else spare / max(chunks_left, 1)
-        allowed = now + MARGIN * epoch <= since + share
-        if not allowed and not self._warned:
+        guess = EPOCH_IN_FORWARDS * self._score_seconds / forwards_per_score
+        epoch = guess if self._epoch_seconds is None else self._epoch_seconds
+        end = self.limit_seconds - MARGIN * self._score_seconds * chunks_left
+        if first:
+            return now + MARGIN * epoch <= end
+        if len(self.epochs) == 1 and chunks_left >= MANY_CHUNKS:
+            if now + MARGIN * epoch > end:
+                return False
+            self._steady_since, epoch = now, min(guess, epoch)
+        since = max(chunk_started, self._steady_since)
+        return now + MARGIN * epoch <= since + (end - since) / max(chunks_left, 1)
+
+    def tell_fewer_epochs(self, *, now: float, chunks_left: int) -> None:
+        """Says, once, that an epoch is left out."""
+        if not self._warned:
             self._warned = True
             log.info(
                 "evaluation: %.1f of %.1f s are used with %d chunks to come: fewer epochs than asked for",
@@ -110,4 +134,3 @@ class EvaluationClock:
                 self.limit_seconds,
                 chunks_left,
             )
-        return allowed

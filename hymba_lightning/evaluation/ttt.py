@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,15 +91,7 @@ class ScoreFirstTTT:
             raise ValueError(f"chunk {chunk.index - 1} was scored but not adapted to before chunk {chunk.index}")
         self._check_tokens(chunk)
         started = self.clock.elapsed()
-        tokens, target_bytes = chunk.tokens.to(self.device), chunk.target_bytes
-        if self.config.drop_partial:
-            kept = (tokens.numel() - 1) // self.seq_len * self.seq_len
-            if kept == 0 and self.n_scored == 0:
-                raise ValueError(
-                    f"ttt.drop_partial leaves nothing of a chunk of {tokens.numel() - 1:,} tokens, which is shorter "
-                    f"than a sequence ({self.seq_len:,}): set it to false, or lengthen data.ttt_chunk_tokens"
-                )
-            tokens, target_bytes = tokens[: kept + 1], target_bytes[:kept]
+        tokens, target_bytes = self._part_to_score(chunk)
         nats, context = self.scorer.score(tokens)
         score = Score(float(nats.double().sum()), nats.numel(), int(target_bytes.long().sum()))
         self.n_scored += 1
@@ -150,6 +143,20 @@ class ScoreFirstTTT:
         self.scorer.weights_changed()
         return float(torch.stack(losses).mean())
 
+    def _part_to_score(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """The chunk's tokens (n+1,) on the network's device and its targets' bytes (n,): under drop_partial, of whole
+        sequences."""
+        tokens, target_bytes = chunk.tokens.to(self.device), chunk.target_bytes
+        if not self.config.drop_partial:
+            return tokens, target_bytes
+        kept = (tokens.numel() - 1) // self.seq_len * self.seq_len
+        if kept == 0 and self._last is None:
+            raise ValueError(
+                f"ttt.drop_partial leaves nothing of a chunk of {tokens.numel() - 1:,} tokens, which is shorter "
+                f"than a sequence ({self.seq_len:,}): set it to false, or lengthen data.ttt_chunk_tokens"
+            )
+        return tokens[: kept + 1], target_bytes[:kept]
+
     def _check_tokens(self, chunk: Chunk) -> None:
         """Raises ValueError for tokens that are not the next ones, whatever the chunk's number."""
         where, n = self._position, chunk.tokens.numel() - 1
@@ -189,14 +196,19 @@ class ScoreFirstTTT:
         """Up to config.epochs passes over the sequences, as many as the clock allows."""
         chunk_started = now = self.clock.elapsed()
         per_update = self.config.update_seqs or self.config.batch_seqs * world()[1]
+        left = chunk.n_chunks - 1 - chunk.index
         for epoch in range(self.config.epochs):
-            if not self.clock.allows_epoch(
-                now=now,
+            allows = partial(
+                self.clock.allows_epoch,
                 chunk_started=chunk_started,
+                chunks_left=left,
                 first=epoch == 0,
-                chunks_left=chunk.n_chunks - 1 - chunk.index,
                 forwards_per_score=self.scorer.forwards_per_score,
-            ):
+            )
+            if not allows(now=now) and self.clock.needs_second_look(now=now, chunks_left=left):
+                chunk_started = now = self._time_scoring_again(chunk, now)
+            if not allows(now=now):
+                self.clock.tell_fewer_epochs(now=now, chunks_left=left)
                 return
             starts = range(0, len(sequences), per_update)
             for first in starts:
@@ -206,6 +218,15 @@ class ScoreFirstTTT:
             before, now = now, self.clock.elapsed()
             self.clock.note_epoch(now - before, len(starts))
             self.epochs_done[-1] += 1
+
+    def _time_scoring_again(self, chunk: Chunk, now: float) -> float:
+        """Scores the first chunk once more for its time alone, now that nothing is compiled; returns the time after."""
+        build_scorer(self.net, self.seq_len, self.config).score(self._part_to_score(chunk)[0])
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        after = self.clock.elapsed()
+        self.clock.note_second_look(after - now)
+        return after
 
     def _update(self, sequences: list[Tensor], lr: float) -> Tensor:
         """One step on the mean loss over all tokens of `sequences`, shared out over the ranks.

@@ -36,7 +36,7 @@ from hymba_lightning.data.shards import find_shards
 from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.token_stream import TokenStream
 from hymba_lightning.device import device_of
-from hymba_lightning.evaluation.auditor import AuditReport, Evaluator, RuleBrokenError, audit
+from hymba_lightning.evaluation.auditor import AuditReport, Evaluator, Probe, RuleBrokenError, audit
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.package.audit_artifact import artifact_evaluator
 from hymba_lightning.package.digests import ARTIFACT, SETTINGS, DigestError, verify_folder
@@ -98,8 +98,8 @@ def audit_path(
         path: Artifact, or folder that `hymba package` wrote.
         data_dir: Folder of token shards; a stretch of the validation tokens is drawn from it.
         tokenizer: SentencePiece model (default: tokenizer.model in data_dir).
-        tokens: Tokens of the stream that is audited. Evaluations, as many as the vocabulary has ids for the last token
-            and for every position drawn where probabilities are summed, take time in proportion.
+        tokens: Tokens of the stream that is audited. Evaluations take time in proportion: a folder's are as many as the
+            vocabulary has ids for the last token and for every position drawn where probabilities are summed.
         seq_len: Tokens of a forward pass (default: a fourteenth of the stream).
         chunk_tokens: Tokens of a chunk (default: about a quarter of the stream, so that there are several, in whole
             forward passes where they are shorter; the last one has a rest).
@@ -148,7 +148,7 @@ def audit_path(
         if source.is_dir()
         else artifact_evaluator(source, sizes, model, where, ttt or TTTConfig(), jobs)
     )
-    with making as evaluate:
+    with making as (evaluate, probe):
         report = audit(
             evaluate,
             true,
@@ -158,6 +158,7 @@ def audit_path(
             tolerance=tolerance,
             seed=seed,
             jobs=jobs,
+            probe=probe,
             progress=progress,
         )
     if source.is_dir():
@@ -190,13 +191,13 @@ def _folder_evaluator(
     true: Tensor,
     answer_seconds: float | None,
     jobs: int,
-) -> Iterator[Evaluator]:
+) -> Iterator[tuple[Evaluator, Probe | None]]:
     for name in (ARTIFACT, SETTINGS):
         if not (source / name).is_file():
             near = f" (did you mean {source / ARTIFACT}?)" if name != ARTIFACT else ""
             raise FileNotFoundError(f"{source} is no folder of `hymba package`: it lacks {name}{near}")
     # The artifact is looked at even where nothing is timed.
-    with artifact_evaluator(source / ARTIFACT, sizes, tokenizer, device, TTTConfig(epochs=0)) as score:
+    with artifact_evaluator(source / ARTIFACT, sizes, tokenizer, device, TTTConfig(epochs=0)) as (score, _):
         if answer_seconds is None:
             started = time.monotonic()
             score(true)
@@ -240,7 +241,8 @@ def _folder_evaluator(
                 _check_sum(result, tokens, nats, token_bytes)
                 return nats
 
-            yield evaluate
+            # A folder's own code is asked for whole streams alone: it is what is not trusted.
+            yield evaluate, None
 
 
 class _Worker(NamedTuple):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event, Lock
 
+from hymba_lightning.errors import is_user_error, sentence
 from hymba_lightning.options import read_settings, shipped_configs
 from hymba_lightning.studies.arguments import StudyParser
 from hymba_lightning.studies.paired import report, scores_of, write_results
@@ -52,6 +54,16 @@ def run_one(
         run_once("test", run_dir, "test_summary.json", arguments, beside=weights, worker=worker)
     stages = ", ".join(f"{stage} {bpb:.4f}" for stage, bpb in scores_of(run_dir).items())
     print(f"{variant} seed {seed}: {stages} bpb", flush=True)
+
+
+def _said(error: Exception, variant: str, seed: int) -> str:
+    """What ended a run, in words. A fault of the program costs the other runs nothing, but where it is must be seen."""
+    if isinstance(error, RunFailedError):
+        return str(error)
+    user = is_user_error(error)
+    if not user:
+        traceback.print_exception(error)
+    return f"{variant} seed {seed}: {'' if user else f'{type(error).__name__}: '}{sentence(error)}"
 
 
 class StudyQueue:
@@ -162,7 +174,7 @@ def run_study(
             except Exception as error:
                 if stopping.is_set():
                     break  # it was told to end, and has saved what it has
-                failures.append(str(error) if isinstance(error, RunFailedError | ValueError) else f"{pair}: {error!r}")
+                failures.append(_said(error, *pair))
                 print(failures[-1], flush=True)
             with reporting:
                 write_results(queue.study, folder)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 
+import torch
+
+from hymba_lightning.errors import UsageError
 from hymba_lightning.studies.arguments import StudyParser
 
 
@@ -28,6 +31,8 @@ def main(args: list[str]) -> None:
         from hymba_lightning.ops import triton_resources
 
         right = triton_resources.report_all()
+    elif not torch.cuda.is_available():
+        raise UsageError("there is no GPU to run the kernels on: --resources compiles them without one")
     else:
         from hymba_lightning.ops import gpu_check
 

@@ -10,6 +10,8 @@ from hymba_lightning.plots import BLUE, GREY, ORANGE, panels, save_figure
 
 EXCHANGE = "exchange between ranks"
 PHASES = ("forward and backward", "optimizer")
+# What torch notes around the step of each of its optimizers: of notes inside one another a trace has the inner one.
+TORCHS_NOTE = "Optimizer.step#"
 REST = "other work"
 COLOURS = {PHASES[0]: BLUE, PHASES[1]: GREY, EXCHANGE: ORANGE}
 
@@ -29,7 +31,12 @@ def on_the_gpu(trace: dict[str, Any]) -> list[Span]:
     """
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    notes = [e for e in events if e.get("cat") == "gpu_user_annotation" and e["name"] in PHASES]
+    notes = [
+        e | {"name": PHASES[1] if e["name"].startswith(TORCHS_NOTE) else e["name"]}
+        for e in events
+        if e.get("cat") == "gpu_user_annotation"
+    ]
+    notes = [note for note in notes if note["name"] in PHASES]
     if not work:
         return []
     start = min(event["ts"] for event in work)

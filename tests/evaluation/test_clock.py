@@ -2,19 +2,28 @@
 
 import pytest
 import torch
-from legality import SEQ_LEN, chunks, lively_net, stream
+from legality import CHUNK, N_TOKENS, SEQ_LEN, chunks, lively_net, stream
 from tiny_lightning import FakeTime, run_ranks
 
 from hymba_lightning.evaluation import ScoreFirstTTT, TTTConfig
 from hymba_lightning.evaluation.adapt import Adapter
 
 N_CHUNKS = 4
+SIXTEENTH = -(-(N_TOKENS - 1) // 16)
 
 
 def timed_evaluation(
-    monkeypatch, limit, score_seconds=1.0, update_seconds=1.0, epochs=5, slow_after=None, rank_offset=0.0
+    monkeypatch,
+    limit,
+    score_seconds=1.0,
+    update_seconds=1.0,
+    epochs=5,
+    slow_after=None,
+    rank_offset=0.0,
+    chunk_tokens=CHUNK,
+    compiling=0.0,
 ):
-    """Runs the stream on a clock that only scoring and updates move."""
+    """Runs the stream on a clock that only scoring and updates move; the first of each takes `compiling` longer."""
     time = FakeTime(now=100.0 + rank_offset)
     original = Adapter.update
     n_updates = 0
@@ -22,20 +31,22 @@ def timed_evaluation(
     def update(self, lr, loss):
         nonlocal n_updates
         n_updates += 1
+        time.advance(compiling if n_updates == 1 else 0.0)
         time.advance(update_seconds * (3 if slow_after is not None and n_updates > slow_after else 1))
         return original(self, lr, loss)
 
     monkeypatch.setattr(Adapter, "update", update)
     ttt = ScoreFirstTTT(lively_net(), SEQ_LEN, TTTConfig(epochs=epochs, freeze_blocks=0, limit_seconds=limit), time)
-    scorer = ttt.scorer
-    plain = scorer.score
+    plain, n_scorings = type(ttt.scorer).score, 0
 
-    def score(tokens):
-        time.advance(score_seconds)
-        return plain(tokens)
+    def score(self, tokens):
+        nonlocal n_scorings
+        n_scorings += 1
+        time.advance(score_seconds + (compiling if n_scorings == 1 else 0.0))
+        return plain(self, tokens)
 
-    scorer.score = score
-    for chunk in chunks(stream()):
+    monkeypatch.setattr(type(ttt.scorer), "score", score)
+    for chunk in chunks(stream(), chunk_tokens):
         ttt.score_chunk(chunk)
         ttt.adapt_chunk(chunk)
     monkeypatch.undo()
@@ -80,6 +91,29 @@ def test_epochs_that_get_slower_stop_earlier(monkeypatch):
     seconds, epochs = timed_run(monkeypatch, 20.0, slow_after=3)
     assert seconds <= 20.0 + 2.0
     assert sum(epochs) < 15
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_a_start_that_compiles_costs_no_chunk_its_training(monkeypatch, epochs):
+    """Scoring takes 20 seconds the first time and a tenth afterwards, an update likewise: sixteen times as long would
+    be far over the limit. Weights, and so the score, must not depend on what was compiled before."""
+    ttt = timed_evaluation(
+        monkeypatch, 100.0, score_seconds=0.1, update_seconds=0.1, epochs=epochs, chunk_tokens=SIXTEENTH, compiling=20.0
+    )
+    assert ttt.epochs_done == [epochs] * 15 + [0]
+    assert ttt.clock.elapsed() < 60
+    assert len(ttt.clock.scorings) == 16
+
+
+@pytest.mark.parametrize("scoring", [5.0, 5.7, 5.9, 6.0, 6.1, 6.25])
+def test_a_second_look_at_scoring_does_not_exceed_a_limit_that_was_kept(monkeypatch, scoring):
+    seconds = timed_run(monkeypatch, 100.0, score_seconds=scoring, chunk_tokens=SIXTEENTH)[0]
+    assert 16 * scoring - 1e-9 <= seconds <= 100.0
+
+
+def test_where_nothing_can_keep_the_limit_one_look_more_is_all_it_costs(monkeypatch):
+    seconds, epochs = timed_run(monkeypatch, 100.0, score_seconds=10.0, chunk_tokens=SIXTEENTH)
+    assert (seconds, epochs) == (170.0, [0] * 16)
 
 
 def _ranks(rank, folder):

@@ -30,7 +30,9 @@ ALL = {
 
 @pytest.mark.parametrize("name", ALL)
 def test_an_honest_evaluation_passes_the_audit(name):
-    report = audit(evaluation(**ALL[name]), stream(), VOCAB, past_positions=6, distribution_positions=1)
+    # How a token is scored is the mode's affair: what adapts, and how, changes no sum over all ids.
+    sums = int(name in MODES)
+    report = audit(evaluation(**ALL[name]), stream(), VOCAB, past_positions=6, distribution_positions=sums)
     assert report.tokens == N_TOKENS
     assert len(report.past_positions) == 6
 
@@ -115,6 +117,28 @@ def test_an_audit_draws_from_the_whole_stream_anew_each_time_and_repeats_by_its_
         assert report.distribution_positions[-1] == N_TOKENS - 1
         assert len(set(report.distribution_positions)) == 4, "three drawn, and the last"
         assert "kept: a full distribution" in str(report)
+
+
+def test_a_probe_is_asked_for_sums_and_held_against_whole_evaluations():
+    def one(tokens, position):
+        return float(counts(tokens)[position - 1])
+
+    report = audit(counts, stream(), VOCAB, distribution_positions=2, probe=one)
+    assert (report.probes, report.evaluations) == (3 * VOCAB, 3 + 24 + 4 + 3 * 8)
+    assert f"and {3 * VOCAB} of one token in" in str(report)
+
+    def sure(tokens):
+        nats = counts(tokens)
+        return torch.cat([nats[:-1], 0.9 * nats[-1:]])
+
+    for evaluate, probe, what in (
+        (sure, one, "as token 196 has .* nats where nothing is scored after its chunk"),
+        (counts, lambda tokens, position: float(sure(tokens)[position - 1]), "nothing is scored after its chunk"),
+        (sure, lambda tokens, position: float(sure(tokens)[position - 1]), "as token 196 sum to"),
+        (counts, lambda tokens, position: float("nan"), "has nan nats"),
+    ):
+        with pytest.raises(RuleBrokenError, match=what):
+            audit(evaluate, stream(), VOCAB, distribution_positions=1, probe=probe, seed=1)
 
 
 @pytest.mark.parametrize(

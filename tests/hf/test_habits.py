@@ -2,6 +2,7 @@
 and load what is damaged."""
 
 import copy
+import importlib
 import json
 import pickle
 
@@ -12,7 +13,7 @@ from tiny import NET, TOKENIZER, lively
 from hymba_lightning import Hymba, HymbaConfig
 
 transformers = pytest.importorskip("transformers")
-hf = pytest.importorskip("hymba_lightning.hf")
+hf = importlib.import_module("hymba_lightning.hf")
 safetensors = pytest.importorskip("safetensors.torch")
 
 IDS = torch.randint(3, 1024, (2, 20), generator=torch.Generator().manual_seed(0))

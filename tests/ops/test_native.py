@@ -3,14 +3,12 @@
 import logging
 import threading
 
+import numba
 import numpy as np
 import pytest
 import torch
 
-from hymba_lightning.ops import native, threads
-
-numba = pytest.importorskip("numba")
-lanes = pytest.importorskip("hymba_lightning.ops.lanes")
+from hymba_lightning.ops import lanes, native, threads
 
 
 @numba.njit(error_model="numpy")

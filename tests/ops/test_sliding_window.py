@@ -35,7 +35,8 @@ SHAPES = [
     ("backend", "device"), on("cpu", "blocked", "numba") + on("cuda", "flex", "flash", "fa4", "triton")
 )
 def test_backend_matches_naive(backend, shape, dtype, device):
-    if backend not in available_backends(device):
+    # What a CPU runs on is required, so that nothing is left out there.
+    if device == "cuda" and backend not in available_backends(device):
         pytest.skip(f"{backend} is not installed")
     *sizes, window = shape
     if backend in ("flash", "fa4", "triton") and dtype == torch.float32:

@@ -209,13 +209,13 @@ def test_heads_are_read_where_they_are_unless_no_tile_could_be():
         assert torch.equal(_readable(x), x)
 
 
-def test_it_is_chosen_by_name_only(monkeypatch):
+def test_it_is_the_first_choice_on_a_hopper_for_what_it_serves(monkeypatch):
     capability = [9]
     monkeypatch.setattr("hymba_lightning.ops.registry.is_installed", lambda package: package == "triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability[0], 0))
     pick = functools.partial(choose, "sliding_window_attention")
-    assert pick("auto", "cuda", **LOCAL) == "flex"
-    assert pick("triton", "cuda", **LOCAL) == pick("triton", "cuda", **LOCAL | {"documents": True}) == "triton"
+    for name in ("auto", "triton"):
+        assert pick(name, "cuda", **LOCAL) == pick(name, "cuda", **LOCAL | {"documents": True}) == "triton"
     for change, reason in (
         ({"half_precision": False}, "bfloat16 or float16"),
         ({"head_dim": 32}, "width 64 and 128"),
@@ -223,6 +223,7 @@ def test_it_is_chosen_by_name_only(monkeypatch):
     ):
         with pytest.raises(BackendUnavailableError, match=reason):
             pick("triton", "cuda", **LOCAL | change)
+        assert pick("auto", "cuda", **LOCAL | change) != "triton"
     capability[0] = 10
     with pytest.raises(BackendUnavailableError, match="made for Hopper GPUs"):
         pick("triton", "cuda")

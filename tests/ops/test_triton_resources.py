@@ -11,10 +11,16 @@ from interpreted import needs_triton
 pytestmark = [needs_triton, pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing to compile")]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """What was compiled here for one test serves the next."""
+    return tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture
-def resources(monkeypatch, tmp_path):
-    """The module, with a compile cache of its own."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def resources(monkeypatch, cache):
+    """The module, with a compile cache of these tests' own."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     from hymba_lightning.ops import triton_resources
 
     return triton_resources

@@ -12,11 +12,14 @@ import time
 import pytest
 import torch
 from code_archive import rewrite_code
+from fitted import without_native_loops
 
 from hymba_lightning.closure import ARCHIVE
 from hymba_lightning.commands import run_command
 from hymba_lightning.errors import report
+from hymba_lightning.evaluation import TTTConfig
 from hymba_lightning.package import audit as audit_module
+from hymba_lightning.package.audit_artifact import artifact_evaluator
 from hymba_lightning.package.digests import sha256, shorten
 from hymba_lightning.package.submission import package
 
@@ -26,8 +29,9 @@ NO_SUMS = ["--distribution_positions", "0"]
 
 @pytest.fixture(scope="module")
 def folder(fitted_run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("audited") / "mine"
-    package(str(fitted_run), str(out), name="Tiny", author="A", github_id="a", blurb="Small.", evaluate=False)
+    parent = tmp_path_factory.mktemp("audited")
+    run, out = without_native_loops(fitted_run, parent / "run"), parent / "mine"
+    package(str(run), str(out), name="Tiny", author="A", github_id="a", blurb="Small.", evaluate=False)
     return out
 
 
@@ -45,13 +49,39 @@ def outcome(path, fitted_run, capsys, *options: str) -> tuple[int, str]:
 
 
 def test_an_honest_artifact_passes(fitted_run, capsys):
-    # Two chunks of a sequence each: probabilities of all 1,024 pieces are summed twice, an evaluation for each.
-    small = ["--tokens", "16", "--chunk_tokens", "8", "--seq_len", "8", "--ttt.epochs", "0"]
+    # Two chunks of a sequence each: probabilities of all 1,024 pieces are summed twice.
+    small = ["--tokens", "16", "--chunk_tokens", "8", "--seq_len", "8", "--ttt.epochs", "1", "--jobs", "1"]
     code, said = outcome(fitted_run / "artifact.hymba", fitted_run, capsys, *small)
     assert code == 0, said
     assert "kept: a full distribution" in said
     assert "kept: the past is fixed" in said
     assert "seed 3" in said
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"mode": "sliding", "stride": 5},
+        {"mode": "carried", "warm_tokens": 30},
+        {"mode": "carried", "warm_tokens": 30, "state_after_update": "rewarm"},
+        {"epochs": 0},
+    ],
+    ids=str,
+)
+def test_one_tokens_nats_are_those_of_the_whole_evaluation(fitted_run, mode):
+    tokens = torch.randint(3, 1000, (70,), generator=torch.Generator().manual_seed(2))
+    tokenizer = next(fitted_run.parent.rglob("tokenizer.model"))
+    config = TTTConfig(**{"epochs": 1, "lr": 0.05, "freeze_blocks": 0} | mode)
+    sizes = {"seq_len": 8, "chunk_tokens": 24}
+    with artifact_evaluator(fitted_run / "artifact.hymba", sizes, tokenizer, "cpu", config) as (whole, one):
+        first = whole(tokens)
+        # Chunks begin at 25 and 49. Twice the same stretch before it, once another; whole evaluations in between.
+        for k, token, earlier in ((50, 5, 0), (26, 5, 0), (50, 7, 0), (10, 9, 0), (26, 8, 3), (69, 8, 3), (26, 6, 0)):
+            changed = tokens.clone()
+            changed[k], changed[0] = token, changed[0] + earlier
+            assert one(changed, k) == float(whole(changed)[k - 1]), (k, token)
+        assert torch.equal(whole(tokens), first)
 
 
 @pytest.mark.parametrize("what", ["artifact", "folder"])
@@ -73,7 +103,7 @@ def test_chunks_are_several_and_all_but_the_last_hold_whole_forward_passes(fitte
     @contextlib.contextmanager
     def noting(path, sizes, *_):
         seen.append(sizes)
-        yield lambda stream: torch.ones(stream.numel() - 1)
+        yield lambda stream: torch.ones(stream.numel() - 1), None
 
     monkeypatch.setattr(audit_module, "artifact_evaluator", noting)
     code, said = outcome(fitted_run / "artifact.hymba", fitted_run, capsys, *NO_SUMS, "--tokens", str(tokens))
@@ -100,7 +130,7 @@ def test_a_cheat_on_the_last_token_alone_is_caught_with_the_commands_defaults(fi
             nats[-1] *= 0.9
             return nats
 
-        yield score
+        yield score, None
 
     monkeypatch.setattr(audit_module, "artifact_evaluator", cheating)
     for seed in range(4):

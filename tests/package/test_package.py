@@ -13,6 +13,7 @@ import tarfile
 import pytest
 import yaml
 from code_archive import rewrite_code
+from fitted import without_native_loops
 
 from hymba_lightning import closure
 from hymba_lightning.closure import evaluation_archive, evaluation_code_bytes, needed_files
@@ -223,9 +224,9 @@ def test_a_module_beside_evaluate_takes_no_librarys_place(run, made, tmp_path, m
     assert not done.stdout
 
 
-def test_a_score_that_is_claimed_and_not_scored_is_refused(run, made, tmp_path):
+def test_a_score_that_is_claimed_and_not_scored_is_refused(run, tmp_path):
     folder, data = tmp_path / "other", run.parent / "data"
-    shutil.copytree(made.folder, folder)
+    package(str(without_native_loops(run, tmp_path / "run")), str(folder), evaluate=False)
     change_submission(val_bpb=1.0)(folder)
     with pytest.raises(
         SubmissionError, match=r"submission\.json in .* claims 1\.0 bits per byte, and the folder scores"

@@ -104,12 +104,28 @@ def test_a_failed_run_costs_no_other(calls, tmp_path, monkeypatch, failure):
 
     monkeypatch.setattr(ablation, "run_once", fails_once)
     with pytest.raises(
-        RunFailedError, match=r"(?s)1 runs failed.*(wide-0 ended with code -6|'wide', 0.*No space left)"
+        RunFailedError, match=r"(?s)1 runs failed.*(wide-0 ended with code -6|wide seed 0: .*No space left)"
     ):
         run_study(STUDY, [0, 1], tmp_path, [], [None])
     assert "| wide | 2.0600 | -40.0 | – | 1 |" in (tmp_path / "table.md").read_text()
     monkeypatch.setattr(ablation, "run_once", works)
     assert "| wide | 2.0200 ± 0.0566 | -30.0 ± 10.0 | 0.2 | 2 |" in run_study(STUDY, [0, 1], tmp_path, [], [None])
+
+
+def test_a_fault_of_the_program_costs_no_other_run_and_says_where_it_is(calls, tmp_path, monkeypatch, capsys):
+    works = ablation.run_once
+
+    def stumbles(command, run_dir, *rest, **worker):
+        if run_dir.name == "wide-0":
+            {}["lost"]
+        works(command, run_dir, *rest, **worker)
+
+    monkeypatch.setattr(ablation, "run_once", stumbles)
+    with pytest.raises(RunFailedError, match=r"(?s)1 runs failed.*wide seed 0: KeyError: lost"):
+        run_study(STUDY, [0, 1], tmp_path, [], [None])
+    said = capsys.readouterr().err
+    assert '{}["lost"]' in said
+    assert said.rstrip().endswith("KeyError: 'lost'")
 
 
 def test_the_file_of_a_study_is_read_anew_for_every_run(calls, tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ def kernel(name, begin, duration, cat="kernel"):
 def test_a_trace_tells_what_of_the_exchange_is_hidden(tmp_path):
     events = [
         kernel("forward and backward", 0, 100, "gpu_user_annotation"),
-        kernel("optimizer", 130, 50, "gpu_user_annotation"),
+        kernel("Optimizer.step#Muon.step", 130, 50, "gpu_user_annotation"),
         kernel("gemm", 0, 60),
         kernel("gemm", 62, 38),
         kernel("ncclDevKernel_AllReduce", 90, 40),

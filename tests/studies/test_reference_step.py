@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from hymba_lightning.studies.reference_step import Pair, link_shards, run_reference, steady_step_ms, table
+from hymba_lightning.studies import reference_step
+from hymba_lightning.studies.reference_step import Pair, link_shards, main, run_reference, steady_step_ms, table
 
 # Prints what the reference prints, then works on for long; 7 ms a step after a slow start.
 STAND_IN = """
@@ -67,3 +68,14 @@ def test_a_folder_without_shards_is_refused(tmp_path):
 
 def test_table_has_the_ratio():
     assert "**0.500** (0.400–0.600)" in table([Pair(100.0, 40.0), Pair(100.0, 60.0), Pair(80.0, 40.0)])
+
+
+def test_both_take_turns_and_are_compared(tmp_path, shards, monkeypatch, capsys):
+    """The command, with the script's stand-in and without our own fit."""
+    monkeypatch.setattr(reference_step, "run_ours", lambda *_, config, **__: 3.5 if config == "hymba_32k.yaml" else 0.0)
+    path = script(tmp_path, STAND_IN)
+    options = ["--seq_len", "64", "--tokens", "64", "--steps", "60", "--repeats", "2"]
+    main(["--train_gpt", str(path), "--data_dir", str(shards), "--out", str(tmp_path / "out"), *options])
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "| median | 7.0 | 3.5 | **0.500** (0.500–0.500) |"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["reference-0.log", "reference-1.log"]

@@ -31,6 +31,5 @@ BACKEND = triton_backend(
             "its kernels are made for heads of width 64 and 128; use backend 'flex'",
         ),
     ),
-    # Not by itself: whether it is faster than flex_attention was not measured.
-    auto={},
+    auto={"cuda": 50},
 )

@@ -93,6 +93,7 @@ def attention_forward(
     for tile in range(tl.cdiv(stop - lowest, KEYS)):
         start = stop - (tile + 1) * KEYS
         keys = k_tiles.load([batch, start, column]).reshape(KEYS, K)
+        values = v_tiles.load([batch, start, column]).reshape(KEYS, K)
         scores = tl.dot(queries, keys.T)
         if (start + KEYS > offset + first + 1) | (start < highest):
             key = start + tl.arange(0, KEYS)[None, :]
@@ -101,7 +102,6 @@ def attention_forward(
         weights = tl.exp2(scores * scale - greater[:, None])
         kept = tl.exp2(greatest - greater)
         total = total * kept + tl.sum(weights, 1)
-        values = v_tiles.load([batch, start, column]).reshape(KEYS, K)
         sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None])
         greatest = greater
     where, exists = rows_of(out, T * H * K, H * K, first, T, TOKENS, HEADS, K)
@@ -164,12 +164,12 @@ def attention_grad_q(
     for tile in range(tl.cdiv(stop - lowest, KEYS)):
         start = stop - (tile + 1) * KEYS
         keys = k_tiles.load([batch, start, column]).reshape(KEYS, K)
+        values = v_tiles.load([batch, start, column]).reshape(KEYS, K)
         scores = tl.dot(queries, keys.T)
         if (start + KEYS > offset + first + 1) | (start < highest):
             key = start + tl.arange(0, KEYS)[None, :]
             scores = tl.where((key <= position[:, None]) & (key >= oldest[:, None]), scores, float("-inf"))
         weights = tl.exp2(scores * scale - log_sum[:, None])
-        values = v_tiles.load([batch, start, column]).reshape(KEYS, K)
         g_scores = weights * (tl.dot(gradients, values.T) - product[:, None])
         sums = tl.dot(g_scores.to(keys.dtype), keys, sums)
     where, exists = rows_of(g_q, T * H * K, H * K, first, T, TOKENS, HEADS, K)
@@ -218,7 +218,6 @@ def attention_grad_kv(
         gradients = g_tiles.load([batch, first, (group * R + head) * K]).reshape(TOKENS, K)
         token = first + tl.arange(0, TOKENS)
         scores = tl.dot(keys, queries.T)
-        g_weights = tl.dot(values, gradients.T)
         crossed = (offset + first < start + KEYS - 1) | (offset + first + TOKENS > start + window)
         if crossed | PACKED:
             oldest = oldest_keys(doc_position, token, T, offset, window, PACKED)
@@ -228,6 +227,7 @@ def attention_grad_kv(
         log_sum = aside_tiles.load([row, first]).reshape(TOKENS)
         weights = tl.exp2(scores * scale - log_sum[None, :])
         sums_v = tl.dot(weights.to(gradients.dtype), gradients, sums_v)
+        g_weights = tl.dot(values, gradients.T)
         product = aside_tiles.load([row + tl.num_programs(2) * H, first]).reshape(TOKENS)
         g_scores = weights * (g_weights - product[None, :])
         sums_k = tl.dot(g_scores.to(queries.dtype), queries, sums_k)
