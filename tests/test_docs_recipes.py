@@ -79,6 +79,9 @@ def test_every_command_runs(place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     own, tuning, layouts, logger = (block.splitlines() for block in BLOCKS)
     assert run(capsys, own).startswith("Once upon a time")
+    (cell,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    exec(compile(cell, "a notebook's cell", "exec"), {})
+    assert "[1] Once upon a time" in capsys.readouterr().out
     assert "all 60 documents" in run(capsys, tuning)
     run(capsys, layouts)
     assert (place / "data" / "textfiles" / "manifest.json").is_file()

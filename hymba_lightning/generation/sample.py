@@ -161,7 +161,7 @@ def gather_prompts(given: list[str], files: list[str]) -> list[str]:
 
 def typed_lines() -> Iterator[str]:
     """Lines from a person, with a mark to type behind on stderr, or from a pipe."""
-    asks = sys.stdin.isatty()
+    asks, first = sys.stdin.isatty(), True
     while True:
         if asks:
             print("> ", end="", file=sys.stderr, flush=True)
@@ -174,7 +174,8 @@ def typed_lines() -> Iterator[str]:
             # The document goes on as it is.
             print("the line is not UTF-8 and was left out: type it again", file=sys.stderr)
             continue
-        yield line.removesuffix("\n")
+        yield _as_of_a_file(line, first).removesuffix("\n")
+        first = False
 
 
 def _is_text(line: str) -> bool:
@@ -196,7 +197,13 @@ def _is_piped() -> bool:
 
 def _of_stdin() -> str:
     # What `echo` puts behind a text is no part of it.
-    return sys.stdin.read().removesuffix("\n")
+    return _as_of_a_file(sys.stdin.read()).removesuffix("\n")
+
+
+def _as_of_a_file(text: str, at_start: bool = True) -> str:
+    """As reading a text file gives it: no mark of the encoding in front, and line ends of any system are one."""
+    text = text.removeprefix("\ufeff") if at_start else text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _of_file(name: str) -> str:

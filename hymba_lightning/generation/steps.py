@@ -122,6 +122,10 @@ class Steps:
             self.renew()
         if self._fixed is not None and not self._fixed.has_room:
             self.state = self._fixed.state()
+        if torch.is_autocast_enabled(tokens_B1.device.type):
+            # It rounds weights as they are used, which copies of them do not know, and frees what a graph would hold.
+            self.state = self.state
+            return self._read_as_ever(tokens_B1)
         if self._fixed is None and self._may_fix:
             self._waited += 1
             if self._waited > self._wait:
@@ -131,6 +135,9 @@ class Steps:
         if self._may_fit and self._fits():
             assert self._one is not None
             return self._one.hidden(tokens_B1)
+        return self._read_as_ever(tokens_B1)
+
+    def _read_as_ever(self, tokens_B1: Tensor) -> Tensor:
         hidden_B1D, after = self.net.hidden(tokens_B1, self._state, return_state=True)
         assert after is not None
         self._state = self.net.compact(after, REBASE_AT)

@@ -12,6 +12,8 @@ try:
 except ImportError as error:
     raise ImportError("hymba_lightning.hf needs transformers: pip install 'hymba-lightning[hf]'") from error
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from hymba_lightning.hf.cache import HymbaCache
 from hymba_lightning.hf.configuration import HymbaPretrainedConfig
 from hymba_lightning.hf.loading import load
@@ -22,4 +24,6 @@ __all__ = ["HymbaCache", "HymbaForCausalLM", "HymbaPretrainedConfig", "HymbaToke
 
 transformers.AutoConfig.register(HymbaPretrainedConfig.model_type, HymbaPretrainedConfig, exist_ok=True)
 transformers.AutoModelForCausalLM.register(HymbaPretrainedConfig, HymbaForCausalLM, exist_ok=True)
+# By these names Trainer knows whose labels it has to shift, where it computes the loss itself (label smoothing).
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HymbaPretrainedConfig.model_type] = HymbaForCausalLM.__name__
 transformers.AutoTokenizer.register(HymbaPretrainedConfig, HymbaTokenizer, exist_ok=True)

@@ -10,7 +10,7 @@ from transformers import Cache
 
 from hymba_lightning.generation.rows import select
 from hymba_lightning.generation.steps import Steps
-from hymba_lightning.model import Hymba
+from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.model.hymba import HymbaState
 
 
@@ -20,8 +20,10 @@ class HymbaCache(Cache):
     It cannot be cropped: a state does not know its past.
     """
 
-    def __init__(self, state: HymbaState | None = None, columns: int = 0) -> None:
+    def __init__(self, state: HymbaState | None = None, columns: int = 0, network: HymbaConfig | None = None) -> None:
         super().__init__(layers=[])
+        self.network = network
+        """Config of the network that read it."""
         self._state = state
         self._steps: Steps | None = None
         self.columns = columns
@@ -51,9 +53,9 @@ class HymbaCache(Cache):
     def _held(self) -> HymbaState | None:
         return self._state if self._steps is None else self._steps.held
 
-    def __reduce__(self) -> tuple[type[HymbaCache], tuple[HymbaState | None, int]]:
+    def __reduce__(self) -> tuple[type[HymbaCache], tuple[HymbaState | None, int, HymbaConfig | None]]:
         # For copies and files: the network, and a recorded graph, are no part of what was read.
-        return HymbaCache, (self.state, self.columns)
+        return HymbaCache, (self.state, self.columns, self.network)
 
     def __repr__(self) -> str:
         return f"HymbaCache({self.columns} columns)"

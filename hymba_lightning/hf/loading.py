@@ -51,4 +51,5 @@ def load(
     model = HymbaForCausalLM(config)
     model.net.load_state_dict(net.state_dict())
     model.generation_config = GenerationConfig(**generation_settings(values))
-    return model.to(device).eval(), made
+    model.net.to(device)
+    return model.eval(), made

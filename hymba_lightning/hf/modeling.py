@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from hymba_lightning.evaluation.carried import REBASE_AT
 from hymba_lightning.generation.rows import join, split
 from hymba_lightning.hf.cache import HymbaCache
 from hymba_lightning.hf.configuration import HymbaPretrainedConfig
-from hymba_lightning.interop.official import is_official
+from hymba_lightning.hf.folders import check_beside, checked_options, is_read_by_us
+from hymba_lightning.hf.inputs import (
+    ALL_PADDING,
+    BEGIN,
+    checked_cache,
+    checked_ids,
+    checked_labels,
+    mask_of_new_columns,
+    refuse_other_attention,
+    refuse_texts_in_one_row,
+    refuse_what_is_not_there,
+)
 from hymba_lightning.interop.pretrained import (
-    ARTIFACT,
-    INDEX,
     PREFIX,
-    WEIGHTS,
     find_folder,
     generation_settings,
     is_folder,
     load_pretrained,
-    read_config,
     shared_weights,
 )
 from hymba_lightning.model import Hymba
@@ -35,8 +41,6 @@ from hymba_lightning.model.hymba import HymbaState
 
 # Columns read in one forward pass where the cache is kept: the memory's bound.
 PIECE_TOKENS = 2048
-BEGIN = "a text begins with the document start, which the tokenizer adds unless add_special_tokens is false"
-ALL_PADDING = "a row is all padding: each needs at least one token"
 
 
 @dataclass
@@ -58,13 +62,14 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = HymbaPretrainedConfig
     base_model_prefix = "net"
     main_input_name = "input_ids"
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012 - transformers reads the class's
     _is_stateful = True
     supports_gradient_checkpointing = True
     # Weights stay float32 whatever `dtype` says: that is the activations'.
-    _keep_in_fp32_modules_strict = ("net",)
+    _keep_in_fp32_modules_strict = ["net"]  # noqa: RUF012
 
     def __init__(self, config: HymbaPretrainedConfig) -> None:
+        refuse_other_attention(getattr(config, "_attn_implementation", None))
         super().__init__(config)
         network = config.network_config()
         self._tied_weights_keys = {PREFIX + name: PREFIX + source for name, source in shared_weights(network).items()}
@@ -78,10 +83,14 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         """The token table."""
         return self.net.tok_emb
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> Any:
         """Raises ValueError for another size than the present one: the table has a row for each id of the tokenizer."""
-        wanted = args[0] if args else kwargs.get("new_num_tokens")
-        if wanted not in (None, self.config.vocab_size):
+        wanted = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
+        if wanted != self.config.vocab_size:
             raise ValueError(
                 f"the table has {self.config.vocab_size} rows, one for each piece of its tokenizer: train a network "
                 f"with vocab_size={wanted} instead"
@@ -94,7 +103,9 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         self.net.runtime = dataclasses.replace(self.net.runtime, activation_checkpointing=enable)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> HymbaForCausalLM:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any
+    ) -> HymbaForCausalLM:
         """As of every transformers model. Where the folder has our artifact and no safetensors file, or with
         weights="artifact", the artifact's weights are read; a released Hymba's folder is read as it is.
 
@@ -102,18 +113,23 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         what a damaged file lacks with whatever lies in memory.
         """
         weights, name = kwargs.pop("weights", None), pretrained_model_name_or_path
-        if not isinstance(name, str | Path):
+        if name is None:
             return super().from_pretrained(name, *args, **kwargs)
+        kwargs = checked_options(kwargs)
         hub = ("revision", "token", "cache_dir", "local_files_only")
         local: dict[str, Any] = {key: kwargs[key] for key in hub if key in kwargs}
-        folder = find_folder(name, **local) / kwargs.get("subfolder", "")
-        if weights is None and not _is_read_by_us(folder):
+        folder = find_folder(os.fspath(name), **local) / kwargs.get("subfolder", "")
+        if weights is None and not is_read_by_us(folder):
             # Other kinds of files (a variant's, another library's) are transformers' affair.
             if is_folder(folder) and not ({"variant", "state_dict", "gguf_file"} & kwargs.keys()):
-                load_pretrained(folder)
+                check_beside(folder, load_pretrained(folder).extra)
             return super().from_pretrained(name, *args, **kwargs)
         found = load_pretrained(folder, weights=weights)
-        config = kwargs.pop("config", None) or HymbaPretrainedConfig.from_dict(dict(found.extra))
+        check_beside(folder, found.extra)
+        config = kwargs.pop("config", None)
+        if not isinstance(config, HymbaPretrainedConfig):
+            extra = dict(found.extra) if config is None else HymbaPretrainedConfig.get_config_dict(config)[0]
+            config, kwargs = HymbaPretrainedConfig.from_dict(extra, return_unused_kwargs=True, **kwargs)
         tensors = {PREFIX + name: value for name, value in found.weights.items()}
         for key in (*local, "subfolder"):
             kwargs.pop(key, None)
@@ -142,15 +158,22 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         `last_of_rows` asks for logits (B, 1, V) of each row's last token that is no padding. `labels` (B, T) are
         shifted here and -100 ones left out, as everywhere in transformers. `past_key_values` stands for `cache` too.
 
-        Raises ValueError for tokens, a mask or a cache of another kind, shape or range, and where vectors of layers or
-        attention's weights are asked for.
+        Raises ValueError for tokens, labels, a mask or a cache of another kind, shape or range, for several texts in
+        one row, and where vectors of layers or attention's weights are asked for.
         """
-        _refuse_what_is_not_there(kwargs)
-        cache = _ours(past_key_values if cache is None else cache)
-        input_ids = self._checked(input_ids, cache)
+        refuse_what_is_not_there(vars(self.config) | kwargs)
+        network = self.net.config
+        # A look at single tokens, or at a batch of training, would hold a GPU up.
+        input_ids = checked_ids(input_ids, network.vocab_size, look=not self.training)
+        cache = checked_cache(past_key_values if cache is None else cache, input_ids, network)
         if use_cache is None:
             use_cache = cache is not None
-        mask_BT = _of_new_columns(attention_mask, input_ids)
+        mask_BT = mask_of_new_columns(attention_mask, input_ids)
+        refuse_texts_in_one_row(kwargs, mask_BT, network)
+        if labels is not None:
+            labels = checked_labels(labels, input_ids, network.vocab_size)
+            if last_of_rows or not isinstance(logits_to_keep, int) or logits_to_keep:
+                raise ValueError("labels need every token's logits: leave logits_to_keep and last_of_rows out")
         if use_cache and cache is not None and self._is_step(input_ids, mask_BT, cache):
             hidden_BTD, cache.columns = cache.step(self.net, input_ids), cache.columns + 1
         else:
@@ -158,6 +181,7 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
             if use_cache:
                 cache = HymbaCache() if cache is None else cache
                 cache.state, cache.columns = state, cache.columns + input_ids.size(1)
+                cache.network = network
         if last_of_rows:
             hidden_BTD = _last_of_rows(hidden_BTD, mask_BT)
         elif not isinstance(logits_to_keep, int):
@@ -169,27 +193,8 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         out = HymbaOutput(loss=loss, logits=logits, cache=cache if use_cache else None)
-        return out if return_dict is None or return_dict else out.to_tuple()
-
-    def _checked(self, ids_BT: Tensor | None, cache: HymbaCache | None) -> Tensor:
-        """The tokens as int64. Raises ValueError where they are none."""
-        if not isinstance(ids_BT, Tensor) or ids_BT.dim() != 2 or ids_BT.is_floating_point():
-            raise ValueError("input_ids must be a tensor of token ids, (batch, tokens), and nothing else can be read")
-        if not ids_BT.numel():
-            raise ValueError(f"input_ids has no tokens ({tuple(ids_BT.shape)}): {BEGIN}")
-        if cache is not None and cache.is_initialized and cache.batch_size != ids_BT.size(0):
-            raise ValueError(
-                f"input_ids has {ids_BT.size(0)} rows, and its cache {cache.batch_size}: give the same ones"
-            )
-        # A look at single tokens, or at a batch of training, would hold a GPU up.
-        if ids_BT.device.type == "cpu" or (ids_BT.is_cuda and ids_BT.size(1) > 1 and not self.training):
-            low, high = (int(end) for end in ids_BT.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"input_ids has the id {low if low < 0 else high}, and the network's vocab_size is "
-                    f"{self.config.vocab_size}: use the tokenizer that lies beside it"
-                )
-        return ids_BT.long()
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return out if return_dict else out.to_tuple()
 
     def _is_step(self, ids_BT: Tensor, mask_BT: Tensor | None, cache: HymbaCache) -> bool:
         """Whether each row has one more token, and nobody wants its gradient."""
@@ -234,11 +239,20 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.cat(hidden, dim=1), cast(HymbaState, after)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As of every transformers model. Raises ValueError for prompts without tokens."""
+        """As of every transformers model. Raises ValueError for prompts that are no tensor of tokens."""
         given = kwargs.get("input_ids") if inputs is None else inputs
         if isinstance(given, Tensor) and not given.numel():
             raise ValueError(f"the prompt has no tokens: {BEGIN}")
+        if given is not None:
+            checked_ids(given, self.config.vocab_size, look=True)
         return super().generate(inputs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ValueError, as `generate_batch` does by it: what is cached here has no pages to share out."""
+        raise ValueError(
+            "continuous batching needs a cache of keys in pages, and this network's is a state: give `generate` the "
+            "prompts as one padded batch"
+        )
 
     def prepare_inputs_for_generation(
         self,
@@ -270,9 +284,9 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+    ) -> Any:
         """None of transformers' own: the first forward pass makes ours. One that is given may be older than weights."""
-        _refuse_what_is_not_there(vars(generation_config))
+        refuse_what_is_not_there(vars(generation_config))
         for given in (model_kwargs.get("cache"), model_kwargs.get("past_key_values")):
             if isinstance(given, HymbaCache):
                 given.renew()
@@ -281,27 +295,10 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if outputs.cache is not None:
-            model_kwargs["cache"] = outputs.cache
+        cache = cast(HymbaOutput, outputs).cache
+        if cache is not None:
+            model_kwargs["cache"] = cache
         return model_kwargs
-
-
-def _refuse_what_is_not_there(asked: dict[str, Any]) -> None:
-    if asked.get("inputs_embeds") is not None:
-        raise ValueError("inputs_embeds cannot be read, since bigrams are looked up by id: give input_ids")
-    if asked.get("output_hidden_states"):
-        raise ValueError("output_hidden_states is not offered: put a forward hook on the blocks of model.net.blocks")
-    if asked.get("output_attentions"):
-        raise ValueError("output_attentions is not offered: attention's weights are never made as a matrix")
-
-
-def _ours(cache: Any) -> HymbaCache | None:
-    """The cache; None for one of another class that has read nothing, such as libraries make for every model."""
-    if cache is None or isinstance(cache, HymbaCache):
-        return cache
-    if isinstance(cache, Cache) and not cache.get_seq_length():
-        return None
-    raise ValueError(f"a {type(cache).__name__} is no cache of a Hymba's: give the one that an earlier call returned")
 
 
 def _last_of_rows(hidden_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
@@ -311,22 +308,3 @@ def _last_of_rows(hidden_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         raise ValueError(ALL_PADDING)
     last_B = mask_BT.size(1) - 1 - (mask_BT != 0).flip(1).byte().argmax(1)
     return hidden_BTD.take_along_dim(last_B[:, None, None], 1)
-
-
-def _of_new_columns(mask: Tensor | None, ids_BT: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    if mask.dim() != 2 or mask.size(0) != ids_BT.size(0) or mask.size(1) < ids_BT.size(1):
-        raise ValueError(
-            f"attention_mask must be (batch, columns) with 0 for padding, not {tuple(mask.shape)} for input_ids "
-            f"{tuple(ids_BT.shape)}"
-        )
-    return mask[:, mask.size(1) - ids_BT.size(1) :]
-
-
-def _is_read_by_us(folder: Path) -> bool:
-    """Whether the folder has our artifact and no safetensors file, or is a released Hymba's."""
-    if is_official(folder):
-        return True
-    stored = any((folder / name).is_file() for name in (WEIGHTS, INDEX))
-    return not stored and (folder / ARTIFACT).is_file() and bool(read_config(folder))

@@ -55,12 +55,18 @@ class HymbaTokenizer(PreTrainedTokenizer):
         return {self.processor.id_to_piece(token): token for token in range(self.vocab_size)}
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text is not UTF-8 at its character {error.start + 1}; give it as UTF-8") from error
         return self.processor.encode(text, out_type=str)
 
     def _convert_token_to_id(self, token: str) -> int:
         return self.processor.piece_to_id(token)
 
     def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < self.vocab_size:
+            raise ValueError(f"{index} is no id of the tokenizer, which has {self.vocab_size} pieces")
         return self.processor.id_to_piece(index)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
@@ -81,6 +87,15 @@ class HymbaTokenizer(PreTrainedTokenizer):
         """BOS in front of each text."""
         second = [] if token_ids_1 is None else [self.bos_token_id, *token_ids_1]
         return [self.bos_token_id, *token_ids_0, *second]
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """1 for each special token of what `build_inputs_with_special_tokens` makes, or of a text that has them."""
+        if already_has_special_tokens:
+            return [int(token in self.all_special_ids) for token in token_ids_0]
+        second = [] if token_ids_1 is None else [1, *(0 for _ in token_ids_1)]
+        return [1, *(0 for _ in token_ids_0), *second]
 
     def create_token_type_ids_from_sequences(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None

@@ -9,6 +9,7 @@ B requests of a batch, T tokens, V vocab_size, D d_model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,12 @@ from hymba_lightning.model import RuntimeConfig
 
 # Of a request that does not say.
 MOST_NEW_TOKENS = 256
+REQUESTS_AT_ONCE = 16
+# Names under which requests say how many tokens they want.
+MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+KNOWN = ("until", *MOST, "do_sample", "temperature", "top_k", "top_p", "seed")
+# Values of other settings that change nothing.
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1, "min_p": 0.0, "use_cache": True}
 
 
 @register_model("hymba")
@@ -36,14 +43,15 @@ class HymbaLM(LM):
         weights: Artifact, checkpoint, folder of `save_pretrained`, or hf:OWNER/NAME.
         tokenizer: SentencePiece model; by default the one that lies beside the weights, or that their run names.
         device: cpu, cuda, or auto.
-        batch_size: Requests that are continued together; also bounds those that are scored together.
+        batch_size: Requests that are continued together; also bounds those that are scored together. auto is 16.
         batch_tokens: Most tokens, padding included, that are scored in one forward pass.
         runtime: How the network is executed.
-        kwargs: What lm_eval's command line gives to every model; not used.
+        dtype: float32 or bfloat16, the runtime's compute_dtype in a word for lm_eval's command line.
+        max_batch_size: What lm_eval's command line gives to every model; not used.
 
     Raises:
         FileNotFoundError: weights or tokenizer are not found.
-        ValueError: a file is damaged, or they do not belong together.
+        ValueError: a file is damaged, they do not belong together, or an option is out of range.
     """
 
     def __init__(
@@ -51,15 +59,17 @@ class HymbaLM(LM):
         weights: str,
         tokenizer: str | None = None,
         device: str | None = "auto",
-        batch_size: int | str = 16,
+        batch_size: int | str | None = 16,
         batch_tokens: int = 8192,
         runtime: RuntimeConfig = RuntimeConfig(),  # noqa: B008 - frozen
-        **kwargs: Any,
+        dtype: str | None = None,
+        max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        runtime = runtime if dtype is None else dataclasses.replace(runtime, compute_dtype=dtype)
         self.net, self.processor = load(weights, tokenizer, device or "auto", runtime)
         self.encoder = TextEncoder(self.processor)
-        self.batch_size = int(batch_size) if str(batch_size).isdigit() else 16
+        self.batch_size = _batch_size(batch_size)
         self.batch_tokens = batch_tokens
         self._device = self.net.tok_emb.weight.device
 
@@ -98,12 +108,15 @@ class HymbaLM(LM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Of each (context, settings): the continuation up to one of settings["until"], max_gen_toks or an end.
 
-        Greedy unless do_sample is true or a temperature over 0 is given.
+        Greedy unless do_sample is true or a temperature over 0 is given. Raises ValueError for settings that are not
+        offered, such as beams.
         """
         texts = [""] * len(requests)
         alike: dict[SamplingConfig, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
-            alike[self._sampling(request.args[1])].append(index)
+            sampling = self._sampling(request.args[1])
+            if sampling is not None:
+                alike[sampling].append(index)
         for sampling, members in alike.items():
             for start in range(0, len(members), self.batch_size):
                 group = members[start : start + self.batch_size]
@@ -138,13 +151,22 @@ class HymbaLM(LM):
             log_p_N = logits_NV.log_softmax(-1).gather(1, targets_N[:, None])
             yield float(log_p_N.double().sum()), bool((logits_NV.argmax(-1) == targets_N).all())
 
-    def _sampling(self, settings: dict[str, Any]) -> SamplingConfig:
+    def _sampling(self, settings: dict[str, Any]) -> SamplingConfig | None:
+        """None where no token is asked for."""
+        settings = {name: value for name, value in settings.items() if value is not None}
+        other = sorted(name for name in settings.keys() - KNOWN if settings[name] != NEUTRAL.get(name))
+        if other:
+            raise ValueError(f"generation settings {', '.join(other)} are not offered: choose from {', '.join(KNOWN)}")
+        most = int(next((settings[name] for name in MOST if name in settings), MOST_NEW_TOKENS))
+        if most == 0:
+            return None
         temperature = float(settings.get("temperature") or 0.0) if settings.get("do_sample", True) else 0.0
         return SamplingConfig(
-            max_new_tokens=int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or MOST_NEW_TOKENS),
+            max_new_tokens=most,
             temperature=temperature,
             top_k=int(settings.get("top_k") or 0),
             top_p=float(settings.get("top_p") or 1.0),
+            seed=int(settings.get("seed") or 0),
             stop_ids=ends_of(self.processor),
         )
 
@@ -153,6 +175,8 @@ class HymbaLM(LM):
         for context, settings in requests:
             until = settings.get("until") or []
             stops = (until,) if isinstance(until, str) else tuple(until)
+            if not all(isinstance(stop, str) for stop in stops):
+                raise ValueError(f"until={until!r} must be texts that end a continuation")
             replies.append(
                 Reply(self.processor, sampling.stop_ids, sampling.max_new_tokens, stops, at_start=not context)
             )
@@ -165,3 +189,12 @@ class HymbaLM(LM):
                     if replies[row].ended_by is not None:
                         ended.add(row)
         return [reply.text for reply in replies]
+
+
+def _batch_size(given: int | str | None) -> int:
+    """Of what lm_eval's command line takes: a number, auto, or auto:N."""
+    if given is None or str(given).startswith("auto"):
+        return REQUESTS_AT_ONCE
+    if not str(given).isdigit() or int(given) < 1:
+        raise ValueError(f"batch_size={given} is no number of requests: give 1 or more, or auto")
+    return int(given)

@@ -84,13 +84,19 @@ def save_pretrained(
         card: Text of README.md.
 
     Raises:
-        ValueError: `weights` is none of these, the artifact is another network's, or the tokenizer has another size or
-            is of a library that transformers does not follow.
+        ValueError: `weights` is none of these, a weight is not finite, the artifact is another network's, or the
+            tokenizer has another size or is of a library that transformers does not follow.
+        NotADirectoryError: a file stands where the folder would be.
         ImportError: safetensors, or with a tokenizer tokenizers, is not installed.
     """
     if weights not in WHICH:
         raise ValueError(f"weights={weights!r} is unknown: choose from {', '.join(WHICH)}")
+    if not str(folder):
+        raise ValueError("the folder's name is empty: give one, or . for the present folder")
     folder = Path(folder)
+    infinite = next((name for name, value in net.state_dict().items() if not torch.isfinite(value).all()), None)
+    if infinite is not None:
+        raise ValueError(f"the network's {infinite} holds values that are not finite, and could not be loaded again")
     processor = None if tokenizer is None else load_for_transformers(tokenizer)
     if processor is not None and processor.get_piece_size() != net.config.vocab_size:
         raise ValueError(
@@ -103,7 +109,10 @@ def save_pretrained(
     content = None
     if weights != "artifact":
         content = _as_safetensors(net)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{folder} cannot be made, a file stands in its place: give another folder") from error
     if content is not None:
         write_atomic(folder / WEIGHTS, content)
     if weights != "safetensors" and artifact is not None:
@@ -248,6 +257,11 @@ def find_folder(name: str | Path, **hub: Any) -> Path:
     """The folder itself, or a repository's files in huggingface_hub's cache. Raises as `load_pretrained` does."""
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
+    if Path(name).expanduser().is_file():
+        raise FileNotFoundError(
+            f"{name} is a file, and a folder or the name owner/name of a repository is needed: artifacts and "
+            "checkpoints are read by `hymba_lightning.hf.load` and `hymba_lightning.generation.load_network`"
+        )
     if not REPOSITORY.fullmatch(str(name)):
         raise FileNotFoundError(f"{name} is no folder, nor the name owner/name of a repository on the hub")
     library = need("huggingface_hub")
@@ -279,14 +293,19 @@ def read_config(folder: Path) -> dict[str, Any]:
         network = HymbaConfig.from_dict(content["net"])
     except ValueError as error:
         raise PretrainedError(f"{path}: {error}. {AGAIN}") from error
+    check_token_ids(path, content, network.vocab_size)
+    return content
+
+
+def check_token_ids(path: Path, content: dict[str, Any], vocab_size: int) -> None:
+    """Raises PretrainedError where a file of settings names a special token that the network has not."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         given = content.get(name)
         for token in given if isinstance(given, list) and name == "eos_token_id" else [given]:
-            if token is not None and not (type(token) is int and 0 <= token < network.vocab_size):
+            if token is not None and not (type(token) is int and 0 <= token < vocab_size):
                 raise PretrainedError(
-                    f"{path}: {name}={given!r} is no id below the network's vocab_size={network.vocab_size}. {AGAIN}"
+                    f"{path}: {name}={given!r} is no id below the network's vocab_size={vocab_size}. {AGAIN}"
                 )
-    return content
 
 
 def _as_safetensors(net: Hymba) -> bytes:

@@ -48,7 +48,7 @@ class Linear(Module, nn.Linear):
 
 
 class Embedding(Module):
-    """A table (rows, width) looked up by id, output in `dtype`."""
+    """A table (rows, width) looked up by id, output in `dtype`, by default its own."""
 
     part = "embedding"
 
@@ -57,8 +57,8 @@ class Embedding(Module):
         self.weight = parameter(torch.empty(rows, width), role)
         nn.init.normal_(self.weight, std=std)
 
-    def forward(self, ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(ids_BT, self.weight).to(dtype)
+    def forward(self, ids_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return F.embedding(ids_BT, self.weight).to(dtype or self.weight.dtype)
 
 
 class DepthwiseConv(Module):

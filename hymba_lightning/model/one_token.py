@@ -203,8 +203,11 @@ class OneToken:
 
     @torch.no_grad()
     def load(self, state: HymbaState) -> bool:
-        """Goes on from `state`, which stays as it is; returns whether that is done: not for rows of unequal length."""
+        """Goes on from `state`, which stays as it is; returns whether that is done: not for rows of unequal length, nor
+        for what was read in another dtype."""
         if not isinstance(state.position, int) or any(layer.hidden is not None for layer in state.layers):
+            return False
+        if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in state.tensors()):
             return False
         for layer, loaded in zip(self._layers, state.layers, strict=True):
             layer.load(loaded)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules import module as calls
+
+# Hooks of all modules there are: profilers and printers of shapes set them.
+GLOBAL_HOOKS = (calls._global_forward_hooks, calls._global_forward_pre_hooks)
 
 
 def has_hooks(net: nn.Module) -> bool:
-    """Whether somebody looks on at a module's calls."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    """Whether somebody looks on at a module's calls, or has put another `forward` in an object, as accelerate does."""
+    own = (
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in net.modules()
+    )
+    return any(GLOBAL_HOOKS) or any(own)
 
 
 class Watch:
@@ -16,7 +23,9 @@ class Watch:
     def __init__(self, net: nn.Module) -> None:
         owners = list(net.modules())
         self._modules = [(m._modules, name, child) for m in owners for name, child in m._modules.items()]
-        self._hooks = [hooks for m in owners for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = [hooks for m in owners for hooks in (m._forward_hooks, m._forward_pre_hooks)] + [*GLOBAL_HOOKS]
+        self._attributes = [vars(module) for module in owners]
+        self._net, self._runtime = net, getattr(net, "runtime", None)
         own = [(m._parameters, name, weight) for m in owners for name, weight in m._parameters.items()]
         self._weights: list[tuple[dict, str, Tensor]] = [
             (owner, name, weight) for owner, name, weight in own if weight is not None
@@ -27,11 +36,14 @@ class Watch:
 
     @property
     def is_replaced(self) -> bool:
-        """Whether a module or a weight is another one, or lies elsewhere (adapters, `to`, a load that assigns), or a
-        hook wants to be called."""
-        if any(self._hooks):
+        """Whether a module or a weight is another one, or lies elsewhere (adapters, `to`, a load that assigns), a hook
+        or another `forward` wants to be called, or the network is to be executed in another way."""
+        if any(self._hooks) or getattr(self._net, "runtime", None) is not self._runtime:
             return True
         # Loops, not `any`: this is asked for every token.
+        for attributes in self._attributes:
+            if "forward" in attributes:
+                return True
         for owner, name, module in self._modules:
             if owner.get(name) is not module:
                 return True

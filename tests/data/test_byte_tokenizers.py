@@ -1,9 +1,9 @@
 """Tokenizers of other libraries: any text survives and its bytes are counted exactly."""
 
-import base64
 import sys
 
 import pytest
+from byte_tokenizers import write_tiktoken, write_tokenizer_json
 from hypothesis import example, given, settings
 from test_token_bytes import SAMPLE, texts
 
@@ -14,33 +14,7 @@ from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.tokenizer import load_tokenizer
 from hymba_lightning.generation.text import TextStream
 
-
-def write_tokenizer_json(path):
-    """A vocabulary of 300 with two special tokens and one that is text."""
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>", "<s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(SAMPLE, trainer)
-    tokenizer.add_tokens(["width!!"])
-    tokenizer.enable_truncation(5)
-    tokenizer.save(str(path))
-
-
-MERGES = [b" w", b" wi", b" wid", b" width", b"width", "日本".encode(), b"\n\n", b"  "]
-
-
-def write_tiktoken(path, more=MERGES):
-    """The bytes and then `more`."""
-    pieces = [bytes([byte]) for byte in range(256)] + list(more)
-    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(pieces)))
-
-
-WRITERS = {"tokenizers": write_tokenizer_json, "tiktoken": write_tiktoken}
+WRITERS = {"tokenizers": lambda path: write_tokenizer_json(path, SAMPLE), "tiktoken": write_tiktoken}
 
 
 @pytest.fixture(scope="module", params=WRITERS)

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from test_byte_tokenizers import write_tokenizer_json
+from byte_tokenizers import write_tokenizer_json
+from test_token_bytes import SAMPLE
 
 from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.tokenizer import load_tokenizer
@@ -13,7 +14,7 @@ from hymba_lightning.data.tokenizer import load_tokenizer
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("hf") / "tokenizer.model"
-    write_tokenizer_json(path)
+    write_tokenizer_json(path, SAMPLE)
     return path
 
 

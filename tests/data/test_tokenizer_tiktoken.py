@@ -5,7 +5,7 @@ import hashlib
 import random
 
 import pytest
-from test_byte_tokenizers import write_tiktoken
+from byte_tokenizers import write_tiktoken
 
 from hymba_lightning.data import tokenizer_huggingface, tokenizer_tiktoken
 from hymba_lightning.data.tokenizer import load_tokenizer, train_tokenizer

@@ -116,12 +116,31 @@ def wrapped(net):
     net.blocks[1].mlp = Doubled(net.blocks[1].mlp)
 
 
-def test_a_hook_that_comes_later_is_called_for_every_token():
+def forward_in_an_object(net):
+    """As accelerate hooks a module."""
+    mlp, inner = net.blocks[1].mlp, net.blocks[1].mlp.forward
+    mlp.forward = lambda *given: 2 * inner(*given)
+
+
+def other_runtime(net):
+    net.runtime = RuntimeConfig(compute_dtype="bfloat16")
+
+
+def of_all_modules(net, hook):
+    return torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *call: hook() if module is net.blocks[1] else None
+    )
+
+
+@pytest.mark.parametrize(
+    "register", [lambda net, hook: net.blocks[1].register_forward_hook(lambda *call: hook()), of_all_modules]
+)
+def test_a_hook_that_comes_later_is_called_for_every_token(register):
     net = lively(HymbaConfig(**BASE))
     _, state = carried.read(net, torch.randint(0, 64, (1, 20)), None, 64)
     reader, seen = Steps(net, state), []
     reader.read(torch.tensor([[5]]), 64)
-    hook = net.blocks[1].register_forward_hook(lambda *call: seen.append(1))
+    hook = register(net, lambda: seen.append(1))
     for _ in range(3):
         reader.read(torch.tensor([[5]]), 64)
     assert len(seen) == 3
@@ -132,7 +151,18 @@ def test_a_hook_that_comes_later_is_called_for_every_token():
 
 
 @pytest.mark.parametrize("fixed", [None, True], ids=["one token", "fixed memory"])
-@pytest.mark.parametrize("change", [written, assigned, given_other_storage, turned_to_bfloat16, wrapped])
+@pytest.mark.parametrize(
+    "change",
+    [
+        written,
+        assigned,
+        given_other_storage,
+        turned_to_bfloat16,
+        wrapped,
+        forward_in_an_object,
+        other_runtime,
+    ],
+)
 def test_a_network_that_changes_between_tokens_counts_from_the_next_one_on(change, fixed, monkeypatch):
     monkeypatch.setattr(steps, "STEPS_BEFORE_RECORDING", 1)
     net = lively(HymbaConfig(**BASE))
@@ -172,6 +202,19 @@ def test_a_text_begun_in_inference_mode_goes_on_outside_of_it(fixed, monkeypatch
     for t in range(20, 40):
         logits_BV = reader.read(ids[:, t : t + 1], 64)
     assert rms_ratio(logits_BV, net(ids)[:, -1]) < 1e-5
+
+
+@pytest.mark.parametrize("fixed", [None, True], ids=["one token", "fixed memory"])
+def test_a_text_may_enter_and_leave_autocast(fixed, monkeypatch):
+    monkeypatch.setattr(steps, "STEPS_BEFORE_RECORDING", 1)
+    net = lively(HymbaConfig(**BASE))
+    ids = torch.randint(0, 64, (1, 30))
+    _, state = carried.read(net, ids[:, :10], None, 64)
+    reader = Steps(net, state, fixed)
+    for t in range(10, 29):
+        with torch.autocast("cpu", torch.bfloat16, enabled=12 < t < 18):
+            reader.read(ids[:, t : t + 1], 64)
+    assert rms_ratio(reader.read(ids[:, 29:], 64), net(ids)[:, -1]) < 0.02
 
 
 def test_an_interrupted_token_can_be_read_again(monkeypatch):

@@ -202,6 +202,14 @@ def test_a_typed_line_that_is_no_text_is_left_out_and_the_document_goes_on(monke
 def test_a_mark_of_the_encoding_is_no_text(run, tmp_path):
     (tmp_path / "a.txt").write_text("the end", encoding="utf-8-sig")
     assert run("--prompt_file", str(tmp_path / "a.txt")) == run("the end")
+    assert run(stdin="\ufeffthe end\n") == run("the end")
+    assert run("--interactive", stdin="\ufeffthe end\nof it\n") == run("--interactive", stdin="the end\nof it\n")
+
+
+def test_line_ends_of_any_system_are_one_wherever_a_text_comes_from(run, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"the end\r\nof it")
+    assert run(stdin="the end\r\nof it\r\n") == run("--prompt_file", str(tmp_path / "a.txt")) == run("the end\nof it")
+    assert run("--interactive", stdin="the end\r\nof it\r\n") == run("--interactive", stdin="the end\nof it\n")
 
 
 def test_no_temperature_is_too_low(run):

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import sentencepiece
+from byte_tokenizers import write_tokenizer_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TOKENIZER
@@ -100,23 +101,29 @@ def test_batches_are_padded_on_the_left(loaded, own):
     assert loaded[own].pad_token_id == 0
 
 
+def test_special_tokens_are_marked_as_what_is_in_front_of_each_text(loaded):
+    for tokenizer in loaded.values():
+        for texts in (("the end",), ("the end", "of it")):
+            encoded = tokenizer(*texts, return_special_tokens_mask=True)
+            ids = encoded["input_ids"]
+            assert encoded["special_tokens_mask"] == [int(token == tokenizer.bos_token_id) for token in ids]
+            assert tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)[0] == 1
+
+
+def test_what_is_no_text_and_no_id_is_named(loaded):
+    tokenizer = loaded[TOKENIZER]
+    with pytest.raises(ValueError, match="not UTF-8 at its character 3; give it as UTF-8"):
+        tokenizer("a \ud800")
+    for token in (-1, 5000):
+        with pytest.raises(ValueError, match=f"{token} is no id of the tokenizer, which has 1024 pieces"):
+            tokenizer.decode([token])
+
+
 @pytest.fixture(scope="module")
 def byte_level(tmp_path_factory):
     """A tokenizer.json, and a folder for transformers with it."""
-    tokenizers = pytest.importorskip("tokenizers")
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>", "<s>"]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator(SAMPLE, trainer)
-    made.add_tokens(["width!!"])
-    made.enable_truncation(5)
     folder = tmp_path_factory.mktemp("byte_level")
-    made.save(str(folder / "tokenizer.model"))
+    write_tokenizer_json(folder / "tokenizer.model", SAMPLE, vocab_size=400)
     write_tokenizer(folder / "tokenizer.model", folder)
     hf.HymbaPretrainedConfig().save_pretrained(folder)
     return folder

@@ -88,6 +88,45 @@ def test_generation_stops_where_it_is_told(model):
     assert len(shorter) < len(free[0])
 
 
+def test_how_many_tokens_are_wanted_has_several_names_and_may_be_none(model):
+    settings = {"until": None, "temperature": 0.0, "num_beams": 1}
+    two = [
+        model.generate_until(requests((SENTENCES[0], settings | {name: 2})))
+        for name in ("max_gen_toks", "max_new_tokens", "max_tokens")
+    ]
+    assert two[0] == two[1] == two[2] != [""]
+    assert (
+        model.generate_until(requests((SENTENCES[0], settings | {"max_gen_toks": 0}), (SENTENCES[0], settings)))[0]
+        == ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 4}, "generation settings num_beams are not offered: choose from until, max_gen_toks"),
+        ({"max_length": 20}, "max_length are not offered"),
+        ({"until": [5]}, r"until=\[5\] must be texts"),
+        ({"max_gen_toks": -1}, "must be at least 1"),
+    ],
+)
+def test_settings_that_would_be_passed_over_are_refused(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate_until(requests(("the end", settings)))
+
+
+def test_options_of_lm_evals_command_line_are_heard(model, tmp_path):
+    folder = model.net.save_pretrained(tmp_path, tokenizer=TOKENIZER)
+    given = {"device": "cpu", "batch_size": "auto:4", "max_batch_size": 8}
+    made = HymbaLM.create_from_arg_string(f"weights={folder},dtype=bfloat16", given)
+    assert (made.net.runtime.compute_dtype, made.batch_size) == ("bfloat16", 16)
+    for size in (0, "-1", 2.5):
+        with pytest.raises(ValueError, match=f"batch_size={size} is no number of requests"):
+            HymbaLM(str(folder), device="cpu", batch_size=size)
+    with pytest.raises(TypeError, match="dtyp"):
+        HymbaLM.create_from_arg_string(f"weights={folder},dtyp=bfloat16", given)
+
+
 @pytest.mark.slow
 def test_tasks_on_local_data_run_and_their_bits_per_byte_are_ours(model, tmp_path):
     """A task of each kind, described here, on a file made here: nothing is downloaded."""

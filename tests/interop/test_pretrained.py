@@ -96,6 +96,24 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(net, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_file_in_the_folders_place_is_named(net, tmp_path, place):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(NotADirectoryError, match="cannot be made, a file stands in its place: give another folder"):
+        net.save_pretrained(tmp_path / place)
+    assert (tmp_path / "file").read_text() == "kept"
+    with pytest.raises(ValueError, match="the folder's name is empty"):
+        net.save_pretrained("")
+
+
+def test_a_network_that_could_not_be_loaded_again_is_not_saved(tmp_path):
+    net = Hymba(HymbaConfig(**NET)).eval()
+    net.blocks[1].attn.proj.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.proj\.weight holds values that are not finite"):
+        net.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
 def test_a_flipped_bit_of_the_weights_is_noticed(folder):
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
