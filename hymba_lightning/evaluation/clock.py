@@ -54,6 +54,7 @@ class EvaluationClock:
         self.epochs: list[tuple[float, int]] = []
         """Seconds and updates of every epoch over a chunk."""
         self._looked_twice = False
+        self._compiling_seconds = 0.0
         self._steady_since = 0.0  # when the first epoch, which compiles, had ended
         self._warned = False
 
@@ -73,14 +74,17 @@ class EvaluationClock:
 
     def needs_second_look(self, *, now: float, chunks_left: int) -> bool:
         """Whether scoring is to be timed again before its time forbids an epoch: it was timed once, and one more pass
-        cannot be what exceeds the limit, because there is room for it, or none for the scoring alone."""
+        cannot be what exceeds the limit, because there is room for it, or none for the scoring alone, be that a tenth
+        faster than the first."""
         if self.limit_seconds is None or self._looked_twice or len(self.scorings) > 1 or chunks_left < MANY_CHUNKS:
             return False
-        end = now + self._score_seconds * chunks_left
-        return end > self.limit_seconds or end + self._score_seconds <= self.limit_seconds
+        least = now + self._score_seconds * chunks_left / MARGIN
+        most = now + MARGIN * self._score_seconds * (chunks_left + 1)
+        return least > self.limit_seconds or most <= self.limit_seconds
 
     def note_second_look(self, seconds: float) -> None:
         """Remembers how long the first chunk's scoring takes when nothing is compiled."""
+        self._compiling_seconds = max(self._score_seconds - seconds, 0.0)
         self._score_seconds = min(seconds, self._score_seconds)
         self._looked_twice = True
 
@@ -113,7 +117,8 @@ class EvaluationClock:
         if self.limit_seconds is None:
             return True
         guess = EPOCH_IN_FORWARDS * self._score_seconds / forwards_per_score
-        epoch = guess if self._epoch_seconds is None else self._epoch_seconds
+        # The first epoch compiles too: for as long as the first scoring, as far as is known.
+        epoch = guess + self._compiling_seconds if self._epoch_seconds is None else self._epoch_seconds
         end = self.limit_seconds - MARGIN * self._score_seconds * chunks_left
         if first:
             return now + MARGIN * epoch <= end

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from jsonargparse import set_parsing_settings
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -32,6 +31,7 @@ from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import CALLS_BEFORE_RECORDING, Gradients
 from hymba_lightning.studies.arguments import StudyParser, source_version
+from hymba_lightning.studies.rank_processes import run_ranks
 from hymba_lightning.studies.rank_trace import draw, on_the_gpu
 from hymba_lightning.studies.runs import read_json
 from hymba_lightning.studies.step_time import Stopwatch
@@ -221,20 +221,37 @@ def measure(request: Request) -> list[RankTime]:
     """Starts the ranks and waits for them.
 
     Raises:
-        ValueError: the sizes do not rise, the tokens are no multiple of `seq_len`, or there is no such network.
-        torch.multiprocessing.ProcessRaisedException: a rank failed; it names it. The others are ended.
+        ValueError: a number is out of range, the sizes do not rise, the tokens are no multiple of `seq_len`, there is
+            no such network, or a rank was killed.
+        OSError: nothing can be written to `out`.
+        RuntimeError: a rank failed; it names it, and the rank's traceback is its cause. The others are ended.
     """
-    if request.ranks != sorted(set(request.ranks)) or request.ranks[0] < 1:
-        raise ValueError(f"--ranks must rise, got {request.ranks}")
+    for name, least, values in (
+        ("accumulate", 1, request.accumulate),
+        ("seq_len", 1, [request.seq_len]),
+        ("tokens", 1, [request.tokens]),
+        ("steps", 1, [request.steps]),
+        ("warmup", 0, [request.warmup]),
+    ):
+        if min(values) < least:
+            raise ValueError(f"--{name} must be at least {least}, got {min(values)}")
+    if request.ranks[0] < 1 or request.ranks != sorted(set(request.ranks)):
+        raise ValueError(f"--ranks must rise from 1 or more, got {request.ranks}")
     if request.tokens % request.seq_len:
         raise ValueError(f"{request.tokens} tokens a micro-batch are no multiple of seq_len {request.seq_len}")
     HymbaConfig(**request.net), RuntimeConfig(**request.runtime), OptimizerConfig(**request.optimizer)
-    Path(request.out).mkdir(parents=True, exist_ok=True)
+    out = Path(request.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: name a folder, which is made if there is none")
+    out.mkdir(parents=True, exist_ok=True)
+    # What was measured for minutes must find room there.
+    with tempfile.TemporaryFile(dir=out):
+        pass
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (Request(**asdict(request) | {"out": folder}),), nprocs=request.ranks[-1])
+        run_ranks(work, Request(**asdict(request) | {"out": folder}), request.ranks[-1])
         for path in sorted(Path(folder).glob("*.json*")):
-            write_atomic(Path(request.out) / path.name, path.read_bytes())
-    return [RankTime(**row) for row in read_json(Path(request.out) / "times.json", list)]
+            write_atomic(out / path.name, path.read_bytes())
+    return [RankTime(**row) for row in read_json(out / "times.json", list)]
 
 
 def predict(times: Sequence[RankTime], ranks: int) -> tuple[float, float]:
@@ -326,6 +343,8 @@ def main(args: list[str]) -> None:
         raise ValueError(f"--ranks asks for {max(given.ranks)} GPUs, and there are {there}")
     if given.predict and (1 not in given.ranks or max(given.ranks) == 1):
         raise ValueError("--predict needs the step on one rank and on several: give --ranks 1 and a larger size")
+    if min(given.predict, default=1) < 1:
+        raise ValueError(f"--predict must be at least 1, got {min(given.predict)}")
     out = Path(given.out)
     request = Request(
         ranks=given.ranks,

@@ -111,6 +111,19 @@ def test_a_second_look_at_scoring_does_not_exceed_a_limit_that_was_kept(monkeypa
     assert 16 * scoring - 1e-9 <= seconds <= 100.0
 
 
+@pytest.mark.parametrize(("scoring", "more_at_first"), [(6.1, 0.5), (5.95, -0.2)])
+def test_nor_where_the_first_scoring_took_a_little_more_or_less_than_the_others(monkeypatch, scoring, more_at_first):
+    seconds, _ = timed_run(monkeypatch, 100.0, score_seconds=scoring, compiling=more_at_first, chunk_tokens=SIXTEENTH)
+    assert seconds == pytest.approx(16 * scoring + more_at_first)
+
+
+def test_a_first_epoch_is_taken_to_compile_as_long_as_the_first_scoring_did(monkeypatch):
+    seconds, _ = timed_run(
+        monkeypatch, 60.0, score_seconds=0.1, update_seconds=0.1, compiling=30.0, chunk_tokens=SIXTEENTH
+    )
+    assert seconds <= 60
+
+
 def test_where_nothing_can_keep_the_limit_one_look_more_is_all_it_costs(monkeypatch):
     seconds, epochs = timed_run(monkeypatch, 100.0, score_seconds=10.0, chunk_tokens=SIXTEENTH)
     assert (seconds, epochs) == (170.0, [0] * 16)

@@ -51,13 +51,31 @@ def test_what_cannot_be_measured_is_refused_before_a_process_starts(tmp_path):
     line = ["--out", str(tmp_path / "out"), "--seq_len", "32", "--compile", "false", *TINY]
     with pytest.raises(ValueError, match="48 tokens a micro-batch are no multiple of seq_len 32"):
         main([*line, "--tokens", "48"])
-    with pytest.raises(ValueError, match=r"--ranks must rise, got \[2, 1\]"):
+    with pytest.raises(ValueError, match=r"--ranks must rise from 1 or more, got \[2, 1\]"):
         main([*line, "--tokens", "64", "--ranks", "2", "1"])
     with pytest.raises(ValueError, match="--predict needs the step on one rank and on several"):
         main([*line, "--tokens", "64", "--ranks", "2", "--predict", "8"])
+    for option, value, least in (
+        ("accumulate", 0, 1),
+        ("seq_len", 0, 1),
+        ("tokens", -64, 1),
+        ("steps", 0, 1),
+        ("warmup", -1, 0),
+        ("predict", 0, 1),
+    ):
+        given = ["--tokens", "64", "--ranks", "1", "2", f"--{option}", str(value)]
+        with pytest.raises(ValueError, match=f"--{option} must be at least {least}, got {value}"):
+            main([*line, *given])
     with pytest.raises(ValueError, match="n_layers must be at least 2"):
         main([*line, "--tokens", "64", "--net.n_layers", "1"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_named_and_left(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="out is a file: name a folder"):
+        main(["--out", str(tmp_path / "out"), "--seq_len", "32", "--tokens", "64", *TINY])
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_a_reduction_grows_as_a_rings_does():
