@@ -1,6 +1,5 @@
 """Ranks in processes of their own: what ends one is told with its number, and none is left behind."""
 
-import _thread
 import os
 import signal
 import subprocess
@@ -48,7 +47,7 @@ def test_an_interruption_leaves_no_rank():
     def interrupt():
         while len(mp.active_children()) < 2:
             time.sleep(0.01)
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
