@@ -7,6 +7,7 @@ from tiny_lightning import FakeTime, run_ranks
 
 from hymba_lightning.evaluation import ScoreFirstTTT, TTTConfig
 from hymba_lightning.evaluation.adapt import Adapter
+from hymba_lightning.evaluation.clock import EvaluationClock
 
 N_CHUNKS = 4
 SIXTEENTH = -(-(N_TOKENS - 1) // 16)
@@ -42,6 +43,7 @@ def timed_evaluation(
     def score(self, tokens):
         nonlocal n_scorings
         n_scorings += 1
+        ttt.n_scorings = n_scorings
         time.advance(score_seconds + (compiling if n_scorings == 1 else 0.0))
         return plain(self, tokens)
 
@@ -109,6 +111,16 @@ def test_a_start_that_compiles_costs_no_chunk_its_training(monkeypatch, epochs):
 def test_a_second_look_at_scoring_does_not_exceed_a_limit_that_was_kept(monkeypatch, scoring):
     seconds = timed_run(monkeypatch, 100.0, score_seconds=scoring, chunk_tokens=SIXTEENTH)[0]
     assert 16 * scoring - 1e-9 <= seconds <= 100.0
+
+
+def test_scoring_is_looked_at_again_once(monkeypatch):
+    clock = EvaluationClock(100.0, torch.device("cpu"), FakeTime(now=0.0))
+    clock.note_scoring(20.0, 64)
+    assert clock.needs_second_look(now=20.0, chunks_left=15)
+    clock.note_second_look(0.1)
+    assert not clock.needs_second_look(now=20.1, chunks_left=15)
+    ttt = timed_evaluation(monkeypatch, 40.0, chunk_tokens=SIXTEENTH)
+    assert (ttt.n_scorings, ttt.clock.elapsed() <= 40.0) == (17, True)
 
 
 def test_where_nothing_can_keep_the_limit_one_look_more_is_all_it_costs(monkeypatch):
