@@ -7,6 +7,7 @@ from tiny_lightning import FakeTime, run_ranks
 
 from hymba_lightning.evaluation import ScoreFirstTTT, TTTConfig
 from hymba_lightning.evaluation.adapt import Adapter
+from hymba_lightning.evaluation.clock import EvaluationClock
 
 N_CHUNKS = 4
 SIXTEENTH = -(-(N_TOKENS - 1) // 16)
@@ -42,6 +43,7 @@ def timed_evaluation(
     def score(self, tokens):
         nonlocal n_scorings
         n_scorings += 1
+        ttt.n_scorings = n_scorings
         time.advance(score_seconds + (compiling if n_scorings == 1 else 0.0))
         return plain(self, tokens)
 
@@ -122,6 +124,16 @@ def test_a_first_epoch_is_taken_to_compile_as_long_as_the_first_scoring_did(monk
         monkeypatch, 60.0, score_seconds=0.1, update_seconds=0.1, compiling=30.0, chunk_tokens=SIXTEENTH
     )
     assert seconds <= 60
+
+
+def test_scoring_is_looked_at_again_once(monkeypatch):
+    clock = EvaluationClock(100.0, torch.device("cpu"), FakeTime(now=0.0))
+    clock.note_scoring(20.0, 64)
+    assert clock.needs_second_look(now=20.0, chunks_left=15)
+    clock.note_second_look(0.1)
+    assert not clock.needs_second_look(now=20.1, chunks_left=15)
+    ttt = timed_evaluation(monkeypatch, 40.0, chunk_tokens=SIXTEENTH)
+    assert (ttt.n_scorings, ttt.clock.elapsed() <= 40.0) == (17, True)
 
 
 def test_where_nothing_can_keep_the_limit_one_look_more_is_all_it_costs(monkeypatch):
