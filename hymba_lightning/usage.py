@@ -275,9 +275,13 @@ def resume_command(args: Sequence[str], saved: Saved) -> str:
     return f"hymba {shlex.join([*own, *run])}"
 
 
+# Those of runs; the others measure, and keep nothing of what is half done.
+STUDIES_THAT_GO_ON = ("ablation", "context", "quantization", "reference", "seeds", "ttt")
+
+
 def after_stop(args: Sequence[str], signal_name: str, saved: Saved | None) -> str:
     """The message of a command that a signal ended."""
-    if args[0] == "study":
+    if args[0] == "study" and args[1:2] and args[1] in STUDIES_THAT_GO_ON:
         return (
             f"stopped by {signal_name}; runs that ended, and what the others have saved, are kept. To go on with them: "
             f"hymba {shlex.join(args)}"

@@ -14,6 +14,7 @@ from hymba_lightning import help_text, usage
 from hymba_lightning.commands import run_command
 from hymba_lightning.options import with_config_files
 from hymba_lightning.signals import Saved
+from hymba_lightning.studies import STUDIES
 
 HYMBA = [sys.executable, "-m", "hymba_lightning"]
 
@@ -175,6 +176,14 @@ def test_an_interrupted_study_says_how_it_goes_on():
     assert usage.after_stop(args, "SIGINT", None).endswith(
         "To go on with them: hymba study seeds --out 'a b' -- --config demo"
     )
+
+
+def test_an_interrupted_measurement_keeps_nothing_and_says_so():
+    line = ["study", "step", "--steps", "30"]
+    assert usage.after_stop(line, "SIGTERM", None) == (
+        "stopped by SIGTERM before it was done; to do it again: hymba study step --steps 30"
+    )
+    assert set(usage.STUDIES_THAT_GO_ON) < set(STUDIES)
 
 
 def test_the_command_that_goes_on_keeps_what_was_asked_for():
