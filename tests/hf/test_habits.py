@@ -32,14 +32,6 @@ def model(saved):
     return transformers.AutoModelForCausalLM.from_pretrained(saved)
 
 
-@pytest.fixture
-def folder(saved, tmp_path):
-    """A copy to spoil."""
-    for path in saved.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def tokenizer(saved):
     return transformers.AutoTokenizer.from_pretrained(saved)

@@ -1,6 +1,7 @@
 """What scripts written for any model ask of this one: given as it is meant, or refused in one sentence, never something
 else in silence."""
 
+import importlib
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from hymba_lightning import HymbaConfig
 from hymba_lightning.data.tokenizer import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
-hf = pytest.importorskip("hymba_lightning.hf")
+hf = importlib.import_module("hymba_lightning.hf")
 
 IDS = torch.randint(3, 1024, (2, 20), generator=torch.Generator().manual_seed(0))
 STARTS_AGAIN = torch.arange(20).remainder(7).expand(2, -1)
@@ -21,14 +22,6 @@ STARTS_AGAIN = torch.arange(20).remainder(7).expand(2, -1)
 def saved(tmp_path_factory):
     net = lively(HymbaConfig(**NET, tied_embed_std=0.3)).eval()
     return net.save_pretrained(tmp_path_factory.mktemp("saved"), tokenizer=TOKENIZER, weights="both")
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    """A copy to spoil."""
-    for path in saved.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    return tmp_path
 
 
 @pytest.fixture(scope="module")
