@@ -3,10 +3,13 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from hymba_lightning.signals import HANDLED
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
@@ -29,3 +32,14 @@ def fitted_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fitted import make_run
 
     return make_run(tmp_path_factory.mktemp("fitted"))
+
+
+@pytest.fixture(autouse=True)
+def signals_left_as_found() -> Iterator[None]:
+    """A handler that a test leaves behind would meet the signals of the tests after it in this process."""
+    before = {signum: signal.getsignal(signum) for signum in HANDLED}
+    yield
+    after = {signum: signal.getsignal(signum) for signum in HANDLED}
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+    assert after == before

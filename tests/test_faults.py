@@ -15,6 +15,7 @@ import torch
 import yaml
 from fit_process import finish, start, start_ranks, typed, wait_for, write_config
 
+from hymba_lightning import command_line, signals
 from hymba_lightning.quantization import load_artifact
 
 
@@ -205,8 +206,6 @@ class _Hostile:
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "sample", "import-reference"])
 def test_a_checkpoint_cannot_execute_code(tmp_path, config, command, monkeypatch):
-    from hymba_lightning.__main__ import main
-
     target, path = tmp_path / "executed", tmp_path / "hostile.ckpt"
     torch.save({"state_dict": {}, "hyper_parameters": _Hostile(target)}, path)
     arguments = {"sample": ["--ckpt_path", str(path)], "import-reference": [str(path), str(tmp_path / "out.hymba")]}
@@ -215,8 +214,10 @@ def test_a_checkpoint_cannot_execute_code(tmp_path, config, command, monkeypatch
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.delenv("HYMBA_RUN_DIR", raising=False)
     monkeypatch.setattr(sys, "argv", ["hymba", command, *arguments.get(command, common)])
+    # For the rest of the process, which is that of other tests.
+    monkeypatch.setattr(signals, "listen", lambda command: None)
     with pytest.raises((pickle.UnpicklingError, ValueError, SystemExit)):
-        main()
+        command_line.main()
     assert not target.exists()
 
 

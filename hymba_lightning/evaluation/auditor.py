@@ -8,12 +8,12 @@ The rules, of any evaluator that gives every token of a stream its nats:
     a full distribution   the probabilities of all that could stand at a position sum to one
 
 An evaluator cannot tell that it is audited from what comes before a changed position, which is the true text; what
-comes after it may be noise, since an evaluator that goes by that breaks the rule. The true stream comes several times
-among the others, nearly all have its length, and the order is drawn at random. Futures of noise, and of one id
-repeated, also catch an evaluator that makes several passes and keeps the one with the best total: with more text of the
-same kind for a future it would keep the same one. Positions are drawn from the whole stream, one from each of as many
-equal stretches as are asked for. What is rare is found by chance: a cheat on
-a share s of the tokens passes n positions with probability (1 - s)^n, so that what it gains is small.
+comes after it may be noise, since an evaluator that goes by that breaks the rule. The true stream comes first, as
+where a score is taken, and several times among the others; nearly all have its length, and their order is drawn at
+random. Futures of noise, and of one id repeated, also catch an evaluator that makes several passes and keeps the one
+with the best total: with more text of the same kind for a future it would keep the same one. Positions are drawn from
+the whole stream, one from each of as many equal stretches as are asked for. What is rare is found by chance: a cheat
+on a share s of the tokens passes n positions with probability (1 - s)^n, so that what it gains is small.
 
 Sums over all ids are most of the work. An evaluator that can be trusted to leave off may come with a probe, which gives
 one token's nats and does no more than they need. Nothing is taken for granted from it but what some ids, drawn at every
@@ -160,8 +160,8 @@ def audit(
             (k, token) for k in summed for token in rng.sample(range(vocab_size), min(PROBES_CHECKED, vocab_size))
         ]
         trials += [_Trial(_with(tokens, k, token), DISTRIBUTION, k) for k, token in checked]
-    order = list(range(len(trials)))
-    rng.shuffle(order)
+    # The first call is the one that a score comes from: an evaluator that is another in it differs from the next.
+    order = [0, *rng.sample(range(1, len(trials)), len(trials) - 1)]
     true: Tensor | None = None
     # Compared as they come: with every result kept, a large vocabulary would need much memory.
     waiting: list[tuple[_Trial, Tensor]] = []

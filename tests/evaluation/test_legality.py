@@ -96,6 +96,13 @@ def test_a_cheat_is_caught_and_its_rule_named(kind, disguise):
     assert broken.value.rule in rules
 
 
+def test_a_cheat_of_the_first_call_is_caught_whatever_is_drawn():
+    make, _ = CHEATS["knows when it is watched"]["first call"]
+    for seed in range(40):
+        with pytest.raises(RuleBrokenError):
+            audit(make(), stream(), VOCAB, past_positions=4, distribution_positions=1, seed=seed)
+
+
 def test_there_are_twelve_cheats_of_six_kinds_and_their_honest_part_passes():
     assert len(CHEATS) == 6
     assert len(CASES) >= 12
