@@ -33,6 +33,7 @@ LEVELS = {
     "generation": 2,
     "interop": 2,
     "metrics": 2,
+    "muon": 2,
     "plots": 3,
     "probes": 4,
     "trainer_internals": 2,

@@ -12,6 +12,7 @@ from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.score import sum_over_ranks, world
 from hymba_lightning.model import Hymba
 from hymba_lightning.model.roles import Role, roles_of
+from hymba_lightning.muon import Muon
 
 # Factors start the same on every rank and in every run.
 FACTOR_SEED = 0
@@ -41,6 +42,34 @@ def select_parameters(net: Hymba, config: TTTConfig) -> list[nn.Parameter]:
     if not params:
         raise ValueError("no parameter is left to adapt: lower ttt.freeze_blocks or set ttt.epochs to 0")
     return params
+
+
+class MuonSteps(torch.optim.Optimizer):
+    """Training's Muon by itself, with constant momentum and without decay.
+
+    Every rank does all of it: gradients are the same on each, and an update's matrices are few.
+    """
+
+    def __init__(self, matrices: list[Tensor], lr: float, momentum: float) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+        self._rule = Muon(shard=False)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of all matrices by their gradients."""
+        for group in self.param_groups:
+            matrices = group["params"]
+            for p in matrices:
+                if p not in self.state:
+                    self.state[p]["momentum"] = torch.zeros_like(p, dtype=torch.float32)
+            self._rule.step(
+                matrices,
+                [p.grad for p in matrices],
+                [self.state[p]["momentum"] for p in matrices],
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=0.0,
+            )
 
 
 class Adapter:
@@ -77,11 +106,7 @@ class Adapter:
             matrices = [p for p in trainable if id(p) in self._matrices]
             rest = [p for p in trainable if id(p) not in self._matrices]
             if matrices:
-                # torch's own, since every byte of code here counts against the artifact's limit. Momentum is constant,
-                # so that its steps are those of training's, which differ in what one rank of several works on.
-                self.optimizers.append(
-                    torch.optim.Muon(matrices, lr=config.lr, weight_decay=0.0, momentum=config.momentum)
-                )
+                self.optimizers.append(MuonSteps(matrices, config.lr, config.momentum))
             if rest:
                 self.optimizers.append(torch.optim.SGD(rest, lr=config.rest_lr, momentum=config.momentum))
         else:

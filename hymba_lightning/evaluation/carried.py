@@ -5,7 +5,9 @@ B prompts, n targets, T tokens of a piece, V vocab_size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,13 +37,22 @@ def read(net: Hymba, tokens: Tensor, state: HymbaState | None, piece_tokens: int
 
 @torch.no_grad()
 def score_onward(
-    net: Hymba, tokens: Tensor, state: HymbaState | None, piece_tokens: int
+    net: Hymba,
+    tokens: Tensor,
+    state: HymbaState | None,
+    piece_tokens: int,
+    forward: Callable[..., Any] | None = None,
 ) -> tuple[Tensor, HymbaState | None]:
-    """Nats (n,) float32 of tokens[1:] of tokens (n+1,), which follow `state`; and the state after tokens[n-1]."""
+    """Nats (n,) float32 of tokens[1:] of tokens (n+1,), which follow `state`; and the state after tokens[n-1].
+
+    `forward` is called in the network's place.
+    """
     nats = [torch.empty(0, device=tokens.device)]
     for inputs, targets in zip(tokens[:-1].split(piece_tokens), tokens[1:].split(piece_tokens), strict=True):
         if inputs.numel():
-            nats_BT, state = net(inputs[None], targets[None], state=state, return_state=True, reduction="none")
+            nats_BT, state = (forward or net)(
+                inputs[None], targets[None], state=state, return_state=True, reduction="none"
+            )
             state = net.compact(state, REBASE_AT)
             nats.append(nats_BT[0])
     return torch.cat(nats), state
@@ -63,6 +74,7 @@ class CarriedScorer:
     piece_tokens: int
     warm_tokens: int
     rewarm: bool
+    forward: Callable[..., Any] | None = None
     forwards_per_score: float = field(default=1.0, init=False)
     _state: HymbaState | None = field(default=None, init=False)
     _seen: int = field(default=0, init=False)  # tokens that _state has read
@@ -99,7 +111,7 @@ class CarriedScorer:
             self._seen = first
             if first:
                 self._state = read(self.net, stream[None, :first], None, self.piece_tokens)[1]
-        nats, self._state = score_onward(self.net, stream[first:], self._state, self.piece_tokens)
+        nats, self._state = score_onward(self.net, stream[first:], self._state, self.piece_tokens, self.forward)
         context = torch.arange(self._seen + 1, self._seen + n + 1)
         self._seen += n
         return nats, context
@@ -117,6 +129,6 @@ class CarriedScorer:
             if warm_from < start:
                 state = read(self.net, stream[None, warm_from:start], None, self.piece_tokens)[1]
             nats[start - first : stop - first] = score_onward(
-                self.net, stream[start : stop + 1], state, self.piece_tokens
+                self.net, stream[start : stop + 1], state, self.piece_tokens, self.forward
             )[0]
         return sum_over_ranks(nats), context

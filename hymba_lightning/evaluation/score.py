@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -98,11 +98,20 @@ def group_by_shape(windows: list[Window], batch_size: int) -> Iterator[list[Wind
 
 
 @torch.no_grad()
-def score_tokens(net: Hymba, tokens: Tensor, n_context: int, *, seq_len: int, stride: int, batch_size: int) -> Tensor:
+def score_tokens(
+    net: Hymba,
+    tokens: Tensor,
+    n_context: int,
+    *,
+    seq_len: int,
+    stride: int,
+    batch_size: int,
+    forward: Callable[..., Any] | None = None,
+) -> Tensor:
     """Nats (n,) float32 of tokens[n_context:], in order, on every rank.
 
     tokens (n_context + n,) int64 on the network's device, n_context >= 1. Windows are shared out over the ranks; each
-    target is scored by one of them and the vectors are summed.
+    target is scored by one of them and the vectors are summed. `forward` is called in the network's place.
     """
     was_training = net.training
     net.eval()
@@ -114,7 +123,7 @@ def score_tokens(net: Hymba, tokens: Tensor, n_context: int, *, seq_len: int, st
     for group in group_by_shape(mine, batch_size):
         inputs = torch.stack([tokens[w.start : w.stop - 1] for w in group])
         targets = torch.stack([tokens[w.start + 1 : w.stop] for w in group])
-        nats_BT = net(inputs, targets, reduction="none")
+        nats_BT = (forward or net)(inputs, targets, reduction="none")
         for row, window in zip(nats_BT, group, strict=True):
             scored = row[row.numel() - (window.stop - window.first) :]
             nats[window.first - n_context : window.stop - n_context] = scored
@@ -134,6 +143,7 @@ class WindowScorer:
     seq_len: int
     stride: int
     batch_size: int
+    forward: Callable[..., Any] | None = None
     _before: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -154,7 +164,13 @@ class WindowScorer:
         stream = tokens if self._before is None else torch.cat([self._before, tokens])
         n_context = stream.numel() - n
         nats = score_tokens(
-            self.net, stream, n_context, seq_len=self.seq_len, stride=self.stride, batch_size=self.batch_size
+            self.net,
+            stream,
+            n_context,
+            seq_len=self.seq_len,
+            stride=self.stride,
+            batch_size=self.batch_size,
+            forward=self.forward,
         )
         context = torch.cat(
             [

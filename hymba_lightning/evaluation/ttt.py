@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from hymba_lightning.data.token_stream import Chunk, TokenStream
 from hymba_lightning.evaluation.adapt import Adapter
 from hymba_lightning.evaluation.carried import CarriedScorer
 from hymba_lightning.evaluation.clock import EvaluationClock
+from hymba_lightning.evaluation.compiled import CompiledForward
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.score import Score, WindowScorer, world
 from hymba_lightning.model import Hymba
@@ -34,11 +36,13 @@ class ChunkScore:
     score: Score
 
 
-def build_scorer(net: Hymba, seq_len: int, config: TTTConfig) -> WindowScorer | CarriedScorer:
-    """What gives a part of the stream its nats under `config.mode`."""
+def build_scorer(
+    net: Hymba, seq_len: int, config: TTTConfig, forward: Callable[..., Any] | None = None
+) -> WindowScorer | CarriedScorer:
+    """What gives a part of the stream its nats under `config.mode`; `forward` is called in the network's place."""
     if config.mode == "carried":
-        return CarriedScorer(net, seq_len, config.warm_tokens, config.state_after_update == "rewarm")
-    return WindowScorer(net, seq_len, config.stride or seq_len, config.score_batch_seqs)
+        return CarriedScorer(net, seq_len, config.warm_tokens, config.state_after_update == "rewarm", forward)
+    return WindowScorer(net, seq_len, config.stride or seq_len, config.score_batch_seqs, forward)
 
 
 class ScoreFirstTTT:
@@ -67,7 +71,12 @@ class ScoreFirstTTT:
         stream: TokenStream | Tensor | None = None,
     ) -> None:
         self.net, self.seq_len, self.config = net, seq_len, config
-        self.scorer = build_scorer(net, seq_len, config)
+        self._scoring: CompiledForward | None = None
+        self._training: CompiledForward | Hymba = net
+        if config.compile:
+            self._scoring = CompiledForward(net, seq_len, positions=config.mode == "carried")
+            self._training = CompiledForward(net, config.train_seq_len or seq_len, positions=False)
+        self.scorer = build_scorer(net, seq_len, config, self._scoring)
         self.adapter = Adapter(net, config) if config.epochs else None
         self.clock = EvaluationClock(config.limit_seconds, net.tok_emb.weight.device, time_fn, started)
         self.n_scored = self.n_adapted = 0
@@ -221,7 +230,7 @@ class ScoreFirstTTT:
 
     def _time_scoring_again(self, chunk: Chunk, now: float) -> float:
         """Scores the first chunk once more for its time alone, now that nothing is compiled; returns the time after."""
-        build_scorer(self.net, self.seq_len, self.config).score(self._part_to_score(chunk)[0])
+        build_scorer(self.net, self.seq_len, self.config, self._scoring).score(self._part_to_score(chunk)[0])
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         after = self.clock.elapsed()
@@ -249,7 +258,7 @@ class ScoreFirstTTT:
         return self.adapter.update(lr, total)
 
     def _total_nats(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.net(inputs, targets, reduction="sum")
+        return self._training(inputs, targets, reduction="sum")
 
 
 def cut_sequences(tokens: Tensor, seq_len: int, drop_partial: bool) -> list[Tensor]:

@@ -5,8 +5,8 @@ from typing import Literal
 
 import torch
 
+from hymba_lightning.muon import iteration_coefficients
 from hymba_lightning.run.run import ClockReading
-from hymba_lightning.training.muon import iteration_coefficients
 from hymba_lightning.training.optimizers import OPTIMIZERS
 from hymba_lightning.training.schedule import (
     WARMDOWN_SHAPES,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hymba_lightning.training.muon import Muon
+from hymba_lightning.muon import Muon
 from hymba_lightning.training.optim import HymbaOptimizer
 from hymba_lightning.training.optim_config import MUON_DTYPES, OptimizerConfig
 

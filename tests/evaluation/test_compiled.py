@@ -1,0 +1,58 @@
+"""Compiled passes of an evaluation: the same scores, and few compilations whatever the lengths."""
+
+import functools
+
+import pytest
+import torch
+from legality import ADAPT, MODES, SEQ_LEN, VOCAB, chunks, lively_net
+
+from hymba_lightning.evaluation import TTTConfig, score_first_ttt
+from hymba_lightning.evaluation.compiled import MOST_SHAPES, CompiledForward
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """The shapes of what was compiled, by dynamo alone: no compiler is needed."""
+    made = []
+
+    def backend(graph, examples):
+        made.append([tuple(x.shape) for x in examples if isinstance(x, torch.Tensor) and x.dtype == torch.int64])
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    yield made
+    torch._dynamo.reset()
+
+
+def text(n_tokens):
+    return torch.randint(2, VOCAB, (n_tokens,), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(("mode", "most"), [("sliding", MOST_SHAPES + 1), ("carried", 4)])
+def test_scores_and_updates_are_those_of_the_network_as_it_is(mode, most, compilations):
+    """Of carried pieces the first, the second and those at any other place are compiled, and one shape of updates."""
+    nats = []
+    for compiled in (False, True):
+        config = TTTConfig(**(ADAPT | MODES[mode] | {"compile": compiled}))
+        scored = score_first_ttt(lively_net(), chunks(text(400)), SEQ_LEN, config)
+        nats.append(torch.cat([chunk.nats for chunk in scored]))
+        assert bool(compilations) == compiled
+    assert nats[1] == pytest.approx(nats[0], abs=1e-4)
+    assert len(compilations) <= most
+
+
+class Doubles:
+    def forward(self, inputs, targets):
+        return 2 * inputs + targets
+
+    __call__ = forward
+
+
+def test_ragged_lengths_and_ever_new_batches_run_as_they_are(compilations):
+    forward = CompiledForward(Doubles(), 8, positions=False)
+    for rows in range(1, 8):
+        for length in (3, 8):
+            ids = torch.randint(2, VOCAB, (rows, length))
+            assert torch.equal(forward(ids, ids), 3 * ids)
+    assert [shapes[0] for shapes in compilations] == [(rows, 8) for rows in range(1, MOST_SHAPES + 1)]
