@@ -84,3 +84,28 @@ def test_a_file_with_another_hash_is_not_installed_and_the_remedy_is_said(tmp_pa
     assert "set HYMBA_UNHASHED=1" in done.stderr
     assert "installed" not in done.stdout
     assert not (tmp_path / ".venv" / ".installed").exists()
+
+
+@pytest.mark.parametrize(("there", "asked", "made"), [("dev", "", False), ("", "dev", True), ("dev", "dev", False)])
+def test_an_environment_with_more_than_is_asked_for_serves(tmp_path, there, asked, made):
+    """The demo runs in the tests' environment instead of making it anew without what the tests need."""
+    for name in ("scripts/environment", "constraints.txt", "pyproject.toml", "requirements/base.txt"):
+        target = tmp_path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target)
+    sum_of_pins = "$(cat constraints.txt requirements/*.txt pyproject.toml | cksum)"
+    script = f'mkdir .venv; echo "{sum_of_pins} {there}" > .venv/.installed; source scripts/environment; echo kept'
+    (tmp_path / "bin").mkdir()
+    # A Python that makes no environment.
+    (tmp_path / "bin" / "python3.12").write_text('#!/bin/sh\n[ "$1" = -c ]\n')
+    (tmp_path / "bin" / "python3.12").chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"HYMBA_EXTRAS": asked, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert ("Making .venv" in done.stdout, "kept" in done.stdout) == (made, not made)

@@ -45,7 +45,8 @@ def select_parameters(net: Hymba, config: TTTConfig) -> list[nn.Parameter]:
 
 
 class MuonSteps(torch.optim.Optimizer):
-    """Training's Muon by itself, with constant momentum and without decay.
+    """Training's Muon by itself, with constant momentum and without decay: torch's rule, but matrices of a shape are
+    orthogonalised together by a GPU's own kernels.
 
     Every rank does all of it: gradients are the same on each, and an update's matrices are few.
     """
@@ -106,7 +107,7 @@ class Adapter:
             matrices = [p for p in trainable if id(p) in self._matrices]
             rest = [p for p in trainable if id(p) not in self._matrices]
             if matrices:
-                self.optimizers.append(MuonSteps(matrices, config.lr, config.momentum))
+                self.optimizers.append(self._muon(matrices))
             if rest:
                 self.optimizers.append(torch.optim.SGD(rest, lr=config.rest_lr, momentum=config.momentum))
         else:
@@ -114,6 +115,13 @@ class Adapter:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
+
+    def _muon(self, matrices: list[Tensor]) -> torch.optim.Optimizer:
+        lr, momentum = self.config.lr, self.config.momentum
+        if matrices[0].is_cuda:
+            return MuonSteps(matrices, lr, momentum)
+        # In bfloat16, which takes CPUs that multiply it a quarter of float32's time.
+        return torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, momentum=momentum)
 
     def clear_gradients(self) -> None:
         """Sets all gradients to zero, before the first backward pass of an update."""

@@ -6,7 +6,7 @@ from legality import ADAPT, SEQ_LEN, VARIANTS, chunks, lively_net, stream
 from torch.nn import functional as F
 
 from hymba_lightning.evaluation import ScoreFirstTTT, TTTConfig, score_first_ttt
-from hymba_lightning.evaluation.adapt import Adapter
+from hymba_lightning.evaluation.adapt import Adapter, MuonSteps
 from hymba_lightning.model.roles import Role, roles_of
 
 
@@ -210,3 +210,22 @@ def test_settings_that_cannot_be_are_refused(config, message):
 def test_nothing_left_to_adapt_is_refused():
     with pytest.raises(ValueError, match="no parameter is left"):
         ScoreFirstTTT(lively_net(), SEQ_LEN, TTTConfig(parameters="mlp", freeze_blocks=2))
+
+
+def test_a_gpus_muon_makes_the_updates_of_a_cpus(monkeypatch):
+    """torch's iteration is in bfloat16 even where the matrices are not; in float32 nothing is left between the two."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    nets = []
+    for on_gpu in (False, True):
+        if on_gpu:
+            monkeypatch.setattr(
+                Adapter, "_muon", lambda self, matrices: MuonSteps(matrices, self.config.lr, self.config.momentum)
+            )
+        config = TTTConfig(**(ADAPT | VARIANTS["muon and sgd"]))
+        nets.append(lively_net())
+        score_first_ttt(nets[-1], chunks(stream()), SEQ_LEN, config)
+    start = lively_net()
+    for by_torch, ours, before in zip(*(net.parameters() for net in (*nets, start)), strict=True):
+        moved = (by_torch - before).norm()
+        assert moved > 0
+        assert (by_torch - ours).norm() < 1e-3 * moved
