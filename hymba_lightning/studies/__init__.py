@@ -21,6 +21,7 @@ STUDIES = {
         "rank_scaling",
         "the training step on 1, 2, 4 … GPUs of one host: efficiency, what sharing gradients costs",
     ),
+    "start": ("start_time", "seconds from a fit's start to its first counted step, with cold and with warm caches"),
     "step": ("step_time", "one training step and its parts, by sequence length"),
     "ops": ("op_times", "each op's backends beside other packages'"),
     "reference": ("reference_step", "our training step beside the reference's own script"),

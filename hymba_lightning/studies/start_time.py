@@ -1,0 +1,115 @@
+"""What lies before the first counted step of `hymba fit`, and after the last: once with empty compile caches, then with
+the caches that this left."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hymba_lightning.files import write_atomic
+from hymba_lightning.studies.arguments import StudyParser
+from hymba_lightning.studies.runs import hardware, run_once
+from hymba_lightning.studies.variants import options
+
+# What torch, Triton and numba keep what they compiled in.
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Seconds of one fit."""
+
+    caches: str
+    """"cold" or "warm"."""
+    launch: float
+    """Before the command's own clock and after it: the interpreter, the process's end."""
+    start: float
+    """Imports, options, network, ranks."""
+    data: float
+    warm_up: float
+    """Steps before the clock, which compile."""
+    training: float
+    rest: float
+    """After the last step."""
+
+    @property
+    def first_step(self) -> float:
+        """From the start of the process to the first counted step."""
+        return self.launch + self.start + self.data + self.warm_up
+
+
+def start_of(caches: str, process_seconds: float, summary: dict[str, Any]) -> Start:
+    """The figures of a fit whose process took `process_seconds`, by its summary."""
+    phases = summary["phases"]
+    before = {phase: phases.get(phase, 0.0) for phase in ("start", "data", "warm_up", "training")}
+    rest = summary["wall_clock_seconds"] - sum(before.values())
+    return Start(caches, max(process_seconds - summary["wall_clock_seconds"], 0.0), rest=max(rest, 0.0), **before)
+
+
+@contextmanager
+def caches_in(folder: Path) -> Iterator[None]:
+    """Compile caches of the processes that are started inside are in `folder`."""
+    before = {name: os.environ.get(name) for name in CACHES}
+    os.environ.update({name: str((folder / name.lower()).resolve()) for name in CACHES})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def table(starts: list[Start]) -> str:
+    """Markdown: a row for each run, and the median of the warm ones."""
+    rows = ["| caches | to the first counted step | launch | imports, network | data | warm-up | after the last step |"]
+    rows.append("|---|---|---|---|---|---|---|")
+    for s in starts:
+        figures = (s.launch, s.start, s.data, s.warm_up, s.rest)
+        rows.append(f"| {s.caches} | **{s.first_step:.1f}** | {' | '.join(f'{x:.1f}' for x in figures)} |")
+    warm = [s.first_step for s in starts if s.caches == "warm"]
+    if len(warm) > 1:
+        rows.append(f"| warm, median | **{statistics.median(warm):.1f}** ({min(warm):.1f}–{max(warm):.1f}) | | | | | |")
+    return "\n".join(rows)
+
+
+def main(args: list[str]) -> None:
+    """`hymba study start`."""
+    parser = StudyParser(
+        "start",
+        "Each run trains for a few steps and is scored and exported as the config says. Python's own bytecode and the "
+        "system's file cache are as they are. Seconds.",
+        of_fit=True,
+    )
+    parser.add_argument("--config", type=str, default="hymba_32k.yaml", help="Of the runs")
+    parser.add_argument("--data_dir", type=str, required=True, help="Shards and tokenizer.model")
+    parser.add_argument("--out", type=str, required=True, help="New folder, for the runs and their caches")
+    parser.add_argument("--steps", type=int, default=10, help="Counted steps of each run")
+    parser.add_argument("--repeats", type=int, default=3, help="Runs with warm caches, after the cold one")
+    given = parser.read(args)
+    for name in ("steps", "repeats"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(given, name)}")
+    out = Path(given.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not empty, and its caches would not be cold: give a new folder")
+    values = {"data.data_dir": given.data_dir, "trainer.max_steps": given.steps, "model.budget_seconds": None}
+    arguments = ["--config", given.config, *options(values), *parser.fit_options]
+    starts = []
+    with caches_in(out / "caches"):
+        for repeat in range(given.repeats + 1):
+            began = time.monotonic()
+            summary = run_once("fit", out / f"start-{repeat}", "summary.json", arguments)
+            starts.append(start_of("warm" if repeat else "cold", time.monotonic() - began, summary))
+            write_atomic(out / "starts.json", json.dumps([asdict(start) for start in starts], indent=1) + "\n")
+    text = f"{hardware(summary['environment'])}, {given.steps} steps\n\n{table(starts)}\n"
+    write_atomic(out / "table.md", text)
+    print(text, end="")

@@ -1,0 +1,51 @@
+"""The time before a fit's first counted step: read from its summary, with caches of its own."""
+
+import json
+import os
+
+import pytest
+from tiny import NET, write_data
+
+from hymba_lightning.studies.start_time import CACHES, caches_in, main, start_of, table
+
+
+def summary(**phases):
+    return {"phases": phases, "wall_clock_seconds": sum(phases.values())}
+
+
+def test_every_second_of_the_process_is_counted_once():
+    start = start_of("cold", 31.0, summary(start=9.0, data=1.0, warm_up=11.0, training=5.0, export=3.0))
+    assert (start.launch, start.rest) == (2.0, 3.0)
+    assert start.first_step == 2 + 9 + 1 + 11
+    assert start.first_step + start.training + start.rest == 31.0
+    without_warm_up = start_of("warm", 12.0, summary(start=9.0, training=2.0))
+    assert (without_warm_up.first_step, without_warm_up.rest) == (10.0, 0.0)
+    text = table([start, without_warm_up, start_of("warm", 14.0, summary(start=11.0, training=2.0))])
+    assert "| warm, median | **11.0** (10.0–12.0) |" in text
+
+
+def test_caches_are_in_the_folder_inside_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv(CACHES[0], "elsewhere")
+    monkeypatch.delenv(CACHES[1], raising=False)
+    with caches_in(tmp_path):
+        assert all(os.environ[name].startswith(str(tmp_path)) for name in CACHES)
+    assert (os.environ[CACHES[0]], os.environ.get(CACHES[1])) == ("elsewhere", None)
+
+
+def test_a_cold_fit_and_a_warm_one_are_told(tmp_path, capsys):
+    write_data(tmp_path / "data")
+    net = [part for name, value in NET.items() for part in (f"--model.net.{name}", str(value))]
+    options = ["--trainer.accelerator", "cpu", "--data.seq_len", "32", "--data.micro_batch_size", "1", *net]
+    options += ["--model.compile", "false", "--export.enabled", "false", "--data.val_tokens_limit", "64"]
+    line = ["--config", "demo.yaml", "--data_dir", str(tmp_path / "data"), "--steps", "2", "--repeats", "1"]
+    main([*line, "--out", str(tmp_path / "out"), "--", *options])
+    told = capsys.readouterr().out
+    starts = json.loads((tmp_path / "out" / "starts.json").read_text())
+    assert [start["caches"] for start in starts] == ["cold", "warm"]
+    assert all(start["start"] > 0.5 and start["training"] > 0 for start in starts)
+    assert (tmp_path / "out" / "table.md").read_text() in told
+    assert any((tmp_path / "out" / "caches").rglob("*"))
+    with pytest.raises(ValueError, match="is not empty, and its caches would not be cold: give a new folder"):
+        main([*line, "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="--repeats must be at least 1, got 0"):
+        main([*line, "--out", str(tmp_path / "new"), "--repeats", "0"])
