@@ -65,6 +65,8 @@ CHECKS = (
 # What stumbles here stumbles over a file that is damaged or no checkpoint.
 READERS = ("torch.serialization", "torch._weights_only_unpickler")
 REFUSALS = (ValueError, ImportError, OSError, ArithmeticError)
+# Builds the C module that starts Triton's kernels.
+LAUNCHER_BUILD = "triton.runtime.build"
 
 
 class UserError(ValueError):
@@ -80,6 +82,8 @@ def is_user_error(error: BaseException) -> bool:
     if isinstance(error, UserError):
         return True
     if isinstance(error, OSError) and error.errno in SYSTEM_REFUSALS:
+        return True
+    if _lacks_compiler(error):
         return True
     if type(error).__name__ in ("MisconfigurationException", "BackendUnavailableError", "OutOfMemoryError"):
         return True
@@ -113,6 +117,9 @@ def _sentence(error: BaseException) -> str:
             f"out of memory{_detail(error)}: take fewer data.micro_batch_size, a shorter data.seq_len, "
             "model.runtime.activation_checkpointing true, or a smaller network"
         )
+    remedy = _lacks_compiler(error)
+    if remedy:
+        return f"{remedy}{_detail(getattr(error, 'inner_exception', error))}"
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
         return f"{' and '.join(names)}: {refused(error)}" if names else refused(error)
@@ -154,6 +161,26 @@ def _origin(trace: TracebackType | None) -> tuple[str, bool]:
         trace = trace.tb_next
     code = trace.tb_frame.f_code.co_code
     return trace.tb_frame.f_globals.get("__name__", ""), code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _lacks_compiler(error: BaseException) -> str | None:
+    """What is missing of the system's compilers and how to go on, None for any other error."""
+    # What torch.compile's own backend wraps in an error of its own.
+    inner = getattr(error, "inner_exception", error)
+    if type(inner).__name__ == "InvalidCxxCompiler":
+        return (
+            "torch.compile works through a C++ compiler, and there is none: install g++, name yours in CXX, or set "
+            "model.compile and model.ttt.compile to false"
+        )
+    trace = inner.__traceback__
+    while trace is not None and trace.tb_frame.f_globals.get("__name__") != LAUNCHER_BUILD:
+        trace = trace.tb_next
+    if trace is None:
+        return None
+    return (
+        "Triton's kernels are started by a small C module, which could not be built: install gcc and Python's headers "
+        "(python3-dev), or name your compiler in CC"
+    )
 
 
 def _inside(module: str, packages: tuple[str, ...]) -> bool:

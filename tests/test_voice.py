@@ -310,6 +310,24 @@ def test_a_link_to_itself_is_bad_input_and_no_sentence_steers_a_terminal(tmp_pat
     assert errors.sentence(ValueError("\x1b[2Jgone\n\u202eback")).isprintable()
 
 
+def test_a_compiler_that_the_system_lacks_is_named_with_how_to_go_on(tmp_path, monkeypatch):
+    """torch.compile looks for one for C++, and Triton builds the module that starts its kernels."""
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    error = InductorError(InvalidCxxCompiler("g++"), None)
+    assert errors.is_user_error(error)
+    assert "install g++, name yours in CXX, or set model.compile and" in errors.sentence(error)
+    assert not errors.is_user_error(InductorError(KeyError("x"), None))
+
+    build = pytest.importorskip("triton.runtime.build")
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - Triton's, or the system's
+        build.compile_module_from_src("int main;", "nothing_of_ours")
+    for error in (raised.value, InductorError(raised.value, None)):
+        assert errors.is_user_error(error)
+        assert "install gcc and Python's headers (python3-dev), or name your compiler in CC" in errors.sentence(error)
+
+
 def test_a_sentence_is_one_line_that_names_the_file():
     with pytest.raises(OSError, match="Errno") as raised:
         Path("/nowhere/at/all").read_bytes()
