@@ -40,6 +40,7 @@ def test_scores_and_updates_are_those_of_the_network_as_it_is(mode, most, compil
         assert bool(compilations) == compiled
     assert nats[1] == pytest.approx(nats[0], abs=1e-4)
     assert len(compilations) <= most
+    assert all(type(size) is int for shapes in compilations for shape in shapes for size in shape)
 
 
 class Doubles:
