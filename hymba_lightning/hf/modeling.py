@@ -24,12 +24,15 @@ from hymba_lightning.hf.inputs import (
     checked_ids,
     checked_labels,
     mask_of_new_columns,
+    refuse_adapters_of_blocks,
+    refuse_adapters_of_rows,
     refuse_other_attention,
     refuse_texts_in_one_row,
     refuse_what_is_not_there,
 )
 from hymba_lightning.interop.pretrained import (
     PREFIX,
+    check_names,
     find_folder,
     generation_settings,
     is_folder,
@@ -139,6 +142,13 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         model.generation_config = GenerationConfig(**generation_settings(found.extra))
         return loaded
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As of every transformers model. Raises ValueError where a weight is made of others (pruned, parametrized)."""
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            stored = kwargs.get("state_dict") or self.state_dict()
+            check_names(self.config.network_config(), [name.removeprefix(PREFIX) for name in stored])
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -162,6 +172,7 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         one row, and where vectors of layers or attention's weights are asked for.
         """
         refuse_what_is_not_there(vars(self.config) | kwargs)
+        refuse_adapters_of_blocks(self.net)
         network = self.net.config
         # A look at single tokens, or at a batch of training, would hold a GPU up.
         input_ids = checked_ids(input_ids, network.vocab_size, look=not self.training)
@@ -208,6 +219,7 @@ class HymbaForCausalLM(PreTrainedModel, GenerationMixin):
         ragged = state is not None and isinstance(state.position, Tensor) and ids_BT.size(1) > 1
         if not ragged and (mask_BT is None or bool(mask_BT.all())):
             return self._in_pieces(ids_BT, state) if keep_state else self.net.hidden(ids_BT, state)
+        refuse_adapters_of_rows(self.net)
         real_BT = torch.ones_like(ids_BT).bool() if mask_BT is None else mask_BT.bool()
         if state is None and not keep_state:
             # Each row's tokens first: causal as the network is, what follows changes nothing before it.
