@@ -12,6 +12,7 @@ try:
 except ImportError as error:
     raise ImportError("hymba_lightning.hf needs transformers: pip install 'hymba-lightning[hf]'") from error
 
+from transformers.models.auto import tokenization_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hymba_lightning.hf.backbone import HymbaModel
@@ -48,3 +49,6 @@ for auto in (
 # By these names Trainer knows whose labels it has to shift, where it computes the loss itself (label smoothing).
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HymbaPretrainedConfig.model_type] = HymbaForCausalLM.__name__
 transformers.AutoTokenizer.register(HymbaPretrainedConfig, HymbaTokenizer, exist_ok=True)
+# So that AutoTokenizer asks ours, which knows what has to lie beside a network, whatever class a folder's file names.
+tokenization_auto.TOKENIZER_MAPPING_NAMES[HymbaPretrainedConfig.model_type] = HymbaTokenizer.__name__
+tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(HymbaPretrainedConfig.model_type)
