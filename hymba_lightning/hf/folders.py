@@ -50,9 +50,9 @@ def check_beside(folder: Path, config: Mapping[str, Any]) -> None:
         check_fingerprint(tokenizer, wanted)
 
 
-def check_tokenizer(tokenizer: Any, name: str, vocab_size: int, bos: int) -> None:
-    """Raises PretrainedError where a tokenizer that transformers made of a folder's files is not that of a network with
-    so many rows, whose texts begin with `bos`."""
+def check_tokenizer(tokenizer: Any, name: str, vocab_size: int, bos: int, asked: bool) -> None:
+    """Raises PretrainedError where a tokenizer that transformers made of a folder's files, and of what a call `asked`,
+    is not that of a network with so many rows, whose texts begin with `bos`."""
     ids = tokenizer.get_vocab()
     pieces: dict[int, str] = {}
     for piece, token in ids.items():
@@ -60,24 +60,24 @@ def check_tokenizer(tokenizer: Any, name: str, vocab_size: int, bos: int) -> Non
     foreign = next((piece for piece, token in ids.items() if token >= vocab_size or pieces[token] != piece), None)
     names, longest, template = tokenizer.model_input_names, tokenizer.model_max_length, tokenizer.chat_template
     if foreign is not None:
-        raise _other(name, f"give a token that the network has not, {foreign!r}")
+        raise _other(name, asked, f"give a token that the network has not, {foreign!r}")
     if max(pieces) != vocab_size - 1:
-        raise _other(name, f"make a tokenizer of {max(pieces) + 1} pieces, and the network has {vocab_size}")
+        raise _other(name, asked, f"make a tokenizer of {max(pieces) + 1} pieces, and the network has {vocab_size}")
     if not isinstance(names, list) or "input_ids" not in names:
-        raise _other(name, f"say model_input_names={names!r}, which must be a list with 'input_ids'")
+        raise _other(name, asked, f"say model_input_names={names!r}, which must be a list with 'input_ids'")
     if not (isinstance(longest, int | float) and longest > 0):
-        raise _other(name, f"say model_max_length={longest!r}, which must be a number over 0")
+        raise _other(name, asked, f"say model_max_length={longest!r}, which must be a number over 0")
     if not isinstance(template, str | dict | None):
-        raise _other(name, f"say chat_template={template!r}, which must be a text")
+        raise _other(name, asked, f"say chat_template={template!r}, which must be a text")
     if tokenizer.bos_token_id != bos or tokenizer("")["input_ids"] != [bos]:
-        raise _other(name, f"do not begin each text with the network's token {bos}")
+        raise _other(name, asked, f"do not begin each text with the network's token {bos}")
 
 
 def damaged_tokenizer(name: str, error: Exception) -> PretrainedError:
     """What to raise where transformers could not make a tokenizer. Raises PretrainedError naming the file where one of
     them is no JSON object."""
     check_tokenizer_files(Path(name))
-    return _other(name, f"make no tokenizer ({error})")
+    return _other(name, False, f"make no tokenizer ({error})")
 
 
 def check_tokenizer_files(folder: Path) -> None:
@@ -97,8 +97,10 @@ def check_fingerprint(tokenizer: Path, wanted: str) -> None:
         )
 
 
-def _other(name: str, what: str) -> PretrainedError:
+def _other(name: str, asked: bool, what: str) -> PretrainedError:
     files = [file for file in (*TOKENIZER_FILES, TEMPLATE) if (Path(name) / file).is_file()] or [TOKENIZER_CONFIG]
+    if asked:
+        files.append("the options of this call")
     return PretrainedError(
         f"{name}: {' and '.join(files)} {what}. Fetch or save the tokenizer again, or leave "
         f"{TOKENIZER_FILE} alone there"

@@ -69,6 +69,7 @@ class HymbaTokenizer(PreTrainedTokenizer):
         Raises ValueError where the folder's files are damaged, or those of another tokenizer than its network's.
         """
         where = {key: kwargs[key] for key in HUB if key in kwargs}
+        place = str(Path(name, kwargs.get("subfolder") or ""))
         own_options = any(key not in HUB and not key.startswith("_") for key in kwargs)
         network = _network_beside(name, where)
         fingerprint = None if network is None else getattr(network, "tokenizer_sha256", None)
@@ -76,11 +77,12 @@ class HymbaTokenizer(PreTrainedTokenizer):
         load = super().from_pretrained
         if named in FAST:
             load = PreTrainedTokenizerFast.from_pretrained
-            # "<s>" within a text is three characters of it.
-            kwargs.setdefault("split_special_tokens", True)
+            if fingerprint is not None:
+                # "<s>" within a text is three characters of it.
+                kwargs.setdefault("split_special_tokens", True)
         elif named not in (None, cls.__name__) and fingerprint is not None:
             raise PretrainedError(
-                f"{name}: {TOKENIZER_CONFIG} names a tokenizer ({named}) that is not the network's. {AGAIN}, or leave "
+                f"{place}: {TOKENIZER_CONFIG} names a tokenizer ({named}) that is not the network's. {AGAIN}, or leave "
                 f"{TOKENIZER_FILE} there alone"
             )
         elif named not in (None, cls.__name__):
@@ -92,11 +94,11 @@ class HymbaTokenizer(PreTrainedTokenizer):
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             if own_options:
                 raise
-            raise damaged_tokenizer(name, error) from error
+            raise damaged_tokenizer(place, error) from error
         if network is not None and fingerprint is not None:
             if isinstance(made, cls):
                 check_fingerprint(Path(made.vocab_file), fingerprint)
-            check_tokenizer(made, name, network.vocab_size, network.bos_token_id)
+            check_tokenizer(made, place, network.vocab_size, network.bos_token_id, own_options)
         return made
 
     @property

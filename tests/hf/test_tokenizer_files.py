@@ -186,6 +186,8 @@ def test_a_callers_own_option_is_answered_by_transformers(saved):
     with pytest.raises(ValueError, match=r"^Padding side should be selected"):
         transformers.AutoTokenizer.from_pretrained(saved, padding_side="middle")
     assert transformers.AutoTokenizer.from_pretrained(saved, padding_side="right").padding_side == "right"
+    with pytest.raises(ValueError, match=r"the options of this call give a token that the network has not, '<\|a\|>'"):
+        transformers.AutoTokenizer.from_pretrained(saved, pad_token="<|a|>")
 
 
 def test_a_network_that_was_saved_alone_takes_any_tokenizer(tmp_path):

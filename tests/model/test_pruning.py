@@ -103,7 +103,8 @@ def test_what_is_pruned_everywhere_learns_and_is_made_permanent(mixer, tmp_path)
     for module, name in parts:
         prune.remove(module, name)
     assert 0.25 < sum(int((m.weight == 0).sum()) for m, _ in parts) / sum(m.weight.numel() for m, _ in parts) < 0.35
-    again = Hymba.from_pretrained(net.save_pretrained(tmp_path))
+    again = network(mixer=mixer)
+    again.load_state_dict(net.state_dict())
     assert rms_ratio(again(IDS).detach(), wanted) < 1e-5
 
 
@@ -133,11 +134,11 @@ def test_normalised_weights_are_normalised_in_a_tokens_step_and_not_saved_in_par
         net.save_pretrained(tmp_path)
 
 
-def test_a_released_network_that_is_pruned_is_not_written_as_one(tmp_path):
+def test_a_released_network_that_is_pruned_is_not_written_as_one():
     net = Hymba(official.config_from_hf(SMALL))
     prune.random_unstructured(net.blocks[0].attn.in_proj, "weight", amount=0.5)
     with pytest.raises(ValueError, match="weight_mask is no weight of the network"):
-        official.to_hf(net, tmp_path)
+        official.weights_to_hf(net)
 
 
 def test_a_parametrized_network_has_no_roles_until_it_is_whole_again():
