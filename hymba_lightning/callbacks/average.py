@@ -196,9 +196,18 @@ class WeightAverage(Callback):
         checkpoint["state_dict"] = averaged
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self.n_averaged), "kind": self.kind}
 
-    @staticmethod
-    def _parameters(pl_module: nn.Module) -> list[tuple[str, Tensor]]:
-        return [(name, p) for name, p in pl_module.named_parameters() if p.is_floating_point()]
+    def _parameters(self, pl_module: nn.Module) -> list[tuple[str, Tensor]]:
+        """Raises ValueError where they are others than those that are averaged."""
+        parameters: list[tuple[str, Tensor]] = [
+            (name, p) for name, p in pl_module.named_parameters() if p.is_floating_point()
+        ]
+        strange = next((name for name, _ in parameters if name not in self._shadow), None) if self._shadow else None
+        if strange is not None:
+            raise ValueError(
+                f"the parameter {strange} came in the middle of training (by pruning or a parametrization), and has no "
+                "average: set model.average: none, or bring it before the fit"
+            )
+        return parameters
 
     @staticmethod
     def _aliases(pl_module: LightningModule) -> dict[str, list[str]]:

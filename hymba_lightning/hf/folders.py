@@ -18,8 +18,12 @@ from hymba_lightning.interop.pretrained import (
     read_config,
     read_json,
 )
+from hymba_lightning.interop.tokenizer import FAST_FILE, TOKENIZER_CONFIG
 from hymba_lightning.interop.weight_files import PretrainedError, check_pointer
 
+# What transformers reads for a tokenizer, beside its model.
+TOKENIZER_FILES = (TOKENIZER_CONFIG, FAST_FILE, "special_tokens_map.json", "added_tokens.json")
+TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
 # Values of device_map that spread a model over what there is.
 SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -35,19 +39,72 @@ def is_read_by_us(folder: Path) -> bool:
 
 
 def check_beside(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises PretrainedError where the tokenizer in a folder of ours is not the network's, or its settings for
+    """Raises PretrainedError where the tokenizer in a folder of ours is not the network's, or its settings or those for
     generation are damaged."""
+    check_tokenizer_files(folder)
     settings, tokenizer = folder / GENERATION_CONFIG, folder / TOKENIZER_FILE
     if settings.is_file():
         check_token_ids(settings, read_json(settings), config["net"]["vocab_size"])
     wanted = config.get("tokenizer_sha256")
     if isinstance(wanted, str) and tokenizer.is_file():
-        check_pointer(tokenizer)
-        found = file_sha256(tokenizer)
-        if found != wanted:
-            raise PretrainedError(
-                f"{tokenizer} is another tokenizer (sha256 {found}) than the network's ({wanted}): put that one there"
-            )
+        check_fingerprint(tokenizer, wanted)
+
+
+def check_tokenizer(tokenizer: Any, name: str, vocab_size: int, bos: int, asked: bool) -> None:
+    """Raises PretrainedError where a tokenizer that transformers made of a folder's files, and of what a call `asked`,
+    is not that of a network with so many rows, whose texts begin with `bos`."""
+    ids = tokenizer.get_vocab()
+    pieces: dict[int, str] = {}
+    for piece, token in ids.items():
+        pieces.setdefault(token, piece)
+    foreign = next((piece for piece, token in ids.items() if token >= vocab_size or pieces[token] != piece), None)
+    names, longest, template = tokenizer.model_input_names, tokenizer.model_max_length, tokenizer.chat_template
+    if foreign is not None:
+        raise _other(name, asked, f"give a token that the network has not, {foreign!r}")
+    if max(pieces) != vocab_size - 1:
+        raise _other(name, asked, f"make a tokenizer of {max(pieces) + 1} pieces, and the network has {vocab_size}")
+    if not isinstance(names, list) or "input_ids" not in names:
+        raise _other(name, asked, f"say model_input_names={names!r}, which must be a list with 'input_ids'")
+    if not (isinstance(longest, int | float) and longest > 0):
+        raise _other(name, asked, f"say model_max_length={longest!r}, which must be a number over 0")
+    if not isinstance(template, str | dict | None):
+        raise _other(name, asked, f"say chat_template={template!r}, which must be a text")
+    if tokenizer.bos_token_id != bos or tokenizer("")["input_ids"] != [bos]:
+        raise _other(name, asked, f"do not begin each text with the network's token {bos}")
+
+
+def damaged_tokenizer(name: str, error: Exception) -> PretrainedError:
+    """What to raise where transformers could not make a tokenizer. Raises PretrainedError naming the file where one of
+    them is no JSON object."""
+    check_tokenizer_files(Path(name))
+    return _other(name, False, f"make no tokenizer ({error})")
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raises PretrainedError where a file that transformers reads for its tokenizer is no JSON object."""
+    for file in TOKENIZER_FILES:
+        if (folder / file).is_file():
+            read_json(folder / file)
+
+
+def check_fingerprint(tokenizer: Path, wanted: str) -> None:
+    """Raises PretrainedError where a tokenizer's file is not the one with that SHA-256."""
+    check_pointer(tokenizer)
+    found = file_sha256(tokenizer)
+    if found != wanted:
+        raise PretrainedError(
+            f"{tokenizer} is another tokenizer (sha256 {found}) than the network's ({wanted}): put that one there"
+        )
+
+
+def _other(name: str, asked: bool, what: str) -> PretrainedError:
+    files = [file for file in (*TOKENIZER_FILES, TEMPLATE) if (Path(name) / file).is_file()] or [TOKENIZER_CONFIG]
+    if asked:
+        files.append("the options of this call")
+    return PretrainedError(
+        f"{name}: {' and '.join(files)} {what}. Fetch or save the tokenizer again, or leave "
+        f"{TOKENIZER_FILE} alone there"
+    )
 
 
 def checked_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from hymba_lightning.hf.cache import HymbaCache
@@ -15,6 +15,8 @@ from hymba_lightning.model import HymbaConfig
 
 BEGIN = "a text begins with the document start, which the tokenizer adds unless add_special_tokens is false"
 ALL_PADDING = "a row is all padding: each needs at least one token"
+# What peft gives its layers by hooks, for the time of a call.
+TOLD_BY_PEFT = {"adapter_names", "alora_offsets"}
 # Of labels, where none is wanted.
 IGNORED = -100
 
@@ -22,7 +24,10 @@ IGNORED = -100
 def refuse_what_is_not_there(asked: dict[str, Any]) -> None:
     """Raises ValueError for options of other models, given to a call or set in a config."""
     if asked.get("inputs_embeds") is not None:
-        raise ValueError("inputs_embeds cannot be read, since bigrams are looked up by id: give input_ids")
+        raise ValueError(
+            "inputs_embeds cannot be read, since bigrams are looked up by id: give input_ids (methods of peft that put "
+            "vectors in front of a text are not for this network: take one that adapts its matrices, such as LoRA)"
+        )
     if asked.get("output_hidden_states"):
         raise ValueError("output_hidden_states is not offered: put a forward hook on the blocks of model.net.blocks")
     if asked.get("output_attentions"):
@@ -36,6 +41,30 @@ def refuse_other_attention(name: Any) -> None:
             f"attn_implementation={name!r} is not offered: attention has kernels of its own here, of which the fastest "
             "that runs is taken; leave it out, or name one by runtime={'attention_backend': …}"
         )
+
+
+def refuse_adapters_of_blocks(net: Any) -> None:
+    """Raises ValueError where what stands in the place of the network, a block or a mixer has not their methods."""
+    try:
+        for block in net.blocks:
+            block.attn.compact  # noqa: B018 - whether it is there
+    except AttributeError as error:
+        raise ValueError(
+            "an adapter stands in the place of a whole block or network (peft's target_parameters A_log, resid_mix or "
+            "skip_weights): adapt parameters of single projections, such as c_q.weight, or train those whole"
+        ) from error
+
+
+def refuse_adapters_of_rows(net: nn.Module) -> None:
+    """Raises ValueError where peft tells layers something of each row, or of its last columns: padding is taken off
+    before they are called."""
+    for module in net.modules():
+        for hook in module._forward_pre_hooks.values():
+            if getattr(hook, "keywords", {}).keys() & TOLD_BY_PEFT:
+                raise ValueError(
+                    "adapter_names and aLoRA's invocation tokens are told by row and column, and padding is taken off: "
+                    "give rows of one length without padding, or one row at a time"
+                )
 
 
 def checked_ids(ids_BT: Any, vocab_size: int, *, look: bool) -> Tensor:
@@ -87,7 +116,8 @@ def checked_cache(cache: Any, ids_BT: Tensor, network: HymbaConfig) -> HymbaCach
         return None
     if not isinstance(cache, HymbaCache):
         raise ValueError(
-            f"a {type(cache).__name__} is no cache of a Hymba's: give the one that an earlier call returned"
+            f"a {type(cache).__name__} is no cache of a Hymba's, which is a state: give the one that an earlier call "
+            "returned (of peft's methods those that train prefixes are not for this network)"
         )
     if cache.is_initialized and cache.batch_size != ids_BT.size(0):
         raise ValueError(f"input_ids has {ids_BT.size(0)} rows, and its cache {cache.batch_size}: give the same ones")

@@ -5,16 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE
 from hymba_lightning.files import write_atomic
+from hymba_lightning.hf.configuration import HymbaPretrainedConfig
+from hymba_lightning.hf.folders import check_fingerprint, check_tokenizer, damaged_tokenizer
+from hymba_lightning.interop.pretrained import MODEL_TYPE
 from hymba_lightning.interop.tokenizer import (
+    TOKENIZER_CONFIG,
     exact_fast_tokenizer,
     load_for_transformers,
     load_sentencepiece,
     special_tokens,
 )
+from hymba_lightning.interop.weight_files import AGAIN, PretrainedError
+
+# Options of from_pretrained that say where files are found.
+HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+# By these a tokenizer_config.json names transformers' own class for a tokenizer.json.
+FAST = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 class HymbaTokenizer(PreTrainedTokenizer):
@@ -35,9 +46,14 @@ class HymbaTokenizer(PreTrainedTokenizer):
     def __init__(self, vocab_file: str | None = None, **kwargs: Any) -> None:
         if vocab_file is None:
             # No OSError, of which transformers would make another sentence.
-            raise ValueError(f"the folder holds no {TOKENIZER_FILE}: put there the SentencePiece model of the network")
+            raise PretrainedError(
+                f"the folder holds no {TOKENIZER_FILE}: put there the SentencePiece model of the network"
+            )
         self.vocab_file = vocab_file
-        self.processor = load_sentencepiece(vocab_file)
+        try:
+            self.processor = load_sentencepiece(vocab_file)
+        except ValueError as error:
+            raise PretrainedError(str(error)) from error
         kwargs = special_tokens(self.processor) | kwargs
         # "<s>" within a text is three characters of it.
         kwargs["split_special_tokens"] = True
@@ -45,14 +61,55 @@ class HymbaTokenizer(PreTrainedTokenizer):
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
+        """As of every tokenizer. AutoTokenizer asks it for every folder of ours, and gets the class that the folder's
+        tokenizer_config.json names; where the folder was saved with its tokenizer, that must be this one.
+
+        Raises ValueError where the folder's files are damaged, or those of another tokenizer than its network's.
+        """
+        where = {key: kwargs[key] for key in HUB if key in kwargs}
+        place = str(Path(name, kwargs.get("subfolder") or ""))
+        own_options = any(key not in HUB and not key.startswith("_") for key in kwargs)
+        network = _network_beside(name, where)
+        fingerprint = None if network is None else getattr(network, "tokenizer_sha256", None)
+        named = get_tokenizer_config(name, **where).get("tokenizer_class") if kwargs.get("_from_auto") else None
+        load = super().from_pretrained
+        if named in FAST:
+            load = PreTrainedTokenizerFast.from_pretrained
+            if fingerprint is not None:
+                # "<s>" within a text is three characters of it.
+                kwargs.setdefault("split_special_tokens", True)
+        elif named not in (None, cls.__name__) and fingerprint is not None:
+            raise PretrainedError(
+                f"{place}: {TOKENIZER_CONFIG} names a tokenizer ({named}) that is not the network's. {AGAIN}, or leave "
+                f"{TOKENIZER_FILE} there alone"
+            )
+        elif named not in (None, cls.__name__):
+            load = (tokenizer_class_from_name(named) or PreTrainedTokenizerFast).from_pretrained
+        try:
+            made = load(name, *args, **kwargs)
+        except PretrainedError:
+            raise
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            if own_options:
+                raise
+            raise damaged_tokenizer(place, error) from error
+        if network is not None and fingerprint is not None:
+            if isinstance(made, cls):
+                check_fingerprint(Path(made.vocab_file), fingerprint)
+            check_tokenizer(made, place, network.vocab_size, network.bos_token_id, own_options)
+        return made
+
     @property
     def vocab_size(self) -> int:
         """Pieces."""
         return self.processor.get_piece_size()
 
     def get_vocab(self) -> dict[str, int]:
-        """Piece → id."""
-        return {self.processor.id_to_piece(token): token for token in range(self.vocab_size)}
+        """Piece → id, added tokens too."""
+        pieces = {self.processor.id_to_piece(token): token for token in range(self.vocab_size)}
+        return pieces | self.added_tokens_encoder
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         try:
@@ -109,6 +166,16 @@ class HymbaTokenizer(PreTrainedTokenizer):
         path = Path(save_directory) / name
         write_atomic(path, self.processor.serialized_model_proto())
         return (str(path),)
+
+
+def _network_beside(name: Any, where: dict[str, Any]) -> HymbaPretrainedConfig | None:
+    """Of the config.json that lies beside a tokenizer's files; None where none of ours does. Raises ValueError where it
+    is damaged."""
+    try:
+        content = PretrainedConfig.get_config_dict(name, **where)[0]
+    except OSError:
+        return None
+    return HymbaPretrainedConfig.from_dict(content) if content.get("model_type") == MODEL_TYPE else None
 
 
 def tokenizer_of(model_file: str | Path) -> PreTrainedTokenizerBase:

@@ -21,6 +21,7 @@ from hymba_lightning.interop.pretrained import (
     WEIGHTS,
     Pretrained,
     PretrainedError,
+    check_names,
     find_folder,
     folder_config,
     need,
@@ -118,7 +119,8 @@ def weights_from_hf(config: HymbaConfig, tensors: dict[str, Tensor]) -> dict[str
 
 
 def weights_to_hf(net: Hymba) -> dict[str, Tensor]:
-    """The weights under their names, as they are stored; on the CPU."""
+    """The weights under their names, as they are stored; on the CPU. Raises ValueError where one is made of others."""
+    check_names(net.config, net.state_dict())
     values = {name_in_hf(name): value.detach().cpu().contiguous() for name, value in net.state_dict().items()}
     if "model.memory_tokens" in values:
         values["model.memory_tokens"] = values["model.memory_tokens"][0]

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ from hymba_lightning.interop.weight_files import (
 )
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.config import LATER
+from hymba_lightning.model.hymba import outline
 from hymba_lightning.quantization import ArtifactError, QuantizationConfig, is_artifact, load_artifact, save_artifact
 from hymba_lightning.quantization.artifact import check_shapes
 
@@ -84,8 +86,8 @@ def save_pretrained(
         card: Text of README.md.
 
     Raises:
-        ValueError: `weights` is none of these, a weight is not finite, the artifact is another network's, or the
-            tokenizer has another size or is of a library that transformers does not follow.
+        ValueError: `weights` is none of these, a weight is not finite or is made of others, the artifact is another
+            network's, or the tokenizer has another size or is of a library that transformers does not follow.
         NotADirectoryError: a file stands where the folder would be.
         ImportError: safetensors, or with a tokenizer tokenizers, is not installed.
     """
@@ -94,6 +96,7 @@ def save_pretrained(
     if not str(folder):
         raise ValueError("the folder's name is empty: give one, or . for the present folder")
     folder = Path(folder)
+    check_names(net.config, net.state_dict())
     infinite = next((name for name, value in net.state_dict().items() if not torch.isfinite(value).all()), None)
     if infinite is not None:
         raise ValueError(f"the network's {infinite} holds values that are not finite, and could not be loaded again")
@@ -140,6 +143,18 @@ def save_pretrained(
     if card is not None:
         write_atomic(folder / CARD, card)
     return folder
+
+
+def check_names(config: HymbaConfig, names: Iterable[str]) -> None:
+    """Raises ValueError where a name is no weight of the network: what was pruned, parametrized or adapted would be
+    read as a network that lacks weights."""
+    others = sorted(set(names) - outline(config).state_dict().keys())
+    if others:
+        raise ValueError(
+            f"{others[0]} is no weight of the network, but a part of one that is pruned, parametrized or has an "
+            "adapter: make it one again by torch.nn.utils.prune.remove, parametrize.remove_parametrizations or peft's "
+            "merge_and_unload, and save then"
+        )
 
 
 def folder_config(config: HymbaConfig, processor: Any, tokenizer_sha256: str | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class BigramHash(Module):
 
     def forward(self, ids_BT: Tensor, previous_ids_BT: Tensor, dtype: torch.dtype) -> Tensor:
         rows_BT = (previous_ids_BT * BIGRAM_MULTIPLIER + ids_BT) % self.buckets
-        return self.proj(self.table(rows_BT, dtype))
+        return self.proj(self.table(rows_BT).to(dtype))
 
 
 class SmearGate(Module):
@@ -72,7 +72,7 @@ def embed_tokens(
     Returns the sequence (B, T, D), not yet normalised, and the last token's vector before smearing (B, 1, D), which the
     next piece of the same sequence needs. With a `bos_id`, nothing reaches across that token.
     """
-    x_BTD = tok_emb(ids_BT, dtype)
+    x_BTD = tok_emb(ids_BT).to(dtype)
     if bigram is not None:
         x_BTD = x_BTD + bigram(ids_BT, shift_ids(ids_BT, last_id_B1, bos_id), dtype)
     last_B1D = x_BTD[:, -1:]

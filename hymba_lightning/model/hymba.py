@@ -19,7 +19,7 @@ from hymba_lightning.model.block import Block
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
 from hymba_lightning.model.embedding import BigramHash, SmearGate, embed_tokens
 from hymba_lightning.model.init import initialise
-from hymba_lightning.model.layers import Embedding, Linear, rms_norm
+from hymba_lightning.model.layers import Embedding, Linear, rms_norm, table_of
 from hymba_lightning.model.mixer import LayerState, own
 from hymba_lightning.model.mixers import network_class
 from hymba_lightning.model.roles import Module, Role, parameter
@@ -53,6 +53,9 @@ class Hymba(Module):
 
     A mixer's file may have a network of its own, a subclass `Network`, which is then what is made.
     """
+
+    # `hidden` and `logits` are called too.
+    is_always_called = False
 
     def __new__(cls, config: HymbaConfig | None = None, *args: Any, **kwargs: Any) -> Hymba:
         # Copies and pickles make an object of the class that they know, without arguments.
@@ -147,7 +150,7 @@ class Hymba(Module):
         normed_BTD = self.normed(hidden_BTD)
         if self.lm_head is not None:
             return self.lm_head(normed_BTD)
-        return F.linear(normed_BTD, self.tok_emb.weight.to(normed_BTD.dtype))
+        return F.linear(normed_BTD, table_of(self.tok_emb).to(normed_BTD.dtype))
 
     def enter(self, embedded_BTD: Tensor) -> Tensor:
         """What the first block reads of the embedded tokens (B, T, D)."""

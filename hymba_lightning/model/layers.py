@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hymba_lightning.model.roles import Module, Role, parameter
+from hymba_lightning.model.roles import Module, Role, declare, parameter
 from hymba_lightning.ops.causal_conv1d import causal_conv1d
 
 # The machine epsilon of float32, whatever dtype the activations have: bfloat16's own (0.008) would swamp the
@@ -47,18 +47,15 @@ class Linear(Module, nn.Linear):
         return F.linear(x, self.cast_weight(x.dtype))
 
 
-class Embedding(Module):
-    """A table (rows, width) looked up by id, output in `dtype`, by default its own."""
+class Embedding(Module, nn.Embedding):
+    """A table (rows, width) looked up by id. One of torch's, as `Linear` is."""
 
     part = "embedding"
 
     def __init__(self, rows: int, width: int, std: float, role: Role = Role.TABLE) -> None:
-        super().__init__()
-        self.weight = parameter(torch.empty(rows, width), role)
+        declare(self, weight=role)
+        nn.Embedding.__init__(self, rows, width, _weight=torch.empty(rows, width))
         nn.init.normal_(self.weight, std=std)
-
-    def forward(self, ids_BT: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return F.embedding(ids_BT, self.weight).to(dtype or self.weight.dtype)
 
 
 class DepthwiseConv(Module):
@@ -110,10 +107,22 @@ class TimeStepProjection(Module):
             # Inverse of softplus, log(exp(dt) - 1), written so that small dt keeps its digits.
             self.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
 
+    def forward(self, dt_low: Tensor) -> Tensor:
+        """W dt_low, (…, R) → (…, E)."""
+        return F.linear(dt_low, self.weight.to(dt_low.dtype))
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether it is a `Linear` itself, whose weight says all; not e.g. a LoRA adapter that was put in its place."""
-    return type(linear) is Linear
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is a `Linear` or an `Embedding` itself, whose weight says all and is a parameter; not e.g. a LoRA
+    adapter that was put in its place, nor one whose weight a hook makes before each call, as torch's pruning does."""
+    return type(module) in (Linear, Embedding) and "weight" in module._parameters
+
+
+def table_of(embedding: nn.Embedding) -> Tensor:
+    """All its rows as it gives them: where it is not plain, its weight does not say them."""
+    if is_plain(embedding):
+        return embedding.weight
+    return embedding(torch.arange(embedding.weight.size(0), device=embedding.weight.device))
 
 
 def fused_linear(x: Tensor, linears: list[Linear], sizes: list[int], unit: int) -> Sequence[Tensor]:

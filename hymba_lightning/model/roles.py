@@ -21,6 +21,10 @@ class Role(Enum):
     SCALAR = "scalar"  # other biases and small gates
 
 
+# By which torch's pruning, weight_norm and spectral_norm call what they make of a parameter.
+PARTS = ("_orig", "_g", "_v")
+
+
 class RoleError(ValueError):
     """A parameter without a role."""
 
@@ -30,12 +34,22 @@ class Module(nn.Module):
 
     part = ""
     """Of the network, for maps of it; "" is that of the module around it."""
+    is_always_called = True
+    """Whether nothing of it is computed but by a call, which runs the hooks on it."""
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        super().register_parameter(name, param)
         if param is not None:
             # load_state_dict(assign=True) puts plain parameters in the place of ours.
-            declare(self, **{name: getattr(param, "role", None) or self.__dict__.get("roles", {}).get(name)})
+            roles = self.__dict__.get("roles", {})
+            role = getattr(param, "role", None) or roles.get(name)
+            whole = next((name.removesuffix(end) for end in PARTS if name.endswith(end)), None)
+            if whole in roles and not self.is_always_called:
+                raise RoleError(
+                    f"{type(self).__name__}.{whole} cannot be pruned or normalised by a hook, which would not always "
+                    "be called: use torch.nn.utils.parametrize"
+                )
+            declare(self, **{name: role or roles.get(whole)})
+        super().register_parameter(name, param)
 
 
 def parameter(tensor: Tensor, role: Role) -> nn.Parameter:
@@ -60,6 +74,9 @@ def roles_of(net: nn.Module) -> dict[str, Role]:
         for name, _ in module.named_parameters(path, recurse=False):
             role = module.__dict__.get("roles", {}).get(name.rpartition(".")[2])
             if role is None:
-                raise RoleError(f"the parameter {name} has no role: say what it is where it is made")
+                raise RoleError(
+                    f"the parameter {name} has no role: say what it is where it is made, or, where a parametrization "
+                    "or an adapter brought it, remove or merge that first"
+                )
             roles[name] = role
     return roles

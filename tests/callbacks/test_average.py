@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tiny_lightning import StopAt, TinyData, TinyModule, assert_same, make_trainer
+from torch.nn.utils import prune
 
 from hymba_lightning.callbacks.average import WeightAverage
 from hymba_lightning.callbacks.wall_clock import WallClock
@@ -48,6 +49,25 @@ def test_average_starts_from_the_initial_weights_and_follows_the_formula(tmp_pat
     for name, p in module.named_parameters():
         assert torch.allclose(p.double(), expected[name], rtol=1e-6, atol=1e-7), name
     assert module.net.calls == 5  # a counter is not averaged
+
+
+class Pruning(Callback):
+    """As Lightning's own, which prunes at the end of an epoch."""
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        for module in list(pl_module.modules()):
+            if isinstance(module, torch.nn.Linear) and "weight" in module._parameters:
+                prune.random_unstructured(module, "weight", amount=0.5)
+
+
+def test_weights_that_are_pruned_in_the_middle_of_training_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"weight_orig came in the middle of training .* set model\.average: none"):
+        make_trainer(tmp_path, [WeightAverage(decay=0.9), Pruning()], max_steps=3).fit(
+            TinyModule(), datamodule=TinyData()
+        )
+    module = TinyModule()
+    make_trainer(tmp_path, [WeightAverage("none"), Pruning()], max_steps=3).fit(module, datamodule=TinyData())
+    assert any(name.endswith("weight_orig") for name, _ in module.named_parameters())
 
 
 def test_only_optimizer_steps_count(tmp_path):

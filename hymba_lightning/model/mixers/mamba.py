@@ -68,7 +68,7 @@ class Mixer(HybridMixer):
         dt_low_BTR, B_BTN, C_BTN = self.normed_dynamics(dt_low_BTR, B_BTN, C_BTN)
         scanned = selective_scan(
             u_BTE,
-            F.linear(dt_low_BTR, self.dt_proj.weight.to(u_BTE.dtype)),
+            self.dt_proj(dt_low_BTR),
             -self.A_log.float().exp(),
             B_BTN,
             C_BTN,
@@ -101,7 +101,7 @@ class Mixer(HybridMixer):
         n = self.config.d_state
         dynamics = self.x_proj(convolved_BTE).split([self.dt_proj.weight.size(1), n, n], dim=-1)
         dt_low_BTR = self.normed_dynamics(*dynamics)[0]
-        dt_BTE = F.softplus(F.linear(dt_low_BTR.float(), self.dt_proj.weight.float()) + self.dt_proj.bias)
+        dt_BTE = F.softplus(self.dt_proj(dt_low_BTR.float()) + self.dt_proj.bias)
         return 1 / (dt_BTE.mean((0, 1))[:, None] * self.A_log.float().exp())
 
     def branch_flops(self) -> float:

@@ -64,7 +64,7 @@ class Mixer(HybridMixer):
             B_BTGN, C_BTGN = rms_norm(B_BTGN), rms_norm(C_BTGN)
         passed = ssd(
             u_BTE.unflatten(-1, (self.heads, -1)),
-            F.linear(x_BTD, self.dt_proj.weight.to(x_BTD.dtype)),
+            self.dt_proj(x_BTD),
             -self.A_log.float().exp(),
             B_BTGN,
             C_BTGN,
@@ -80,7 +80,7 @@ class Mixer(HybridMixer):
 
     def decay_times(self, x_BTD: Tensor) -> Tensor:
         """(H,) for each head."""
-        dt_BTH = F.softplus(F.linear(x_BTD.float(), self.dt_proj.weight.float()) + self.dt_proj.bias)
+        dt_BTH = F.softplus(self.dt_proj(x_BTD.float()) + self.dt_proj.bias)
         return 1 / (dt_BTH.mean((0, 1)) * self.A_log.float().exp())
 
     def branch_flops(self) -> float:
