@@ -6,19 +6,22 @@ many times: multiprocessing's forkserver, which has none of the test process's t
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from tiny import NET, write_data
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hymba_lightning.cli", "hymba_lightning.callbacks.export", "numba"])
+CONTEXT.set_forkserver_preload(["hymba_lightning.cli", "hymba_lightning.callbacks.export", "numba", "docstrings_read"])
 
 
 def write_config(folder: Path, **model: object) -> Path:
@@ -71,10 +74,19 @@ def typed(config: Path, run: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "hymba_lightning", *fit, *options]
 
 
+@functools.cache
+def _serve() -> None:
+    """Starts the server, which finds the tests' modules by this variable alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        multiprocessing.forkserver.ensure_running()
+
+
 def start(
     arguments: list[str], log: Path, environment: dict[str, str] | None = None, hook: object = None
 ) -> multiprocessing.Process:
     """Starts `hymba <arguments>`; its output is appended to `log`. `hook(rank)`, importable, runs first."""
+    _serve()
     process = CONTEXT.Process(target=_run, args=(arguments, environment or {}, str(log), hook), daemon=True)
     process.start()
     return process
