@@ -75,6 +75,7 @@ def run(capsys, commands):
 
 
 @pytest.mark.slow
+@pytest.mark.more
 def test_every_command_runs(place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     own, tuning, layouts, logger = (block.splitlines() for block in BLOCKS)
@@ -90,6 +91,7 @@ def test_every_command_runs(place, capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.more
 def test_the_slurm_script_fits_and_goes_on(place, capsys, monkeypatch):
     """`srun` stands for one task; the second time the script finds the checkpoint."""
     monkeypatch.chdir(place)

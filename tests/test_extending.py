@@ -101,6 +101,7 @@ def test_one_file_more_of_each_kind_is_all_it_takes(house):
 
 
 @pytest.mark.slow
+@pytest.mark.more
 def test_the_tests_of_each_kind_go_over_the_new_files(house):
     """A mixer so added is cut, exported, adapted and drawn from as the others are."""
     options = ["-v", "-p", "no:cacheprovider", "-k", "my_scan or my_mixer or my_scheme or my_optimizer"]

@@ -97,7 +97,7 @@ def test_a_rank_that_fails_tells_the_others_why(tmp_path, config):
 
 @pytest.mark.ddp
 @pytest.mark.slow
-@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.more), 1])
 def test_a_killed_rank_ends_a_run_that_lightning_launched(tmp_path, config, dead):
     """The command as a user types it: Lightning starts rank 1 itself."""
     run, log = tmp_path / "run", open(tmp_path / "log", "w")  # noqa: SIM115

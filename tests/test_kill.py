@@ -126,7 +126,7 @@ def test_a_killed_run_spends_its_budget_once(tmp_path):
     assert "already spent" in (tmp_path / "again.log").read_text()
 
 
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.ddp)])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=[pytest.mark.ddp, pytest.mark.more])])
 def test_killed_at_any_moment_of_a_whole_fit_a_run_ends_with_the_same_artifact(tmp_path, world_size):
     """From its first import to its last file; HYMBA_KILLS=30 kills so many runs instead of a few."""
     n_kills, seed = int(os.environ.get("HYMBA_KILLS", 4 - world_size)), time.time_ns()

@@ -208,7 +208,7 @@ def test_a_pools_workers_are_ended_by_signals_as_usual():
 
 @pytest.mark.ddp
 @pytest.mark.slow
-@pytest.mark.parametrize("hook_point", ["training", "before"])
+@pytest.mark.parametrize("hook_point", ["training", pytest.param("before", marks=pytest.mark.more)])
 def test_a_signal_to_the_command_ends_the_ranks_that_lightning_started(tmp_path, config, hook_point):
     run, log = tmp_path / "run", tmp_path / "log"
     command = typed(config, run, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "100000")

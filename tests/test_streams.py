@@ -46,6 +46,7 @@ def assert_finished(run: Path) -> None:
     assert (run / "artifact.hymba").is_file()
 
 
+@pytest.mark.more
 def test_training_goes_on_when_nobody_reads_it(tmp_path, fit):
     with subprocess.Popen(fit, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         process.stdout.readline()
@@ -61,6 +62,7 @@ def test_training_goes_on_when_the_disk_of_its_log_is_full(tmp_path, fit):
     assert_finished(tmp_path / "run")
 
 
+@pytest.mark.more
 def test_training_goes_on_without_any_stream(tmp_path, fit):
     """Files that are opened later must not take the streams' places."""
     code = subprocess.run(["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *fit], check=False, timeout=200).returncode
@@ -113,7 +115,7 @@ def test_a_filter_whose_output_cannot_be_written_fails_with_one_line(fitted_run)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(
     "typed",
-    ["prepare --help", "fit --config demo.yaml --print_config", "study"],
+    ["prepare --help", pytest.param("fit --config demo.yaml --print_config", marks=pytest.mark.more), "study"],
 )
 def test_help_that_cannot_be_written_fails_with_one_line(typed):
     with open("/dev/full", "wb") as full:

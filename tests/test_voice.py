@@ -364,7 +364,9 @@ def test_a_config_of_a_run_is_yaml_with_every_letter(work):
     assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["run_dir"] == str(run)
 
 
-@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no_such_backend"])
+@pytest.mark.parametrize(
+    "backend", ["module://matplotlib_inline.backend_inline", pytest.param("no_such_backend", marks=pytest.mark.more)]
+)
 def test_a_plotting_backend_that_does_not_exist_is_none_of_ours(work, backend):
     """A notebook's kernel leaves its backend's name in the environment of what it starts."""
     environment = os.environ | {"MPLBACKEND": backend}

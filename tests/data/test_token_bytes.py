@@ -71,7 +71,7 @@ def test_kinds_of_pieces() -> None:
 
 
 @given(texts)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @example("▁")
 @example("▁ ▁\U0010fffd ▁▁a")
 @example(" leading")
@@ -140,7 +140,7 @@ def trained_model(texts: list[str], size: int) -> sentencepiece.SentencePiecePro
 
 
 @given(of_scripts)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @example("▁\U0010fffd▁")
 @example("a b c")
 def test_texts_of_any_script_survive_and_are_counted_exactly(script_encoders: list[TextEncoder], text: str) -> None:
@@ -150,7 +150,7 @@ def test_texts_of_any_script_survive_and_are_counted_exactly(script_encoders: li
 
 
 @given(of_scripts)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @example("語かﾞ" * 9)
 @example("s\u0301śa" * 9)
 def test_cutting_a_text_of_any_script_does_not_change_its_ids(script_encoders: list[TextEncoder], text: str) -> None:

@@ -47,6 +47,7 @@ def test_production_kernels_do_not_spill_on_hopper(resources, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.more
 def test_documents_cost_no_spill_and_no_program_less(resources, capsys):
     launches = resources.scan_launches(2, 32768, 512, 8, torch.bfloat16, documents=True)
     plain = resources.scan_launches(2, 32768, 512, 8, torch.bfloat16)
@@ -85,7 +86,7 @@ def test_an_mlps_hidden_layer_does_not_spill_on_hopper(resources):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, pytest.param(128, marks=pytest.mark.more)])
 def test_window_attention_does_not_spill_on_hopper(resources, width, documents):
     launches = resources.attention_launches(2, 32768, 8, 4, width, 512, torch.bfloat16, documents)
     assert [launch.kernel.__name__ for launch in launches] == [

@@ -84,7 +84,7 @@ def test_one_tokens_nats_are_those_of_the_whole_evaluation(fitted_run, mode):
         assert torch.equal(whole(tokens), first)
 
 
-@pytest.mark.parametrize("what", ["artifact", "folder"])
+@pytest.mark.parametrize("what", [pytest.param("artifact", marks=pytest.mark.more), "folder"])
 def test_processes_beside_one_another_score_as_one_does(folder, fitted_run, capsys, what):
     path = folder if what == "folder" else fitted_run / "artifact.hymba"
     code, said = outcome(path, fitted_run, capsys, *NO_SUMS, "--jobs", "2")
@@ -204,7 +204,9 @@ def another_entry(folder):
     ("change", "what"),
     [
         (lambda folder: rewrite_code(folder, lambda _, text: text + "\n"), "code.tar.xz in "),
-        (lambda folder: (folder / "cache.npz").write_bytes(bytes(9)), "cache.npz in "),
+        pytest.param(
+            lambda folder: (folder / "cache.npz").write_bytes(bytes(9)), "cache.npz in ", marks=pytest.mark.more
+        ),
         (another_entry, "evaluate.py in "),
     ],
     ids=["code", "a file besides", "its entry"],
@@ -284,7 +286,9 @@ ENDLESS = {
 }
 
 
-@pytest.mark.parametrize("way", ENDLESS)
+@pytest.mark.parametrize(
+    "way", [name if name.startswith("leaves") else pytest.param(name, marks=pytest.mark.more) for name in ENDLESS]
+)
 def test_code_that_never_answers_is_ended_and_named(folder, fitted_run, tmp_path, capsys, monkeypatch, way):
     endless = tmp_path / "endless"
     shutil.copytree(folder, endless)

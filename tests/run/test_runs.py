@@ -17,7 +17,7 @@ from hymba_lightning.run.folder import RunExistsError
 @pytest.mark.parametrize(
     "logger",
     [
-        ["--trainer.logger", "CSVLogger"],
+        pytest.param(["--trainer.logger", "CSVLogger"], marks=pytest.mark.more),
         [
             "--trainer.logger",
             "lightning.pytorch.loggers.CSVLogger",

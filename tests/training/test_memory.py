@@ -64,10 +64,10 @@ def _measure(net: dict, runtime: dict, length: int, rows: int, answer: Connectio
     ("net", "runtime", "length", "rows"),
     [
         ({}, {}, 4096, 1),
-        ({"d_model": 256}, {}, 2048, 2),
+        pytest.param({"d_model": 256}, {}, 2048, 2, marks=pytest.mark.more),
         ({"vocab_size": 4096}, {}, 4096, 1),
         ({}, {"compute_dtype": "bfloat16"}, 4096, 2),
-        ({"n_layers": 8}, {"activation_checkpointing": True}, 4096, 2),
+        pytest.param({"n_layers": 8}, {"activation_checkpointing": True}, 4096, 2, marks=pytest.mark.more),
     ],
 )
 def test_the_estimate_is_within_a_factor_of_one_and_a_half(net, runtime, length, rows):
