@@ -51,4 +51,5 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[HymbaPretrainedConfig.model_type] = HymbaForCa
 transformers.AutoTokenizer.register(HymbaPretrainedConfig, HymbaTokenizer, exist_ok=True)
 # So that AutoTokenizer asks ours, which knows what has to lie beside a network, whatever class a folder's file names.
 tokenization_auto.TOKENIZER_MAPPING_NAMES[HymbaPretrainedConfig.model_type] = HymbaTokenizer.__name__
-tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(HymbaPretrainedConfig.model_type)
+# Not public: where it is gone, a folder's file decides.
+getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set()).add(HymbaPretrainedConfig.model_type)
