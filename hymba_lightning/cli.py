@@ -78,7 +78,8 @@ class RunConfig(SaveConfigCallback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._write(trainer, "validate_config.yaml")
 
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        # Not before: the options of a test that failed would stand beside the score of an earlier one.
         self._write(trainer, "test_config.yaml")
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:

@@ -172,6 +172,11 @@ def _lacks_compiler(error: BaseException) -> str | None:
             "torch.compile works through a C++ compiler, and there is none: install g++, name yours in CXX, or set "
             "model.compile and model.ttt.compile to false"
         )
+    if type(inner).__name__ == "CppCompileError":
+        return (
+            "torch.compile works through a C++ compiler, and that of this system failed: install g++ and Python's "
+            "headers (python3-dev), name another in CXX, or set model.compile and model.ttt.compile to false"
+        )
     trace = inner.__traceback__
     while trace is not None and trace.tb_frame.f_globals.get("__name__") != LAUNCHER_BUILD:
         trace = trace.tb_next
@@ -188,6 +193,8 @@ def _inside(module: str, packages: tuple[str, ...]) -> bool:
 
 
 def _detail(error: BaseException) -> str:
-    """The first line of the exception's text in brackets, '' where it has none."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    """The first line of the exception's text in brackets, of a compiler's the one that says what is wrong; '' where it
+    has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = next((line for line in lines if "error: " in line), lines[0] if lines else "")
     return f" ({first.rstrip('.')})" if first else ""

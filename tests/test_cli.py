@@ -151,6 +151,22 @@ def test_the_artifact_is_tested_with_ttt(work, fitted):
     assert yaml.safe_load((fitted / "config.yaml").read_text())["model"]["net"]["window"] == 12
 
 
+def test_a_test_that_fails_leaves_the_options_of_an_earlier_one_beside_its_score(work, fitted, tmp_path, monkeypatch):
+    run_dir = Path(shutil.copytree(fitted, tmp_path / "run"))
+    artifact = str(run_dir / "artifact.hymba")
+    hymba(work, "test", str(run_dir), "--ckpt_path", artifact)
+    kept = [path for path in run_dir.rglob("*") if path.is_file()]
+    before = [path.read_bytes() for path in kept]
+
+    def fails(*args):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("hymba_lightning.evaluation.ttt.ScoreFirstTTT.score_chunk", fails)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        hymba(work, "test", str(run_dir), "--ckpt_path", artifact, "--model.ttt.epochs", "2")
+    assert before == [path.read_bytes() for path in kept]
+
+
 def test_scores_of_a_checkpoint_are_those_of_the_averaged_weights(work, fitted):
     ckpt = str(fitted / "checkpoints" / "last.ckpt")
     hymba(

@@ -312,12 +312,17 @@ def test_a_link_to_itself_is_bad_input_and_no_sentence_steers_a_terminal(tmp_pat
 
 def test_a_compiler_that_the_system_lacks_is_named_with_how_to_go_on(tmp_path, monkeypatch):
     """torch.compile looks for one for C++, and Triton builds the module that starts its kernels."""
-    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+    from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
     error = InductorError(InvalidCxxCompiler("g++"), None)
     assert errors.is_user_error(error)
     assert "install g++, name yours in CXX, or set model.compile and" in errors.sentence(error)
     assert not errors.is_user_error(InductorError(KeyError("x"), None))
+    output = "header.hpp:1:10: fatal error: Python.h: No such file or directory\ncompilation terminated."
+    error = InductorError(CppCompileError(["g++", "header.hpp"], output), None)
+    assert errors.is_user_error(error)
+    assert "failed: install g++ and Python's headers (python3-dev), name another in CXX, or" in errors.sentence(error)
+    assert errors.sentence(error).endswith("(header.hpp:1:10: fatal error: Python.h: No such file or directory)")
 
     build = pytest.importorskip("triton.runtime.build")
     monkeypatch.setenv("CC", "/no/such/compiler")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
+from hymba_lightning.data.tokenizer import SPACE, TOKENIZER_FILE, file_sha256
 from hymba_lightning.interop.official import is_official
 from hymba_lightning.interop.pretrained import (
     ARTIFACT,
@@ -71,6 +71,22 @@ def check_tokenizer(tokenizer: Any, name: str, vocab_size: int, bos: int, asked:
         raise _other(name, asked, f"say chat_template={template!r}, which must be a text")
     if tokenizer.bos_token_id != bos or tokenizer("")["input_ids"] != [bos]:
         raise _other(name, asked, f"do not begin each text with the network's token {bos}")
+
+
+def check_same_ids(tokenizer: Any, name: str, processor: Any, asked: bool) -> None:
+    """Raises PretrainedError where a tokenizer of a tokenizer.json gives other ids, or another text for them, than the
+    tokenizer.model beside it, which is `processor`: looked at for a text of all its pieces."""
+    pieces = [processor.id_to_piece(token) for token in range(processor.get_piece_size())]
+    text = " ".join(pieces).replace(SPACE, " ")
+    wanted = processor.encode(text)
+    found = tokenizer(text, verbose=False)["input_ids"][1:]
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        raise _other(name, asked, "leave merges out at random (dropout)")
+    if found != wanted:
+        at = next((i for i, pair in enumerate(zip(wanted, found, strict=False)) if pair[0] != pair[1]), len(wanted) - 1)
+        raise _other(name, asked, f"give other ids than {TOKENIZER_FILE}, as for {processor.decode(wanted[at:][:8])!r}")
+    if tokenizer.decode(found) != processor.decode(wanted):
+        raise _other(name, asked, f"give another text for ids than {TOKENIZER_FILE}")
 
 
 def damaged_tokenizer(name: str, error: Exception) -> PretrainedError:

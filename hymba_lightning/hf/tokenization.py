@@ -7,11 +7,12 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
+from transformers.utils import cached_file
 
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE
 from hymba_lightning.files import write_atomic
 from hymba_lightning.hf.configuration import HymbaPretrainedConfig
-from hymba_lightning.hf.folders import check_fingerprint, check_tokenizer, damaged_tokenizer
+from hymba_lightning.hf.folders import check_fingerprint, check_same_ids, check_tokenizer, damaged_tokenizer
 from hymba_lightning.interop.pretrained import MODEL_TYPE
 from hymba_lightning.interop.tokenizer import (
     TOKENIZER_CONFIG,
@@ -24,6 +25,8 @@ from hymba_lightning.interop.weight_files import AGAIN, PretrainedError
 
 # Options of from_pretrained that say where files are found.
 HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+# Of a file that may be missing.
+NO_COMPLAINT = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 # By these a tokenizer_config.json names transformers' own class for a tokenizer.json.
 FAST = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -99,6 +102,11 @@ class HymbaTokenizer(PreTrainedTokenizer):
             if isinstance(made, cls):
                 check_fingerprint(Path(made.vocab_file), fingerprint)
             check_tokenizer(made, place, network.vocab_size, network.bos_token_id, own_options)
+            if not isinstance(made, cls):
+                model_file = cached_file(name, TOKENIZER_FILE, **NO_COMPLAINT, **where)
+                if model_file is not None:
+                    check_fingerprint(Path(model_file), fingerprint)
+                    check_same_ids(made, place, load_for_transformers(model_file), own_options)
         return made
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hymba_lightning import __version__
+from hymba_lightning.errors import UsageError
 from hymba_lightning.options import CommandParser, positionals_first
 from hymba_lightning.studies import STUDIES
 
@@ -37,6 +38,8 @@ class StudyParser(CommandParser):
         if self.of_fit and "--" in args:
             cut = args.index("--")
             args, self.fit_options = args[:cut], args[cut + 1 :]
+            if any(option.partition("=")[0] == "--run_dir" for option in self.fit_options):
+                raise UsageError("--run_dir behind -- would put every run in one folder: leave it out")
         return self.parse_args(positionals_first(self, args))
 
 

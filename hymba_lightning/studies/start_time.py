@@ -110,6 +110,6 @@ def main(args: list[str]) -> None:
             summary = run_once("fit", out / f"start-{repeat}", "summary.json", arguments)
             starts.append(start_of("warm" if repeat else "cold", time.monotonic() - began, summary))
             write_atomic(out / "starts.json", json.dumps([asdict(start) for start in starts], indent=1) + "\n")
-    text = f"{hardware(summary['environment'])}, {given.steps} steps\n\n{table(starts)}\n"
+    text = f"{hardware(summary['environment'])}, {summary['steps']} steps\n\n{table(starts)}\n"
     write_atomic(out / "table.md", text)
     print(text, end="")

@@ -182,6 +182,53 @@ def test_another_networks_model_is_refused_where_it_is_read(saved, folder):
         hf.HymbaTokenizer.from_pretrained(folder)
 
 
+def in_tokenizer_json(change):
+    def spoil(folder):
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return spoil
+
+
+def swap(content):
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
+
+
+IDS = r"tokenizer\.json give other ids than tokenizer\.model, as for '"
+
+
+@pytest.mark.parametrize("saved", ["fast"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (swap, IDS),
+        (lambda content: content["model"]["merges"].pop(5), IDS),
+        (lambda content: content.update(normalizer=None), IDS),
+        (lambda content: content.update(pre_tokenizer={"type": "Whitespace"}), IDS),
+        (lambda content: content["model"].update(byte_fallback=False), IDS),
+        (lambda content: content["model"].update(dropout=0.5), r"leave merges out at random \(dropout\)"),
+        (lambda content: content.update(decoder=None), r"\.json give another text for ids than tokenizer\.model"),
+    ],
+    ids=["ids", "merges", "normalizer", "pre_tokenizer", "bytes", "dropout", "decoder"],
+)
+def test_a_tokenizer_json_that_reads_otherwise_than_the_model_beside_it_is_named(saved, folder, change, message):
+    in_tokenizer_json(change)(folder)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("saved", ["fast"], indirect=True)
+def test_another_networks_model_beside_a_tokenizer_json_is_refused_too(saved, folder):
+    trained(folder / "tokenizer.model", "Twice")
+    with pytest.raises(ValueError, match=r"tokenizer\.model is another tokenizer \(sha256"):
+        load(folder)
+    (folder / "tokenizer.model").unlink()
+    assert load(folder)(TEXT)["input_ids"] == load(saved)(TEXT)["input_ids"]
+
+
 def test_a_callers_own_option_is_answered_by_transformers(saved):
     with pytest.raises(ValueError, match=r"^Padding side should be selected"):
         transformers.AutoTokenizer.from_pretrained(saved, padding_side="middle")

@@ -37,6 +37,7 @@ def test_a_cold_fit_and_a_warm_one_are_told(tmp_path, capsys):
     net = [part for name, value in NET.items() for part in (f"--model.net.{name}", str(value))]
     options = ["--trainer.accelerator", "cpu", "--data.seq_len", "32", "--data.micro_batch_size", "1", *net]
     options += ["--model.compile", "false", "--export.enabled", "false", "--data.val_tokens_limit", "64"]
+    options += ["--trainer.max_steps", "3"]
     line = ["--config", "demo.yaml", "--data_dir", str(tmp_path / "data"), "--steps", "2", "--repeats", "1"]
     main([*line, "--out", str(tmp_path / "out"), "--", *options])
     told = capsys.readouterr().out
@@ -44,7 +45,10 @@ def test_a_cold_fit_and_a_warm_one_are_told(tmp_path, capsys):
     assert [start["caches"] for start in starts] == ["cold", "warm"]
     assert all(start["start"] > 0.5 and start["training"] > 0 for start in starts)
     assert (tmp_path / "out" / "table.md").read_text() in told
+    assert ", 3 steps\n" in told
     assert any((tmp_path / "out" / "caches").rglob("*"))
+    with pytest.raises(ValueError, match="--run_dir behind -- would put every run in one folder: leave it out"):
+        main([*line, "--out", str(tmp_path / "new"), "--", f"--run_dir={tmp_path / 'elsewhere'}"])
     with pytest.raises(ValueError, match="is not empty, and its caches would not be cold: give a new folder"):
         main([*line, "--out", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="--repeats must be at least 1, got 0"):
