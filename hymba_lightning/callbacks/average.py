@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelPruning
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -130,8 +130,18 @@ class WeightAverage(Callback):
         pl_module.load_state_dict(checkpoint["current_model_state"], strict=pl_module.strict_loading)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the weights that training starts from, or from the checkpoint's average."""
+        """Start from the weights that training starts from, or from the checkpoint's average.
+
+        Raises ValueError where a callback prunes: after the last step, of which an average learns nothing.
+        """
         if self.kind != "none":
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            pruning = next((callback for callback in callbacks if isinstance(callback, ModelPruning)), None)
+            if pruning is not None:
+                raise ValueError(
+                    f"{type(pruning).__name__} zeroes trained weights, and their average, which is exported, has "
+                    "no zeros: set model.average: none (and model.ema_decay: null)"
+                )
             self._shadow = {
                 name: self._restored.get(name, p.detach()).to(device=p.device, dtype=torch.float32, copy=True)
                 for name, p in self._parameters(pl_module)

@@ -52,4 +52,5 @@ transformers.AutoTokenizer.register(HymbaPretrainedConfig, HymbaTokenizer, exist
 # So that AutoTokenizer asks ours, which knows what has to lie beside a network, whatever class a folder's file names.
 tokenization_auto.TOKENIZER_MAPPING_NAMES[HymbaPretrainedConfig.model_type] = HymbaTokenizer.__name__
 # Not public: where it is gone, a folder's file decides.
-getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set()).add(HymbaPretrainedConfig.model_type)
+asked: set[str] = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
+asked.add(HymbaPretrainedConfig.model_type)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelPruning
 from tiny_lightning import StopAt, TinyData, TinyModule, assert_same, make_trainer
 from torch.nn.utils import prune
 
@@ -58,6 +58,20 @@ class Pruning(Callback):
         for module in list(pl_module.modules()):
             if isinstance(module, torch.nn.Linear) and "weight" in module._parameters:
                 prune.random_unstructured(module, "weight", amount=0.5)
+
+
+def test_lightnings_pruning_is_refused_where_an_average_would_undo_it(tmp_path):
+    """It comes after the last step, so that no step of the average sees a zero."""
+    for average, refused in ((WeightAverage(decay=0.9), True), (WeightAverage(kind="none"), False)):
+        pruning = ModelPruning("random_unstructured", amount=0.5)
+        trainer, module = make_trainer(tmp_path, [average, pruning], max_steps=2), TinyModule()
+        if refused:
+            with pytest.raises(ValueError, match=r"has no zeros: set model\.average: none"):
+                trainer.fit(module, datamodule=TinyData())
+        else:
+            trainer.fit(module, datamodule=TinyData())
+            weights = torch.cat([p.flatten() for n, p in module.named_parameters() if "weight" in n])
+            assert 0.3 < float((weights == 0).float().mean()) < 0.7
 
 
 def test_weights_that_are_pruned_in_the_middle_of_training_are_named(tmp_path):
