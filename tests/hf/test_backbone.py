@@ -6,9 +6,8 @@ import official_statement as statement
 import pytest
 import torch
 from official_statement import SMALL
-from tiny import NET, TOKENIZER, lively
+from tiny import NET
 
-from hymba_lightning import HymbaConfig
 from hymba_lightning.interop import official
 from hymba_lightning.ops.testing import rms_ratio
 
@@ -16,12 +15,6 @@ transformers = pytest.importorskip("transformers")
 hf = importlib.import_module("hymba_lightning.hf")
 
 IDS = torch.randint(3, 1024, (2, 20), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    net = lively(HymbaConfig(**NET, tied_embed_std=0.3)).eval()
-    return net.save_pretrained(tmp_path_factory.mktemp("saved"), tokenizer=TOKENIZER, weights="both")
 
 
 @pytest.fixture(scope="module")

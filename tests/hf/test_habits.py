@@ -8,9 +8,9 @@ import pickle
 
 import pytest
 import torch
-from tiny import NET, TOKENIZER, lively
+from tiny import NET
 
-from hymba_lightning import Hymba, HymbaConfig
+from hymba_lightning import Hymba
 
 transformers = pytest.importorskip("transformers")
 hf = importlib.import_module("hymba_lightning.hf")
@@ -18,13 +18,6 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 IDS = torch.randint(3, 1024, (2, 20), generator=torch.Generator().manual_seed(0))
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A folder with both files of weights."""
-    net = lively(HymbaConfig(**NET, tied_embed_std=0.3)).eval()
-    return net.save_pretrained(tmp_path_factory.mktemp("saved"), tokenizer=TOKENIZER, weights="both")
 
 
 @pytest.fixture

@@ -6,9 +6,8 @@ import json
 
 import pytest
 import torch
-from tiny import NET, TOKENIZER, lively
+from tiny import NET
 
-from hymba_lightning import HymbaConfig
 from hymba_lightning.data.tokenizer import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -16,12 +15,6 @@ hf = importlib.import_module("hymba_lightning.hf")
 
 IDS = torch.randint(3, 1024, (2, 20), generator=torch.Generator().manual_seed(0))
 STARTS_AGAIN = torch.arange(20).remainder(7).expand(2, -1)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    net = lively(HymbaConfig(**NET, tied_embed_std=0.3)).eval()
-    return net.save_pretrained(tmp_path_factory.mktemp("saved"), tokenizer=TOKENIZER, weights="both")
 
 
 @pytest.fixture(scope="module")
