@@ -15,6 +15,12 @@ from hymba_lightning.ops.leaky_square_mlp import leaky_square_mlp
 from hymba_lightning.ops.scaled_sum import scaled_sum
 
 
+def folds_scales(x_BTD: Tensor) -> bool:
+    """Whether scales of a projection's outputs are multiplied into its matrix: where a training step waits for memory.
+    No pass over the tokens is then needed for them, nor for their gradients, which follow from the matrix's."""
+    return x_BTD.is_cuda and torch.is_grad_enabled()
+
+
 class MLP(Module):
     """W_2 (leaky_relu(W_1 x))², W_2 zero-initialised."""
 
@@ -26,12 +32,14 @@ class MLP(Module):
         self.fc = Linear(d_model, width)
         self.proj = Linear(width, d_model, zero_init=True)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, scale_D: Tensor | None = None) -> Tensor:
+        """(B, T, D) → (B, T, D), times `scale`."""
         if torch.is_grad_enabled() and is_plain(self.fc) and is_plain(self.proj):
-            w_in, w_out = (linear.cast_weight(x_BTD.dtype) for linear in (self.fc, self.proj))
+            w_in, w_out = self.fc.cast_weight(x_BTD.dtype), self.proj.scaled_weight(scale_D, x_BTD.dtype)
             return leaky_square_mlp(x_BTD, w_in, w_out, self.slope, backend=self.backend)
         # Calibration looks at what the two modules are called with.
-        return self.proj(F.leaky_relu(self.fc(x_BTD), self.slope).square())
+        out_BTD = self.proj(F.leaky_relu(self.fc(x_BTD), self.slope).square())
+        return out_BTD if scale_D is None else out_BTD * scale_D.to(out_BTD.dtype)
 
 
 class Block(Module):
@@ -60,6 +68,10 @@ class Block(Module):
         """x and x0 (B, T, D) → x (B, T, D), and the mixer's new state when asked."""
         mix = self.resid_mix.to(x_BTD.dtype)
         x_BTD, normed_BTD = scaled_sum(x_BTD, x0_BTD, mix[0], mix[1], RMS_EPS)
+        if folds_scales(x_BTD):
+            mixed_BTD, new_state = self.attn(normed_BTD, rope, state, return_state, doc_position_BT, self.attn_scale)
+            x_BTD, normed_BTD = scaled_sum(x_BTD, mixed_BTD, None, None, RMS_EPS)
+            return x_BTD + self.mlp(normed_BTD, self.mlp_scale), new_state
         mixed_BTD, new_state = self.attn(normed_BTD, rope, state, return_state, doc_position_BT)
         x_BTD, normed_BTD = scaled_sum(x_BTD, mixed_BTD, None, self.attn_scale.to(x_BTD.dtype), RMS_EPS)
         x_BTD, _ = scaled_sum(x_BTD, self.mlp(normed_BTD), None, self.mlp_scale.to(x_BTD.dtype))

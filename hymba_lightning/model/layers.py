@@ -43,6 +43,10 @@ class Linear(Module, nn.Linear):
         """The weight (d_out, d_in) as the product uses it, in `dtype`."""
         return self.weight.to(dtype)
 
+    def scaled_weight(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """`cast_weight` of a matrix whose outputs are multiplied by `scale` (d_out,); None is 1."""
+        return self.cast_weight(dtype) if scale is None else (scale[:, None] * self.weight).to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.cast_weight(x.dtype))
 

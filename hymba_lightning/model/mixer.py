@@ -6,7 +6,7 @@ B batch, T sequence, D d_model, E d_inner, P kept tokens, G key/value heads, K h
 from __future__ import annotations
 
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hymba_lightning.model.attention import attention_branch, turn_back
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
-from hymba_lightning.model.layers import Linear, fused_linear, rms_norm
+from hymba_lightning.model.layers import Linear, fused_linear, is_plain, rms_norm
 from hymba_lightning.model.roles import Module, Role, parameter
 
 
@@ -171,8 +171,9 @@ class HybridMixer(Module):
         state: LayerState | None,
         return_state: bool,
         doc_position_BT: Tensor | None = None,
+        scale_D: Tensor | None = None,
     ) -> tuple[Tensor, LayerState | None]:
-        """x (B, T, D) → (B, T, D), and the layer's new state when asked."""
+        """x (B, T, D) → (B, T, D), times `scale`, and the layer's new state when asked."""
         kv = self.kv_proj.weight.size(0) // 2
         q_BTD, k_BTC, v_BTC, *inputs = fused_linear(
             x_BTD,
@@ -197,6 +198,14 @@ class HybridMixer(Module):
         )
         recurrent_before = None if state is None else state.recurrent
         y_BTE, recurrent = self.branch(x_BTD, inputs, recurrent_before, return_state, doc_position_BT)
+        out_BTD = self.projected(x_BTD, attended_BTD, y_BTE, scale_D)
+        return out_BTD, LayerState(keys, values, recurrent, hidden) if return_state else None
+
+    def projected(self, x_BTD: Tensor, attended_BTD: Tensor, y_BTE: Tensor, scale_D: Tensor | None) -> Tensor:
+        """The mixer's output (B, T, D), times `scale`, of its input, of attention's output (B, T, D) and the branch's
+        (B, T, E)."""
+        if scale_D is not None and self.merges_matrices:
+            return self.projected_apart(attended_BTD, y_BTE, scale_D)
         scanned_BTD = y_BTE if self.mamba_out_proj is None else self.mamba_out_proj(y_BTE)
         if self.config.branch_norm:
             attended_BTD, scanned_BTD = rms_norm(attended_BTD), rms_norm(scanned_BTD)
@@ -206,7 +215,23 @@ class HybridMixer(Module):
             out_BTD = self.proj(torch.cat([attended_BTD, scanned_BTD], dim=-1))
         else:
             out_BTD = self.proj(Merge.apply(attended_BTD, scanned_BTD, self.merge_alpha, self.head_dim))
-        return out_BTD, LayerState(keys, values, recurrent, hidden) if return_state else None
+        return out_BTD if scale_D is None else out_BTD * scale_D.to(out_BTD.dtype)
+
+    @property
+    def merges_matrices(self) -> bool:
+        """Whether nothing but matrices and the merge lies between the branches' outputs and the mixer's."""
+        linears = self.merge_alpha is not None and is_plain(self.proj) and is_plain(cast("Linear", self.mamba_out_proj))
+        return linears and self.branch_gate is None and not self.config.branch_norm
+
+    def projected_apart(self, attended_BTD: Tensor, y_BTE: Tensor, scale_D: Tensor) -> Tensor:
+        """`projected` by one matrix for each branch, in which the merge, the scale and the branch's two projections
+        are multiplied beforehand: as many products with the tokens, and no merge of their results."""
+        assert self.merge_alpha is not None
+        assert self.mamba_out_proj is not None
+        dtype, share = y_BTE.dtype, torch.sigmoid(self.merge_alpha)
+        scaled = scale_D[:, None] * self.proj.weight
+        of_branch = torch.mm((scaled * (1 - share)).to(dtype), self.mamba_out_proj.cast_weight(dtype))
+        return F.linear(attended_BTD, (scaled * share).to(dtype)) + F.linear(y_BTE, of_branch)
 
     def gated(self, x_BTD: Tensor, attended_BTD: Tensor, scanned_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Both branches' outputs (B, T, D), the recurrent one's (B, T, E) under 'concat', times the gates that the

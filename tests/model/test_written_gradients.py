@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig, block
 from hymba_lightning.model.attention import rope_table, rope_table_op
 from hymba_lightning.model.layers import RMS_EPS, Linear, fused_linear, rms_norm
 from hymba_lightning.model.mixer import Merge
@@ -123,3 +124,30 @@ def test_one_product_for_several_projections(unit):
 
 def test_the_tables_are_a_sound_operator():
     torch.library.opcheck(rope_table_op, (3, 7, 8, 100.0, torch.empty(0)))
+
+
+@pytest.mark.parametrize("merge", ["scalar", "channel", "concat"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_scales_multiplied_into_matrices_give_the_same_output_and_gradients(merge, gated, monkeypatch):
+    config = HymbaConfig(
+        vocab_size=32, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, window=8, expand=2, merge=merge,
+        branch_gate=4 if gated else 0, branch_norm=gated, bigram_buckets=16, bigram_dim=8,
+    )  # fmt: skip
+    net = Hymba(config, RuntimeConfig()).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            # No zero: matrices that are would hide what they multiply.
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    x, x0 = (random(2, 20, 32, seed=seed).detach().double().requires_grad_() for seed in (1, 2))
+    tables = tuple(table.double() for table in rope_table(0, 20, config.head_dim, 100.0, torch.device("cpu")))
+
+    def run(x, x0, *_):
+        return net.blocks[1](x, x0, tables, None, False)[0]
+
+    def folded(*inputs):
+        with monkeypatch.context() as patch:
+            patch.setattr(block, "folds_scales", lambda _: True)
+            return run(*inputs)
+
+    check(folded, run, [x, x0, *net.blocks[1].parameters()])

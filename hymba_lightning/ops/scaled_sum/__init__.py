@@ -17,7 +17,13 @@ available_backends = functools.partial(registry.available_backends, "scaled_sum"
 
 
 def scaled_sum(
-    x: Tensor, y: Tensor, gain_x_D: Tensor | None, gain_y_D: Tensor, eps: float | None = None, *, backend: str = "auto"
+    x: Tensor,
+    y: Tensor,
+    gain_x_D: Tensor | None,
+    gain_y_D: Tensor | None,
+    eps: float | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """gain_x·x + gain_y·y (..., D) of x and y alike, and that divided by the root of its mean square plus `eps`, or
     once more without `eps`; no gain is 1. Raises as `registry.implementation` does."""
@@ -25,6 +31,9 @@ def scaled_sum(
         "scaled_sum",
         backend,
         x.device.type,
-        loops=x.dtype == torch.float32 and x.size(-1) % 16 == 0 and x.numel() > 16 * x.size(-1),
+        loops=gain_y_D is not None
+        and x.dtype == torch.float32
+        and x.size(-1) % 16 == 0
+        and x.numel() > 16 * x.size(-1),
     )
     return compute(x, y, gain_x_D, gain_y_D, eps)

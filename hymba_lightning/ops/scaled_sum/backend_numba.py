@@ -13,5 +13,10 @@ def _load() -> Callable:
 
 BACKEND = native_loops(
     _load,
-    refuses=((lambda call: not call.loops, "it takes float32 of a width divisible by 16, over 16 rows: use 'torch'"),),
+    refuses=(
+        (
+            lambda call: not call.loops,
+            "it takes float32 of a width divisible by 16, over 16 rows, and a gain of y: use 'torch'",
+        ),
+    ),
 )
