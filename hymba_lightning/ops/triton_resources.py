@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hymba_lightning.ops import triton_sums
 from hymba_lightning.ops.causal_conv1d import triton_launches as conv_triton
 from hymba_lightning.ops.leaky_square_mlp import triton_launches as mlp_triton
 from hymba_lightning.ops.newton_schulz import triton_launches as schulz_triton
@@ -89,16 +90,21 @@ class _Recorder:
 
 
 @contextmanager
-def recorded(module: ModuleType) -> Iterator[list[Launch]]:
-    """Inside, the kernels that `module` launches are recorded instead of run."""
-    kernels = {name: value for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
+def recorded(*modules: ModuleType) -> Iterator[list[Launch]]:
+    """Inside, the kernels that `modules` launch are recorded instead of run."""
+    kernels = [
+        (module, name, value)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, triton.JITFunction)
+    ]
     launches: list[Launch] = []
-    for name, kernel in kernels.items():
+    for module, name, kernel in kernels:
         setattr(module, name, _Recorder(kernel, launches))
     try:
         yield launches
     finally:
-        for name, kernel in kernels.items():
+        for module, name, kernel in kernels:
             setattr(module, name, kernel)
 
 
@@ -116,7 +122,7 @@ def scan_launches(
     A, D, state = empty(channels, states), empty(channels), empty(batch, channels, states)
     scan = ScanOperands(u, dt, A, B, C, D, z, D)
     position = empty(batch, length, dtype=torch.int32) if documents else None
-    with recorded(scan_triton) as launches:
+    with recorded(scan_triton, triton_sums) as launches:
         _, _, starts = scan_triton._forward(scan, state, position)
         scan_triton._backward(g_out, state, scan, starts, position)
     return launches
@@ -131,7 +137,7 @@ def conv_launches(
     weight, bias = torch.empty(channels, taps, device="meta"), torch.empty(channels, device="meta")
     state = torch.empty(batch, channels, taps - 1, dtype=dtype, device="meta")
     position = torch.empty(batch, length, dtype=torch.int32, device="meta") if documents else None
-    with recorded(conv_triton) as launches:
+    with recorded(conv_triton, triton_sums) as launches:
         conv_triton._forward(x, weight, bias, True, state, position)
         conv_triton._backward(g_out, state, x, weight, bias, True, state, position)
     return launches

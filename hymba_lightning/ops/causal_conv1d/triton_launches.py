@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hymba_lightning.ops.causal_conv1d.operator import last_inputs, make_conv_op
 from hymba_lightning.ops.causal_conv1d.triton_kernels import conv_backward, conv_forward
-from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, as_gradient, readable
+from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, readable
+from hymba_lightning.ops.triton_sums import sum_channels
 
 # Programs that a launch should have: some 30 for each of a large GPU's multiprocessors.
 TARGET_PROGRAMS = 4096
@@ -109,12 +110,13 @@ def _backward(
             BLOCK_E=BACKWARD_BLOCK_E,
             **COMPILE_OPTIONS,
         )
+        d_weight, d_bias = (torch.empty(w.shape, dtype=w.dtype, device=x.device) for w in (weight_EW, bias_E))
+        sum_channels(sums, d_weight, d_bias)
     # The state after the sequence is its last W-1 inputs, and what is left of the state before it if it is shorter.
     kept = min(length, taps - 1)
     dx[:, length - kept :] += g_final[:, :, taps - 1 - kept :].transpose(1, 2)
     dinitial[:, :, kept:] += g_final[:, :, : taps - 1 - kept]
-    d_taps_WE = sums.sum(0)
-    return dx, as_gradient(d_taps_WE[:taps].t(), weight_EW), as_gradient(d_taps_WE[taps], bias_E), dinitial
+    return dx, d_weight, d_bias, dinitial
 
 
 causal_conv1d_triton_op = make_conv_op("causal_conv1d_triton", _forward, _backward)

@@ -15,7 +15,8 @@ from torch import Tensor
 from hymba_lightning.ops.selective_scan.operator import ScanOperands, make_scan_op
 from hymba_lightning.ops.selective_scan.triton_backward import chunk_adjoints, chunk_gradients
 from hymba_lightning.ops.selective_scan.triton_forward import carry_chunks, chunk_ends, chunk_outputs
-from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, as_gradient, can_prefetch, multiprocessors, readable
+from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, can_prefetch, multiprocessors, readable
+from hymba_lightning.ops.triton_sums import sum_channels, sum_pairs
 
 # Tokens of a tile: those that a thread holds in registers, and the distance of the states saved for backward.
 ROWS = 8
@@ -242,18 +243,18 @@ def _backward(
             maxnreg=BACKWARD_REGISTERS,
             **shape,
         )
-    d_channel = channel_sums.sum(0)
-    d_token = token_sums.sum(0)
-    dA_EN, dD_E, d_bias_E = d_channel[:n_states].t(), d_channel[n_states], d_channel[n_states + 1]
+        dA, dB, dC, dD, d_bias = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (A, B, C, D, dt_bias))
+        sum_channels(channel_sums, dA, dD, d_bias)
+        sum_pairs(token_sums, dB, dC)
     return (
         du,
         ddt,
-        as_gradient(dA_EN, A),
-        as_gradient(d_token[:, :, 0], B),
-        as_gradient(d_token[:, :, 1], C),
-        as_gradient(dD_E, D),
+        dA,
+        dB,
+        dC,
+        dD,
         dz,
-        as_gradient(d_bias_E, dt_bias),
+        d_bias,
         adjoints[:, 0].transpose(1, 2).contiguous(),
     )
 
