@@ -33,12 +33,6 @@ def readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
 
 
-def as_gradient(x: Tensor, like: Tensor) -> Tensor:
-    """`x` in the dtype of `like`, contiguous and in memory of its own: what torch.library asks of an operator's result,
-    which must not be a view of another tensor."""
-    return x.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
-
-
 def hopper_missing(device_type: str) -> str | None:
     """Why kernels that were made for a Hopper (compute capability 9) cannot run there, None where they can: on such a
     GPU, or in Triton's interpreter (tests). For the `check` of a backend's entry."""
