@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jsonargparse import set_parsing_settings
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -31,6 +30,7 @@ from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import CALLS_BEFORE_RECORDING, Gradients
 from hymba_lightning.ops.compiling import compiled
+from hymba_lightning.options import read_help
 from hymba_lightning.studies.arguments import StudyParser, source_version
 from hymba_lightning.studies.rank_processes import run_ranks
 from hymba_lightning.studies.rank_trace import draw, on_the_gpu
@@ -310,7 +310,7 @@ def table(times: Sequence[RankTime], predicted: Sequence[int] = ()) -> str:
 
 def main(args: list[str]) -> None:
     """`hymba study ranks`."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    read_help(args)
     cuda = torch.cuda.is_available()
     there = torch.cuda.device_count() if cuda else os.cpu_count() or 1
     parser = StudyParser(
