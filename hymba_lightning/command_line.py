@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from hymba_lightning import errors, signals, streams, usage
 from hymba_lightning.help_text import quick_help
+from hymba_lightning.imports import import_torchmetrics_in_parts, uncollected
 from hymba_lightning.terminal import set_up_messages, take_over_lightnings_messages
 
 # Nothing but their output: when nobody reads it, they end.
@@ -93,6 +92,7 @@ def _run(args: list[str], command: str, started: float) -> None:
     os.environ["MPLBACKEND"] = "agg"
     if command in OF_LIGHTNING:
         with uncollected():
+            import_torchmetrics_in_parts()
             from hymba_lightning.cli import run
 
         take_over_lightnings_messages()
@@ -106,18 +106,6 @@ def _run(args: list[str], command: str, started: float) -> None:
     from hymba_lightning.commands import run_command
 
     run_command(command, args[1:])
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """What is imported inside stays until the process ends: it is not searched for garbage, now or later. Otherwise a
-    fifth of the imports' time, and a twentieth of a compilation's, is such searches."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _say_what_is_next(cli: Any) -> None:

@@ -37,18 +37,6 @@ def test_an_unknown_command_is_answered_without_any_library(command, near):
     assert done.stderr.count("\n") == 1
 
 
-def test_what_a_fit_imports_is_not_searched_for_garbage():
-    code = (
-        "import gc, sys\nfrom hymba_lightning.__main__ import main\n"
-        "sys.argv = ['hymba', 'fit', '--config', 'no_such_file']\n"
-        "try:\n    main()\nexcept SystemExit:\n"
-        "    searched = gc.get_stats()[2]['collections']\n"
-        "    print('torch' in sys.modules, gc.get_freeze_count() > 100_000, gc.isenabled(), searched)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout == "True True True 0\n"
-
-
 def test_an_option_before_the_command_is_named():
     done = subprocess.run([*HYMBA, "--config", "x", "fit"], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
