@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -27,7 +27,7 @@ from hymba_lightning.errors import UsageError
 from hymba_lightning.files import not_a_file, write_atomic
 from hymba_lightning.generation.loading import load_network
 from hymba_lightning.model import Hymba
-from hymba_lightning.options import with_config_files
+from hymba_lightning.options import read_help, with_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.run import Run, RunFolder
 from hymba_lightning.run.run import new_folder
@@ -38,9 +38,6 @@ from hymba_lightning.training_options import TrainingParser
 from hymba_lightning.usage import without_removed
 
 log = logging.getLogger("hymba_lightning")
-
-# The docstring below each field of a config is its help.
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # Lightning's own enumerations, such as the default of Timer's interval, are written as the text that they are.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, value: dumper.represent_data(value.value))
@@ -343,6 +340,7 @@ def send_logger(logger: Namespace, folder: Path) -> None:
 def run(args: list[str], started: float | None = None) -> HymbaCLI:
     """Runs one of LightningCLI's subcommands. `started`: time.monotonic() when the command began."""
     args = with_config_files(args)
+    read_help(args)
     read = get_loader("yaml")
     set_loader("yaml", lambda text: without_removed(read(text)), (yaml.YAMLError,))
     make_folders_optional()

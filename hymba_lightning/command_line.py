@@ -10,6 +10,7 @@ from typing import Any
 
 from hymba_lightning import errors, signals, streams, usage
 from hymba_lightning.help_text import quick_help
+from hymba_lightning.imports import import_torchmetrics_in_parts, uncollected
 from hymba_lightning.terminal import set_up_messages, take_over_lightnings_messages
 
 # Nothing but their output: when nobody reads it, they end.
@@ -90,7 +91,9 @@ def _run(args: list[str], command: str, started: float) -> None:
     # A backend that this environment names may not exist; ours draw into files and need none.
     os.environ["MPLBACKEND"] = "agg"
     if command in OF_LIGHTNING:
-        from hymba_lightning.cli import run
+        with uncollected():
+            import_torchmetrics_in_parts()
+            from hymba_lightning.cli import run
 
         take_over_lightnings_messages()
         _say_what_is_next(run(args, started))

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from hymba_lightning.options import CommandParser, positionals_first
+from hymba_lightning.options import CommandParser, positionals_first, read_help
 
 
 def run_command(command: str, args: list[str]) -> None:
@@ -52,15 +52,13 @@ def run_prepare(args: list[str]) -> None:
 
 def run_export(args: list[str]) -> None:
     """A checkpoint → an artifact, by any scheme and limit."""
-    from jsonargparse import set_parsing_settings
-
     from hymba_lightning.model import RuntimeConfig
     from hymba_lightning.package.export import export
     from hymba_lightning.quantization.config import QuantizationConfig
     from hymba_lightning.terminal import take_over_lightnings_messages
 
     take_over_lightnings_messages()
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    read_help(args)
     parser = CommandParser(
         prog="hymba export",
         description="Write an artifact of a checkpoint's weights, the "
@@ -108,14 +106,12 @@ def run_inspect(args: list[str]) -> None:
 
 def run_sample(args: list[str]) -> None:
     """A trained network continues texts."""
-    from jsonargparse import set_parsing_settings
-
     from hymba_lightning.errors import UsageError
     from hymba_lightning.generation.sample import OutputConfig, converse, gather_prompts, sample, typed_lines
     from hymba_lightning.generation.sampler import SamplingConfig
     from hymba_lightning.model import RuntimeConfig
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    read_help(args)
     parser = CommandParser(
         prog="hymba sample", description="Let a trained network continue texts, at constant memory and time per token."
     )
@@ -182,13 +178,11 @@ def run_sample(args: list[str]) -> None:
 
 def run_bpb(args: list[str]) -> None:
     """Bits per byte of each document of files or a data set."""
-    from jsonargparse import set_parsing_settings
-
     from hymba_lightning.evaluation.documents import print_scores, read_texts, score_texts
     from hymba_lightning.generation.sample import load
     from hymba_lightning.model import RuntimeConfig
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    read_help(args)
     parser = CommandParser(
         prog="hymba bpb",
         description="Score texts document by document: each from an empty state, read whole, over its own UTF-8 bytes.",
@@ -253,13 +247,11 @@ def run_publish(args: list[str]) -> None:
 
 def run_audit(args: list[str]) -> None:
     """The rules of the score, tried from outside: exits with 1 where one is broken, with 2 on bad input."""
-    from jsonargparse import set_parsing_settings
-
     from hymba_lightning.evaluation.auditor import RuleBrokenError
     from hymba_lightning.evaluation.config import TTTConfig
     from hymba_lightning.package.audit import audit_path
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    read_help(args)
     parser = CommandParser(
         prog="hymba audit",
         description="Try the rules of the score on an artifact, or on a folder "
@@ -279,12 +271,10 @@ def run_audit(args: list[str]) -> None:
 
 def run_probe(args: list[str]) -> None:
     """What a network's context is worth: probe.json, probe.png and a table."""
-    from jsonargparse import set_parsing_settings
-
     from hymba_lightning.model import RuntimeConfig
     from hymba_lightning.probes.probe import probe
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    read_help(args)
     parser = CommandParser(
         prog="hymba probe",
         description="Measure what a trained network's context is worth: loss by position with parts of its memory "

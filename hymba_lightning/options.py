@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
 from hymba_lightning.errors import UsageError, refused
 from hymba_lightning.model import RuntimeConfig
@@ -24,6 +24,14 @@ from hymba_lightning.usage import unknown
 from hymba_lightning.yaml_text import KeyTwiceError, check_keys, load_yaml
 
 _read_value = get_loader("yaml")
+
+
+def read_help(args: Sequence[str]) -> None:
+    """Lets parsers to come take a field's help from the docstring below it, where `args` ask for help: to read these
+    takes longer than all the rest of a parser."""
+    names = [arg.partition("=")[0] for arg in args]
+    asked = any(name in ("-h", "--help", "--print_config") or name.endswith(".help") for name in names)
+    set_parsing_settings(docstring_parse_attribute_docstrings=asked)
 
 
 # Values with a key twice, and which one: the parsers try types one after another, and what is no YAML may be text.

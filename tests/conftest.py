@@ -1,6 +1,5 @@
-"""Shared by all tests: one thread, signals as in a terminal, docstrings kept, shared modules on the path."""
+"""Shared by all tests: one thread, signals as in a terminal, shared modules on the path."""
 
-import importlib
 import os
 import signal
 import sys
@@ -13,7 +12,6 @@ import torch
 from hymba_lightning.signals import HANDLED
 
 sys.path.insert(0, str(Path(__file__).parent))
-importlib.import_module("docstrings_kept")
 torch.set_num_threads(1)
 # A shell that starts the tests in the background has them ignore these, and with them every process that they start.
 for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

@@ -21,7 +21,7 @@ import yaml
 from tiny import NET, write_data
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hymba_lightning.cli", "hymba_lightning.callbacks.export", "numba", "docstrings_read"])
+CONTEXT.set_forkserver_preload(["hymba_lightning.cli", "hymba_lightning.callbacks.export", "numba"])
 
 
 def write_config(folder: Path, **model: object) -> Path:

@@ -1,10 +1,13 @@
 """The configs that come with the package are found by name."""
 
+import contextlib
 from pathlib import Path
 
+import docstring_parser
 import pytest
 
-from hymba_lightning import options
+from hymba_lightning import cli, options
+from hymba_lightning.commands import run_command
 from hymba_lightning.errors import UsageError
 from hymba_lightning.options import shipped_configs, with_config_files
 
@@ -64,3 +67,21 @@ def test_installed_configs_lie_in_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(options, "__file__", str(package / "options.py"))
     assert shipped_configs() == {"small": package / "configs" / "small.yaml"}
     assert shipped_configs("studies") == {"few": package / "configs" / "studies" / "few.yaml"}
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
+@pytest.mark.parametrize(
+    ("args", "reads"),
+    [
+        (["fit", "--config", "demo.yaml", "--no_such_option"], False),
+        (["fit", "--no_such_option", "--print_config=comments"], True),
+        (["bpb", "--no_such_option"], False),
+        (["bpb", "--help"], True),
+    ],
+)
+def test_the_docstrings_of_fields_are_read_for_help_alone(args, reads, monkeypatch):
+    read = []
+    monkeypatch.setattr(docstring_parser, "parse_from_object", lambda found, **_: read.append(found))
+    with contextlib.suppress(UsageError, SystemExit):
+        (cli.run if args[0] == "fit" else lambda args: run_command(args[0], args[1:]))(args)
+    assert bool(read) is reads

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hymba_lightning.model import Hymba
+from hymba_lightning.ops.compiling import compiled
 
 # Each costs a compilation; what comes after them runs as it is.
 MOST_SHAPES = 4
@@ -27,7 +27,7 @@ class CompiledForward:
     def __init__(self, net: Hymba, length: int, *, positions: bool) -> None:
         self._net, self._length = net, length
         # A function, since a module here would name every weight twice.
-        self._compiled = torch.compile(net.forward, dynamic=None if positions else False)
+        self._compiled = compiled(net.forward, dynamic=None if positions else False)
         self._shapes: set[tuple[int, ...]] = set()
 
     def __call__(self, inputs: Tensor, targets: Tensor, **options: Any) -> Any:

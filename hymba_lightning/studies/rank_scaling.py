@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jsonargparse import set_parsing_settings
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import CALLS_BEFORE_RECORDING, Gradients
+from hymba_lightning.ops.compiling import compiled
+from hymba_lightning.options import read_help
 from hymba_lightning.studies.arguments import StudyParser, source_version
 from hymba_lightning.studies.rank_processes import run_ranks
 from hymba_lightning.studies.rank_trace import draw, on_the_gpu
@@ -106,7 +107,7 @@ class _Step:
         self.optimizer = build_optimizer(net, OptimizerConfig(**request.optimizer))
         forward: Callable[..., Tensor] = net
         if request.compile:
-            forward = torch.compile(net.forward, dynamic=False)  # type: ignore[arg-type]
+            forward = compiled(net.forward, dynamic=False)
         self.gradients: Gradients = start_gradients([self.optimizer], forward, list(net.parameters()))
         ids = torch.randint(0, net.config.vocab_size, (request.tokens // request.seq_len, request.seq_len + 1))
         ids = ids.to(device)
@@ -309,7 +310,7 @@ def table(times: Sequence[RankTime], predicted: Sequence[int] = ()) -> str:
 
 def main(args: list[str]) -> None:
     """`hymba study ranks`."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    read_help(args)
     cuda = torch.cuda.is_available()
     there = torch.cuda.device_count() if cuda else os.cpu_count() or 1
     parser = StudyParser(

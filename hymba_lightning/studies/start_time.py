@@ -29,7 +29,7 @@ class Start:
     caches: str
     """"cold" or "warm"."""
     launch: float
-    """Before the command's own clock and after it: the interpreter, the process's end."""
+    """Before the command's own clock: the interpreter."""
     start: float
     """Imports, options, network, ranks."""
     data: float
@@ -37,7 +37,7 @@ class Start:
     """Steps before the clock, which compile."""
     training: float
     rest: float
-    """After the last step."""
+    """After the last step, the process's end included."""
 
     @property
     def first_step(self) -> float:
@@ -45,12 +45,14 @@ class Start:
         return self.launch + self.start + self.data + self.warm_up
 
 
-def start_of(caches: str, process_seconds: float, summary: dict[str, Any]) -> Start:
-    """The figures of a fit whose process took `process_seconds`, by its summary."""
+def start_of(caches: str, process_seconds: float, summary: dict[str, Any], ending: float = 0.0) -> Start:
+    """The figures of a fit whose process took `process_seconds`, `ending` of them behind its summary."""
     phases = summary["phases"]
     before = {phase: phases.get(phase, 0.0) for phase in ("start", "data", "warm_up", "training")}
-    rest = summary["wall_clock_seconds"] - sum(before.values())
-    return Start(caches, max(process_seconds - summary["wall_clock_seconds"], 0.0), rest=max(rest, 0.0), **before)
+    outside = max(process_seconds - summary["wall_clock_seconds"], 0.0)
+    ending = min(max(ending, 0.0), outside)
+    rest = max(summary["wall_clock_seconds"] - sum(before.values()), 0.0)
+    return Start(caches, outside - ending, rest=rest + ending, **before)
 
 
 @contextmanager
@@ -107,8 +109,10 @@ def main(args: list[str]) -> None:
     with caches_in(out / "caches"):
         for repeat in range(given.repeats + 1):
             began = time.monotonic()
-            summary = run_once("fit", out / f"start-{repeat}", "summary.json", arguments)
-            starts.append(start_of("warm" if repeat else "cold", time.monotonic() - began, summary))
+            run = out / f"start-{repeat}"
+            summary = run_once("fit", run, "summary.json", arguments)
+            seconds, ending = time.monotonic() - began, time.time() - (run / "summary.json").stat().st_mtime
+            starts.append(start_of("warm" if repeat else "cold", seconds, summary, ending))
             write_atomic(out / "starts.json", json.dumps([asdict(start) for start in starts], indent=1) + "\n")
     text = f"{hardware(summary['environment'])}, {summary['steps']} steps\n\n{table(starts)}\n"
     write_atomic(out / "table.md", text)

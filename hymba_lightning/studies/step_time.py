@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jsonargparse import set_parsing_settings
 from torch import Tensor
 
 from hymba_lightning.callbacks.stats import device_peak_tflops, peak_memory_gb
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.costs import train_flops_per_token
 from hymba_lightning.model.gradients import CALLS_BEFORE_RECORDING
+from hymba_lightning.ops.compiling import compiled
+from hymba_lightning.options import read_help
 from hymba_lightning.studies.arguments import StudyParser, source_version
 from hymba_lightning.training.graphed import start_gradients, uses_cuda_graph
 from hymba_lightning.training.optim import OptimizerConfig, build_optimizer
@@ -121,7 +122,7 @@ def measure(
     forward: Callable[..., Tensor] = net
     if compile_net:
         torch.compiler.reset()  # what was compiled for another length is not wanted here
-        forward = torch.compile(net.forward, dynamic=False)  # type: ignore[arg-type]
+        forward = compiled(net.forward, dynamic=False)
     gradients = start_gradients([optimizer], forward, list(net.parameters())) if graphed else None
     if graphed:
         warmup = max(warmup, CALLS_BEFORE_RECORDING + 1)
@@ -211,7 +212,7 @@ def row(time: StepTime) -> str:
 
 def main(args: list[str]) -> None:
     """`hymba study step`."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    read_help(args)
     cuda = torch.cuda.is_available()
     parser = StudyParser(
         "step",

@@ -26,6 +26,7 @@ from hymba_lightning.evaluation.ttt import ScoreFirstTTT, TTTConfig
 from hymba_lightning.metrics import BitsPerByte
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import Gradients
+from hymba_lightning.ops.compiling import compiled
 from hymba_lightning.run.run import ClockReading, Run, Testing, Validation
 from hymba_lightning.run.tensorboard import TEST
 from hymba_lightning.trainer_internals import (
@@ -177,7 +178,7 @@ class HymbaModule(pl.LightningModule):
             if self.compile_net:
                 # Only what trains: an evaluation's last sequence is shorter, and a graph for every length costs more
                 # than it saves. Kept as a function, since a module here would name every weight twice.
-                self._compiled_forward = torch.compile(self.net.forward, dynamic=False)  # type: ignore[arg-type]
+                self._compiled_forward = compiled(self.net.forward, dynamic=False)
                 # One graph under DDP too: cut at its gradient buckets, a step on two GPUs took 58.3 ms, whole 56.9.
                 torch._dynamo.config.optimize_ddp = False
 

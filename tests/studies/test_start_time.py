@@ -18,6 +18,8 @@ def test_every_second_of_the_process_is_counted_once():
     assert (start.launch, start.rest) == (2.0, 3.0)
     assert start.first_step == 2 + 9 + 1 + 11
     assert start.first_step + start.training + start.rest == 31.0
+    with_an_end = start_of("warm", 31.0, summary(start=20.0, training=5.0, export=3.0), ending=1.5)
+    assert (with_an_end.launch, with_an_end.rest, with_an_end.first_step) == (1.5, 4.5, 21.5)
     without_warm_up = start_of("warm", 12.0, summary(start=9.0, training=2.0))
     assert (without_warm_up.first_step, without_warm_up.rest) == (10.0, 0.0)
     text = table([start, without_warm_up, start_of("warm", 14.0, summary(start=11.0, training=2.0))])
@@ -44,6 +46,7 @@ def test_a_cold_fit_and_a_warm_one_are_told(tmp_path, capsys):
     starts = json.loads((tmp_path / "out" / "starts.json").read_text())
     assert [start["caches"] for start in starts] == ["cold", "warm"]
     assert all(start["start"] > 0.5 and start["training"] > 0 for start in starts)
+    assert all(start["rest"] > start["launch"] for start in starts), "the process's end comes after the last step"
     assert (tmp_path / "out" / "table.md").read_text() in told
     assert ", 3 steps\n" in told
     assert any((tmp_path / "out" / "caches").rglob("*"))

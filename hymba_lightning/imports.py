@@ -1,0 +1,64 @@
+"""Imports that a command waits for, made shorter. Imports nothing heavy itself."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+# What Lightning and this package take from torchmetrics, and where it is; the last is needed before the others.
+PARTS = {
+    "Metric": "torchmetrics.metric",
+    "MetricCollection": "torchmetrics.collections",
+    "__version__": "torchmetrics.__about__",
+    "utilities": "torchmetrics.utilities",
+}
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """What is imported inside stays until the process ends: it is not searched for garbage, now or later. Otherwise a
+    fifth of the imports' time, and a twentieth of a compilation's, is such searches."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def import_torchmetrics_in_parts() -> None:
+    """Lets `import torchmetrics` load what Lightning takes from it, and the rest when any other name is asked for.
+
+    The rest imports whatever its metrics of images, sound and text can use and is installed: scipy, torchvision,
+    transformers.
+    """
+    spec = importlib.util.find_spec("torchmetrics")
+    if spec is None or spec.loader is None or "torchmetrics" in sys.modules:
+        return
+    loader, package = spec.loader, importlib.util.module_from_spec(spec)
+
+    def find(name: str) -> Any:
+        if name in PARTS:
+            with contextlib.suppress(ImportError, AttributeError):
+                part = importlib.import_module(PARTS["utilities"])
+                setattr(package, name, part if name == "utilities" else _attribute(PARTS[name], name))
+                return getattr(package, name)
+        elif name.startswith("__"):
+            raise AttributeError(f"module 'torchmetrics' has no attribute {name!r}")
+        del package.__getattr__  # type: ignore[attr-defined]
+        loader.exec_module(package)
+        return getattr(package, name)
+
+    package.__getattr__ = find  # type: ignore[attr-defined, method-assign]
+    package._logger = logging.getLogger("torchmetrics")  # type: ignore[attr-defined]
+    sys.modules["torchmetrics"] = package
+
+
+def _attribute(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
