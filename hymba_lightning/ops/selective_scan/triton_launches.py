@@ -24,8 +24,9 @@ FORWARD_BLOCK_E = 64
 BLOCK_E = 64
 # Below this a chunk's edge costs more than the parallelism gains.
 MIN_CHUNK_TILES = 8
-# Chunks whose edges the carry loads at once.
+# Chunks whose edges the carry loads at once, and channels of one of its programs: one for each thread.
 CARRY_AHEAD = 16
+CARRY_BLOCK_E = 32
 # Programs of a launch for each multiprocessor. From Hopper on it holds 24 of chunk_outputs' and 8 of chunk_gradients'
 # at once (an Ampere 20 and 8): chunks are as long as that leaves no last round of a few programs.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 24, 32
@@ -67,7 +68,7 @@ def _carry(A_NE: Tensor, edge_BNE: Tensor, slots: Tensor, slot_stride: int, dt_s
     """Runs the carry over `slots`, forward from the first (direction 1) or backward from the last one (-1)."""
     batch, n_chunks, channels = dt_sums.shape
     first = n_chunks - 1 if direction < 0 else 0
-    carry_chunks[triton.cdiv(channels, BLOCK_E), A_NE.size(0), batch](
+    carry_chunks[triton.cdiv(channels, CARRY_BLOCK_E), A_NE.size(0), batch](
         A_NE,
         edge_BNE,
         slots,
@@ -80,7 +81,7 @@ def _carry(A_NE: Tensor, edge_BNE: Tensor, slots: Tensor, slot_stride: int, dt_s
         DIRECTION=direction,
         E=channels,
         N=A_NE.size(0),
-        BLOCK_E=BLOCK_E,
+        BLOCK_E=CARRY_BLOCK_E,
         AHEAD=CARRY_AHEAD,
         **COMPILE_OPTIONS,
     )
