@@ -7,7 +7,10 @@ few long sequences fills the device. Operands are read where they lie, with any 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +25,7 @@ ROWS = 8
 # Channels of a program, two for each thread: fewer waste the loads of B and C, more do not fit backward's registers.
 FORWARD_BLOCK_E = 64
 BLOCK_E = 64
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Below this a chunk's edge costs more than the parallelism gains.
 MIN_CHUNK_TILES = 8
 # Chunks whose edges the carry loads at once, and channels of one of its programs: one for each thread.
@@ -44,17 +48,27 @@ def tiles_per_chunk(batch: int, length: int, n_blocks: int, programs: int) -> in
     return min(n_tiles, max(MIN_CHUNK_TILES, triton.cdiv(n_tiles, chunks)))
 
 
+def _by_tile(B: Tensor, C: Tensor) -> Tensor:
+    """B and C (B, T, N) as the kernels read them: (B, T/ROWS, N, 2, words) int64, ROWS tokens side by side."""
+    both = torch.stack((B, C))
+    missing = -both.size(2) % ROWS
+    if missing:
+        both = F.pad(both, (0, 0, 0, missing))
+    return both.unflatten(2, (-1, ROWS)).permute(1, 2, 4, 0, 3).contiguous().view(torch.int64)
+
+
 def _by_state(x_EN: Tensor) -> Tensor:
     """(..., E, N) -> (..., N, E) float32, contiguous: how the kernels hold states and A."""
     return x_EN.float().transpose(-1, -2).contiguous()
 
 
-def _shape(dt: Tensor, n_states: int, block: int, packed: bool) -> dict[str, int | bool]:
+def _shape(dt: Tensor, tokens: Tensor, block: int, packed: bool) -> dict[str, Any]:
     """Compile-time arguments that all but the carry take."""
     length, channels = dt.shape[1:]
     return {
         "E": channels,
-        "N": n_states,
+        "N": tokens.size(2),
+        "WORDS": tokens.size(4),
         "ROWS": ROWS,
         "BLOCK_E": block,
         "DT_ROW": dt.stride(1),
@@ -93,7 +107,8 @@ def _forward(
     u, dt, A, B, C, D, z, dt_bias = scan
     batch, length, channels = u.shape
     n_states = A.size(1)
-    u, dt, B, C = map(readable, (u, dt, B, C))
+    u, dt = map(readable, (u, dt))
+    tokens = _by_tile(B, C)
     # Without a gate or documents their pointers are passed on but never read.
     gate = u if z is None else readable(z)
     positions = u if doc_position is None else doc_position.contiguous()
@@ -106,9 +121,9 @@ def _forward(
     starts = torch.empty(batch, n_tiles, n_states, channels, dtype=torch.float32, device=u.device)
     final_BNE = torch.empty(batch, n_states, channels, dtype=torch.float32, device=u.device)
     dt_sums = torch.empty(batch, n_chunks, channels, dtype=torch.float32, device=u.device)
-    shape = _shape(dt, n_states, FORWARD_BLOCK_E, doc_position is not None) | {
+    shape = _shape(dt, tokens, FORWARD_BLOCK_E, doc_position is not None) | {
         "U_ROW": u.stride(1),
-        "B_ROW": B.stride(1),
+        "TOKEN_TYPE": TYPES[B.dtype],
     }
     with torch.cuda.device_of(u):
         if n_chunks > 1:
@@ -116,7 +131,7 @@ def _forward(
                 u,
                 dt,
                 A_NE,
-                B,
+                tokens,
                 dt_bias,
                 positions,
                 starts,
@@ -125,7 +140,6 @@ def _forward(
                 chunk_tiles,
                 u.stride(0),
                 dt.stride(0),
-                B.stride(0),
                 **shape,
             )
         _carry(A_NE, _by_state(initial_state), starts, chunk_tiles * n_states * channels, dt_sums, direction=1)
@@ -133,8 +147,7 @@ def _forward(
             u,
             dt,
             A_NE,
-            B,
-            C,
+            tokens,
             D,
             gate,
             dt_bias,
@@ -146,10 +159,7 @@ def _forward(
             chunk_tiles,
             u.stride(0),
             dt.stride(0),
-            B.stride(0),
-            C.stride(0),
             gate.stride(0),
-            C_ROW=C.stride(1),
             Z_ROW=gate.stride(1),
             HAS_Z=z is not None,
             **shape,
@@ -163,7 +173,8 @@ def _backward(
     u, dt, A, B, C, D, z, dt_bias = scan
     batch, length, channels = u.shape
     n_states, device = A.size(1), u.device
-    u, dt, B, C, g_out = map(readable, (u, dt, B, C, g_out))
+    u, dt, g_out = map(readable, (u, dt, g_out))
+    tokens = _by_tile(B, C)
     gate = u if z is None else readable(z)
     positions = u if doc_position is None else doc_position.contiguous()
     A_NE, skip_E, bias_E = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
@@ -177,8 +188,8 @@ def _backward(
     dz = u.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=device)
     channel_sums = torch.empty(batch * n_chunks, n_states + 2, channels, dtype=torch.float32, device=device)
     token_sums = torch.empty(n_blocks, batch, length, 2, n_states, dtype=torch.float32, device=device)
-    shape = _shape(dt, n_states, BLOCK_E, doc_position is not None) | {
-        "C_ROW": C.stride(1),
+    shape = _shape(dt, tokens, BLOCK_E, doc_position is not None) | {
+        "TOKEN_TYPE": TYPES[B.dtype],
         "Z_ROW": gate.stride(1),
         "DOUT_ROW": g_out.stride(1),
         "HAS_Z": z is not None,
@@ -189,7 +200,7 @@ def _backward(
             chunk_adjoints[n_blocks, n_chunks - 1, batch](
                 dt,
                 A_NE,
-                C,
+                tokens,
                 gate,
                 bias_E,
                 positions,
@@ -199,7 +210,6 @@ def _backward(
                 length,
                 chunk_tiles,
                 dt.stride(0),
-                C.stride(0),
                 gate.stride(0),
                 g_out.stride(0),
                 **shape,
@@ -209,8 +219,7 @@ def _backward(
             u,
             dt,
             A_NE,
-            B,
-            C,
+            tokens,
             skip_E,
             gate,
             bias_E,
@@ -227,12 +236,9 @@ def _backward(
             chunk_tiles,
             u.stride(0),
             dt.stride(0),
-            B.stride(0),
-            C.stride(0),
             gate.stride(0),
             g_out.stride(0),
             U_ROW=u.stride(1),
-            B_ROW=B.stride(1),
             STATES=max(FEW_STATES, states),
             ROUNDED=u.dtype != torch.float32,
             # The interpreter, which runs on the CPU, has no bfloat16 product.
