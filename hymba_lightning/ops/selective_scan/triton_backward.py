@@ -212,6 +212,12 @@ def chunk_gradients(
     for n in range(N + 2):
         store_rounded(channel_sums + n * E + channel, tl.zeros([BLOCK_E], tl.float32), inside, MASKED)
     while tile >= chunk * tiles_per_chunk:
+        # What a state needs from memory is asked for one state ahead.
+        next_rate = load_float32(A + channel, inside, MASKED)
+        next_state = load_float32(starts + channel, inside, MASKED)
+        next_q = load_float32(adjoints + channel, inside, MASKED)
+        next_d_rate = load_float32(channel_sums + channel, inside, MASKED)
+        next_words = load_words(tokens, 2 * WORDS)
         bias = load_float32(dt_bias + channel, inside, MASKED)
         skip = load_float32(D + channel, inside, MASKED)
         steps = ()
@@ -253,15 +259,22 @@ def chunk_gradients(
             ones = tl.full([STATES, BLOCK_E], 1.0, tl.float32).to(DOT_TYPE)
             rounded = tl.zeros([BLOCK_E, 2 * ROWS], tl.bfloat16)
         for n in range(N):
-            decay_rate = load_float32(A + n * E + channel, inside, MASKED) * LOG2E
-            state = load_float32(starts + n * E + channel, inside, MASKED)
-            q = load_float32(adjoints + n * E + channel, inside, MASKED)
-            d_rate = load_float32(channel_sums + n * E + channel, inside, MASKED)
+            decay_rate = next_rate * LOG2E
+            state = next_state
+            q = next_q
+            d_rate = next_d_rate
+            values = unpacked(next_words, TOKEN_TYPE)
+            ahead = tl.minimum(n + 1, N - 1)
+            next_rate = load_float32(A + ahead * E + channel, inside, MASKED)
+            next_state = load_float32(starts + ahead * E + channel, inside, MASKED)
+            next_q = load_float32(adjoints + ahead * E + channel, inside, MASKED)
+            next_d_rate = load_float32(channel_sums + ahead * E + channel, inside, MASKED)
+            next_words = load_words(tokens + ahead * (2 * WORDS), 2 * WORDS)
             if ROUNDED:
                 # The product of the state before this one: nothing waits for it here.
                 sums = tl.where((state_row == n - 1)[:, None], tl.dot(ones, rounded.to(DOT_TYPE)), sums)
-            B_n = unpacked(load_words(tokens + n * (2 * WORDS), WORDS), TOKEN_TYPE)
-            C_n = unpacked(load_words(tokens + n * (2 * WORDS) + WORDS, WORDS), TOKEN_TYPE)
+            B_n = values[:ROWS]
+            C_n = values[ROWS:]
             decays = ()
             before = ()
             y_next = ()
