@@ -50,6 +50,7 @@ def chunk_adjoints(
     WORDS: tl.constexpr,
     TOKEN_TYPE: tl.constexpr,
     ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -95,13 +96,23 @@ def chunk_adjoints(
             steps += (step,)
             dy += (dy_row,)
             total += step
-        for n in range(N):
-            decay_rate = load_float32(A + n * E + channel, inside, MASKED) * LOG2E
-            q = load_float32(adjoints + n * E + channel, inside, MASKED)
-            C_n = unpacked(load_words(tokens + n * (2 * WORDS) + WORDS, WORDS), TOKEN_TYPE)
+        for first_n in range(0, N, TOGETHER):
+            decay_rates = ()
+            qs = ()
+            C_n = ()
+            for k in tl.static_range(TOGETHER):
+                n = first_n + k
+                decay_rates += (load_float32(A + n * E + channel, inside, MASKED) * LOG2E,)
+                qs += (load_float32(adjoints + n * E + channel, inside, MASKED),)
+                C_n += (unpacked(load_words(tokens + n * (2 * WORDS) + WORDS, WORDS), TOKEN_TYPE),)
             for row in tl.static_range(ROWS - 1, -1, -1):
-                q = tl.exp2(steps[row] * decay_rate) * (C_n[row] * dy[row] + q)
-            store_rounded(adjoints + n * E + channel, q, inside, MASKED)
+                next_qs = ()
+                for k in tl.static_range(TOGETHER):
+                    decay = tl.exp2(steps[row] * decay_rates[k])
+                    next_qs += (decay * (C_n[k][row] * dy[row] + qs[k]),)
+                qs = next_qs
+            for k in tl.static_range(TOGETHER):
+                store_rounded(adjoints + (first_n + k) * E + channel, qs[k], inside, MASKED)
         dt -= ROWS * DT_ROW
         tokens -= N * 2 * WORDS
         doc_position -= ROWS

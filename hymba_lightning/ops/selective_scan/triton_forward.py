@@ -54,6 +54,7 @@ def chunk_ends(
     WORDS: tl.constexpr,
     TOKEN_TYPE: tl.constexpr,
     ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -89,13 +90,23 @@ def chunk_ends(
                 step += forget_if_first(doc_position + row, True, False)
             steps += (step,)
             total += step
-        for n in range(N):
-            decay_rate = load_float32(A + n * E + channel, inside, MASKED) * LOG2E
-            state = load_float32(starts + n * E + channel, inside, MASKED)
-            B_n = unpacked(load_words(tokens + n * (2 * WORDS), WORDS), TOKEN_TYPE)
+        for first_n in range(0, N, TOGETHER):
+            decay_rates = ()
+            states = ()
+            B_n = ()
+            for k in tl.static_range(TOGETHER):
+                n = first_n + k
+                decay_rates += (load_float32(A + n * E + channel, inside, MASKED) * LOG2E,)
+                states += (load_float32(starts + n * E + channel, inside, MASKED),)
+                B_n += (unpacked(load_words(tokens + n * (2 * WORDS), WORDS), TOKEN_TYPE),)
             for row in tl.static_range(ROWS):
-                state = tl.exp2(steps[row] * decay_rate) * state + driven[row] * B_n[row]
-            store_rounded(starts + n * E + channel, state, inside, MASKED)
+                next_states = ()
+                for k in tl.static_range(TOGETHER):
+                    decay = tl.exp2(steps[row] * decay_rates[k])
+                    next_states += (decay * states[k] + driven[row] * B_n[k][row],)
+                states = next_states
+            for k in tl.static_range(TOGETHER):
+                store_rounded(starts + (first_n + k) * E + channel, states[k], inside, MASKED)
         u += ROWS * U_ROW
         dt += ROWS * DT_ROW
         tokens += N * 2 * WORDS
@@ -182,6 +193,7 @@ def chunk_outputs(
     WORDS: tl.constexpr,
     TOKEN_TYPE: tl.constexpr,
     ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -223,19 +235,32 @@ def chunk_outputs(
             if PACKED:
                 step += forget_if_first(doc_position + row, tile * ROWS + row < T, MASKED)
             steps += (step,)
-        for n in range(N):
-            decay_rate = load_float32(A + n * E + channel, inside, MASKED) * LOG2E
-            state = load_float32(starts + n * E + channel, inside, MASKED)
-            B_n = unpacked(load_words(tokens + n * (2 * WORDS), WORDS), TOKEN_TYPE)
-            C_n = unpacked(load_words(tokens + n * (2 * WORDS) + WORDS, WORDS), TOKEN_TYPE)
+        for first_n in range(0, N, TOGETHER):
+            decay_rates = ()
+            states = ()
+            values = ()
+            for k in tl.static_range(TOGETHER):
+                n = first_n + k
+                decay_rates += (load_float32(A + n * E + channel, inside, MASKED) * LOG2E,)
+                states += (load_float32(starts + n * E + channel, inside, MASKED),)
+                values += (unpacked(load_words(tokens + n * (2 * WORDS), 2 * WORDS), TOKEN_TYPE),)
             y_next = ()
             for row in tl.static_range(ROWS):
-                state = tl.exp2(steps[row] * decay_rate) * state + driven[row] * B_n[row]
-                y_next += (y[row] + C_n[row] * state,)
+                y_row = y[row]
+                next_states = ()
+                for k in tl.static_range(TOGETHER):
+                    decay = tl.exp2(steps[row] * decay_rates[k])
+                    state = decay * states[k] + driven[row] * values[k][row]
+                    next_states += (state,)
+                    y_row += values[k][ROWS + row] * state
+                states = next_states
+                y_next += (y_row,)
             y = y_next
             # The next chunk's first tile has its state from the carry: this one, equal but for rounding, must not race.
-            tl.store(starts + (N + n) * E + channel, state, mask=inside_if(channel, E, tile < last))
-            tl.store(final + n * E + channel, state, mask=inside_if(channel, E, tile == n_tiles - 1))
+            for k in tl.static_range(TOGETHER):
+                n = first_n + k
+                tl.store(starts + (N + n) * E + channel, states[k], mask=inside_if(channel, E, tile < last))
+                tl.store(final + n * E + channel, states[k], mask=inside_if(channel, E, tile == n_tiles - 1))
         for row in tl.static_range(ROWS):
             known = inside_if(channel, E, tile * ROWS + row < T)
             y_row = y[row]

@@ -26,6 +26,8 @@ ROWS = 8
 FORWARD_BLOCK_E = 64
 BLOCK_E = 64
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# States of a turn of the lighter kernels' loop where N is even: so many chains of multiplications run side by side.
+TOGETHER = 2
 # Below this a chunk's edge costs more than the parallelism gains.
 MIN_CHUNK_TILES = 8
 # Chunks whose edges the carry loads at once, and channels of one of its programs: one for each thread.
@@ -125,6 +127,7 @@ def _forward(
         "U_ROW": u.stride(1),
         "TOKEN_TYPE": TYPES[B.dtype],
     }
+    together = TOGETHER if n_states % TOGETHER == 0 else 1
     with torch.cuda.device_of(u):
         if n_chunks > 1:
             chunk_ends[n_blocks, n_chunks - 1, batch](
@@ -140,6 +143,7 @@ def _forward(
                 chunk_tiles,
                 u.stride(0),
                 dt.stride(0),
+                TOGETHER=together,
                 **shape,
             )
         _carry(A_NE, _by_state(initial_state), starts, chunk_tiles * n_states * channels, dt_sums, direction=1)
@@ -162,6 +166,7 @@ def _forward(
             gate.stride(0),
             Z_ROW=gate.stride(1),
             HAS_Z=z is not None,
+            TOGETHER=together,
             **shape,
         )
     return out, final_BNE.transpose(1, 2).contiguous(), starts
@@ -195,6 +200,7 @@ def _backward(
         "HAS_Z": z is not None,
     }
     states = triton.next_power_of_2(n_states)
+    together = TOGETHER if n_states % TOGETHER == 0 else 1
     with torch.cuda.device_of(u):
         if n_chunks > 1:
             chunk_adjoints[n_blocks, n_chunks - 1, batch](
@@ -212,6 +218,7 @@ def _backward(
                 dt.stride(0),
                 gate.stride(0),
                 g_out.stride(0),
+                TOGETHER=together,
                 **shape,
             )
         _carry(A_NE, _by_state(g_final), adjoints, n_states * channels, dt_sums, direction=-1)
