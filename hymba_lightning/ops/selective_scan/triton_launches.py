@@ -56,7 +56,9 @@ def _by_tile(B: Tensor, C: Tensor) -> Tensor:
     missing = -both.size(2) % ROWS
     if missing:
         both = F.pad(both, (0, 0, 0, missing))
-    return both.unflatten(2, (-1, ROWS)).permute(1, 2, 4, 0, 3).contiguous().view(torch.int64)
+    by_tile = both.unflatten(2, (-1, ROWS)).permute(1, 2, 4, 0, 3)
+    # Copied by name: what counts as contiguous may have any stride where there is one state, which view would refuse.
+    return torch.empty_like(by_tile, memory_format=torch.contiguous_format).copy_(by_tile).view(torch.int64)
 
 
 def _by_state(x_EN: Tensor) -> Tensor:
