@@ -22,9 +22,10 @@ from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS, as_gradient, can_
 
 # Tokens of a tile: those that a thread holds in registers, and the distance of the states saved for backward.
 ROWS = 8
-# Channels of a program, two for each thread: fewer waste the loads of B and C, more do not fit backward's registers.
+# Channels of a program, two for each thread, one in chunk_gradients, whose two warps share a sum over channels.
 FORWARD_BLOCK_E = 64
 BLOCK_E = 64
+GRADIENT_WARPS = 2
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # States of a turn of the lighter kernels' loop where N is even: so many chains of multiplications run side by side.
 TOGETHER = 2
@@ -33,12 +34,11 @@ MIN_CHUNK_TILES = 8
 # Chunks whose edges the carry loads at once, and channels of one of its programs: one for each thread.
 CARRY_AHEAD = 16
 CARRY_BLOCK_E = 32
-# Programs of a launch for each multiprocessor. From Hopper on it holds 24 of chunk_outputs' and 8 of chunk_gradients'
-# at once (an Ampere 20 and 8): chunks are as long as that leaves no last round of a few programs.
+# Programs of a launch for each multiprocessor, which holds 24 of chunk_outputs' and 8 of chunk_gradients' at once:
+# chunks are as long as that leaves no last round of a few programs.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 24, 32
-# Registers of a thread that the last backward kernel may take: all there are, since 8 warps share a multiprocessor
-# with any number between 169 and 255.
-BACKWARD_REGISTERS = 255
+# Registers of a thread that chunk_gradients may take: the most with which a multiprocessor holds 16 of its warps.
+BACKWARD_REGISTERS = 128
 # States below which the matrix units' smallest product is not filled.
 FEW_STATES = 16
 
@@ -256,7 +256,7 @@ def _backward(
             PREFETCHED=states if can_prefetch(device) and not shape["MASKED"] else 0,
             num_stages=1,
             maxnreg=BACKWARD_REGISTERS,
-            **shape,
+            **(shape | {"num_warps": GRADIENT_WARPS}),
         )
     d_channel = channel_sums.sum(0)
     d_token = token_sums.sum(0)
