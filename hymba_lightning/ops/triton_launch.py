@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hymba_lightning.ops.registry import needs_triton
 
-# One warp per program, so that no warp waits at a barrier. Fused multiply-adds are asked for by name, since Triton is
-# going to change its default.
+# One warp per program, so that no warp waits at a barrier, unless a launch asks for more. Fused multiply-adds are asked
+# for by name, since Triton is going to change its default.
 COMPILE_OPTIONS = {"num_warps": 1, "enable_fp_fusion": True}
 
 

@@ -31,6 +31,32 @@ def store_rounded(pointers, values, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
+def load_words(pointer, COUNT: tl.constexpr):
+    """COUNT neighbours, a scalar each, as a tuple."""
+    words = ()
+    for i in tl.static_range(COUNT):
+        words += (tl.load(pointer + i),)
+    return words
+
+
+@triton.jit
+def unpacked(words, TYPE: tl.constexpr):
+    """The values of TYPE, of 16 or 32 bits, that lie in a tuple of int64 scalars, as a tuple of float32 scalars."""
+    COUNT: tl.constexpr = len(words)
+    values = ()
+    for i in tl.static_range(2 * COUNT):
+        pair = (words[i // 2] >> (32 * (i % 2))).to(tl.int32)
+        if TYPE.primitive_bitwidth == 32:
+            values += (pair.to(tl.float32, bitcast=True),)
+        elif TYPE.is_bf16():
+            values += ((pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True))
+        else:
+            values += (pair.to(tl.int16).to(TYPE, bitcast=True).to(tl.float32),)
+            values += ((pair >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32),)
+    return values
+
+
+@triton.jit
 def prefetch_rows(first, stride, last, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     """Has the rows 0 … last, of WIDTH elements, `stride` elements apart, fetched into the cache; waits for nothing.
 

@@ -16,10 +16,12 @@ from hymba_lightning.ops.triton_math import (
     forget_if_first,
     inside_if,
     load_float32,
+    load_words,
     prefetch_rows,
     sigmoid,
     softplus,
     store_rounded,
+    unpacked,
 )
 
 
@@ -27,7 +29,7 @@ from hymba_lightning.ops.triton_math import (
 def chunk_adjoints(
     dt,
     A,
-    C,
+    tokens,
     z,
     dt_bias,
     doc_position,
@@ -37,17 +39,18 @@ def chunk_adjoints(
     T,
     tiles_per_chunk,
     dt_batch,
-    C_batch,
     z_batch,
     dout_batch,
     E: tl.constexpr,
     N: tl.constexpr,
     DT_ROW: tl.constexpr,
-    C_ROW: tl.constexpr,
     Z_ROW: tl.constexpr,
     DOUT_ROW: tl.constexpr,
     HAS_Z: tl.constexpr,
+    WORDS: tl.constexpr,
+    TOKEN_TYPE: tl.constexpr,
     ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -62,10 +65,11 @@ def chunk_adjoints(
     n_chunks = tl.num_programs(1) + 1
     batch = tl.program_id(2).to(tl.int64)
     inside = channel < E
-    tile = tl.minimum((chunk + 1) * tiles_per_chunk, tl.cdiv(T, ROWS)) - 1
+    n_tiles = tl.cdiv(T, ROWS)
+    tile = tl.minimum((chunk + 1) * tiles_per_chunk, n_tiles) - 1
     last = tile.to(tl.int64) * ROWS
     dt += batch * dt_batch + last * DT_ROW
-    C += batch * C_batch + last * C_ROW
+    tokens += (batch * n_tiles + tile) * (N * 2 * WORDS)
     doc_position += batch * T + last
     dout += batch * dout_batch + last * DOUT_ROW
     if HAS_Z:
@@ -92,15 +96,25 @@ def chunk_adjoints(
             steps += (step,)
             dy += (dy_row,)
             total += step
-        for n in range(N):
-            decay_rate = load_float32(A + n * E + channel, inside, MASKED) * LOG2E
-            q = load_float32(adjoints + n * E + channel, inside, MASKED)
+        for first_n in range(0, N, TOGETHER):
+            decay_rates = ()
+            qs = ()
+            C_n = ()
+            for k in tl.static_range(TOGETHER):
+                n = first_n + k
+                decay_rates += (load_float32(A + n * E + channel, inside, MASKED) * LOG2E,)
+                qs += (load_float32(adjoints + n * E + channel, inside, MASKED),)
+                C_n += (unpacked(load_words(tokens + n * (2 * WORDS) + WORDS, WORDS), TOKEN_TYPE),)
             for row in tl.static_range(ROWS - 1, -1, -1):
-                C_n = load_float32(C + row * C_ROW + n, tile * ROWS + row < T, MASKED)
-                q = tl.exp2(steps[row] * decay_rate) * (C_n * dy[row] + q)
-            store_rounded(adjoints + n * E + channel, q, inside, MASKED)
+                next_qs = ()
+                for k in tl.static_range(TOGETHER):
+                    decay = tl.exp2(steps[row] * decay_rates[k])
+                    next_qs += (decay * (C_n[k][row] * dy[row] + qs[k]),)
+                qs = next_qs
+            for k in tl.static_range(TOGETHER):
+                store_rounded(adjoints + (first_n + k) * E + channel, qs[k], inside, MASKED)
         dt -= ROWS * DT_ROW
-        C -= ROWS * C_ROW
+        tokens -= N * 2 * WORDS
         doc_position -= ROWS
         dout -= ROWS * DOUT_ROW
         if HAS_Z:
@@ -134,8 +148,7 @@ def chunk_gradients(
     u,
     dt,
     A,
-    B,
-    C,
+    tokens,
     D,
     z,
     dt_bias,
@@ -152,19 +165,17 @@ def chunk_gradients(
     tiles_per_chunk,
     u_batch,
     dt_batch,
-    B_batch,
-    C_batch,
     z_batch,
     dout_batch,
     E: tl.constexpr,
     N: tl.constexpr,
     U_ROW: tl.constexpr,
     DT_ROW: tl.constexpr,
-    B_ROW: tl.constexpr,
-    C_ROW: tl.constexpr,
     Z_ROW: tl.constexpr,
     DOUT_ROW: tl.constexpr,
     HAS_Z: tl.constexpr,
+    WORDS: tl.constexpr,
+    TOKEN_TYPE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     STATES: tl.constexpr,
@@ -194,8 +205,7 @@ def chunk_gradients(
     last = tile.to(tl.int64) * ROWS
     u += batch * u_batch + last * U_ROW
     dt += batch * dt_batch + last * DT_ROW
-    B += batch * B_batch + last * B_ROW
-    C += batch * C_batch + last * C_ROW
+    tokens += (batch * n_tiles + tile) * (N * 2 * WORDS)
     doc_position += batch * T + last
     dout += batch * dout_batch + last * DOUT_ROW
     du += batch * T * E + last * E
@@ -213,6 +223,12 @@ def chunk_gradients(
     for n in range(N + 2):
         store_rounded(channel_sums + n * E + channel, tl.zeros([BLOCK_E], tl.float32), inside, MASKED)
     while tile >= chunk * tiles_per_chunk:
+        # What a state needs from memory is asked for one state ahead.
+        next_rate = load_float32(A + channel, inside, MASKED)
+        next_state = load_float32(starts + channel, inside, MASKED)
+        next_q = load_float32(adjoints + channel, inside, MASKED)
+        next_d_rate = load_float32(channel_sums + channel, inside, MASKED)
+        next_words = load_words(tokens, 2 * WORDS)
         bias = load_float32(dt_bias + channel, inside, MASKED)
         skip = load_float32(D + channel, inside, MASKED)
         steps = ()
@@ -247,30 +263,34 @@ def chunk_gradients(
                 prefetch_rows(dout - ROWS * DOUT_ROW + left, DOUT_ROW, ROWS - 1, ROWS, BLOCK_E)
                 if HAS_Z:
                     prefetch_rows(z - ROWS * Z_ROW + left, Z_ROW, ROWS - 1, ROWS, BLOCK_E)
-                prefetch_rows(B - ROWS * B_ROW, B_ROW, ROWS - 1, ROWS, PREFETCHED)
-                prefetch_rows(C - ROWS * C_ROW, C_ROW, ROWS - 1, ROWS, PREFETCHED)
+                prefetch_rows(tokens - N * 2 * WORDS, 0, 0, 1, PREFETCHED * 2 * WORDS)
                 prefetch_rows(starts - N * E + left, E, N - 1, PREFETCHED, BLOCK_E)
         sums = tl.zeros([STATES, 2 * ROWS], tl.float32)
         if ROUNDED:
             ones = tl.full([STATES, BLOCK_E], 1.0, tl.float32).to(DOT_TYPE)
             rounded = tl.zeros([BLOCK_E, 2 * ROWS], tl.bfloat16)
         for n in range(N):
-            decay_rate = load_float32(A + n * E + channel, inside, MASKED) * LOG2E
-            state = load_float32(starts + n * E + channel, inside, MASKED)
-            q = load_float32(adjoints + n * E + channel, inside, MASKED)
-            d_rate = load_float32(channel_sums + n * E + channel, inside, MASKED)
+            decay_rate = next_rate * LOG2E
+            state = next_state
+            q = next_q
+            d_rate = next_d_rate
+            values = unpacked(next_words, TOKEN_TYPE)
+            ahead = tl.minimum(n + 1, N - 1)
+            next_rate = load_float32(A + ahead * E + channel, inside, MASKED)
+            next_state = load_float32(starts + ahead * E + channel, inside, MASKED)
+            next_q = load_float32(adjoints + ahead * E + channel, inside, MASKED)
+            next_d_rate = load_float32(channel_sums + ahead * E + channel, inside, MASKED)
+            next_words = load_words(tokens + ahead * (2 * WORDS), 2 * WORDS)
             if ROUNDED:
                 # The product of the state before this one: nothing waits for it here.
                 sums = tl.where((state_row == n - 1)[:, None], tl.dot(ones, rounded.to(DOT_TYPE)), sums)
+            B_n = values[:ROWS]
+            C_n = values[ROWS:]
             decays = ()
             before = ()
-            B_n = ()
-            C_n = ()
             y_next = ()
             dC = ()
             for row in tl.static_range(ROWS):
-                B_n += (load_float32(B + row * B_ROW + n, tile * ROWS + row < T, MASKED),)
-                C_n += (load_float32(C + row * C_ROW + n, tile * ROWS + row < T, MASKED),)
                 decay = tl.exp2(steps[row] * decay_rate)
                 decays += (decay,)
                 before += (state,)
@@ -332,8 +352,7 @@ def chunk_gradients(
         store_rounded(channel_sums + (N + 1) * E + channel, d_bias, inside, MASKED)
         u -= ROWS * U_ROW
         dt -= ROWS * DT_ROW
-        B -= ROWS * B_ROW
-        C -= ROWS * C_ROW
+        tokens -= N * 2 * WORDS
         doc_position -= ROWS
         dout -= ROWS * DOUT_ROW
         du -= ROWS * E

@@ -8,6 +8,9 @@ as tuples of (BLOCK_E,) vectors, so the recurrence needs no exchange between thr
 over the contiguous channels, and nothing of size (T, E, N) exists. The loop over states is not unrolled: between tiles
 the states wait in `starts`, which keeps N free and the code small enough for the instruction cache.
 
+B and C come as `tokens` (B, T/ROWS, N, 2, WORDS) int64: what a state needs of a tile's tokens, of TOKEN_TYPE and zero
+after the last, side by side, since each of so few loads serves several tokens.
+
 Where a document starts (PACKED: doc_position (B, T) int32 is 0) the time that decays are of is endless, while what
 enters the state knows the true step.
 """
@@ -22,9 +25,11 @@ from hymba_lightning.ops.triton_math import (
     forget_if_first,
     inside_if,
     load_float32,
+    load_words,
     sigmoid,
     softplus,
     store_rounded,
+    unpacked,
 )
 
 
@@ -33,7 +38,7 @@ def chunk_ends(
     u,
     dt,
     A,
-    B,
+    tokens,
     dt_bias,
     doc_position,
     starts,
@@ -42,13 +47,14 @@ def chunk_ends(
     tiles_per_chunk,
     u_batch,
     dt_batch,
-    B_batch,
     E: tl.constexpr,
     N: tl.constexpr,
     U_ROW: tl.constexpr,
     DT_ROW: tl.constexpr,
-    B_ROW: tl.constexpr,
+    WORDS: tl.constexpr,
+    TOKEN_TYPE: tl.constexpr,
     ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -66,7 +72,7 @@ def chunk_ends(
     first = chunk.to(tl.int64) * tiles_per_chunk * ROWS
     u += batch * u_batch + first * U_ROW
     dt += batch * dt_batch + first * DT_ROW
-    B += batch * B_batch + first * B_ROW
+    tokens += (batch * n_tiles + chunk * tiles_per_chunk) * (N * 2 * WORDS)
     doc_position += batch * T + first
     starts += (batch * n_tiles + (chunk + 1) * tiles_per_chunk) * (N * E)
     bias = load_float32(dt_bias + channel, inside, MASKED)
@@ -84,16 +90,26 @@ def chunk_ends(
                 step += forget_if_first(doc_position + row, True, False)
             steps += (step,)
             total += step
-        for n in range(N):
-            decay_rate = load_float32(A + n * E + channel, inside, MASKED) * LOG2E
-            state = load_float32(starts + n * E + channel, inside, MASKED)
+        for first_n in range(0, N, TOGETHER):
+            decay_rates = ()
+            states = ()
+            B_n = ()
+            for k in tl.static_range(TOGETHER):
+                n = first_n + k
+                decay_rates += (load_float32(A + n * E + channel, inside, MASKED) * LOG2E,)
+                states += (load_float32(starts + n * E + channel, inside, MASKED),)
+                B_n += (unpacked(load_words(tokens + n * (2 * WORDS), WORDS), TOKEN_TYPE),)
             for row in tl.static_range(ROWS):
-                B_n = tl.load(B + row * B_ROW + n).to(tl.float32)
-                state = tl.exp2(steps[row] * decay_rate) * state + driven[row] * B_n
-            store_rounded(starts + n * E + channel, state, inside, MASKED)
+                next_states = ()
+                for k in tl.static_range(TOGETHER):
+                    decay = tl.exp2(steps[row] * decay_rates[k])
+                    next_states += (decay * states[k] + driven[row] * B_n[k][row],)
+                states = next_states
+            for k in tl.static_range(TOGETHER):
+                store_rounded(starts + (first_n + k) * E + channel, states[k], inside, MASKED)
         u += ROWS * U_ROW
         dt += ROWS * DT_ROW
-        B += ROWS * B_ROW
+        tokens += N * 2 * WORDS
         doc_position += ROWS
         tile += 1
         tl.debug_barrier()
@@ -155,8 +171,7 @@ def chunk_outputs(
     u,
     dt,
     A,
-    B,
-    C,
+    tokens,
     D,
     z,
     dt_bias,
@@ -168,18 +183,17 @@ def chunk_outputs(
     tiles_per_chunk,
     u_batch,
     dt_batch,
-    B_batch,
-    C_batch,
     z_batch,
     E: tl.constexpr,
     N: tl.constexpr,
     U_ROW: tl.constexpr,
     DT_ROW: tl.constexpr,
-    B_ROW: tl.constexpr,
-    C_ROW: tl.constexpr,
     Z_ROW: tl.constexpr,
     HAS_Z: tl.constexpr,
+    WORDS: tl.constexpr,
+    TOKEN_TYPE: tl.constexpr,
     ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK_E: tl.constexpr,
     MASKED: tl.constexpr,
     PACKED: tl.constexpr,
@@ -197,8 +211,7 @@ def chunk_outputs(
     first = tile.to(tl.int64) * ROWS
     u += batch * u_batch + first * U_ROW
     dt += batch * dt_batch + first * DT_ROW
-    B += batch * B_batch + first * B_ROW
-    C += batch * C_batch + first * C_ROW
+    tokens += (batch * n_tiles + tile) * (N * 2 * WORDS)
     doc_position += batch * T + first
     out += batch * T * E + first * E
     if HAS_Z:
@@ -222,19 +235,32 @@ def chunk_outputs(
             if PACKED:
                 step += forget_if_first(doc_position + row, tile * ROWS + row < T, MASKED)
             steps += (step,)
-        for n in range(N):
-            decay_rate = load_float32(A + n * E + channel, inside, MASKED) * LOG2E
-            state = load_float32(starts + n * E + channel, inside, MASKED)
+        for first_n in range(0, N, TOGETHER):
+            decay_rates = ()
+            states = ()
+            values = ()
+            for k in tl.static_range(TOGETHER):
+                n = first_n + k
+                decay_rates += (load_float32(A + n * E + channel, inside, MASKED) * LOG2E,)
+                states += (load_float32(starts + n * E + channel, inside, MASKED),)
+                values += (unpacked(load_words(tokens + n * (2 * WORDS), 2 * WORDS), TOKEN_TYPE),)
             y_next = ()
             for row in tl.static_range(ROWS):
-                B_n = load_float32(B + row * B_ROW + n, tile * ROWS + row < T, MASKED)
-                C_n = load_float32(C + row * C_ROW + n, tile * ROWS + row < T, MASKED)
-                state = tl.exp2(steps[row] * decay_rate) * state + driven[row] * B_n
-                y_next += (y[row] + C_n * state,)
+                y_row = y[row]
+                next_states = ()
+                for k in tl.static_range(TOGETHER):
+                    decay = tl.exp2(steps[row] * decay_rates[k])
+                    state = decay * states[k] + driven[row] * values[k][row]
+                    next_states += (state,)
+                    y_row += values[k][ROWS + row] * state
+                states = next_states
+                y_next += (y_row,)
             y = y_next
             # The next chunk's first tile has its state from the carry: this one, equal but for rounding, must not race.
-            tl.store(starts + (N + n) * E + channel, state, mask=inside_if(channel, E, tile < last))
-            tl.store(final + n * E + channel, state, mask=inside_if(channel, E, tile == n_tiles - 1))
+            for k in tl.static_range(TOGETHER):
+                n = first_n + k
+                tl.store(starts + (N + n) * E + channel, states[k], mask=inside_if(channel, E, tile < last))
+                tl.store(final + n * E + channel, states[k], mask=inside_if(channel, E, tile == n_tiles - 1))
         for row in tl.static_range(ROWS):
             known = inside_if(channel, E, tile * ROWS + row < T)
             y_row = y[row]
@@ -244,8 +270,7 @@ def chunk_outputs(
             store_rounded(out + channel + row * E, y_row, known, MASKED)
         u += ROWS * U_ROW
         dt += ROWS * DT_ROW
-        B += ROWS * B_ROW
-        C += ROWS * C_ROW
+        tokens += N * 2 * WORDS
         doc_position += ROWS
         out += ROWS * E
         if HAS_Z:

@@ -7,7 +7,10 @@ few long sequences fills the device. Operands are read where they lie, with any 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,19 +23,23 @@ from hymba_lightning.ops.triton_sums import sum_channels, sum_pairs
 
 # Tokens of a tile: those that a thread holds in registers, and the distance of the states saved for backward.
 ROWS = 8
-# Channels of a program, two for each thread: fewer waste the loads of B and C, more do not fit backward's registers.
+# Channels of a program, two for each thread, one in chunk_gradients, whose two warps share a sum over channels.
 FORWARD_BLOCK_E = 64
 BLOCK_E = 64
+GRADIENT_WARPS = 2
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# States of a turn of the lighter kernels' loop where N is even: so many chains of multiplications run side by side.
+TOGETHER = 2
 # Below this a chunk's edge costs more than the parallelism gains.
 MIN_CHUNK_TILES = 8
-# Chunks whose edges the carry loads at once.
+# Chunks whose edges the carry loads at once, and channels of one of its programs: one for each thread.
 CARRY_AHEAD = 16
-# Programs of a launch for each multiprocessor. From Hopper on it holds 24 of chunk_outputs' and 8 of chunk_gradients'
-# at once (an Ampere 20 and 8): chunks are as long as that leaves no last round of a few programs.
+CARRY_BLOCK_E = 32
+# Programs of a launch for each multiprocessor, which holds 24 of chunk_outputs' and 8 of chunk_gradients' at once:
+# chunks are as long as that leaves no last round of a few programs.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 24, 32
-# Registers of a thread that the last backward kernel may take: all there are, since 8 warps share a multiprocessor
-# with any number between 169 and 255.
-BACKWARD_REGISTERS = 255
+# Registers of a thread that chunk_gradients may take: the most with which a multiprocessor holds 16 of its warps.
+BACKWARD_REGISTERS = 128
 # States below which the matrix units' smallest product is not filled.
 FEW_STATES = 16
 
@@ -44,17 +51,29 @@ def tiles_per_chunk(batch: int, length: int, n_blocks: int, programs: int) -> in
     return min(n_tiles, max(MIN_CHUNK_TILES, triton.cdiv(n_tiles, chunks)))
 
 
+def _by_tile(B: Tensor, C: Tensor) -> Tensor:
+    """B and C (B, T, N) as the kernels read them: (B, T/ROWS, N, 2, words) int64, ROWS tokens side by side."""
+    both = torch.stack((B, C))
+    missing = -both.size(2) % ROWS
+    if missing:
+        both = F.pad(both, (0, 0, 0, missing))
+    by_tile = both.unflatten(2, (-1, ROWS)).permute(1, 2, 4, 0, 3)
+    # Copied by name: what counts as contiguous may have any stride where there is one state, which view would refuse.
+    return torch.empty_like(by_tile, memory_format=torch.contiguous_format).copy_(by_tile).view(torch.int64)
+
+
 def _by_state(x_EN: Tensor) -> Tensor:
     """(..., E, N) -> (..., N, E) float32, contiguous: how the kernels hold states and A."""
     return x_EN.float().transpose(-1, -2).contiguous()
 
 
-def _shape(dt: Tensor, n_states: int, block: int, packed: bool) -> dict[str, int | bool]:
+def _shape(dt: Tensor, tokens: Tensor, block: int, packed: bool) -> dict[str, Any]:
     """Compile-time arguments that all but the carry take."""
     length, channels = dt.shape[1:]
     return {
         "E": channels,
-        "N": n_states,
+        "N": tokens.size(2),
+        "WORDS": tokens.size(4),
         "ROWS": ROWS,
         "BLOCK_E": block,
         "DT_ROW": dt.stride(1),
@@ -68,7 +87,7 @@ def _carry(A_NE: Tensor, edge_BNE: Tensor, slots: Tensor, slot_stride: int, dt_s
     """Runs the carry over `slots`, forward from the first (direction 1) or backward from the last one (-1)."""
     batch, n_chunks, channels = dt_sums.shape
     first = n_chunks - 1 if direction < 0 else 0
-    carry_chunks[triton.cdiv(channels, BLOCK_E), A_NE.size(0), batch](
+    carry_chunks[triton.cdiv(channels, CARRY_BLOCK_E), A_NE.size(0), batch](
         A_NE,
         edge_BNE,
         slots,
@@ -81,7 +100,7 @@ def _carry(A_NE: Tensor, edge_BNE: Tensor, slots: Tensor, slot_stride: int, dt_s
         DIRECTION=direction,
         E=channels,
         N=A_NE.size(0),
-        BLOCK_E=BLOCK_E,
+        BLOCK_E=CARRY_BLOCK_E,
         AHEAD=CARRY_AHEAD,
         **COMPILE_OPTIONS,
     )
@@ -93,7 +112,8 @@ def _forward(
     u, dt, A, B, C, D, z, dt_bias = scan
     batch, length, channels = u.shape
     n_states = A.size(1)
-    u, dt, B, C = map(readable, (u, dt, B, C))
+    u, dt = map(readable, (u, dt))
+    tokens = _by_tile(B, C)
     # Without a gate or documents their pointers are passed on but never read.
     gate = u if z is None else readable(z)
     positions = u if doc_position is None else doc_position.contiguous()
@@ -106,17 +126,18 @@ def _forward(
     starts = torch.empty(batch, n_tiles, n_states, channels, dtype=torch.float32, device=u.device)
     final_BNE = torch.empty(batch, n_states, channels, dtype=torch.float32, device=u.device)
     dt_sums = torch.empty(batch, n_chunks, channels, dtype=torch.float32, device=u.device)
-    shape = _shape(dt, n_states, FORWARD_BLOCK_E, doc_position is not None) | {
+    shape = _shape(dt, tokens, FORWARD_BLOCK_E, doc_position is not None) | {
         "U_ROW": u.stride(1),
-        "B_ROW": B.stride(1),
+        "TOKEN_TYPE": TYPES[B.dtype],
     }
+    together = TOGETHER if n_states % TOGETHER == 0 else 1
     with torch.cuda.device_of(u):
         if n_chunks > 1:
             chunk_ends[n_blocks, n_chunks - 1, batch](
                 u,
                 dt,
                 A_NE,
-                B,
+                tokens,
                 dt_bias,
                 positions,
                 starts,
@@ -125,7 +146,7 @@ def _forward(
                 chunk_tiles,
                 u.stride(0),
                 dt.stride(0),
-                B.stride(0),
+                TOGETHER=together,
                 **shape,
             )
         _carry(A_NE, _by_state(initial_state), starts, chunk_tiles * n_states * channels, dt_sums, direction=1)
@@ -133,8 +154,7 @@ def _forward(
             u,
             dt,
             A_NE,
-            B,
-            C,
+            tokens,
             D,
             gate,
             dt_bias,
@@ -146,12 +166,10 @@ def _forward(
             chunk_tiles,
             u.stride(0),
             dt.stride(0),
-            B.stride(0),
-            C.stride(0),
             gate.stride(0),
-            C_ROW=C.stride(1),
             Z_ROW=gate.stride(1),
             HAS_Z=z is not None,
+            TOGETHER=together,
             **shape,
         )
     return out, final_BNE.transpose(1, 2).contiguous(), starts
@@ -163,7 +181,8 @@ def _backward(
     u, dt, A, B, C, D, z, dt_bias = scan
     batch, length, channels = u.shape
     n_states, device = A.size(1), u.device
-    u, dt, B, C, g_out = map(readable, (u, dt, B, C, g_out))
+    u, dt, g_out = map(readable, (u, dt, g_out))
+    tokens = _by_tile(B, C)
     gate = u if z is None else readable(z)
     positions = u if doc_position is None else doc_position.contiguous()
     A_NE, skip_E, bias_E = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
@@ -177,19 +196,20 @@ def _backward(
     dz = u.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=device)
     channel_sums = torch.empty(batch * n_chunks, n_states + 2, channels, dtype=torch.float32, device=device)
     token_sums = torch.empty(n_blocks, batch, length, 2, n_states, dtype=torch.float32, device=device)
-    shape = _shape(dt, n_states, BLOCK_E, doc_position is not None) | {
-        "C_ROW": C.stride(1),
+    shape = _shape(dt, tokens, BLOCK_E, doc_position is not None) | {
+        "TOKEN_TYPE": TYPES[B.dtype],
         "Z_ROW": gate.stride(1),
         "DOUT_ROW": g_out.stride(1),
         "HAS_Z": z is not None,
     }
     states = triton.next_power_of_2(n_states)
+    together = TOGETHER if n_states % TOGETHER == 0 else 1
     with torch.cuda.device_of(u):
         if n_chunks > 1:
             chunk_adjoints[n_blocks, n_chunks - 1, batch](
                 dt,
                 A_NE,
-                C,
+                tokens,
                 gate,
                 bias_E,
                 positions,
@@ -199,9 +219,9 @@ def _backward(
                 length,
                 chunk_tiles,
                 dt.stride(0),
-                C.stride(0),
                 gate.stride(0),
                 g_out.stride(0),
+                TOGETHER=together,
                 **shape,
             )
         _carry(A_NE, _by_state(g_final), adjoints, n_states * channels, dt_sums, direction=-1)
@@ -209,8 +229,7 @@ def _backward(
             u,
             dt,
             A_NE,
-            B,
-            C,
+            tokens,
             skip_E,
             gate,
             bias_E,
@@ -227,12 +246,9 @@ def _backward(
             chunk_tiles,
             u.stride(0),
             dt.stride(0),
-            B.stride(0),
-            C.stride(0),
             gate.stride(0),
             g_out.stride(0),
             U_ROW=u.stride(1),
-            B_ROW=B.stride(1),
             STATES=max(FEW_STATES, states),
             ROUNDED=u.dtype != torch.float32,
             # The interpreter, which runs on the CPU, has no bfloat16 product.
@@ -241,7 +257,7 @@ def _backward(
             PREFETCHED=states if can_prefetch(device) and not shape["MASKED"] else 0,
             num_stages=1,
             maxnreg=BACKWARD_REGISTERS,
-            **shape,
+            **(shape | {"num_warps": GRADIENT_WARPS}),
         )
         dA, dB, dC, dD, d_bias = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (A, B, C, D, dt_bias))
         sum_channels(channel_sums, dA, dD, d_bias)
