@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ from typing import Any
 
 from hymba_lightning.files import write_atomic
 from hymba_lightning.studies.arguments import StudyParser
-from hymba_lightning.studies.runs import hardware, run_once
+from hymba_lightning.studies.runs import hardware, made_with, read_json, run_once
 from hymba_lightning.studies.variants import options
 
 # What torch, Triton and numba keep what they compiled in.
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR")
+# In --out, beside the runs: those caches, and what was measured.
+CACHE_FOLDER, STARTS = "caches", "starts.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,24 @@ def start_of(caches: str, process_seconds: float, summary: dict[str, Any], endin
     ending = min(max(ending, 0.0), outside)
     rest = max(summary["wall_clock_seconds"] - sum(before.values()), 0.0)
     return Start(caches, outside - ending, rest=rest + ending, **before)
+
+
+def earlier(out: Path) -> list[Start]:
+    """What an earlier call of the study measured in `out`, which may be new or what one left that was interrupted.
+
+    Raises ValueError where anything else is there, or the measurements are damaged.
+    """
+    path = out / STARTS
+    if path.is_file():
+        try:
+            return [Start(**start) for start in read_json(path, list)]
+        except TypeError as error:
+            raise ValueError(f"{path} is damaged ({error}): give a new --out") from error
+    there = {part.name for part in out.iterdir()} if out.is_dir() else set()
+    foreign = there - {CACHE_FOLDER, "start-0"} or (there and made_with(out / "start-0", "fit") is None)
+    if foreign or (out.exists() and not out.is_dir()):
+        raise ValueError(f"--out {out} is not empty, and its caches would not be cold: give a new folder")
+    return []
 
 
 @contextmanager
@@ -101,19 +122,24 @@ def main(args: list[str]) -> None:
         if getattr(given, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(given, name)}")
     out = Path(given.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out} is not empty, and its caches would not be cold: give a new folder")
+    starts = earlier(out)
     values = {"data.data_dir": given.data_dir, "trainer.max_steps": given.steps, "model.budget_seconds": None}
     arguments = ["--config", given.config, *options(values), *parser.fit_options]
-    starts = []
-    with caches_in(out / "caches"):
+    with caches_in(out / CACHE_FOLDER):
         for repeat in range(given.repeats + 1):
-            began = time.monotonic()
             run = out / f"start-{repeat}"
+            if repeat < len(starts):
+                summary = run_once("fit", run, "summary.json", arguments)  # read, not run
+                continue
+            # What an interrupted call left would be gone on with, or be warm.
+            for left in [run] if repeat else [run, out / CACHE_FOLDER]:
+                shutil.rmtree(left, ignore_errors=True)
+            began = time.monotonic()
             summary = run_once("fit", run, "summary.json", arguments)
             seconds, ending = time.monotonic() - began, time.time() - (run / "summary.json").stat().st_mtime
             starts.append(start_of("warm" if repeat else "cold", seconds, summary, ending))
-            write_atomic(out / "starts.json", json.dumps([asdict(start) for start in starts], indent=1) + "\n")
+            write_atomic(out / STARTS, json.dumps([asdict(start) for start in starts], indent=1) + "\n")
+    starts = starts[: given.repeats + 1]
     text = f"{hardware(summary['environment'])}, {summary['steps']} steps\n\n{table(starts)}\n"
     write_atomic(out / "table.md", text)
     print(text, end="")

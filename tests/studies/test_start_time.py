@@ -6,6 +6,8 @@ import os
 import pytest
 from tiny import NET, write_data
 
+from hymba_lightning.studies import start_time
+from hymba_lightning.studies.runs import RunFailedError
 from hymba_lightning.studies.start_time import CACHES, caches_in, main, start_of, table
 
 
@@ -52,7 +54,54 @@ def test_a_cold_fit_and_a_warm_one_are_told(tmp_path, capsys):
     assert any((tmp_path / "out" / "caches").rglob("*"))
     with pytest.raises(ValueError, match="--run_dir behind -- would put every run in one folder: leave it out"):
         main([*line, "--out", str(tmp_path / "new"), "--", f"--run_dir={tmp_path / 'elsewhere'}"])
-    with pytest.raises(ValueError, match="is not empty, and its caches would not be cold: give a new folder"):
-        main([*line, "--out", str(tmp_path / "out")])
+    main([*line, "--out", str(tmp_path / "out"), "--", *options])
+    assert json.loads((tmp_path / "out" / "starts.json").read_text()) == starts, "what was measured is not run again"
+    assert capsys.readouterr().out == told[told.index("1 ×") :]
+    with pytest.raises(ValueError, match="holds a run with other options"):
+        main([*line, "--out", str(tmp_path / "out"), "--", *options, "--model.log_every_n_steps", "1"])
     with pytest.raises(ValueError, match="--repeats must be at least 1, got 0"):
         main([*line, "--out", str(tmp_path / "new"), "--repeats", "0"])
+
+
+def test_what_an_interrupted_study_left_is_measured_anew(tmp_path, monkeypatch):
+    out, ran = tmp_path / "out", []
+
+    def run(command, run_dir, result, arguments):
+        assert not run_dir.exists()
+        if run_dir.name == "start-0":
+            assert not (out / "caches").exists()
+        for part in (run_dir, out / "caches"):
+            part.mkdir(parents=True, exist_ok=True)
+        (run_dir / "fit_arguments.json").write_text("[]")
+        ran.append(run_dir.name)
+        if len(ran) in (1, 3):
+            raise RunFailedError("out of memory")
+        (run_dir / result).write_text("{}")
+        return summary(start=1.0, training=1.0) | {"steps": 2, "environment": {}}
+
+    monkeypatch.setattr(start_time, "run_once", lambda *a: run(*a) if not (a[1] / a[2]).exists() else ran_before)
+    monkeypatch.setattr(start_time, "hardware", lambda environment: "a machine")
+    ran_before = {"steps": 2, "environment": {}}
+    line = ["--data_dir", "data", "--out", str(out), "--repeats", "1"]
+    for _ in range(2):
+        with pytest.raises(RunFailedError):
+            main(line)
+    main(line)
+    assert ran == ["start-0", "start-0", "start-1", "start-1"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "start-0", "start-1", "summary.json"])
+def test_a_folder_with_anything_else_is_left_alone(tmp_path, name):
+    kept = tmp_path / name / "summary.json" if name == "start-0" else tmp_path / name
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("kept")
+    with pytest.raises(ValueError, match="is not empty, and its caches would not be cold: give a new folder"):
+        main(["--data_dir", "data", "--out", str(tmp_path)])
+    assert kept.read_text() == "kept"
+
+
+@pytest.mark.parametrize("text", ["[{}]", "{", "[1]", '{"a": 1}'])
+def test_damaged_measurements_are_told(tmp_path, text):
+    (tmp_path / "starts.json").write_text(text)
+    with pytest.raises(ValueError, match=r"starts\.json is damaged"):
+        main(["--data_dir", "data", "--out", str(tmp_path)])
