@@ -1,4 +1,5 @@
-"""Turns on a device: the lock is held from before the clock starts to the end of the fit, not after a failure."""
+"""Turns on a device: the lock is held from before the clock starts to the end of training or of the fit, not after a
+failure."""
 
 import pytest
 from filelock import FileLock, Timeout
@@ -40,11 +41,13 @@ def free(path):
     FileLock(path).acquire(timeout=0).lock.release()
 
 
-def test_the_device_is_held_while_the_clock_runs(tmp_path):
+@pytest.mark.parametrize(("budget", "held_after_training"), [(None, False), (600.0, True)])
+def test_the_device_is_held_while_the_clock_runs(tmp_path, budget, held_after_training):
     path = str(tmp_path / "device.lock")
-    probe = Probe(path)
-    make_trainer(tmp_path, max_steps=2, callbacks=[DeviceTurn(path), probe]).fit(TinyModule(), TinyData())
-    assert probe.held == [False, True, True]
+    probe, module = Probe(path), TinyModule()
+    module.budget_seconds = budget
+    make_trainer(tmp_path, max_steps=2, callbacks=[DeviceTurn(path), probe]).fit(module, TinyData())
+    assert probe.held == [False, True, held_after_training]
     free(path)
 
 
