@@ -9,14 +9,14 @@ Li et al., "NorMuon" (arXiv:2510.05491), for the second moments of neurons; Chen
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hymba_lightning.ops.muon_passes import Bank, Passes, Update, passes, plan_banks
+from hymba_lightning.ops.muon_passes.backend_torch import normalized
 from hymba_lightning.ops.newton_schulz import newton_schulz_step
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -35,7 +35,6 @@ POLAR_EXPRESS = (
 # bf16 rounding may lift a singular value above 1, where the polynomials diverge: leave room.
 POLAR_EXPRESS_SAFETY = 1.01
 
-EPS = 1e-7
 # So many times wider than high a float32 matrix is worth the detour over its Gram matrix.
 GRAM_COLUMNS = 2
 
@@ -66,9 +65,12 @@ def orthogonalize(bank_nRC: Tensor, coefficients: Sequence[tuple[float, float, f
     Returns:
         (n, R, C) in `dtype`.
     """
-    norm_n11 = torch.linalg.vector_norm(bank_nRC, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    x_nRC = (bank_nRC / (norm_n11 + EPS)).to(dtype)
-    if dtype == torch.float32 and GRAM_COLUMNS * x_nRC.size(1) <= x_nRC.size(2):
+    return _iterate(normalized(bank_nRC, dtype), coefficients)
+
+
+def _iterate(x_nRC: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """The steps, for matrices of Frobenius norm 1."""
+    if x_nRC.dtype == torch.float32 and GRAM_COLUMNS * x_nRC.size(1) <= x_nRC.size(2):
         return _of_gram(x_nRC, coefficients)
     for a, b, c in coefficients:
         x_nRC = newton_schulz_step(x_nRC, a, b, c)
@@ -90,47 +92,6 @@ def _of_gram(x_nRC: Tensor, coefficients: Sequence[tuple[float, float, float]]) 
     return x_nRC if total_nRR is None else total_nRR @ x_nRC
 
 
-@dataclass(frozen=True)
-class _Bank:
-    """Matrices with one shape after transposition; a rank works on `share` consecutive ones of them."""
-
-    rows: int
-    columns: int
-    members: tuple[int, ...]
-    """Indices into the parameter list: the ones stored as (R, C) first, then those to be transposed."""
-    n_upright: int
-    share: int
-    offset: int
-    """Where the bank's share starts in a rank's flat buffer of updates."""
-
-    @property
-    def numel(self) -> int:
-        return self.rows * self.columns
-
-
-def plan_banks(shapes: Sequence[torch.Size], world_size: int) -> tuple[list[_Bank], int]:
-    """Group matrices by shape and share every bank out over ranks.
-
-    Returns:
-        the banks, and the number of elements in a rank's flat buffer.
-
-    Raises:
-        ValueError: a parameter is not a matrix.
-    """
-    by_shape: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
-    for index, shape in enumerate(shapes):
-        if len(shape) != 2:
-            raise ValueError(f"Muon takes matrices; parameter {index} of its group has shape {tuple(shape)}")
-        upright, turned = by_shape.setdefault((min(shape), max(shape)), ([], []))
-        (upright if shape[0] <= shape[1] else turned).append(index)
-    banks, offset = [], 0
-    for (rows, columns), (upright, turned) in by_shape.items():
-        share = math.ceil((len(upright) + len(turned)) / world_size)
-        banks.append(_Bank(rows, columns, (*upright, *turned), len(upright), share, offset))
-        offset += share * rows * columns
-    return banks, offset
-
-
 class Muon:
     """The update rule, without parameters of its own: `step` changes parameters and momentum in place.
 
@@ -148,6 +109,7 @@ class Muon:
         neuron_beta: decay of a second moment per row, by whose root a row's update is divided before the matrix gets
             back the norm it had (NorMuon); 0 for none.
         cautious: decay only the weights that the update moves towards zero.
+        backend: of the passes over the parameters (ops/muon_passes).
     """
 
     def __init__(
@@ -161,6 +123,7 @@ class Muon:
         dtype: torch.dtype | None = None,
         neuron_beta: float = 0.0,
         cautious: bool = False,
+        backend: str = "auto",
     ) -> None:
         self.coefficients = iteration_coefficients(coefficients, ns_steps)
         self.nesterov = nesterov
@@ -169,7 +132,8 @@ class Muon:
         self.dtype = dtype
         self.neuron_beta = neuron_beta
         self.cautious = cautious
-        self._plans: dict[tuple[tuple[torch.Size, ...], int], tuple[list[_Bank], int]] = {}
+        self.backend = backend
+        self._plans: dict[tuple[tuple[torch.Size, ...], int], tuple[list[Bank], int]] = {}
 
     @torch.no_grad()
     def step(
@@ -196,75 +160,48 @@ class Muon:
         """
         if not params:
             return
-        grads = [g.float() for g in grads]
-        torch._foreach_mul_(momenta, momentum)
-        torch._foreach_add_(momenta, grads)
-        directions = list(torch._foreach_add(grads, momenta, alpha=momentum)) if self.nesterov else momenta
-        if not self.cautious:
-            torch._foreach_mul_(params, 1.0 - lr * weight_decay)
-        for members, updates_nrc in self._orthogonal_updates(directions):
-            rows, columns = updates_nrc.shape[1:]
-            scale = max(1.0, rows / columns) ** 0.5
-            moved = [params[i] for i in members]
-            if self.neuron_beta:
-                updates_nrc = self._by_neuron(updates_nrc, [neurons[i] for i in members])  # type: ignore[index]
-            if self.cautious and weight_decay:
-                weights_nrc = torch.stack(moved)
-                decayed_nrc = weights_nrc * (weights_nrc * updates_nrc > 0)
-                torch._foreach_add_(moved, list(decayed_nrc.unbind()), alpha=-lr * weight_decay)
-            torch._foreach_add_(moved, list(updates_nrc.unbind()), alpha=-lr * scale)
-
-    def _by_neuron(self, updates_nrc: Tensor, moments: list[Tensor]) -> Tensor:
-        """Updates (n, rows, columns) with their rows divided by the root of `moments`, which they enter first, and the
-        norm of each matrix as before."""
-        moments_nr1 = torch.stack(moments)
-        moments_nr1.lerp_(updates_nrc.square().mean(-1, keepdim=True), 1 - self.neuron_beta)
-        torch._foreach_copy_(moments, list(moments_nr1.unbind()))
-        divided_nrc = updates_nrc / (moments_nr1.sqrt() + EPS)
-        norms = [torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) for x in (updates_nrc, divided_nrc)]
-        return divided_nrc * (norms[0] / (norms[1] + EPS))
-
-    def _orthogonal_updates(self, directions: list[Tensor]) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Float32 updates by shape, the same on every rank: indices into `directions`, stack (n, rows, columns)."""
+        update = Update(
+            params,
+            [g.float() for g in grads],
+            momenta,
+            lr,
+            momentum,
+            weight_decay,
+            nesterov=self.nesterov,
+            row_normalize=self.row_normalize,
+            cautious=self.cautious,
+            neuron_beta=self.neuron_beta,
+            neurons=neurons or [],
+        )
         world_size, rank = 1, 0
         if self.shard and dist.is_available() and dist.is_initialized():
             world_size, rank = dist.get_world_size(), dist.get_rank()
-        key = (tuple(d.shape for d in directions), world_size)
+        key = (tuple(p.shape for p in params), world_size)
         if key not in self._plans:
             self._plans[key] = plan_banks(key[0], world_size)
         banks, flat_size = self._plans[key]
-
-        device = directions[0].device
+        device = params[0].device
         dtype = self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+        of_update = passes(update, banks, backend=self.backend)
+        of_update.momentum()
+        if world_size == 1:
+            for bank in banks:
+                of_update.apply(bank, self._orthogonal(of_update, bank, 0, len(bank.members), dtype).reshape(1, -1))
+            return
         flat_S = torch.empty(flat_size, dtype=dtype, device=device)
         for bank in banks:
             first = min(rank * bank.share, len(bank.members))
             last = min(first + bank.share, len(bank.members))
             if first < last:
-                x_nRC = orthogonalize(self._stack(directions, bank, first, last), self.coefficients, dtype)
+                x_nRC = self._orthogonal(of_update, bank, first, last, dtype)
                 flat_S[bank.offset :][: x_nRC.numel()].view_as(x_nRC).copy_(x_nRC)
-        flat_WS = flat_S[None]
-        if world_size > 1:
-            flat_WS = torch.empty(world_size, flat_size, dtype=dtype, device=device)
-            # Bytes, because not every backend carries bf16.
-            dist.all_gather(list(flat_WS.view(torch.uint8)), flat_S.view(torch.uint8))
-
+        flat_WS = torch.empty(world_size, flat_size, dtype=dtype, device=device)
+        # Bytes, because not every backend carries bf16.
+        dist.all_gather(list(flat_WS.view(torch.uint8)), flat_S.view(torch.uint8))
         for bank in banks:
-            share_WX = flat_WS[:, bank.offset : bank.offset + bank.share * bank.numel]
-            x_nRC = share_WX.float().reshape(-1, bank.rows, bank.columns)
-            upright, turned = bank.members[: bank.n_upright], bank.members[bank.n_upright :]
-            if upright:
-                yield upright, x_nRC[: len(upright)]
-            if turned:
-                yield turned, x_nRC[len(upright) : len(bank.members)].mT.contiguous()
+            of_update.apply(bank, flat_WS[:, bank.offset : bank.offset + bank.share * bank.numel])
 
-    def _stack(self, directions: list[Tensor], bank: _Bank, first: int, last: int) -> Tensor:
-        """(last − first, R, C): members `first` to `last` of a bank, tall ones transposed."""
-        upright = max(min(bank.n_upright, last) - first, 0)
-        matrices = [directions[i] for i in bank.members[first:last]]
-        bank_nRC = torch.stack(matrices[:upright] + [matrix.mT for matrix in matrices[upright:]])
-        if self.row_normalize:
-            # A row of the parameter is a column of a transposed member.
-            for part, dim in ((bank_nRC[:upright], -1), (bank_nRC[upright:], -2)):
-                part /= torch.linalg.vector_norm(part, dim=dim, keepdim=True) + EPS
-        return bank_nRC
+    def _orthogonal(self, of_update: Passes, bank: Bank, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """(last − first, R, C): members `first` to `last` of a bank, orthogonalised."""
+        return _iterate(of_update.bank(bank, first, last, dtype), self.coefficients)

@@ -16,6 +16,8 @@ from torch import Tensor
 CALLS_BEFORE_RECORDING = 3
 # Every graph keeps the activations of its shape; a loader of ever new lengths must not fill the memory with them.
 MOST_GRAPHS = 4
+# Every sum begins at a multiple of so many elements: behind one that did not, kernels would read number by number.
+GRAIN = 32
 
 
 class GraphRecordingError(RuntimeError):
@@ -60,9 +62,10 @@ class Gradients:
         views: dict[int, Tensor] = {}
         for dtype in dict.fromkeys(p.dtype for p in self._parameters):
             members = [p for p in self._parameters if p.dtype == dtype]
-            flat = members[0].new_zeros(sum(p.numel() for p in members))
-            for p, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
-                views[id(p)] = part.view_as(p)
+            sizes = [-(-p.numel() // GRAIN) * GRAIN for p in members]
+            flat = members[0].new_zeros(sum(sizes))
+            for p, part in zip(members, flat.split(sizes), strict=True):
+                views[id(p)] = part[: p.numel()].view_as(p)
             self._flat.append(flat)
         self._views = [views[id(p)] for p in self._parameters]
         self._used: list[bool] | None = None
@@ -101,7 +104,7 @@ class Gradients:
 
     @property
     def flat(self) -> list[Tensor]:
-        """All sums of a dtype one after the other, (all elements,): what is written there every `grad` then holds."""
+        """All sums of a dtype in one tensor, zeros between them: what is written there every `grad` then holds."""
         return self._flat
 
     @property

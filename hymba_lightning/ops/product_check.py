@@ -1,5 +1,7 @@
 """Checks, then times, on a GPU the kernels made of matrix products: attention, the MLP, Newton-Schulz.
 
+Muon's passes around the last are checked only.
+
 B batch, T sequence, H query heads, G kv heads, K head_dim; M tokens, D width, F hidden width; n matrices of R x C.
 """
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from hymba_lightning.ops.leaky_square_mlp import available_backends as mlp_backends
 from hymba_lightning.ops.leaky_square_mlp import leaky_square_mlp
 from hymba_lightning.ops.leaky_square_mlp import triton_launches as mlp_triton
+from hymba_lightning.ops.muon_passes import Update, passes, plan_banks
 from hymba_lightning.ops.newton_schulz import newton_schulz_step
 from hymba_lightning.ops.newton_schulz import triton_launches as schulz_triton
 from hymba_lightning.ops.prefix_window import prefix_window_attention
@@ -27,6 +30,8 @@ SLOPE = 0.5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Larger than a bank's own rounding to bfloat16 between the products.
 SCHULZ_TOLERANCE = 1e-2
+# A bank's number that is rounded the other way moves a weight by a hundredth of a thousandth.
+MUON_TOLERANCE = 1e-5
 # B, T, S, H, G, K, window
 ATTENTIONS = (
     (2, 1000, 1000, 8, 4, 64, 512),
@@ -145,6 +150,31 @@ def check_schulz(shape: tuple[int, int, int]) -> bool:
     return passed
 
 
+def check_muon(shape: tuple[int, int, int]) -> bool:
+    """Prints how far Muon's passes over a bank, half of it tall, are from those of torch's operators."""
+    matrices, rows, columns = shape
+    shapes = [(rows, columns)] * (matrices - matrices // 2) + [(columns, rows)] * (matrices // 2)
+    params, grads = ([torch.randn(*size, device="cuda") for size in shapes] for _ in range(2))
+    banks, _ = plan_banks([p.shape for p in params], 1)
+    found = {}
+    for backend in ("triton", "torch"):
+        moved, momenta = [p.clone() for p in params], [g.clone() for g in grads]
+        update = Update(moved, grads, momenta, 0.02, 0.95, 0.1, row_normalize=True, cautious=True)
+        with fresh_memory_is_nan():
+            of_update = passes(update, banks, backend=backend)
+            of_update.momentum()
+            for one in banks:
+                of_update.apply(one, of_update.bank(one, 0, matrices, torch.bfloat16).view(1, -1))
+        found[backend] = [*moved, *momenta]
+    ratio = max(rms_ratio(a, b) for a, b in zip(found["triton"], found["torch"], strict=True))
+    passed = ratio <= MUON_TOLERANCE
+    print(
+        f"{f'muon_passes {shape}':<48} worst {ratio:.2e} (limit {MUON_TOLERANCE:.0e}) {'ok' if passed else 'WRONG'}",
+        flush=True,
+    )
+    return passed
+
+
 def check(quick: bool = False) -> bool:
     """Makes every comparison that can run here (with `quick`, of the first two shapes); returns whether all passed."""
     passed, count = True, 2 if quick else None
@@ -176,6 +206,7 @@ def check(quick: bool = False) -> bool:
             )
     for bank_shape in BANKS[:count]:
         passed &= check_schulz(bank_shape)
+        passed &= check_muon(bank_shape)
     return passed
 
 

@@ -26,6 +26,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from hymba_lightning.ops import triton_sums
 from hymba_lightning.ops.causal_conv1d import triton_launches as conv_triton
 from hymba_lightning.ops.leaky_square_mlp import triton_launches as mlp_triton
+from hymba_lightning.ops.muon_passes import Update, plan_banks
+from hymba_lightning.ops.muon_passes import triton_launches as muon_triton
 from hymba_lightning.ops.newton_schulz import triton_launches as schulz_triton
 from hymba_lightning.ops.selective_scan import triton_launches as scan_triton
 from hymba_lightning.ops.selective_scan.operator import ScanOperands
@@ -198,6 +200,20 @@ def newton_schulz_launches(matrices: int, rows: int, columns: int, dtype: torch.
     return launches
 
 
+def muon_launches(rows: int, columns: int, dtype: torch.dtype) -> list[Launch]:
+    """Every launch of Muon's passes over a bank of a wide and a tall matrix, rows normalised."""
+    params, grads, momenta = (
+        [torch.empty(*shape, device="meta") for shape in ((rows, columns), (columns, rows))] for _ in range(3)
+    )
+    update = Update(params, grads, momenta, 0.02, 0.95, 0.02, row_normalize=True)
+    (bank,), _ = plan_banks([p.shape for p in params], 1)
+    with recorded(muon_triton) as launches:
+        passes = muon_triton.TritonPasses(update, [bank])
+        passes.momentum()
+        passes.apply(bank, passes.bank(bank, 0, 2, dtype).view(1, -1))
+    return launches
+
+
 def compile_launch(launch: Launch, capability: int) -> Resources:
     """Compiles what `launch` would compile on a GPU of the compute capability (90 for a Hopper); reads its resources.
 
@@ -302,6 +318,8 @@ def report_all() -> bool:
         for rows, columns in ((512, 2048), (48, 512)):
             launches = newton_schulz_launches(8, rows, columns, torch.bfloat16)
             clean &= report(launches, f"newton_schulz {rows} x {columns} bfloat16", capability)
+            launches = muon_launches(rows, columns, torch.bfloat16)
+            clean &= report(launches, f"muon_passes {rows} x {columns} bfloat16", capability)
         for width, documents in ((64, False), (64, True), (128, False), (128, True)) if capability == 90 else ():
             launches = attention_launches(2, 32768, 8, 4, width, 512, torch.bfloat16, documents)
             clean &= report(launches, f"attention K={width}{' documents' if documents else ''}", capability)

@@ -82,6 +82,12 @@ def test_parameters_may_have_several_dtypes(net):
     assert_grads(net, autograds(net, batch(0)))
 
 
+def test_every_gradient_begins_where_kernels_read_four_numbers_at_once(net):
+    Gradients(net, list(net.parameters()), record=False).add(*batch(1))
+    assert any(parameter.numel() % 4 for parameter in net.parameters())
+    assert {parameter.grad.data_ptr() % 16 for parameter in net.parameters() if parameter.grad is not None} == {0}
+
+
 def test_parameters_on_two_devices_are_refused(net):
     with pytest.raises(ValueError, match="on one device, not on 2"):
         Gradients(net, [*net.parameters(), torch.nn.Parameter(torch.ones(2, device="meta"))], record=False)

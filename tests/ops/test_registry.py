@@ -109,8 +109,9 @@ def test_a_file_in_an_ops_folder_is_a_backend(tmp_path, monkeypatch):
 def test_the_help_of_every_backend_option_is_its_ops_table():
     registry.register_all()
     ops = {field.metadata["op"] for field in dataclasses.fields(RuntimeConfig) if field.name.endswith("_backend")}
-    # The optimizer takes its own choice, two those of the op in whose place they stand, and two go by the device alone.
-    assert ops == set(registry.OPERATIONS) - {"newton_schulz", "ssd", "prefix_window_attention"} - {
+    # The optimizer takes its own, two those of the op in whose place they stand, and two go by the device alone.
+    assert ops == set(registry.OPERATIONS) - {"newton_schulz", "muon_passes", "ssd"} - {
+        "prefix_window_attention",
         "rotary_norm",
         "scaled_sum",
     }

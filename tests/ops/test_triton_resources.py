@@ -81,6 +81,15 @@ def test_a_banks_products_do_not_spill_on_hopper(resources, shape):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", [(512, 2048), (48, 512)])
+def test_muons_passes_do_not_spill_on_hopper(resources, shape):
+    launches = resources.muon_launches(*shape, torch.bfloat16)
+    names = ["add_gradients", "fill_bank", "move_parameters"]
+    assert [launch.kernel.__name__ for launch in launches] == [name for name in names for _ in range(2)]
+    assert resources.report(launches, "muon_passes", 90)
+
+
+@pytest.mark.slow
 def test_as_many_programs_fit_as_the_chunks_are_made_for(resources):
     from hymba_lightning.ops.selective_scan import triton_launches as triton
 
