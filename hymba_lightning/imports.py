@@ -25,12 +25,16 @@ PARTS = {
 def uncollected() -> Iterator[None]:
     """What is imported inside stays until the process ends: it is not searched for garbage, now or later. Otherwise a
     fifth of the imports' time, and a twentieth of a compilation's, is such searches."""
+    enabled, known = gc.isenabled(), len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
-        gc.enable()
+        # A second command of a process imports nothing, and what the first has left may be garbage.
+        if len(sys.modules) > known:
+            gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 def import_torchmetrics_in_parts() -> None:

@@ -43,6 +43,26 @@ def test_what_a_fit_imports_is_not_searched_for_garbage():
     assert lines == ["0 True True"]
 
 
+AGAIN = """
+import weakref
+class Ring:
+    pass
+ring = Ring()
+ring.itself, seen = ring, weakref.ref(ring)
+del ring
+try:
+    main()
+except SystemExit:
+    pass
+gc.collect()
+print(seen())
+"""
+
+
+def test_what_is_garbage_before_a_second_command_of_a_process_is_found():
+    assert printed(REFUSED + AGAIN) == ["None"]
+
+
 IN_PARTS = """
 from hymba_lightning.imports import import_torchmetrics_in_parts
 import_torchmetrics_in_parts()
