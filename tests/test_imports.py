@@ -43,6 +43,26 @@ def test_what_a_fit_imports_is_not_searched_for_garbage():
     assert lines == ["0 True True"]
 
 
+AGAIN = """
+import weakref
+class Ring:
+    pass
+ring = Ring()
+ring.itself, seen = ring, weakref.ref(ring)
+del ring
+try:
+    main()
+except SystemExit:
+    pass
+gc.collect()
+print(seen())
+"""
+
+
+def test_what_is_garbage_before_a_second_command_of_a_process_is_found():
+    assert printed(REFUSED + AGAIN) == ["None"]
+
+
 IN_PARTS = """
 from hymba_lightning.imports import import_torchmetrics_in_parts
 import_torchmetrics_in_parts()
@@ -61,3 +81,42 @@ def test_the_rest_of_torchmetrics_comes_when_it_is_asked_for():
     assert version.split()[1:] == ["False", "False"]
     assert version[0].isdigit()
     assert lines == ["torchmetrics.classification.accuracy True True", "True torchmetrics.utilities", "False"]
+
+
+AT_ONCE = """
+from hymba_lightning.imports import import_torchmetrics_in_parts
+import_torchmetrics_in_parts()
+import threading, torchmetrics
+found = []
+threads = [threading.Thread(target=lambda: found.append(torchmetrics.Accuracy.__name__)) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(found)
+"""
+ALL = """
+from hymba_lightning.imports import import_torchmetrics_in_parts
+import_torchmetrics_in_parts()
+from torchmetrics import *
+print(Accuracy.__name__)
+"""
+ANOTHERS = """
+import sys, types
+sys.modules["torchmetrics"] = mine = types.ModuleType("torchmetrics")
+from hymba_lightning.imports import import_torchmetrics_in_parts
+import_torchmetrics_in_parts()
+print(sys.modules["torchmetrics"] is mine)
+"""
+
+
+def test_the_rest_of_torchmetrics_comes_to_threads_that_ask_at_once():
+    assert printed(AT_ONCE) == [str(["Accuracy"] * 4)]
+
+
+def test_the_rest_of_torchmetrics_comes_to_an_import_of_all():
+    assert printed(ALL) == ["Accuracy"]
+
+
+def test_what_somebody_put_in_the_place_of_torchmetrics_stays():
+    assert printed(ANOTHERS) == ["True"]

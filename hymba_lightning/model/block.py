@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,6 +53,8 @@ class Block(Module):
         super().__init__()
         d = config.d_model
         self.attn = mixer_class(config.mixer)(config, runtime, window, shared_kv)
+        # Not one with another `forward`, unless it says so.
+        self.attn_takes_scale = "scale_D" in inspect.signature(self.attn.forward).parameters
         self.mlp = MLP(d, config.mlp_hidden, config.mlp_slope, runtime.mlp_backend)
         self.attn_scale = parameter(torch.ones(d), Role.CONTROL)
         self.mlp_scale = parameter(torch.ones(d), Role.CONTROL)
@@ -68,11 +72,14 @@ class Block(Module):
         """x and x0 (B, T, D) → x (B, T, D), and the mixer's new state when asked."""
         mix = self.resid_mix.to(x_BTD.dtype)
         x_BTD, normed_BTD = scaled_sum(x_BTD, x0_BTD, mix[0], mix[1], RMS_EPS)
-        if folds_scales(x_BTD):
+        folds = folds_scales(x_BTD)
+        if folds and self.attn_takes_scale:
             mixed_BTD, new_state = self.attn(normed_BTD, rope, state, return_state, doc_position_BT, self.attn_scale)
             x_BTD, normed_BTD = scaled_sum(x_BTD, mixed_BTD, None, None, RMS_EPS)
+        else:
+            mixed_BTD, new_state = self.attn(normed_BTD, rope, state, return_state, doc_position_BT)
+            x_BTD, normed_BTD = scaled_sum(x_BTD, mixed_BTD, None, self.attn_scale.to(x_BTD.dtype), RMS_EPS)
+        if folds:
             return x_BTD + self.mlp(normed_BTD, self.mlp_scale), new_state
-        mixed_BTD, new_state = self.attn(normed_BTD, rope, state, return_state, doc_position_BT)
-        x_BTD, normed_BTD = scaled_sum(x_BTD, mixed_BTD, None, self.attn_scale.to(x_BTD.dtype), RMS_EPS)
         x_BTD, _ = scaled_sum(x_BTD, self.mlp(normed_BTD), None, self.mlp_scale.to(x_BTD.dtype))
         return x_BTD, new_state

@@ -16,6 +16,7 @@ from hymba_lightning.model.attention import attention_branch, turn_back
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
 from hymba_lightning.model.layers import Linear, fused_linear, is_plain, rms_norm
 from hymba_lightning.model.roles import Module, Role, parameter
+from hymba_lightning.model.watch import has_hooks
 
 
 class LayerState(NamedTuple):
@@ -219,19 +220,23 @@ class HybridMixer(Module):
 
     @property
     def merges_matrices(self) -> bool:
-        """Whether nothing but matrices and the merge lies between the branches' outputs and the mixer's."""
-        linears = self.merge_alpha is not None and is_plain(self.proj) and is_plain(cast("Linear", self.mamba_out_proj))
-        return linears and self.branch_gate is None and not self.config.branch_norm
+        """Whether nothing but matrices and the merge lies between the branches' outputs and the mixer's, and nobody
+        wants the matrices' modules to be called."""
+        if self.merge_alpha is None or self.branch_gate is not None or self.config.branch_norm:
+            return False
+        linears = self.proj, cast("Linear", self.mamba_out_proj)
+        return not any(not is_plain(linear) or has_hooks(linear) for linear in linears)
 
     def projected_apart(self, attended_BTD: Tensor, y_BTE: Tensor, scale_D: Tensor) -> Tensor:
         """`projected` by one matrix for each branch, in which the merge, the scale and the branch's two projections
         are multiplied beforehand: as many products with the tokens, and no merge of their results."""
         assert self.merge_alpha is not None
         assert self.mamba_out_proj is not None
+        # A branch may have calculated in another dtype than attention.
         dtype, share = y_BTE.dtype, torch.sigmoid(self.merge_alpha)
         scaled = scale_D[:, None] * self.proj.weight
         of_branch = torch.mm((scaled * (1 - share)).to(dtype), self.mamba_out_proj.cast_weight(dtype))
-        return F.linear(attended_BTD, (scaled * share).to(dtype)) + F.linear(y_BTE, of_branch)
+        return F.linear(attended_BTD, (scaled * share).to(attended_BTD.dtype)) + F.linear(y_BTE, of_branch)
 
     def gated(self, x_BTD: Tensor, attended_BTD: Tensor, scanned_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Both branches' outputs (B, T, D), the recurrent one's (B, T, E) under 'concat', times the gates that the

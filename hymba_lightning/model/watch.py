@@ -11,10 +11,12 @@ GLOBAL_HOOKS = (calls._global_forward_hooks, calls._global_forward_pre_hooks)
 
 def has_hooks(net: nn.Module) -> bool:
     """Whether somebody looks on at a module's calls, or has put another `forward` in an object, as accelerate does."""
-    own = (
-        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in net.modules()
-    )
-    return any(GLOBAL_HOOKS) or any(own)
+    for module in net.modules():
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return True
+        if "forward" in module.__dict__:
+            return True
+    return any(GLOBAL_HOOKS)
 
 
 class Watch:

@@ -28,8 +28,9 @@ def compiled(function: Callable[..., Any], *, dynamic: bool | None) -> Any:
 
 @functools.cache
 def _sources() -> str:
-    """SHA-256 of the operators' sources."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    """SHA-256 of the sources that may hold operators: a mixer can bring its own."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for folder in ("model", "ops"):
+        for path in sorted((package / folder).rglob("*.py")):
+            digest.update(path.read_bytes())
     return f"hymba-{digest.hexdigest()[:16]}"

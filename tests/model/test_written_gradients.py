@@ -7,6 +7,7 @@ from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig, block
 from hymba_lightning.model.attention import rope_table, rope_table_op
 from hymba_lightning.model.layers import RMS_EPS, Linear, fused_linear, rms_norm
 from hymba_lightning.model.mixer import Merge
+from hymba_lightning.model.mixers.mamba import Mixer
 from hymba_lightning.ops.registry import BackendUnavailableError
 from hymba_lightning.ops.rotary_norm import rotary_norm
 from hymba_lightning.ops.scaled_sum import scaled_sum
@@ -151,3 +152,49 @@ def test_scales_multiplied_into_matrices_give_the_same_output_and_gradients(merg
             return run(*inputs)
 
     check(folded, run, [x, x0, *net.blocks[1].parameters()])
+
+
+def test_a_hook_on_a_matrix_that_scales_would_be_multiplied_into_is_called(monkeypatch):
+    net = Hymba(HymbaConfig(vocab_size=32, n_layers=2, d_model=32, n_heads=4), RuntimeConfig())
+    monkeypatch.setattr(block, "folds_scales", lambda _: True)
+    called = []
+    mixer = net.blocks[1].attn
+    mixer.proj.register_forward_hook(lambda *_: called.append("proj"))
+    net(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
+    assert called == ["proj"]
+    called.clear()
+    mixer.proj._forward_hooks.clear()
+    mixer.mamba_out_proj.register_full_backward_hook(lambda *_: called.append("mamba_out_proj"))
+    net(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
+    assert called == ["mamba_out_proj"]
+
+
+class InFloat32(Mixer):
+    """Whose branch gives float32 whatever the activations are."""
+
+    def branch(self, *given):
+        y, state = super().branch(*given)
+        return y.float(), state
+
+
+class WithoutScale(Mixer):
+    """With a `forward` of its own that knows of no scale."""
+
+    def forward(self, x, rope, state, return_state, doc_position=None):
+        return super().forward(x, rope, state, return_state, doc_position)
+
+
+@pytest.mark.parametrize("mixer", [InFloat32, WithoutScale])
+def test_a_mixer_of_others_needs_to_know_nothing_of_scales(mixer, monkeypatch):
+    monkeypatch.setattr(block, "mixer_class", lambda _: mixer)
+    torch.manual_seed(0)
+    net = Hymba(HymbaConfig(vocab_size=32, n_layers=2, d_model=32, n_heads=4), RuntimeConfig(compute_dtype="bfloat16"))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ids = torch.arange(16)[None]
+    expected = net(ids)
+    monkeypatch.setattr(block, "folds_scales", lambda _: True)
+    found = net(ids)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)

@@ -42,3 +42,12 @@ def test_a_graph_of_other_operators_sources_is_not_taken(empty_caches, monkeypat
     assert torch.compiler.config.cache_key_tag.split()[0] == "mine"
     monkeypatch.setattr(compiling, "_sources", lambda: "hymba-other")
     assert compile_anew() == {"miss", "saved"}
+
+
+@pytest.mark.parametrize("file", ["ops/one/operator.py", "model/mixers/mine.py"])
+def test_what_may_hold_an_operator_belongs_to_a_graph(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "ops" / "compiling.py"))
+    before = compiling._sources.__wrapped__()
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text("register_autograd('mine::op', backward)")
+    assert compiling._sources.__wrapped__() != before

@@ -51,15 +51,19 @@ def tiles_per_chunk(batch: int, length: int, n_blocks: int, programs: int) -> in
     return min(n_tiles, max(MIN_CHUNK_TILES, triton.cdiv(n_tiles, chunks)))
 
 
-def _by_tile(B: Tensor, C: Tensor) -> Tensor:
-    """B and C (B, T, N) as the kernels read them: (B, T/ROWS, N, 2, words) int64, ROWS tokens side by side."""
+def _by_tile(B: Tensor, C: Tensor) -> tuple[Tensor, Any]:
+    """B and C (B, T, N) as the kernels read them: (B, T/ROWS, N, 2, words) int64, ROWS tokens side by side, and what
+    type is in the words."""
     both = torch.stack((B, C))
+    if both.dtype not in TYPES:
+        both = both.float()
     missing = -both.size(2) % ROWS
     if missing:
         both = F.pad(both, (0, 0, 0, missing))
     by_tile = both.unflatten(2, (-1, ROWS)).permute(1, 2, 4, 0, 3)
     # Copied by name: what counts as contiguous may have any stride where there is one state, which view would refuse.
-    return torch.empty_like(by_tile, memory_format=torch.contiguous_format).copy_(by_tile).view(torch.int64)
+    words = torch.empty_like(by_tile, memory_format=torch.contiguous_format).copy_(by_tile).view(torch.int64)
+    return words, TYPES[both.dtype]
 
 
 def _by_state(x_EN: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ def _forward(
     batch, length, channels = u.shape
     n_states = A.size(1)
     u, dt = map(readable, (u, dt))
-    tokens = _by_tile(B, C)
+    tokens, token_type = _by_tile(B, C)
     # Without a gate or documents their pointers are passed on but never read.
     gate = u if z is None else readable(z)
     positions = u if doc_position is None else doc_position.contiguous()
@@ -128,7 +132,7 @@ def _forward(
     dt_sums = torch.empty(batch, n_chunks, channels, dtype=torch.float32, device=u.device)
     shape = _shape(dt, tokens, FORWARD_BLOCK_E, doc_position is not None) | {
         "U_ROW": u.stride(1),
-        "TOKEN_TYPE": TYPES[B.dtype],
+        "TOKEN_TYPE": token_type,
     }
     together = TOGETHER if n_states % TOGETHER == 0 else 1
     with torch.cuda.device_of(u):
@@ -182,7 +186,7 @@ def _backward(
     batch, length, channels = u.shape
     n_states, device = A.size(1), u.device
     u, dt, g_out = map(readable, (u, dt, g_out))
-    tokens = _by_tile(B, C)
+    tokens, token_type = _by_tile(B, C)
     gate = u if z is None else readable(z)
     positions = u if doc_position is None else doc_position.contiguous()
     A_NE, skip_E, bias_E = _by_state(A), D.float().contiguous(), dt_bias.float().contiguous()
@@ -197,7 +201,7 @@ def _backward(
     channel_sums = torch.empty(batch * n_chunks, n_states + 2, channels, dtype=torch.float32, device=device)
     token_sums = torch.empty(n_blocks, batch, length, 2, n_states, dtype=torch.float32, device=device)
     shape = _shape(dt, tokens, BLOCK_E, doc_position is not None) | {
-        "TOKEN_TYPE": TYPES[B.dtype],
+        "TOKEN_TYPE": token_type,
         "Z_ROW": gate.stride(1),
         "DOUT_ROW": g_out.stride(1),
         "HAS_Z": z is not None,
