@@ -198,3 +198,13 @@ def test_a_mixer_of_others_needs_to_know_nothing_of_scales(mixer, monkeypatch):
     found = net(ids)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
+
+
+def test_a_step_with_folded_scales_is_one_graph(monkeypatch):
+    monkeypatch.setattr(block, "folds_scales", lambda _: True)
+    torch.manual_seed(0)
+    net = Hymba(HymbaConfig(vocab_size=32, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, window=8, d_state=4))
+    ids = torch.randint(0, 32, (1, 17))
+    compiled = torch.compile(net.forward, backend="aot_eager", fullgraph=True, dynamic=False)
+    loss = compiled(ids[:, :-1], ids[:, 1:])
+    torch.testing.assert_close(loss, net(ids[:, :-1], ids[:, 1:]))
