@@ -175,6 +175,7 @@ def test_a_wider_mlp_a_scaled_rotation_and_no_softcap_are_for_our_own_network_to
 
 def test_it_compiles_as_one_graph():
     net = network({"num_hidden_layers": 3, "global_attn_idx": [0], "kv_reuse_group": [[1, 2]]})
+    torch._dynamo.reset()
     compiled = torch.compile(net, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert torch.allclose(compiled(IDS), net(IDS), rtol=0, atol=1e-5)
