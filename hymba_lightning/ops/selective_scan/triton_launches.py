@@ -1,8 +1,9 @@
 """The selective scan in Triton: shapes, launches and the operator around the kernels of triton_forward and _backward.
 
 B batch, T sequence, E channels, N states per channel. Three launches forward (each chunk's end from a zero state, the
-carry across chunks, outputs), three backward (the same for the adjoints, then all gradients), so that the time axis of
-few long sequences fills the device. Operands are read where they lie, with any stride over batch and time.
+carry across chunks, outputs), five backward (the same for the adjoints, then all gradients, then the sums of what the
+programs found), so that the time axis of few long sequences fills the device. Operands are read where they lie, with
+any stride over batch and time, but for the small B and C, which are laid out anew for each direction.
 """
 
 from __future__ import annotations
