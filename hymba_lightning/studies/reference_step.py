@@ -6,6 +6,8 @@ settings of its published run except for the number of ranks, and prints its mea
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import signal
@@ -19,8 +21,9 @@ from pathlib import Path
 
 import torch
 
+from hymba_lightning.files import write_atomic
 from hymba_lightning.studies.arguments import StudyParser
-from hymba_lightning.studies.runs import RunFailedError, run_once
+from hymba_lightning.studies.runs import RunFailedError, read_json, run_once
 from hymba_lightning.studies.variants import options
 
 # The published command's settings (SLIDING_WINDOW=512 …), one micro-batch a step, no warmdown, no evaluation between.
@@ -136,6 +139,27 @@ def run_reference(
     return steady_step_ms(text)
 
 
+def reference_once(
+    script: Path, data_dir: Path, out: Path, repeat: int, *, seq_len: int, tokens: int, steps: int
+) -> float:
+    """`run_reference`, from an earlier call where reference-<repeat>.json in `out` has it.
+
+    Raises:
+        ValueError: that file is of another script, data or size, or damaged.
+    """
+    log, kept = out / f"reference-{repeat}.log", out / f"reference-{repeat}.json"
+    size = {"seq_len": seq_len, "tokens": tokens, "steps": steps}
+    of = {"script": hashlib.sha256(script.read_bytes()).hexdigest(), "data": str(data_dir.resolve()), **size}
+    if kept.is_file():
+        found = read_json(kept, keys=["of", "ms"])
+        if found["of"] != of:
+            raise ValueError(f"{kept} is of another script, data or size: give a new --out, or delete it")
+        return float(found["ms"])
+    ms = run_reference(script, data_dir, data_dir / "tokenizer.model", log, **size)
+    write_atomic(kept, json.dumps({"of": of, "ms": ms}) + "\n")
+    return ms
+
+
 def run_ours(
     data_dir: Path, run_dir: Path, *, config: str, seq_len: int, tokens: int, steps: int, extra: list[str]
 ) -> float:
@@ -200,10 +224,10 @@ def main(args: list[str]) -> None:
     pairs = []
     for repeat in range(given.repeats):
         log = out / f"reference-{repeat}.log"
-        reference = run_reference(Path(given.train_gpt), data, data / "tokenizer.model", log, **size)
+        reference = reference_once(Path(given.train_gpt), data, out, repeat, **size)
         ours = run_ours(data, out / f"ours-{repeat}", config=given.config, extra=parser.fit_options, **size)
         pairs.append(Pair(reference, ours))
-        memory = MEMORY_LINE.findall(log.read_text(encoding="utf-8", errors="replace"))
+        memory = MEMORY_LINE.findall(log.read_text(encoding="utf-8", errors="replace")) if log.is_file() else []
         print(
             f"run {repeat + 1}: reference {reference:.1f} ms/step, ours {ours:.1f}"
             + (f"; reference's peak memory {memory[-1]} MiB" if memory else ""),

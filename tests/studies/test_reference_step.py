@@ -78,4 +78,36 @@ def test_both_take_turns_and_are_compared(tmp_path, shards, monkeypatch, capsys)
     main(["--train_gpt", str(path), "--data_dir", str(shards), "--out", str(tmp_path / "out"), *options])
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == "| median | 7.0 | 3.5 | **0.500** (0.500–0.500) |"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["reference-0.log", "reference-1.log"]
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["reference-0.json", "reference-0.log", "reference-1.json", "reference-1.log"]
+
+
+def test_a_run_of_the_reference_that_ended_is_not_made_again(tmp_path, shards, monkeypatch, capsys):
+    monkeypatch.setattr(reference_step, "run_ours", lambda *_, **__: 3.5)
+    path, out = script(tmp_path, STAND_IN), tmp_path / "out"
+    options = [
+        "--train_gpt",
+        str(path),
+        "--data_dir",
+        str(shards),
+        "--out",
+        str(out),
+        "--seq_len",
+        "64",
+        "--tokens",
+        "64",
+    ]
+    main([*options, "--steps", "60", "--repeats", "1"])
+    made = []
+
+    def run_again(script, data_dir, tokenizer, log, **_):
+        made.append(log.name)
+        log.write_text("")
+        return 7.0
+
+    monkeypatch.setattr(reference_step, "run_reference", run_again)
+    main([*options, "--steps", "60", "--repeats", "2"])
+    assert made == ["reference-1.log"]
+    assert "run 2: reference 7.0" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"reference-0\.json is of another script, data or size"):
+        main([*options, "--steps", "80", "--repeats", "1"])
