@@ -6,7 +6,8 @@ import lightning.pytorch as pl
 
 from hymba_lightning.callbacks.owner import FolderOwner, settle
 from hymba_lightning.quantization import QuantizationConfig
-from hymba_lightning.run.finish import ExportSettings, finish, rehearse
+from hymba_lightning.run.calibration import rehearse
+from hymba_lightning.run.finish import ExportSettings, finish
 from hymba_lightning.run.folder import ARTIFACT, RunFolder
 from hymba_lightning.run.run import Run, require_clock
 from hymba_lightning.trainer_internals import end_where_nothing_is_left, is_trial
@@ -24,7 +25,8 @@ class ExportArtifact(FolderOwner):
         quantization: How the weights are stored, and the limit in bytes.
         calibration_batches: Training batches, over all ranks, on which GPTQ measures the layers' inputs
             (and 'mixed' what each weight matters).
-            The seconds this takes count as training time: hold them back with model.reserve_seconds.
+            The seconds this takes count as training time: hold them back with model.reserve_seconds. Where that ends
+            first, fewer batches are taken.
         score_stages: Score raw, averaged and reloaded weights; each takes one pass over the validation stream.
 
     Raises:
@@ -72,7 +74,7 @@ class ExportArtifact(FolderOwner):
         wanted = self.settings.enabled and self.settings.quantization.calibrated and not is_trial(trainer)
         if wanted and pl_module.device.type == "cuda":
             with Run.of(trainer).phases.inside("warm_up"):
-                rehearse(trainer, pl_module, self.settings)
+                rehearse(trainer, pl_module, self.settings.quantization, self.settings.calibration_batches)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         end_run(trainer, pl_module)

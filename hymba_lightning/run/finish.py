@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
 from hymba_lightning import __version__
 from hymba_lightning.checkpoints import weights_sha256
@@ -36,6 +35,7 @@ from hymba_lightning.quantization import (
     save_artifact,
 )
 from hymba_lightning.quantization.schemes import Calibration, calibrate
+from hymba_lightning.run.calibration import calibrate_in_time
 from hymba_lightning.run.record import ArtifactRecord, DataIdentity, ScoreRecord, Trained
 from hymba_lightning.run.run import Run, require_clock, settings_of
 from hymba_lightning.run.summary import environment, print_table, write_fit_summary
@@ -230,11 +230,18 @@ class _Ending:
         world_size = self.trainer.world_size
         share = -(-self.settings.calibration_batches // world_size)
         with self.clock.charged():
-            batches = [batch.inputs.to(self.module.device) for batch in self.data.calibration_batches(share)]
-            calibration = calibrate(self.net, quantization, batches)
+            batches = (batch.inputs.to(self.module.device) for batch in self.data.calibration_batches(share))
+            calibration, done = calibrate_in_time(self.net, quantization, batches, self.clock)
             for tensor in calibration.tensors():
                 sum_over_ranks(tensor).div_(world_size)
             calibration = calibration.cpu()
+        if done < share:
+            log.warning(
+                "calibrated on %d of %d training batches, those that the budget left time for: raise "
+                "model.reserve_seconds for more",
+                done,
+                share,
+            )
         budget = self.clock.budget_seconds
         if budget is not None and self.clock.elapsed() > budget:
             log.warning(
@@ -346,30 +353,3 @@ def share_with_nodes(trainer: pl.Trainer, path: Path) -> None:
     if trainer.local_rank == 0 and not (path.is_file() and path.read_bytes() == content):
         write_atomic(path, content)
     trainer.strategy.barrier()
-
-
-def rehearse(trainer: pl.Trainer, module: pl.LightningModule, settings: ExportSettings) -> None:
-    """Calibrates on random ids, to no effect, before the clock starts: what that compiles would not fit into the
-    reserve. Warns where the reserve looks too short for the real thing."""
-    log.info("calibrating on random ids before the clock starts, to compile what that takes")
-    data: HymbaDataModule = datamodule_of(trainer)  # type: ignore[assignment]
-    net: Hymba = module.net  # type: ignore[assignment]
-    ids = torch.randint(
-        net.config.vocab_size, (data.micro_batch_size, data.seq_len), generator=torch.Generator().manual_seed(0)
-    ).to(module.device)
-    seconds = 0.0
-    for _ in range(2):  # the second time nothing is left to compile
-        started = time.monotonic()
-        calibrate(net, settings.quantization, [ids])
-        if module.device.type == "cuda":
-            torch.cuda.synchronize(module.device)
-        seconds = time.monotonic() - started
-    needed = -(-settings.calibration_batches // trainer.world_size) * seconds
-    clock = require_clock(Run.of(trainer))
-    if clock.budget_seconds is not None and needed > clock.reserve_seconds:
-        log.warning(
-            "calibration will take about %.1f s, and model.reserve_seconds holds back %.1f s of the "
-            "budget: raise it, or lower export.calibration_batches",
-            needed,
-            clock.reserve_seconds,
-        )

@@ -164,15 +164,17 @@ def in_words() -> str:
     return "; ".join(f"'{name}': {importlib.import_module(f'{__name__}.{name}').SCHEME.summary}" for name in SCHEMES)
 
 
-def calibrate(net: Hymba, config: QuantizationConfig, batches: list[Tensor]) -> Calibration:
-    """What `config` needs, from `batches` of token ids (B, T) on the net's device.
+def calibrate(net: Hymba, config: QuantizationConfig, batches: list[Tensor], seed: int = 0) -> Calibration:
+    """What `config` needs, from `batches` of token ids (B, T) on the net's device; `seed` of the tokens that are drawn.
 
     Without batches there are no Hessians, and sensitivities come from random ids: no data is used then.
     """
     scheme, sensitivities = scheme_of(config), None
     if scheme.measures_sensitivities:
         device = net.tok_emb.weight.device
-        sensitivities = collect_sensitivities(net, batches or (ids.to(device) for ids in random_batches(net.config)))
+        sensitivities = collect_sensitivities(
+            net, batches or (ids.to(device) for ids in random_batches(net.config)), seed
+        )
     return Calibration(
         collect_hessians(net, batches) if scheme.needs_hessians(config) and batches else None, sensitivities
     )
