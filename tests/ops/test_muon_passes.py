@@ -152,9 +152,10 @@ def test_what_is_made_of_weights_hears_of_an_update(results):
 
 def test_choice_and_refusals(monkeypatch):
     monkeypatch.setattr("hymba_lightning.ops.registry.is_installed", lambda package: True)
-    for device in ("cpu", "cuda"):
-        assert choose("muon_passes", "auto", device, plain=True, neurons=False) == "torch"
-    assert choose("muon_passes", "triton", "cuda", plain=True, neurons=False) == "triton"
+    assert choose("muon_passes", "auto", "cpu", plain=True, neurons=False) == "torch"
+    assert choose("muon_passes", "auto", "cuda", plain=True, neurons=False) == "triton"
+    for refused in ({"plain": False, "neurons": False}, {"plain": True, "neurons": True}):
+        assert choose("muon_passes", "auto", "cuda", **refused) == "torch"
     with pytest.raises(BackendUnavailableError, match="contiguous float32 parameters"):
         choose("muon_passes", "triton", "cuda", plain=False, neurons=False)
     with pytest.raises(BackendUnavailableError, match="muon_neuron_beta to 0"):

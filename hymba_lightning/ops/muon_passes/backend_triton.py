@@ -1,4 +1,4 @@
-"""The entry of the Triton kernels: see triton_launches.py. No choice of `auto`: not timed yet."""
+"""The entry of the Triton kernels: see triton_launches.py."""
 
 from collections.abc import Callable
 
@@ -23,5 +23,4 @@ BACKEND = triton_backend(
             "it keeps no second moments of neurons; set muon_neuron_beta to 0, or use backend 'torch'",
         ),
     ),
-    auto={},
 )
