@@ -85,6 +85,16 @@ def writable(node: Any, cat: Node, place: Tensor) -> Piece | None:
     return Piece(node, place, call) if side_by_side else None
 
 
+def sum_of(node: Any, user: Node) -> tuple[Node, ...]:
+    """The two tensors whose sum it is, if they are as it is and nothing but `user` reads it; else none."""
+    if node.target is not aten.add.Tensor or node.kwargs or list(node.users) != [user]:
+        return ()
+    like = node.meta["val"]
+    tensors = [x for x in node.args if isinstance(x, Node)]
+    alike = all(x.meta["val"].shape == like.shape and x.meta["val"].dtype == like.dtype for x in tensors)
+    return tuple(tensors) if alike and len(tensors) == 2 else ()
+
+
 def join(graph: Graph, cat: Node, pieces: list[Piece]) -> None:
     """Replaces `cat` of these pieces."""
     whole = cat.meta["val"]
@@ -105,5 +115,8 @@ def join(graph: Graph, cat: Node, pieces: list[Piece]) -> None:
         if call is None:
             add(cat, aten.copy_.default, part, piece)
         else:
-            call.replace_all_uses_with(add(call, WRITERS[call.target].operator, *call.args, part))
+            writer = WRITERS[call.target]
+            summands = sum_of(call.args[0], call) if writer.adds else ()
+            given = (summands[0], *call.args[1:], part, summands[1]) if summands else (*call.args, part)
+            call.replace_all_uses_with(add(call, writer.operator, *given))
     cat.replace_all_uses_with(joint)

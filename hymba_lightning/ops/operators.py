@@ -19,6 +19,8 @@ class Writer(NamedTuple):
     operator: Any
     place: int
     """Of that gradient among its results, where there is an empty tensor instead."""
+    adds: bool
+    """Whether a further argument may be added to the first, the gradient of its operator's first result."""
 
 
 WRITERS: dict[Any, Writer] = {}
@@ -47,6 +49,7 @@ def make_operator(
     backward: Callable,
     shapes: Callable[..., Any],
     into: str | None = None,
+    adds: bool = False,
 ) -> Callable:
     """Registers hymba::`name` and hymba::`name`_backward and returns the differentiable operator.
 
@@ -55,7 +58,8 @@ def make_operator(
     results without values. Gradients are contiguous, in the shape and dtype of what the contract says.
 
     `into` is an operand whose gradient backward writes into a tensor that it is given as `into=`, if it is: with any
-    strides over the first two dimensions, the others contiguous. hymba::`name`_backward_into gives it one.
+    strides over the first two dimensions, the others contiguous. hymba::`name`_backward_into gives it one, and if
+    backward `adds`, it may be given `more=`, another part of the first result's gradient.
     """
     types = {word.split()[1].partition("=")[0]: word.split()[0] for word in contract.operands.split(", ")}
     results, kept = contract.results.split(), contract.kept.split()
@@ -91,7 +95,7 @@ def make_operator(
 
     gradient.register_fake(gradient_shapes)
     if into is not None:
-        _add_writer(gradient, f"{name}_backward_into", words, backward, gradient_shapes, list(likes).index(into))
+        _add_writer(gradient, f"{name}_backward_into", words, backward, gradient_shapes, list(likes).index(into), adds)
 
     def setup_context(ctx, inputs, output):
         outputs = output if several else (output,)
@@ -121,9 +125,10 @@ def make_operator(
 
 
 def _add_writer(
-    gradient: Any, name: str, words: list[str], backward: Callable, gradient_shapes: Callable, place: int
+    gradient: Any, name: str, words: list[str], backward: Callable, gradient_shapes: Callable, place: int, adds: bool
 ) -> None:
-    """Registers hymba::`name`: `gradient`, but that the result at `place` is written into its last argument."""
+    """Registers hymba::`name`: `gradient`, but that the result at `place` is written into an argument more."""
+    count, results = len(words), _tensors(len(gradient._opoverload._schema.returns))
 
     def without(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # An operator must not return what it was given.
@@ -131,12 +136,12 @@ def _add_writer(
 
     writer = torch.library.custom_op(
         f"hymba::{name}",
-        lambda *given: without(backward(*given[:-1], into=given[-1])),
+        lambda *given: without(backward(*given[:count], **dict(zip(("into", "more"), given[count:], strict=False)))),
         mutates_args=("into",),
-        schema=f"({', '.join(words)}, Tensor(a!) into) -> {_tensors(len(gradient._opoverload._schema.returns))}",
+        schema=f"({', '.join(words)}, Tensor(a!) into{', Tensor? more=None' * adds}) -> {results}",
     )
-    writer.register_fake(lambda *given: without(gradient_shapes(*given[:-1])))
-    WRITERS[gradient._opoverload] = Writer(writer._opoverload, place)
+    writer.register_fake(lambda *given: without(gradient_shapes(*given[:count])))
+    WRITERS[gradient._opoverload] = Writer(writer._opoverload, place, adds)
 
 
 def _tensors(count: int) -> str:

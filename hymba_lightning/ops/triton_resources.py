@@ -141,7 +141,7 @@ def conv_launches(
     position = torch.empty(batch, length, dtype=torch.int32, device="meta") if documents else None
     with recorded(conv_triton, triton_sums) as launches:
         conv_triton._forward(x, weight, bias, True, state, position)
-        conv_triton._backward(g_out, state, x, weight, bias, True, state, position, into=x)
+        conv_triton._backward(g_out, state, x, weight, bias, True, state, position, into=x, more=g_out)
     return launches
 
 
