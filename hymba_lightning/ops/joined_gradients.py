@@ -38,8 +38,9 @@ class JoinedGradients(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         for cat in graph.find_nodes(op="call_function", target=aten.cat.default):
             whole = cat.meta["val"]
-            # A shape that varies is given by nodes of the graph.
-            if cat.kwargs or not all(isinstance(size, int) for size in whole.shape) or not whole.is_contiguous():
+            # A shape that varies is given by nodes of the graph; an empty piece may have fewer dimensions.
+            fixed = all(isinstance(size, int) for size in whole.shape) and whole.is_contiguous()
+            if not fixed or cat.kwargs or any(node.meta["val"].dim() != whole.dim() for node in cat.args[0]):
                 continue
             pieces = placed(cat, *cat.args)
             if any(piece.call for piece in pieces):
