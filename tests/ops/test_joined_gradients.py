@@ -114,18 +114,20 @@ def registered():
     from hymba_lightning.ops.causal_conv1d import triton_launches
     from hymba_lightning.ops.operators import WRITERS
 
-    x, g_y = torch.randn(1, 6, 4), torch.randn(1, 6, 4)
+    # One program, three tiles.
+    triton_launches.TARGET_PROGRAMS = 1
+    x, g_y = torch.randn(1, 38, 4), torch.randn(1, 38, 4)
     given = g_y, torch.randn(1, 4, 2), x, torch.randn(4, 3), torch.randn(4), True, torch.randn(1, 4, 2), None
-    whole = torch.full((1, 6, 9), 7.0)
+    whole = torch.full((1, 38, 9), 7.0)
     writer = WRITERS[torch.ops.hymba.causal_conv1d_triton_backward.default]
-    more = torch.randn(1, 6, 8)[..., ::2]
+    more = torch.randn(1, 38, 8)[..., ::2]
     for others in ((), (more,)):
         torch.library.opcheck(writer.operator, (*given, whole.clone()[..., 2:6], *others))
     empty, *rest = writer.operator(*given, whole[..., 2:6], more)
     expected = triton_launches._backward(g_y + more, *given[1:])
     found = {"dx": whole[..., 2:6], "around": whole[..., [0, 1, 6, 7, 8]], "nothing": empty}
     found |= {str(number): gradient for number, gradient in enumerate(rest)}
-    wanted = {"dx": expected[0], "around": torch.full((1, 6, 5), 7.0), "nothing": torch.empty(0)}
+    wanted = {"dx": expected[0], "around": torch.full((1, 38, 5), 7.0), "nothing": torch.empty(0)}
     return {"ratios": differences(found, wanted | {str(n): gradient for n, gradient in enumerate(expected[1:])})}
 
 
