@@ -113,6 +113,7 @@ def conv_backward(
     initial,
     doc_position,
     dout,
+    more,
     dx,
     dinitial,
     sums,
@@ -120,10 +121,15 @@ def conv_backward(
     tiles_per_program,
     x_batch,
     dout_batch,
+    more_batch,
+    dx_batch,
     E: tl.constexpr,
     W: tl.constexpr,
     X_ROW: tl.constexpr,
     DOUT_ROW: tl.constexpr,
+    MORE_ROW: tl.constexpr,
+    DX_ROW: tl.constexpr,
+    ADDED: tl.constexpr,
     SILU: tl.constexpr,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -132,7 +138,7 @@ def conv_backward(
     """dx (B, T, E), dinitial (B, E, W-1), and this program's part of the gradients of the W taps and the bias.
 
     Grid (E blocks, spans, B). sums (B, spans, W+1, E) float32 takes the parts. The convolution before SiLU is computed
-    again, W-1 tokens beyond each tile too.
+    again, W-1 tokens beyond each tile too. Where it is ADDED, `more` is another part of the output's gradient.
     """
     channel = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     batch = tl.program_id(2).to(tl.int64)
@@ -141,8 +147,9 @@ def conv_backward(
     end = tl.minimum(token + tiles_per_program * ROWS, T)
     x += batch * x_batch + token.to(tl.int64) * X_ROW
     dout += batch * dout_batch + token.to(tl.int64) * DOUT_ROW
+    more += batch * more_batch + token.to(tl.int64) * MORE_ROW
     doc_position += batch * T + token
-    dx += (batch * T + token) * E
+    dx += batch * dx_batch + token.to(tl.int64) * DX_ROW
     initial += batch * (E * (W - 1))
     dinitial += batch * (E * (W - 1))
     taps = ()
@@ -163,6 +170,10 @@ def conv_backward(
             d_row = tl.load(dout + channel + row * DOUT_ROW, mask=inside_if(channel, E, token + row < T), other=0.0).to(
                 tl.float32
             )
+            if ADDED:
+                d_row += tl.load(
+                    more + channel + row * MORE_ROW, mask=inside_if(channel, E, token + row < T), other=0.0
+                ).to(tl.float32)
             if SILU:
                 y = convolve(window, taps, constant, reach[row], row, W, PACKED)
                 gate = sigmoid(y)
@@ -179,7 +190,9 @@ def conv_backward(
             for w in tl.static_range(W):
                 d_input += taps[W - 1 - w] * if_seen(d_sum[row + w], reach[row + w], w, PACKED)
             tl.store(
-                dx + channel + row * E, d_input.to(dx.dtype.element_ty), mask=inside_if(channel, E, token + row < T)
+                dx + channel + row * DX_ROW,
+                d_input.to(dx.dtype.element_ty),
+                mask=inside_if(channel, E, token + row < T),
             )
         if token == 0:
             for row in tl.static_range(1 - W, 0):
@@ -190,7 +203,8 @@ def conv_backward(
         x += ROWS * X_ROW
         doc_position += ROWS
         dout += ROWS * DOUT_ROW
-        dx += ROWS * E
+        more += ROWS * MORE_ROW
+        dx += ROWS * DX_ROW
         token += ROWS
     sums += (batch * tl.num_programs(1) + tl.program_id(1)) * ((W + 1) * E) + channel
     for w in tl.static_range(W):
