@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch._functorch.config
+import torch._inductor.config
 
 
 def compiled(function: Callable[..., Any], *, dynamic: bool | None) -> Any:
@@ -23,6 +24,11 @@ def compiled(function: Callable[..., Any], *, dynamic: bool | None) -> Any:
     tag = torch.compiler.config.cache_key_tag
     if _sources() not in tag:
         torch.compiler.config.cache_key_tag = f"{tag} {_sources()}".strip()
+    # Not at the top: torch's compiler takes its time to import.
+    from hymba_lightning.ops.joined_gradients import JoinedGradients
+
+    if torch._inductor.config.post_grad_custom_post_pass is None:
+        torch._inductor.config.post_grad_custom_post_pass = JoinedGradients()
     return torch.compile(function, dynamic=dynamic)
 
 

@@ -13,6 +13,18 @@ import torch
 from torch import Tensor
 
 
+class Writer(NamedTuple):
+    """A backward operator that writes one of its gradients where it is told, behind its other arguments."""
+
+    operator: Any
+    place: int
+    """Of that gradient among its results, where there is an empty tensor instead."""
+
+
+WRITERS: dict[Any, Writer] = {}
+"""Backward operators (torch.ops.hymba.….default) → the same with a place for one of their gradients."""
+
+
 class Contract(NamedTuple):
     """The operands of an operator and what its backward is given, as words: `Tensor u, Tensor? z, float cap`."""
 
@@ -29,13 +41,21 @@ class Contract(NamedTuple):
 
 
 def make_operator(
-    name: str, contract: Contract, forward: Callable, backward: Callable, shapes: Callable[..., Any]
+    name: str,
+    contract: Contract,
+    forward: Callable,
+    backward: Callable,
+    shapes: Callable[..., Any],
+    into: str | None = None,
 ) -> Callable:
     """Registers hymba::`name` and hymba::`name`_backward and returns the differentiable operator.
 
     forward(*operands) -> the results, a tuple of tensors, or a tensor if there is one. backward(*gradients of the
     differentiable results, *kept) -> the gradients; that of an absent operand is empty. `shapes` (*operands) gives
     results without values. Gradients are contiguous, in the shape and dtype of what the contract says.
+
+    `into` is an operand whose gradient backward writes into a tensor that it is given as `into=`, if it is: with any
+    strides over the first two dimensions, the others contiguous. hymba::`name`_backward_into gives it one.
     """
     types = {word.split()[1].partition("=")[0]: word.split()[0] for word in contract.operands.split(", ")}
     results, kept = contract.results.split(), contract.kept.split()
@@ -70,6 +90,8 @@ def make_operator(
         return empties if len(empties) > 1 else empties[0]
 
     gradient.register_fake(gradient_shapes)
+    if into is not None:
+        _add_writer(gradient, f"{name}_backward_into", words, backward, gradient_shapes, list(likes).index(into))
 
     def setup_context(ctx, inputs, output):
         outputs = output if several else (output,)
@@ -96,6 +118,25 @@ def make_operator(
 
     operator.register_autograd(differentiate, setup_context=setup_context)
     return operator
+
+
+def _add_writer(
+    gradient: Any, name: str, words: list[str], backward: Callable, gradient_shapes: Callable, place: int
+) -> None:
+    """Registers hymba::`name`: `gradient`, but that the result at `place` is written into its last argument."""
+
+    def without(found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # An operator must not return what it was given.
+        return *found[:place], found[place].new_empty(0), *found[place + 1 :]
+
+    writer = torch.library.custom_op(
+        f"hymba::{name}",
+        lambda *given: without(backward(*given[:-1], into=given[-1])),
+        mutates_args=("into",),
+        schema=f"({', '.join(words)}, Tensor(a!) into) -> {_tensors(len(gradient._opoverload._schema.returns))}",
+    )
+    writer.register_fake(lambda *given: without(gradient_shapes(*given[:-1])))
+    WRITERS[gradient._opoverload] = Writer(writer._opoverload, place)
 
 
 def _tensors(count: int) -> str:

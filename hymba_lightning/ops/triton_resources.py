@@ -127,7 +127,7 @@ def scan_launches(
     position = empty(batch, length, dtype=torch.int32) if documents else None
     with recorded(scan_triton, triton_sums) as launches:
         _, _, starts = scan_triton._forward(scan, state, position)
-        scan_triton._backward(g_out, state, scan, starts, position)
+        scan_triton._backward(g_out, state, scan, starts, position, into=z)
     return launches
 
 
@@ -142,7 +142,7 @@ def conv_launches(
     position = torch.empty(batch, length, dtype=torch.int32, device="meta") if documents else None
     with recorded(conv_triton, triton_sums) as launches:
         conv_triton._forward(x, weight, bias, True, state, position)
-        conv_triton._backward(g_out, state, x, weight, bias, True, state, position)
+        conv_triton._backward(g_out, state, x, weight, bias, True, state, position, into=x)
     return launches
 
 
@@ -177,7 +177,7 @@ def attention_launches(
     position = empty(batch, length, dtype=torch.int32) if documents else None
     with recorded(attention_triton) as launches:
         out, log_sums = attention_triton._forward(q, k, v, window, width**-0.5, position)
-        attention_triton._backward(g_out, q, k, v, out, log_sums, window, width**-0.5, position)
+        attention_triton._backward(g_out, q, k, v, out, log_sums, window, width**-0.5, position, into=v)
     return launches
 
 

@@ -26,13 +26,13 @@ CONTRACT = Contract(
 )
 
 
-def make_conv_op(name: str, forward: Callable, backward: Callable) -> Callable:
-    """The differentiable operator hymba::`name` of a pair."""
+def make_conv_op(name: str, forward: Callable, backward: Callable, into: str | None = None) -> Callable:
+    """The differentiable operator hymba::`name` of a pair; `into` as in `make_operator`."""
 
     def shapes(x, weight, bias, silu, state, doc_position=None):
         return tuple(torch.empty(tensor.shape, dtype=x.dtype, device=x.device) for tensor in (x, state))
 
-    return make_operator(name, CONTRACT, forward, backward, shapes)
+    return make_operator(name, CONTRACT, forward, backward, shapes, into)
 
 
 def last_inputs(x_BTE: Tensor, state_BEW1: Tensor) -> Tensor:

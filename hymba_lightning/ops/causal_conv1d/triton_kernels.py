@@ -120,10 +120,12 @@ def conv_backward(
     tiles_per_program,
     x_batch,
     dout_batch,
+    dx_batch,
     E: tl.constexpr,
     W: tl.constexpr,
     X_ROW: tl.constexpr,
     DOUT_ROW: tl.constexpr,
+    DX_ROW: tl.constexpr,
     SILU: tl.constexpr,
     PACKED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -142,7 +144,7 @@ def conv_backward(
     x += batch * x_batch + token.to(tl.int64) * X_ROW
     dout += batch * dout_batch + token.to(tl.int64) * DOUT_ROW
     doc_position += batch * T + token
-    dx += (batch * T + token) * E
+    dx += batch * dx_batch + token.to(tl.int64) * DX_ROW
     initial += batch * (E * (W - 1))
     dinitial += batch * (E * (W - 1))
     taps = ()
@@ -179,7 +181,9 @@ def conv_backward(
             for w in tl.static_range(W):
                 d_input += taps[W - 1 - w] * if_seen(d_sum[row + w], reach[row + w], w, PACKED)
             tl.store(
-                dx + channel + row * E, d_input.to(dx.dtype.element_ty), mask=inside_if(channel, E, token + row < T)
+                dx + channel + row * DX_ROW,
+                d_input.to(dx.dtype.element_ty),
+                mask=inside_if(channel, E, token + row < T),
             )
         if token == 0:
             for row in tl.static_range(1 - W, 0):
@@ -190,7 +194,7 @@ def conv_backward(
         x += ROWS * X_ROW
         doc_position += ROWS
         dout += ROWS * DOUT_ROW
-        dx += ROWS * E
+        dx += ROWS * DX_ROW
         token += ROWS
     sums += (batch * tl.num_programs(1) + tl.program_id(1)) * ((W + 1) * E) + channel
     for w in tl.static_range(W):

@@ -76,13 +76,14 @@ def _backward(
     silu: bool,
     initial_state_BEW1: Tensor,
     doc_position: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, channels = x_BTE.shape
     taps = weight_EW.size(1)
     x, g_out, initial = readable(x_BTE), readable(g_out), initial_state_BEW1.contiguous()
     tiles = tiles_per_program(batch, length, channels, BACKWARD_BLOCK_E)
     spans = triton.cdiv(length, tiles * ROWS)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if into is None else into
     dinitial = torch.empty(initial.shape, dtype=initial.dtype, device=x.device)
     sums = torch.empty(batch * spans, taps + 1, channels, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -100,10 +101,12 @@ def _backward(
             tiles,
             x.stride(0),
             g_out.stride(0),
+            dx.stride(0),
             E=channels,
             W=taps,
             X_ROW=x.stride(1),
             DOUT_ROW=g_out.stride(1),
+            DX_ROW=dx.stride(1),
             SILU=silu,
             PACKED=doc_position is not None,
             ROWS=ROWS,
@@ -119,4 +122,4 @@ def _backward(
     return dx, d_weight, d_bias, dinitial
 
 
-causal_conv1d_triton_op = make_conv_op("causal_conv1d_triton", _forward, _backward)
+causal_conv1d_triton_op = make_conv_op("causal_conv1d_triton", _forward, _backward, into="x")

@@ -48,8 +48,9 @@ def n_chunks(length: int, chunk: int) -> int:
     return -(-length // chunk)
 
 
-def make_scan_op(name: str, forward: Callable, backward: Callable, chunk: int) -> Callable:
-    """The differentiable operator hymba::`name` of a pair whose chunks have `chunk` tokens."""
+def make_scan_op(name: str, forward: Callable, backward: Callable, chunk: int, into: str | None = None) -> Callable:
+    """The differentiable operator hymba::`name` of a pair whose chunks have `chunk` tokens; `into` as in
+    `make_operator`."""
 
     def shapes(*given: Any) -> tuple[Tensor, ...]:
         scan, initial_state = ScanOperands(*given[:COUNT]), given[COUNT]
@@ -61,8 +62,11 @@ def make_scan_op(name: str, forward: Callable, backward: Callable, chunk: int) -
         name,
         CONTRACT,
         lambda *given: forward(ScanOperands(*given[:COUNT]), *given[COUNT:]),
-        lambda g_out, g_final, *kept: backward(g_out, g_final, ScanOperands(*kept[:COUNT]), *kept[COUNT:]),
+        lambda g_out, g_final, *kept, **into: backward(
+            g_out, g_final, ScanOperands(*kept[:COUNT]), *kept[COUNT:], **into
+        ),
         shapes,
+        into,
     )
 
 

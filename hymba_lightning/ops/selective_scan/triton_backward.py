@@ -167,12 +167,14 @@ def chunk_gradients(
     dt_batch,
     z_batch,
     dout_batch,
+    dz_batch,
     E: tl.constexpr,
     N: tl.constexpr,
     U_ROW: tl.constexpr,
     DT_ROW: tl.constexpr,
     Z_ROW: tl.constexpr,
     DOUT_ROW: tl.constexpr,
+    DZ_ROW: tl.constexpr,
     HAS_Z: tl.constexpr,
     WORDS: tl.constexpr,
     TOKEN_TYPE: tl.constexpr,
@@ -212,7 +214,7 @@ def chunk_gradients(
     ddt += batch * T * E + last * E
     if HAS_Z:
         z += batch * z_batch + last * Z_ROW
-        dz += batch * T * E + last * E
+        dz += batch * dz_batch + last * DZ_ROW
     starts += (batch * n_tiles + tile) * (N * E)
     adjoints += (batch * n_chunks + chunk) * (N * E)
     channel_sums += (batch * n_chunks + chunk) * ((N + 2) * E)
@@ -347,7 +349,7 @@ def chunk_gradients(
                 z_row = load_float32(z + channel + row * Z_ROW, known, MASKED)
                 gate = sigmoid(z_row)
                 dz_row = load_float32(dout + channel + row * DOUT_ROW, known, MASKED) * y[row]
-                store_rounded(dz + channel + row * E, dz_row * gate * (1.0 + z_row * (1.0 - gate)), known, MASKED)
+                store_rounded(dz + channel + row * DZ_ROW, dz_row * gate * (1.0 + z_row * (1.0 - gate)), known, MASKED)
         store_rounded(channel_sums + N * E + channel, d_skip, inside, MASKED)
         store_rounded(channel_sums + (N + 1) * E + channel, d_bias, inside, MASKED)
         u -= ROWS * U_ROW
@@ -359,7 +361,7 @@ def chunk_gradients(
         ddt -= ROWS * E
         if HAS_Z:
             z -= ROWS * Z_ROW
-            dz -= ROWS * E
+            dz -= ROWS * DZ_ROW
         starts -= N * E
         token_sums -= ROWS * (2 * N)
         tile -= 1

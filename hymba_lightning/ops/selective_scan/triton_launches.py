@@ -181,7 +181,12 @@ def _forward(
 
 
 def _backward(
-    g_out: Tensor, g_final: Tensor, scan: ScanOperands, starts: Tensor, doc_position: Tensor | None = None
+    g_out: Tensor,
+    g_final: Tensor,
+    scan: ScanOperands,
+    starts: Tensor,
+    doc_position: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     u, dt, A, B, C, D, z, dt_bias = scan
     batch, length, channels = u.shape
@@ -199,6 +204,7 @@ def _backward(
     du = torch.empty(u.shape, dtype=u.dtype, device=device)
     ddt = torch.empty(dt.shape, dtype=dt.dtype, device=device)
     dz = u.new_empty(0) if z is None else torch.empty(z.shape, dtype=z.dtype, device=device)
+    dz = dz if into is None else into
     channel_sums = torch.empty(batch * n_chunks, n_states + 2, channels, dtype=torch.float32, device=device)
     token_sums = torch.empty(n_blocks, batch, length, 2, n_states, dtype=torch.float32, device=device)
     shape = _shape(dt, tokens, BLOCK_E, doc_position is not None) | {
@@ -253,7 +259,9 @@ def _backward(
             dt.stride(0),
             gate.stride(0),
             g_out.stride(0),
+            dz.stride(0),
             U_ROW=u.stride(1),
+            DZ_ROW=dz.stride(1) if dz.dim() == 3 else 0,
             STATES=max(FEW_STATES, states),
             ROUNDED=u.dtype != torch.float32,
             # The interpreter, which runs on the CPU, has no bfloat16 product.
@@ -280,4 +288,4 @@ def _backward(
     )
 
 
-selective_scan_triton_op = make_scan_op("selective_scan_triton", _forward, _backward, ROWS)
+selective_scan_triton_op = make_scan_op("selective_scan_triton", _forward, _backward, ROWS, into="z")

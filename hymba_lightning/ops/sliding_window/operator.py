@@ -27,14 +27,16 @@ WITH_LOG_SUMS = CONTRACT._replace(results="out log_sums", kept="q k v out log_su
 WITH_LOG_SUMS_AND_DOCUMENTS = WITH_LOG_SUMS._replace(kept=f"{WITH_LOG_SUMS.kept} doc_position")
 
 
-def make_attention_op(name: str, forward: Callable, backward: Callable, contract: Contract = CONTRACT) -> Callable:
+def make_attention_op(
+    name: str, forward: Callable, backward: Callable, contract: Contract = CONTRACT, into: str | None = None
+) -> Callable:
     """The differentiable operator hymba::`name` of a pair that keeps to `contract`, one of those above."""
 
     def shapes(q, k, v, window, scale, doc_position=None):
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         return (out, _log_sums(q)) if contract is not CONTRACT else out
 
-    return make_operator(name, contract, forward, backward, shapes)
+    return make_operator(name, contract, forward, backward, shapes, into)
 
 
 def _log_sums(q_BTHK: Tensor) -> Tensor:

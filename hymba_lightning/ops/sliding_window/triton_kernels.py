@@ -190,6 +190,8 @@ def attention_grad_kv(
     S,
     window,
     scale,
+    g_v_batch,
+    V_ROW: tl.constexpr,
     H: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
@@ -197,7 +199,8 @@ def attention_grad_kv(
     TOKENS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """g_k and g_v (B, S, G, K), contiguous. Grid (S/KEYS, G, B): a program goes over the queries of all R heads.
+    """g_k (B, S, G, K), contiguous, and g_v, of which a token's heads are. Grid (S/KEYS, G, B): a program goes over the
+    queries of all R heads.
 
     What is beyond the last query is all zeros, which adds nothing.
     """
@@ -233,4 +236,5 @@ def attention_grad_kv(
         sums_k = tl.dot(g_scores.to(queries.dtype), queries, sums_k)
     where = ((batch.to(tl.int64) * S + key) * (H // R) + group)[:, None] * K + tl.arange(0, K)[None, :]
     tl.store(where + g_k, (sums_k * (scale * LN2)).to(g_k.dtype.element_ty), mask=(key < S)[:, None])
+    where = (batch.to(tl.int64) * g_v_batch + key.to(tl.int64) * V_ROW + group * K)[:, None] + tl.arange(0, K)[None, :]
     tl.store(where + g_v, sums_v.to(g_v.dtype.element_ty), mask=(key < S)[:, None])

@@ -172,9 +172,12 @@ def _grad_q(
     return g_q, aside
 
 
-def _grad_kv(call: _Call, g_out: Tensor, q: Tensor, k: Tensor, v: Tensor, aside: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of k and v."""
-    g_k, g_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+def _grad_kv(
+    call: _Call, g_out: Tensor, q: Tensor, k: Tensor, v: Tensor, aside: Tensor, into: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of k and v, the latter `into` a tensor if there is one."""
+    g_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    g_v = torch.empty(v.shape, dtype=v.dtype, device=v.device) if into is None else into
     how = call.launches.grad_kv
     attention_grad_kv[(triton.cdiv(call.n_keys, how.keys), call.kv_heads, call.batch)](
         _tiles(q, how.rows),
@@ -189,6 +192,8 @@ def _grad_kv(call: _Call, g_out: Tensor, q: Tensor, k: Tensor, v: Tensor, aside:
         call.n_keys,
         call.window,
         call.scale,
+        g_v.stride(0),
+        V_ROW=g_v.stride(1),
         TOKENS=how.rows,
         **call.constants(how),
     )
@@ -205,18 +210,20 @@ def _backward(
     window: int,
     scale: float,
     doc_position: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not q.numel():
-        return torch.empty(q.shape, dtype=q.dtype, device=q.device), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        g_v = v.new_zeros(v.shape) if into is None else into.zero_()
+        return torch.empty(q.shape, dtype=q.dtype, device=q.device), k.new_zeros(k.shape), g_v
     g_out, q, k, v = _readable(g_out), _readable(q), _readable(k), _readable(v)
     call = _Call(q, k, window, scale, doc_position)
     with torch.cuda.device_of(q):
         g_q, aside = _grad_q(call, g_out, q, k, v, out, log_sums)
-        g_k, g_v = _grad_kv(call, g_out, q, k, v, aside)
+        g_k, g_v = _grad_kv(call, g_out, q, k, v, aside, into)
     return g_q, g_k, g_v
 
 
-_attention = make_attention_op("sliding_window_triton", _forward, _backward, WITH_LOG_SUMS_AND_DOCUMENTS)
+_attention = make_attention_op("sliding_window_triton", _forward, _backward, WITH_LOG_SUMS_AND_DOCUMENTS, into="v")
 
 
 def sliding_window_attention_triton(
