@@ -116,4 +116,5 @@ rotary_norm_triton_op = make_operator(
     _forward,
     _backward,
     lambda x, gain, cos, sin, eps: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+    into="x",
 )
