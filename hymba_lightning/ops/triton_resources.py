@@ -29,6 +29,7 @@ from hymba_lightning.ops.leaky_square_mlp import triton_launches as mlp_triton
 from hymba_lightning.ops.muon_passes import Update, plan_banks
 from hymba_lightning.ops.muon_passes import triton_launches as muon_triton
 from hymba_lightning.ops.newton_schulz import triton_launches as schulz_triton
+from hymba_lightning.ops.rotary_norm import triton_launches as rotary_triton
 from hymba_lightning.ops.selective_scan import triton_launches as scan_triton
 from hymba_lightning.ops.selective_scan.operator import ScanOperands
 from hymba_lightning.ops.sliding_window import triton_launches as attention_triton
@@ -180,6 +181,21 @@ def attention_launches(
     return launches
 
 
+def rotary_launches(batch: int, length: int, heads: int, width: int, dtype: torch.dtype, gain: bool) -> list[Launch]:
+    """Every launch of the heads' norm and turn, its heads a slice of a wider tensor, with the gain's sums if there is
+    one."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x = empty(batch, length, 2 * heads, width, dtype=dtype)[:, :, heads:]
+    table = empty(length, 1, 1, width // 2), empty(length, 1, 2, width // 2)
+    with recorded(rotary_triton, triton_sums) as launches:
+        out = rotary_triton._forward(x, empty(heads) if gain else None, *table, 1e-6)
+        rotary_triton._backward(out, x, empty(heads) if gain else None, *table, 1e-6)
+    return launches
+
+
 def mlp_launches(tokens: int, width: int, hidden: int, dtype: torch.dtype) -> list[Launch]:
     """The launches of the MLP's hidden layer, forward and backward."""
     x, w_in, w_out = (
@@ -313,6 +329,7 @@ def report_all() -> bool:
                 launches = conv_launches(2, 32768, 512, 4, dtype, documents)
                 title = f"{'documents' if documents else 'causal_conv1d'} {label}"
                 clean &= report(launches, title, capability)
+            clean &= report(rotary_launches(2, 32768, 8, 64, dtype, True), f"rotary_norm {label}", capability)
             for vocab in (1024, 50257):
                 clean &= report(loss_launches(65536, vocab, dtype), f"loss V={vocab} {label}", capability)
         for rows, columns in ((512, 2048), (48, 512)):

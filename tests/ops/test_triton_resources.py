@@ -90,6 +90,15 @@ def test_muons_passes_do_not_spill_on_hopper(resources, shape):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gain", [True, False])
+def test_the_heads_norm_and_turn_does_not_spill_on_hopper(resources, gain):
+    launches = resources.rotary_launches(2, 32768, 8, 64, torch.bfloat16, gain)
+    names = ["norm_and_turn", "norm_and_turn_backward", "channel_sums"]
+    assert [launch.kernel.__name__ for launch in launches] == (names if gain else names[:2])
+    assert resources.report(launches, "rotary_norm", 90)
+
+
+@pytest.mark.slow
 def test_as_many_programs_fit_as_the_chunks_are_made_for(resources):
     from hymba_lightning.ops.selective_scan import triton_launches as triton
 

@@ -21,10 +21,15 @@ def rotary_norm(
 ) -> Tensor:
     """rotate(gain·x / sqrt(mean(x²) + eps)) of each head, by the tables of `model.attention.rope_table`; no gain is 1.
     Raises as `registry.implementation` does."""
+    width, alike = x_BTHK.size(-1), cos.dim() == 4
     compute = registry.implementation(
         "rotary_norm",
         backend,
         x_BTHK.device.type,
-        loops=x_BTHK.dtype == torch.float32 and x_BTHK.size(-1) % 32 == 0 and x_BTHK.size(1) > 16 and cos.dim() == 4,
+        loops=x_BTHK.dtype == torch.float32 and width % 32 == 0 and x_BTHK.size(1) > 16 and alike,
+        kernels=x_BTHK.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and alike
+        and width >= 32
+        and width & (width - 1) == 0,
     )
     return compute(x_BTHK, gain_H, cos, sin, eps)
