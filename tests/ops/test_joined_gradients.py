@@ -9,12 +9,13 @@ import torch
 from interpreted import assert_within, collect, differences, needs_triton, run_cases
 
 pytestmark = needs_triton
-B, T, D, HEADS, KV_HEADS, K, E, N, W = 2, 21, 8, 4, 2, 16, 32, 4, 4
+B, T, D, HEADS, KV_HEADS, K, E, N, W = 2, 21, 8, 4, 2, 32, 32, 4, 4
 SIZES = {"q": HEADS * K, "k": KV_HEADS * K, "v": KV_HEADS * K, "u": E, "z": E}
 # name: what is special, operators that write
 CASES = {
     "whole sequences": ((), 3),
     "documents after carried state, cut along heads": (("documents", "state", "heads"), 3),
+    "heads normalised and turned": (("turned",), 5),
     "values that something else reads too, an input that is scaled": (("read twice",), 1),
     "lengths that vary": (("dynamic",), 0),
 }
@@ -22,7 +23,9 @@ CASES = {
 
 def mixer(weights, x, special):
     """A loss that depends on all five pieces of one product, and on the states after it."""
+    from hymba_lightning.model.attention import rope_table
     from hymba_lightning.ops.causal_conv1d import causal_conv1d
+    from hymba_lightning.ops.rotary_norm import rotary_norm
     from hymba_lightning.ops.selective_scan import selective_scan
     from hymba_lightning.ops.sliding_window.triton_launches import sliding_window_attention_triton
 
@@ -34,7 +37,14 @@ def mixer(weights, x, special):
         q, k, v, u, z = product.split(list(SIZES.values()), dim=-1)
     positions = torch.arange(T, dtype=torch.int32).remainder(9).expand(B, T) if "documents" in special else None
     carried = "state" in special
-    heads = [piece.unflatten(-1, (-1, K)) for piece in (torch.sin(q), torch.sin(k), v)]
+    q, k, v = (piece.unflatten(-1, (-1, K)) for piece in (q, k, v))
+    if "turned" in special:
+        table = rope_table(0, T, K, 100.0, x.device)
+        q = rotary_norm(q, weights["bias"][:HEADS], *table, 1e-6, backend="triton")
+        k = rotary_norm(k, None, *table, 1e-6, backend="triton")
+    else:
+        q, k = q.sin(), k.sin()
+    heads = q, k, v
     attended = sliding_window_attention_triton(*heads, window=5, scale=0.3, doc_position_BT=positions)
     convolved, conv_state = causal_conv1d(
         u * 2.0 if "read twice" in special else u,
@@ -142,7 +152,7 @@ def test_compiled_gradients_agree_and_are_written_in_place_where_they_can_be(res
     assert_within(results[name], 2e-6)
     assert results[name]["writers"] == CASES[name][1]
     # The scan and the projection of its dynamics both find a gradient of what was convolved.
-    assert results[name]["added"] == (CASES[name][1] == 3)
+    assert results[name]["added"] == (CASES[name][1] >= 3)
 
 
 @pytest.mark.slow
