@@ -136,6 +136,11 @@ def pending() -> int:
     return _state.pending
 
 
+def follow(signum: int) -> None:
+    """Has this process end as if it had got the signal, which ended another rank of its run."""
+    _state.pending = _state.pending or signum
+
+
 def signal_name(signum: int) -> str:
     """E.g. "SIGTERM"."""
     return signal.Signals(signum).name

@@ -30,11 +30,12 @@ from hymba_lightning.ops.compiling import compiled
 from hymba_lightning.run.run import ClockReading, Run, Testing, Validation
 from hymba_lightning.run.tensorboard import TEST
 from hymba_lightning.trainer_internals import (
-    callbacks_of,
     datamodule_of,
     gradient_sync_wanted,
     graph_obstacle,
     log_evaluations_by_step,
+    not_yet_there,
+    when_ranks_have_met,
 )
 from hymba_lightning.training.checks import check_callbacks, check_fit, check_options, check_schedulers
 from hymba_lightning.training.graphed import average_over_ranks, start_gradients, uses_cuda_graph
@@ -137,11 +138,11 @@ class HymbaModule(pl.LightningModule):
             WeightAverage(self.average, self.average_window, self.ema_decay),
             TrainingStats(self.log_every_n_steps, self.peak_tflops),
         ]
-        return [
-            callback
-            for callback in wanted
-            if not any(isinstance(present, type(callback)) for present in callbacks_of(self.trainer))
-        ]
+        missing = not_yet_there(self.trainer, wanted)
+        for watch in missing:
+            if isinstance(watch, RankWatch):
+                when_ranks_have_met(self.trainer, watch.begin)
+        return missing
 
     @property
     def run(self) -> Run:
