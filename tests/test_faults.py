@@ -62,6 +62,7 @@ def test_a_killed_rank_ends_the_other_which_says_who_died(tmp_path, config, dead
     assert time.monotonic() - started < 60
     printed = (tmp_path / f"log.{1 - dead}").read_text()
     assert f"rank {dead} of 2 died (its process ended without a word" in printed
+    assert "fault of the program" not in printed, "the collective's error only follows"
 
 
 @pytest.mark.ddp
@@ -93,6 +94,34 @@ def test_a_rank_that_fails_tells_the_others_why(tmp_path, config):
     assert 0 not in codes
     assert "rank 1 of 2 died (ValueError: the cooling failed)" in (tmp_path / "log.0").read_text()
     assert "rank 0 of 2 died" not in (tmp_path / "log.1").read_text()
+
+
+@pytest.mark.ddp
+def test_a_rank_that_is_stopped_is_named_and_the_others_end(tmp_path, config):
+    arguments = ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")]
+    ranks = start_ranks(arguments, tmp_path / "log", 2, hook=injected.rank_1_stands_still)
+    assert finish(ranks[:1], timeout=60) == [1]
+    ranks[1].kill()
+    assert "rank 1 of 2 died (its process has stood still for 5 s" in (tmp_path / "log.0").read_text()
+
+
+@pytest.mark.ddp
+def test_a_rank_killed_before_data_are_open_is_named(tmp_path, config):
+    arguments = ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")]
+    ranks = start_ranks(arguments, tmp_path / "log", 2, hook=injected.rank_1_is_killed_opening_data)
+    assert finish(ranks, timeout=60) == [1, -9]
+    assert "rank 1 of 2 died (its process ended without a word" in (tmp_path / "log.0").read_text()
+
+
+@pytest.mark.ddp
+def test_a_signal_to_one_rank_before_training_ends_all_by_it(tmp_path, config):
+    arguments = ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")]
+    arguments += ["--model.compile_warmup_steps", "1"]
+    ranks = start_ranks(arguments, tmp_path / "log", 2, hook=injected.rank_1_gets_a_signal_in_the_warmup)
+    assert finish(ranks, timeout=60) == [143, 143]
+    printed = (tmp_path / "log.0").read_text()
+    assert "rank 1 of 2 died (stopped by SIGTERM)" in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.ddp

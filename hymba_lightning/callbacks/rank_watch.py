@@ -203,7 +203,9 @@ class RankWatch(pl.Callback):
         selector.unregister(connection)
         rank = self._peers.pop(connection)
         connection.close()
-        if (message is None or "text" in message) and not self._leaving.is_set():
+        # Who was told of a signal hangs up too.
+        silent = message is None and not self._stopped
+        if (silent or "text" in (message or {})) and not self._leaving.is_set():
             self._report(message or {"rank": rank, "text": SILENT})
 
     def _report(self, news: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ from hymba_lightning.trainer_internals import (
     not_yet_there,
     when_ranks_have_met,
 )
-from hymba_lightning.training.checks import check_callbacks, check_fit, check_options, check_schedulers
+from hymba_lightning.training import checks
 from hymba_lightning.training.graphed import average_over_ranks, start_gradients, uses_cuda_graph
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
 from hymba_lightning.training.pages import keep_pages
@@ -129,7 +129,7 @@ class HymbaModule(pl.LightningModule):
     # Set-up ------------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        check_callbacks(self.trainer)
+        checks.check_callbacks(self.trainer)
         wanted: list[pl.Callback] = [
             CompileWarmup(self.compile_warmup_steps),
             RankWatch(),
@@ -153,7 +153,7 @@ class HymbaModule(pl.LightningModule):
         self.run.start_stage(getattr(datamodule_of(self.trainer), "opened_in", 0.0))
         self.run.net = self.net
         self.run.schedules = [self.set_schedule]
-        check_options(self.trainer)
+        checks.check_options(self.trainer)
         use_digests(self.trainer)
         log_evaluations_by_step(self.trainer)
         data = datamodule_of(self.trainer)
@@ -173,7 +173,7 @@ class HymbaModule(pl.LightningModule):
                 f"{self.net.config.bos_id}: set it to {bos_id}"
             )
         if stage == "fit":
-            check_fit(self.trainer, self.budget_seconds, measures_more=type(self) is not HymbaModule)
+            checks.check_fit(self.trainer, self.budget_seconds, measures_more=type(self) is not HymbaModule)
             if self.trainer.strategy.root_device.type == "cpu":
                 keep_pages()
             if self.compile_net:
@@ -195,7 +195,7 @@ class HymbaModule(pl.LightningModule):
     # Training ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        check_schedulers(self.trainer)
+        checks.check_start(self.trainer)
 
     def set_schedule(self, reading: ClockReading) -> None:
         """Sets learning rates and momentum for the step about to run."""
