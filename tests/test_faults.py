@@ -143,6 +143,23 @@ def test_a_killed_rank_ends_a_run_that_lightning_launched(tmp_path, config, dead
     assert f"rank {dead} of 2 died" in (tmp_path / "log").read_text()
 
 
+def test_a_rank_ends_soon_after_the_process_that_started_it(tmp_path):
+    """Killed before the ranks have met, rank 0 leaves nothing that the others could notice."""
+    code = "import time; from hymba_lightning import signals; signals.end_with_parent('hymba fit', 0.2); "
+    code += "print('ready', flush=True); time.sleep(60)"
+    out = tmp_path / "out"
+    with open(out, "w") as file:
+        shell = subprocess.Popen(
+            ["sh", "-c", f'"{sys.executable}" -c "{code}" & echo $!; wait'], stdout=file, stderr=file
+        )
+        wait_for(lambda: "ready" in out.read_text())
+        shell.kill()
+        shell.wait()
+    child = int(out.read_text().split()[0])
+    wait_for(lambda: not _alive(child), timeout=10)
+    assert "the process that started this rank is gone" in out.read_text()
+
+
 def _alive(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
