@@ -34,6 +34,8 @@ def main() -> None:
     streams.guard(must_arrive=command in FILTERS or command.startswith("-") or args[-1] in ("-h", "--help"))
     title = f"hymba {command}" if command in usage.COMMANDS else "hymba"
     signals.listen(title)
+    if signals.launched_by_lightning():
+        signals.end_with_parent(title)
     try:
         code = _run_guarded(args, command, title, started, debug="--debug" in sys.argv)
     except signals.Stopped as stop:  # in the middle of other last words

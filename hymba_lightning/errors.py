@@ -69,12 +69,21 @@ REFUSALS = (ValueError, ImportError, OSError, ArithmeticError)
 LAUNCHER_BUILD = "triton.runtime.build"
 
 
+# Set on an exception that another process has explained.
+TOLD = "hymba_is_told"
+
+
 class UserError(ValueError):
     """Bad input, wherever it is raised: its text is one sentence that names the thing and the remedy."""
 
 
 class UsageError(UserError):
     """A command line that cannot be understood."""
+
+
+def all_is_told(error: BaseException) -> None:
+    """Has `report` say nothing of an exception that follows from what was told already."""
+    setattr(error, TOLD, True)
 
 
 def is_user_error(error: BaseException) -> bool:
@@ -140,11 +149,14 @@ def report(error: BaseException, command: str, debug: bool = False) -> int:
     if user and local_rank:
         return USER_ERROR
     where = f"{command} (rank {rank})" if rank or local_rank else command
-    if debug or not user:
+    told = getattr(error, TOLD, False)
+    if debug or not (user or told):
         traceback.print_exception(error, file=sys.stderr)
     if user:
         print(f"{where}: {sentence(error)}", file=sys.stderr)
         return USER_ERROR
+    if told:
+        return FAULT
     print(
         f"{where}: {type(error).__name__}: {sentence(error)}. This is a fault of the program, not of what it was "
         "given: please report it with the lines above",

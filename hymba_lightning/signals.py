@@ -136,6 +136,11 @@ def pending() -> int:
     return _state.pending
 
 
+def follow(signum: int) -> None:
+    """Has this process end as if it had got the signal, which ended another rank of its run."""
+    _state.pending = _state.pending or signum
+
+
 def signal_name(signum: int) -> str:
     """E.g. "SIGTERM"."""
     return signal.Signals(signum).name
@@ -152,6 +157,24 @@ def wait_for_parent(seconds: float = 5.0) -> None:
     parent, end = os.getppid(), time.monotonic() + seconds
     while os.getppid() == parent and time.monotonic() < end:
         time.sleep(0.02)
+
+
+def end_with_parent(command: str, seconds: float = 10.0) -> None:
+    """Ends this process, the rank of a run that another one started, so long after that one is gone.
+
+    Before the ranks have met, nothing else would end it: it would wait for rank 0 for half an hour.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        time.sleep(seconds)  # most end by themselves
+        with contextlib.suppress(OSError):
+            os.write(2, f"{command}: the process that started this rank is gone; this one ends too\n".encode())
+        os._exit(1)
+
+    threading.Thread(target=watch, name="hymba-parent", daemon=True).start()
 
 
 def _take_handlers() -> dict[int, Any]:

@@ -40,6 +40,8 @@ QUIET_WARNINGS = (
     ".*pkg_resources is deprecated",
     ".*pynvml package is deprecated",
     ".*Please use the new API settings to control",
+    # Scores are summed over the ranks before they are logged.
+    r".*It is recommended to use `self.log\('val(_ttt)?/",
 )
 
 
@@ -77,8 +79,19 @@ def set_up_messages(quiet: bool = False) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
+def _for_everyone(record: logging.LogRecord) -> bool:
+    """False for what rank 0 says as well; warnings may be of one rank alone."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return record.levelno >= logging.WARNING or not getattr(rank_zero_only, "rank", 0)
+
+
 def take_over_lightnings_messages() -> None:
-    """Removes the handlers that importing Lightning installs, which would print its messages a second time."""
+    """Removes the handlers that importing Lightning installs, which would print its messages a second time, and keeps
+    what every rank tells to rank 0."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, StderrHandler):
+            handler.addFilter(_for_everyone)
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         logger.handlers.clear()

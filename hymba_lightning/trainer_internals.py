@@ -37,6 +37,12 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
     return list(getattr(trainer, "callbacks", []))
 
 
+def not_yet_there(trainer: pl.Trainer, callbacks: list[pl.Callback]) -> list[pl.Callback]:
+    """Those of a kind that the Trainer has none of."""
+    present = callbacks_of(trainer)
+    return [callback for callback in callbacks if not any(isinstance(each, type(callback)) for each in present)]
+
+
 def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
     """Everything that Lightning puts into a checkpoint, without writing it."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
@@ -93,6 +99,17 @@ def rewind_to_accumulation_window(trainer: pl.Trainer) -> None:
     fetcher = trainer.fit_loop._data_fetcher
     if fetcher is not None:
         fetcher.fetched -= surplus
+
+
+def when_ranks_have_met(trainer: pl.Trainer, call: Callable[[pl.Trainer], None]) -> None:
+    """Has `call(trainer)` made on every rank of each fit, validation or test as soon as they can talk."""
+    met = trainer.strategy.setup_environment
+
+    def meet() -> None:
+        met()
+        call(trainer)
+
+    trainer.strategy.setup_environment = meet  # type: ignore[method-assign]
 
 
 def step_limit(trainer: pl.Trainer) -> int | None:

@@ -51,6 +51,43 @@ def rank_1_hangs(rank: int) -> None:
         _at_step(4, lambda loss: time.sleep(1000))
 
 
+def rank_1_stands_still(rank: int) -> None:
+    """Rank 1 is stopped in its fifth step, as by SIGSTOP, and the others count it as dead after 5 s of that."""
+    RankWatch.__init__ = functools.partialmethod(RankWatch.__init__, grace_seconds=0.5, still_seconds=5.0)
+    if rank == 1:
+        _at_step(4, lambda loss: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def rank_1_is_killed_opening_data(rank: int) -> None:
+    """Rank 1 is gone before any callback is set up; rank 0 opens for long."""
+    from hymba_lightning.data.datamodule import HymbaDataModule
+
+    RankWatch.__init__ = functools.partialmethod(RankWatch.__init__, grace_seconds=0.5)
+    original = HymbaDataModule.setup
+
+    def setup(self: HymbaDataModule, stage: str) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(3.0)
+        original(self, stage)
+
+    HymbaDataModule.setup = setup
+
+
+def rank_1_gets_a_signal_in_the_warmup(rank: int) -> None:
+    """Where ranks do not agree on signals: only one is told, and the others would wait for it."""
+    from hymba_lightning.callbacks.compile_warmup import CompileWarmup
+
+    original = CompileWarmup._run_step
+
+    def run_step(*args: object) -> None:
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(*args)
+
+    CompileWarmup._run_step = staticmethod(run_step)
+
+
 def error_on_rank_1(rank: int) -> None:
     """Rank 1 fails with an exception in its fifth step."""
 

@@ -62,6 +62,7 @@ def test_a_killed_rank_ends_the_other_which_says_who_died(tmp_path, config, dead
     assert time.monotonic() - started < 60
     printed = (tmp_path / f"log.{1 - dead}").read_text()
     assert f"rank {dead} of 2 died (its process ended without a word" in printed
+    assert "fault of the program" not in printed, "the collective's error only follows"
 
 
 @pytest.mark.ddp
@@ -96,6 +97,34 @@ def test_a_rank_that_fails_tells_the_others_why(tmp_path, config):
 
 
 @pytest.mark.ddp
+def test_a_rank_that_is_stopped_is_named_and_the_others_end(tmp_path, config):
+    arguments = ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")]
+    ranks = start_ranks(arguments, tmp_path / "log", 2, hook=injected.rank_1_stands_still)
+    assert finish(ranks[:1], timeout=60) == [1]
+    ranks[1].kill()
+    assert "rank 1 of 2 died (its process has stood still for 5 s" in (tmp_path / "log.0").read_text()
+
+
+@pytest.mark.ddp
+def test_a_rank_killed_before_data_are_open_is_named(tmp_path, config):
+    arguments = ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")]
+    ranks = start_ranks(arguments, tmp_path / "log", 2, hook=injected.rank_1_is_killed_opening_data)
+    assert finish(ranks, timeout=60) == [1, -9]
+    assert "rank 1 of 2 died (its process ended without a word" in (tmp_path / "log.0").read_text()
+
+
+@pytest.mark.ddp
+def test_a_signal_to_one_rank_before_training_ends_all_by_it(tmp_path, config):
+    arguments = ["fit", "--config", str(config), "--run_dir", str(tmp_path / "run")]
+    arguments += ["--model.compile_warmup_steps", "1"]
+    ranks = start_ranks(arguments, tmp_path / "log", 2, hook=injected.rank_1_gets_a_signal_in_the_warmup)
+    assert finish(ranks, timeout=60) == [143, 143]
+    printed = (tmp_path / "log.0").read_text()
+    assert "rank 1 of 2 died (stopped by SIGTERM)" in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.ddp
 @pytest.mark.slow
 @pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.more), 1])
 def test_a_killed_rank_ends_a_run_that_lightning_launched(tmp_path, config, dead):
@@ -112,6 +141,23 @@ def test_a_killed_rank_ends_a_run_that_lightning_launched(tmp_path, config, dead
         os.kill(main.pid if dead == 0 else child, 9)
         wait_for(lambda: not _alive(child) and main.poll() is not None, timeout=60)
     assert f"rank {dead} of 2 died" in (tmp_path / "log").read_text()
+
+
+def test_a_rank_ends_soon_after_the_process_that_started_it(tmp_path):
+    """Killed before the ranks have met, rank 0 leaves nothing that the others could notice."""
+    code = "import time; from hymba_lightning import signals; signals.end_with_parent('hymba fit', 0.2); "
+    code += "print('ready', flush=True); time.sleep(60)"
+    out = tmp_path / "out"
+    with open(out, "w") as file:
+        shell = subprocess.Popen(
+            ["sh", "-c", f'"{sys.executable}" -c "{code}" & echo $!; wait'], stdout=file, stderr=file
+        )
+        wait_for(lambda: "ready" in out.read_text())
+        shell.kill()
+        shell.wait()
+    child = int(out.read_text().split()[0])
+    wait_for(lambda: not _alive(child), timeout=10)
+    assert "the process that started this rank is gone" in out.read_text()
 
 
 def _alive(pid: int) -> bool:

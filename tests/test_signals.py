@@ -125,6 +125,8 @@ def test_a_signal_to_one_rank_ends_both_with_its_number(tmp_path, config, hook):
     assert finish(ranks, timeout=30) == [143, 143], log_of(tmp_path / "log.0") + log_of(tmp_path / "log.1")
     assert "stopped by SIGTERM" in last_line(tmp_path / "log.0")
     assert "stopped by" not in log_of(tmp_path / "log.1"), "rank 0 alone speaks"
+    assert "backend numba" in log_of(tmp_path / "log.0")
+    assert "backend numba" not in log_of(tmp_path / "log.1")
 
 
 def test_an_interrupted_test_fails_so_that_nothing_follows(tmp_path, config):

@@ -85,10 +85,9 @@ class WallClock(Callback):
         self._boundary = 0.0
         self._seen_step = 0
         self._inside_step = False
-        self._trained: float | None = None
-        """Seconds of training alone, as soon as work behind it is charged."""
         self._made_steps = False
         """Whether this fit trained, and did not only look at what a run before had left to do."""
+        self._ended = False
         self._requested_code = 0
         self._timer: Timer | None = None
         """Lightning's, of trainer.max_time."""
@@ -128,12 +127,18 @@ class WallClock(Callback):
 
     def charged(self) -> AbstractContextManager[None]:
         """Runs the clock for the time of the block, after training: for the work that the reserve was held back for."""
-        self._trained = self.elapsed() if self._trained is None else self._trained
         return self.watch.charged()
 
     def end(self) -> None:
         """Ends training: from now on only the time within `charged` is counted."""
         self.watch.stop()
+        usable, ended, self._ended = self.usable_seconds, self._ended, True
+        # Before the reserve's work is charged, which is no step.
+        if usable is not None and self._made_steps and not ended and self.elapsed() > usable:
+            rank_zero_warn(
+                f"training took {self.elapsed():.2f} s of {usable:.2f} s: its last step took longer than predicted"
+                + (" (it was the only one; the budget does not fit one step)" if self._steps == 1 else "")
+            )
 
     def request_stop(self, code: int = 1) -> None:
         """End training on all ranks after the optimizer step in progress; safe to call in a signal handler.
@@ -156,8 +161,7 @@ class WallClock(Callback):
             return
         Run.of(trainer).clock = self
         self.watch.reset()
-        self._inside_step, self._event, self._made_steps = False, None, False
-        self._trained = None
+        self._inside_step, self._event, self._made_steps, self._ended = False, None, False, False
         self.stop_reason, self.stop_code, self._requested_code = None, 0, 0
         if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
@@ -230,14 +234,7 @@ class WallClock(Callback):
         self.watch.resume()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.watch.stop()
-        usable = self.usable_seconds
-        trained = self.elapsed() if self._trained is None else self._trained
-        if usable is not None and self._made_steps and trained > usable:
-            rank_zero_warn(
-                f"training took {trained:.2f} s of {usable:.2f} s: its last step took longer than predicted"
-                + (" (it was the only one; the budget does not fit one step)" if self._steps == 1 else "")
-            )
+        self.end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.watch.stop()

@@ -17,6 +17,7 @@ import numpy as np
 import sentencepiece
 import torch
 
+from hymba_lightning.data.agreement import agree
 from hymba_lightning.data.digests import file_digests
 from hymba_lightning.data.inputs import first_common
 from hymba_lightning.data.loader import Loader, ResumableLoader, read_ahead
@@ -36,6 +37,8 @@ log = logging.getLogger("hymba_lightning")
 
 # Training ends by clock or step limit, never by running out of batches; the length only has to be out of reach.
 ENDLESS = 1 << 40
+OPTIONAL = ("val_tokens_limit", "shuffle_seed")
+POSITIVE = ("seq_len", "micro_batch_size", "val_micro_batch_size", "ttt_chunk_tokens", "prefetch_batches")
 
 
 class HymbaDataModule(pl.LightningDataModule):
@@ -94,8 +97,7 @@ class HymbaDataModule(pl.LightningDataModule):
                 f"data.train_files={train_files!r} is one place, and data.mixture needs one in each folder"
             )
         self.prefetch_batches = prefetch_batches
-        positive = ("seq_len", "micro_batch_size", "val_micro_batch_size", "ttt_chunk_tokens", "prefetch_batches")
-        for field in (*positive, *(["val_tokens_limit"] if val_tokens_limit is not None else [])):
+        for field in (*POSITIVE, *(["val_tokens_limit"] if val_tokens_limit is not None else [])):
             if getattr(self, field) < 1:
                 raise ValueError(f"data.{field} is {getattr(self, field)}; it must be at least 1")
         if shuffle_seed is not None and not 0 <= shuffle_seed < 1 << 32:
@@ -164,9 +166,15 @@ class HymbaDataModule(pl.LightningDataModule):
         Raises:
             FileNotFoundError: No tokenizer, or no shard matches a pattern.
             ValueError: A damaged shard, ids beyond the tokenizer's vocabulary, data shorter than seq_len, a tokenizer
-                other than the one that made the shards, a file for both training and validation.
+                other than the one that made the shards, a file for both training and validation, other data on
+                another rank.
         """
         started = time.monotonic()
+        agree(lambda: self._open(stage))
+        self.opened_in = time.monotonic() - started
+
+    def _open(self, stage: str) -> dict[str, object]:
+        """What `setup` does on one rank; returns what is to be the same on all."""
         manifest = read_manifest(self.data_dir)
         val_paths = find_shards(self.val_files, self.data_dir)
         if stage == "fit":
@@ -188,7 +196,8 @@ class HymbaDataModule(pl.LightningDataModule):
             self._check_training_size()
         if read_manifest(self.data_dir) != manifest:
             raise ValueError(f"the data in {self.data_dir} were replaced while they were opened; start again")
-        self.opened_in = time.monotonic() - started
+        alike: dict[str, object] = {f"data ({split})": self.data_digest(split) for split in SPLITS[stage != "fit" :]}
+        return alike | {f"data.{name}": getattr(self, name) for name in (*POSITIVE[:-1], *OPTIONAL)}
 
     def _check_training_size(self) -> None:
         n_tokens, rank_spans = self.train_spans.n_tokens, self._rank_and_world()[1] * self.micro_batch_size

@@ -98,7 +98,7 @@ class RunFolder:
 
     def held(self) -> list[str]:
         """Names of what shows that a fit began here, and would be lost: not the results of a validation or a test, nor
-        the config of a fit that was killed before it saved anything."""
+        the config of a fit that ended before it saved anything."""
         held = [name for name in SIGNS if (self.path / name).exists()]
         if any(not path.name.startswith(".") for path in self.path.glob("checkpoints/*")):
             held.insert(0, "checkpoints")
@@ -109,21 +109,24 @@ class RunFolder:
             except RecordError:
                 fitted = True
             held = ["record.json", *held] if fitted else held
-        abandoned = self._abandoned if self.is_open else (self.path / OWNER).is_file()
-        if (self.path / "config.yaml").exists() and (held or not abandoned):
+        if (self.path / "config.yaml").exists() and (held or not self._config_is_ours()):
             held.append("config.yaml")
         return held
 
-    def _is_a_run(self) -> bool:
-        """Whether this package wrote what lies here; other programs have a config.yaml and checkpoints too."""
-        abandoned = self._abandoned if self.is_open else (self.path / OWNER).is_file()
-        if abandoned or any((self.path / name).exists() for name in ("record.json", ARTIFACT, LOGGED, ASIDE)):
+    def _config_is_ours(self) -> bool:
+        """Whether config.yaml is of a fit, rather than of another program."""
+        if self._abandoned if self.is_open else (self.path / OWNER).is_file():
             return True
         with contextlib.suppress(OSError):
             config = (self.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
-            if any(line.startswith("run_dir:") for line in config.splitlines()):
-                return True
-        return has_digest(self.checkpoint)
+            return any(line.startswith("run_dir:") for line in config.splitlines())
+        return False
+
+    def _is_a_run(self) -> bool:
+        """Whether this package wrote what lies here; other programs have a config.yaml and checkpoints too."""
+        if any((self.path / name).exists() for name in ("record.json", ARTIFACT, LOGGED, ASIDE)):
+            return True
+        return self._config_is_ours() or has_digest(self.checkpoint)
 
     def check(self, resumed_from: str | Path | None = None) -> None:
         """Whether a fit may write here: into a folder without a run, on from its own checkpoint, or to overwrite it.
@@ -186,7 +189,7 @@ class RunFolder:
                 _remove_empty(path.parent, self.path)
         self._before = set(self._files())
         self._note_loggers()
-        if self._abandoned and not self.held():
+        if not self.held():
             self._before.discard(self.path / "config.yaml")
 
     def settle(self) -> None:

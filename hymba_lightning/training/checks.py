@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import (
@@ -14,7 +15,10 @@ from lightning.pytorch.callbacks import (
 )
 
 from hymba_lightning.callbacks.wall_clock import NO_END
+from hymba_lightning.data.agreement import agree
 from hymba_lightning.data.datamodule import HymbaDataModule
+from hymba_lightning.data.tokenizer import file_sha256
+from hymba_lightning.run.run import Run
 from hymba_lightning.trainer_internals import callbacks_of, datamodule_of, time_limit
 from hymba_lightning.training.optim import HymbaOptimizer
 
@@ -37,7 +41,8 @@ MEASURED = ("val/bpb", "val/loss")
 def check_options(trainer: pl.Trainer) -> None:
     """
     Raises:
-        ValueError: a precision that would round the weights, or a number that cannot be.
+        ValueError: a precision that would round the weights, a number that cannot be, or ranks of which one was given
+            another option or another checkpoint.
     """
     if trainer.precision not in PRECISIONS:
         raise ValueError(
@@ -48,6 +53,19 @@ def check_options(trainer: pl.Trainer) -> None:
         value = getattr(trainer, option)
         if value is not None and not value > 0:
             raise ValueError(f"trainer.{option} is {value}; it must be positive")
+    agree(lambda: _given(trainer))
+
+
+def _given(trainer: pl.Trainer) -> dict[str, object]:
+    """What every rank must have been given alike, by its name on the command line."""
+    options = {f"model.{name}": repr(value) for name, value in trainer.lightning_module.hparams.items()}
+    options["model.ttt"] = repr(getattr(trainer.lightning_module, "ttt_config", None))
+    options |= {f"trainer.{name}": getattr(trainer, name) for name in ("max_steps", "accumulate_grad_batches")}
+    return options | _checkpoint(Run.of(trainer).weights_from)
+
+
+def _checkpoint(path: str | os.PathLike[str] | None) -> dict[str, object]:
+    return {"--ckpt_path": None if path is None else file_sha256(path)}
 
 
 def check_callbacks(trainer: pl.Trainer) -> None:
@@ -87,11 +105,13 @@ def check_fit(trainer: pl.Trainer, budget_seconds: float | None, measures_more: 
     check_monitors(trainer, measures_more)
 
 
-def check_schedulers(trainer: pl.Trainer) -> None:
+def check_start(trainer: pl.Trainer) -> None:
     """
     Raises:
-        ValueError: a scheduler was configured for the module's own optimizer, whose rates follow the run's clock.
+        ValueError: a scheduler was configured for the module's own optimizer, whose rates follow the run's clock, or
+            another rank goes on from another checkpoint.
     """
+    agree(lambda: _checkpoint(trainer.ckpt_path))
     if trainer.lr_scheduler_configs and isinstance(trainer.optimizers[0], HymbaOptimizer):
         raise ValueError(
             "a learning-rate scheduler would change rates that follow the run's clock: set model.optimizer's "

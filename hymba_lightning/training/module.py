@@ -30,13 +30,14 @@ from hymba_lightning.ops.compiling import compiled
 from hymba_lightning.run.run import ClockReading, Run, Testing, Validation
 from hymba_lightning.run.tensorboard import TEST
 from hymba_lightning.trainer_internals import (
-    callbacks_of,
     datamodule_of,
     gradient_sync_wanted,
     graph_obstacle,
     log_evaluations_by_step,
+    not_yet_there,
+    when_ranks_have_met,
 )
-from hymba_lightning.training.checks import check_callbacks, check_fit, check_options, check_schedulers
+from hymba_lightning.training import checks
 from hymba_lightning.training.graphed import average_over_ranks, start_gradients, uses_cuda_graph
 from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, build_optimizer
 from hymba_lightning.training.pages import keep_pages
@@ -128,7 +129,7 @@ class HymbaModule(pl.LightningModule):
     # Set-up ------------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        check_callbacks(self.trainer)
+        checks.check_callbacks(self.trainer)
         wanted: list[pl.Callback] = [
             CompileWarmup(self.compile_warmup_steps),
             RankWatch(),
@@ -137,11 +138,11 @@ class HymbaModule(pl.LightningModule):
             WeightAverage(self.average, self.average_window, self.ema_decay),
             TrainingStats(self.log_every_n_steps, self.peak_tflops),
         ]
-        return [
-            callback
-            for callback in wanted
-            if not any(isinstance(present, type(callback)) for present in callbacks_of(self.trainer))
-        ]
+        missing = not_yet_there(self.trainer, wanted)
+        for watch in missing:
+            if isinstance(watch, RankWatch):
+                when_ranks_have_met(self.trainer, watch.begin)
+        return missing
 
     @property
     def run(self) -> Run:
@@ -152,7 +153,7 @@ class HymbaModule(pl.LightningModule):
         self.run.start_stage(getattr(datamodule_of(self.trainer), "opened_in", 0.0))
         self.run.net = self.net
         self.run.schedules = [self.set_schedule]
-        check_options(self.trainer)
+        checks.check_options(self.trainer)
         use_digests(self.trainer)
         log_evaluations_by_step(self.trainer)
         data = datamodule_of(self.trainer)
@@ -172,7 +173,7 @@ class HymbaModule(pl.LightningModule):
                 f"{self.net.config.bos_id}: set it to {bos_id}"
             )
         if stage == "fit":
-            check_fit(self.trainer, self.budget_seconds, measures_more=type(self) is not HymbaModule)
+            checks.check_fit(self.trainer, self.budget_seconds, measures_more=type(self) is not HymbaModule)
             if self.trainer.strategy.root_device.type == "cpu":
                 keep_pages()
             if self.compile_net:
@@ -194,7 +195,7 @@ class HymbaModule(pl.LightningModule):
     # Training ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
-        check_schedulers(self.trainer)
+        checks.check_start(self.trainer)
 
     def set_schedule(self, reading: ClockReading) -> None:
         """Sets learning rates and momentum for the step about to run."""

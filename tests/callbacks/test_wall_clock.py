@@ -116,6 +116,22 @@ def test_work_charged_after_training_counts(tmp_path):
     assert clock.elapsed() == pytest.approx(7.0)
 
 
+def test_work_charged_to_the_reserve_is_not_told_as_a_slow_step(tmp_path, recwarn):
+    class Calibrating(Callback):
+        def on_train_end(self, trainer, pl_module):
+            clock = Run.of(trainer).clock
+            clock.end()
+            with clock.charged():
+                pl_module.fake_time.advance(2.0)
+
+    fake_time = FakeTime()
+    clock = WallClock(10.0, 5.0, margin=1.0, time_fn=fake_time)
+    # Callbacks of the command line come before the module's clock.
+    make_trainer(tmp_path, [Calibrating(), clock]).fit(TimedModule(fake_time, [1.0]), datamodule=TinyData())
+    assert clock.elapsed() == pytest.approx(7.0)
+    assert not any("longer than predicted" in str(w.message) for w in recwarn)
+
+
 def test_a_slow_step_shortens_the_run_instead_of_overrunning(tmp_path):
     # The step of 4 s is recent when the end nears: the clock allows for another one.
     trainer, _, clock = fit(tmp_path, [1.0] * 5 + [4.0, 1.0], budget=15.0)

@@ -88,6 +88,18 @@ def test_a_config_alone_shows_that_a_run_began_there(tmp_path):
     assert not (tmp_path / "config.yaml").exists(), "this run came to nothing, too"
 
 
+def test_a_run_that_failed_before_it_saved_anything_is_begun_again(tmp_path):
+    # A rank that ends because another one died gives its claim back, and leaves no owner's note.
+    (tmp_path / "config.yaml").write_text("seed_everything: 1\nrun_dir: null\n")
+    run = RunFolder(tmp_path)
+    run.check()
+    run.claim("hymba fit")
+    run.start()
+    run.settle()
+    run.close()
+    assert (tmp_path / "config.yaml").exists()
+
+
 @pytest.mark.parametrize(
     "names", [["config.yaml"], ["checkpoints/model.pt"], ["checkpoints/last.ckpt", "summary.json"]]
 )
