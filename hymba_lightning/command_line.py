@@ -95,9 +95,11 @@ def _run(args: list[str], command: str, started: float) -> None:
     if command in OF_LIGHTNING:
         with uncollected():
             import_torchmetrics_in_parts()
+            from lightning.pytorch.utilities import rank_zero_only
+
             from hymba_lightning.cli import run
 
-        take_over_lightnings_messages()
+        take_over_lightnings_messages(lambda: getattr(rank_zero_only, "rank", 0))
         _say_what_is_next(run(args, started))
         return
     if command == "study":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from typing import TextIO
 
 # Parts of library messages that tell a user of this command nothing.
@@ -79,19 +80,16 @@ def set_up_messages(quiet: bool = False) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def _for_everyone(record: logging.LogRecord) -> bool:
-    """False for what rank 0 says as well; warnings may be of one rank alone."""
-    from lightning.pytorch.utilities import rank_zero_only
-
-    return record.levelno >= logging.WARNING or not getattr(rank_zero_only, "rank", 0)
-
-
-def take_over_lightnings_messages() -> None:
+def take_over_lightnings_messages(rank: Callable[[], int] = lambda: 0) -> None:
     """Removes the handlers that importing Lightning installs, which would print its messages a second time, and keeps
-    what every rank tells to rank 0."""
+    what every rank would say to rank 0; warnings may be of one rank alone.
+
+    Args:
+        rank: Says which this process is.
+    """
     for handler in logging.getLogger().handlers:
         if isinstance(handler, StderrHandler):
-            handler.addFilter(_for_everyone)
+            handler.addFilter(lambda record: record.levelno >= logging.WARNING or rank() == 0)
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         logger.handlers.clear()

@@ -76,4 +76,5 @@ def test_a_node_with_an_older_checkpoint_does_not_go_on(tmp_path):
     again = start_nodes(on, tmp_path / "again", 2, injected.own_folder, environment)
     assert finish(again, timeout=60) == [2, 2]
     assert "--ckpt_path: rank 1 on " in log_of(tmp_path / "again.0")
+    assert "died" not in log_of(tmp_path / "again.0"), "a refusal of all is no death of one"
     assert torch.load(last, weights_only=True)["global_step"] == 3

@@ -28,7 +28,7 @@ from hymba_lightning.signals import Stopped
 log = logging.getLogger("hymba_lightning")
 
 CONNECT_SECONDS = 30.0
-MOST_BYTES = 1 << 16
+MOST_BYTES, MOST_CHARS = 1 << 16, 2000
 # A host that loses power closes nothing: probes after 10 s of silence, given up after 4 at 5 s.
 KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))
 SILENT = "its process ended without a word: killed, out of memory, or its machine is gone"
@@ -63,6 +63,8 @@ class RankWatch(pl.Callback):
         """That this rank's end was announced, and that something was heard that will end it."""
         self._stopped: dict[str, Any] = {}
         """What was heard of a rank that got a signal."""
+        self._own_text = ""
+        """What this rank failed with."""
         self._leaving, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -77,7 +79,7 @@ class RankWatch(pl.Callback):
         self._close()
         self._rank, self._size = trainer.global_rank, trainer.world_size
         self._news, self._heard, self._peers, self._stopped = threading.Event(), threading.Event(), {}, {}
-        self._leaving, self._closing = threading.Event(), threading.Event()
+        self._leaving, self._closing, self._own_text = threading.Event(), threading.Event(), ""
         environment = getattr(trainer.strategy, "cluster_environment", None)
         host = environment.main_address if environment else "127.0.0.1"
         listener, secret = (_listen(host), secrets.token_hex(16)) if self._rank == 0 else (None, "")
@@ -108,6 +110,7 @@ class RankWatch(pl.Callback):
         """Tell the others, unless this rank only fails because another one did."""
         if self._thread is None:
             return
+        self._own_text = str(exception)[: MOST_CHARS // 2]
         if isinstance(exception, KeyboardInterrupt | Stopped):
             # Between steps the ranks have agreed on it; elsewhere the others get no signal of their own.
             signum = exception.signum if isinstance(exception, Stopped) else signal.SIGINT
@@ -118,7 +121,7 @@ class RankWatch(pl.Callback):
             if isinstance(exception, RuntimeError):  # of the collective that lacks a rank
                 all_is_told(exception)
         else:
-            text = f"{type(exception).__name__}: {exception}"[:2000]
+            text = f"{type(exception).__name__}: {exception}"[:MOST_CHARS]
             self._leaving.set()  # who is told hangs up, which is not its death
             self._tell({"rank": self._rank, "text": text})
         self._close()
@@ -231,14 +234,16 @@ class RankWatch(pl.Callback):
         if "signal" in news:
             signals.follow(news["signal"])
         saved = signals.last_saved()
-        log.error(
-            "rank %d of %d died (%s). Rank %d ends too%s",
-            news["rank"],
-            self._size,
-            news["text"],
-            self._rank,
-            f"; --ckpt_path last goes on from step {saved.step}" if saved else "",
-        )
+        # What all ranks refuse together, each says by itself.
+        if not self._own_text or self._own_text not in news["text"]:
+            log.error(
+                "rank %d of %d died (%s). Rank %d ends too%s",
+                news["rank"],
+                self._size,
+                news["text"],
+                self._rank,
+                f"; --ckpt_path last goes on from step {saved.step}" if saved else "",
+            )
         # Not a Python timer: its thread would need the interpreter, which a rank that stands still in a driver's call
         # may hold for ever. This one needs nothing, and shows where every thread stood.
         faulthandler.dump_traceback_later(max(self.grace_seconds, 0.001), exit=True, file=sys.__stderr__ or 2)

@@ -10,21 +10,23 @@ import torch.distributed as dist
 from hymba_lightning.errors import UserError, sentence
 
 
-def agree(read: Callable[[], Mapping[str, object]]) -> None:
-    """Calls `read` on every rank, and compares what it returns: names of things, and what tells one from another.
+def agree(read: Callable[[], Mapping[str, object]], check: Callable[[], None] = lambda: None) -> None:
+    """Calls `check` and `read` on every rank, and compares what `read` returns: names of things, and what tells one
+    from another.
 
-    Every rank must call it. Without a process group it is only called.
+    Every rank must call it. Where there is only one, nothing is read.
 
     Raises:
-        Exception: what `read` raises, here.
+        Exception: what `check` and `read` raise, here.
         UserError: it failed on another rank, or a rank has something other than rank 0.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        read()
+        check()
         return
     own: dict[str, object] = {}
     failure: Exception | None = None
     try:
+        check()
         own = dict(read())
     except (OSError, ValueError) as error:
         failure = error

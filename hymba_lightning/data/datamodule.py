@@ -170,11 +170,10 @@ class HymbaDataModule(pl.LightningDataModule):
                 another rank.
         """
         started = time.monotonic()
-        agree(lambda: self._open(stage))
+        agree(lambda: self._alike(stage), check=lambda: self._open(stage))
         self.opened_in = time.monotonic() - started
 
-    def _open(self, stage: str) -> dict[str, object]:
-        """What `setup` does on one rank; returns what is to be the same on all."""
+    def _open(self, stage: str) -> None:
         manifest = read_manifest(self.data_dir)
         val_paths = find_shards(self.val_files, self.data_dir)
         if stage == "fit":
@@ -196,6 +195,9 @@ class HymbaDataModule(pl.LightningDataModule):
             self._check_training_size()
         if read_manifest(self.data_dir) != manifest:
             raise ValueError(f"the data in {self.data_dir} were replaced while they were opened; start again")
+
+    def _alike(self, stage: str) -> dict[str, object]:
+        """What is to be the same on all ranks."""
         alike: dict[str, object] = {f"data ({split})": self.data_digest(split) for split in SPLITS[stage != "fit" :]}
         return alike | {f"data.{name}": getattr(self, name) for name in (*POSITIVE[:-1], *OPTIONAL)}
 
