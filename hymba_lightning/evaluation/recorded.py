@@ -17,7 +17,7 @@ from hymba_lightning.model.hymba import HymbaState
 from hymba_lightning.model.mixer import LayerState
 
 # Calls of a kind before it is recorded: they compile, tune and load whatever the graph will hold.
-CALLS_BEFORE_RECORDING = 2
+CALLS_BEFORE_RECORDING = 3
 # So many kinds are counted: a stream of ever new ones repeats none.
 MOST_KINDS = 32
 

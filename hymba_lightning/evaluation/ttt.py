@@ -75,8 +75,8 @@ class ScoreFirstTTT:
         scoring: CompiledForward | Hymba = net
         self._training: CompiledForward | Hymba = net
         if config.compile:
-            scoring = CompiledForward(net, seq_len, positions=config.mode == "carried")
-            self._training = CompiledForward(net, config.train_seq_len or seq_len, positions=False)
+            scoring = CompiledForward(net, seq_len)
+            self._training = CompiledForward(net, config.train_seq_len or seq_len)
         self._scoring = RecordedForward(scoring, record=self.device.type == "cuda")
         self.scorer = build_scorer(net, seq_len, config, self._scoring)
         self.adapter = Adapter(net, config) if config.epochs else None
