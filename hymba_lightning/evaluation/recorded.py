@@ -53,8 +53,9 @@ class RecordedForward:
     @torch.no_grad()
     def __call__(self, inputs: Tensor, targets: Tensor, *, state: HymbaState | None = None, **options: Any) -> Any:
         """As `forward`; the result is the caller's own."""
-        # As a recording's own: a compiled forward would be compiled again for other strides, which no graph holds.
-        inputs, targets = inputs.contiguous(), targets.contiguous()
+        if self._record_graphs:
+            # As a recording's own: a compiled forward would be compiled again for other strides, which no graph holds.
+            inputs, targets, state = owned(inputs), owned(targets), owned(state)
         given = options if state is None else options | {"state": state}
         kind = (tuple(inputs.shape), *options.items(), *_kind_of(state))
         recorded = self._recordings.get(kind)

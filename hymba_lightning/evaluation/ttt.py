@@ -104,7 +104,7 @@ class ScoreFirstTTT:
         started = self.clock.elapsed()
         tokens, target_bytes = self._part_to_score(chunk)
         nats, context = self.scorer.score(tokens)
-        score = Score(float(nats.double().sum()), nats.numel(), int(target_bytes.long().sum()))
+        score = Score(float(nats.double().sum()), nats.numel(), int(target_bytes.sum()))
         self.n_scored += 1
         self._position += chunk.tokens.numel() - 1
         self._last = chunk._replace(tokens=chunk.tokens.clone())

@@ -6,8 +6,9 @@ import pytest
 import torch
 from legality import ADAPT, MODES, SEQ_LEN, VOCAB, chunks, lively_net
 
-from hymba_lightning.evaluation import TTTConfig, carried, score_first_ttt
+from hymba_lightning.evaluation import TTTConfig, carried, recorded, score_first_ttt
 from hymba_lightning.evaluation.compiled import MOST_KINDS, CompiledForward
+from hymba_lightning.evaluation.recorded import RecordedForward
 
 
 @pytest.fixture
@@ -43,6 +44,27 @@ def test_scores_and_updates_are_those_of_the_network_as_it_is(mode, kinds, compi
     assert nats[1] == pytest.approx(nats[0], abs=1e-4)
     assert len(compilations) <= kinds
     assert all(type(size) is int for shapes in compilations for shape in shapes for size in shape)
+
+
+@pytest.mark.parametrize("mode", ["cold", "carried"])
+def test_nothing_is_compiled_while_a_pass_is_recorded(mode, compilations, monkeypatch):
+    """No graph would hold it."""
+    captures, made = [], RecordedForward.__init__
+
+    def capture(compute, pool):
+        before = len(compilations)
+        result = compute()
+        captures.append(len(compilations) - before)
+        return (lambda: None), result
+
+    monkeypatch.setattr(carried, "REBASE_AT", 2 * SEQ_LEN)
+    monkeypatch.setattr(recorded, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(RecordedForward, "__init__", lambda self, forward, record: made(self, forward, record=True))
+    config = TTTConfig(**(ADAPT | MODES[mode] | {"compile": True, "train_seq_len": 16, "score_batch_seqs": 2}))
+    score_first_ttt(lively_net(), chunks(text(600), 2 * SEQ_LEN), SEQ_LEN, config)
+    assert captures
+    assert not any(captures)
 
 
 class Doubles:

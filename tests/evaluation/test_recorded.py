@@ -58,6 +58,22 @@ def test_a_stream_that_adapts_is_scored_as_by_the_network_itself(mode, recording
         assert torch.equal(mine.context, own.context)
 
 
+def test_calls_of_a_kind_see_one_layout_before_and_while_they_are_recorded(recordings, monkeypatch):
+    """For other strides a compiled forward would be compiled again, which no graph holds."""
+    monkeypatch.setattr(carried, "REBASE_AT", 2 * SEQ_LEN)
+    net, seen = lively_net(), {}
+
+    def forward(inputs, targets, *, state=None, **options):
+        if state is not None:
+            strides = tuple(tensor.stride() for tensor in (inputs, targets, *state.tensors()))
+            seen.setdefault(state.position, set()).add(strides)
+        return net(inputs, targets, state=state, **options)
+
+    carried.score_onward(net, text(601), None, SEQ_LEN, RecordedForward(forward, record=True))
+    assert len(recordings) == len(seen) == 2
+    assert [len(layouts) for layouts in seen.values()] == [1, 1]
+
+
 def test_what_was_returned_is_not_overwritten_by_the_next_call(recordings):
     forward, ids = RecordedForward(lively_net(), record=True), text(2 * SEQ_LEN + 1)
     pieces = ids[:-1].view(2, 1, SEQ_LEN), ids[1:].view(2, 1, SEQ_LEN)
