@@ -21,6 +21,7 @@ from hymba_lightning.evaluation.carried import CarriedScorer
 from hymba_lightning.evaluation.clock import EvaluationClock
 from hymba_lightning.evaluation.compiled import CompiledForward
 from hymba_lightning.evaluation.config import TTTConfig
+from hymba_lightning.evaluation.recorded import RecordedForward
 from hymba_lightning.evaluation.score import Score, WindowScorer, world
 from hymba_lightning.model import Hymba
 from hymba_lightning.model.gradients import Gradients
@@ -71,11 +72,12 @@ class ScoreFirstTTT:
         stream: TokenStream | Tensor | None = None,
     ) -> None:
         self.net, self.seq_len, self.config = net, seq_len, config
-        self._scoring: CompiledForward | None = None
+        scoring: CompiledForward | Hymba = net
         self._training: CompiledForward | Hymba = net
         if config.compile:
-            self._scoring = CompiledForward(net, seq_len, positions=config.mode == "carried")
-            self._training = CompiledForward(net, config.train_seq_len or seq_len, positions=False)
+            scoring = CompiledForward(net, seq_len)
+            self._training = CompiledForward(net, config.train_seq_len or seq_len)
+        self._scoring = RecordedForward(scoring, record=self.device.type == "cuda")
         self.scorer = build_scorer(net, seq_len, config, self._scoring)
         self.adapter = Adapter(net, config) if config.epochs else None
         self.clock = EvaluationClock(config.limit_seconds, net.tok_emb.weight.device, time_fn, started)
@@ -102,7 +104,7 @@ class ScoreFirstTTT:
         started = self.clock.elapsed()
         tokens, target_bytes = self._part_to_score(chunk)
         nats, context = self.scorer.score(tokens)
-        score = Score(float(nats.double().sum()), nats.numel(), int(target_bytes.long().sum()))
+        score = Score(float(nats.double().sum()), nats.numel(), int(target_bytes.sum()))
         self.n_scored += 1
         self._position += chunk.tokens.numel() - 1
         self._last = chunk._replace(tokens=chunk.tokens.clone())

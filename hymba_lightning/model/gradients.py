@@ -89,6 +89,8 @@ class Gradients:
             self._attach()
             self._empty = False
         self._weight.fill_(weight)
+        # As a recording's own: a compiled forward would be compiled again for other strides, which no graph holds.
+        inputs, targets = inputs.contiguous(), targets.contiguous()
         shape = tuple(inputs.shape)
         recorded = self._graphs.get(shape)
         if recorded is None and self._record_graphs and len(self._graphs) < MOST_GRAPHS:

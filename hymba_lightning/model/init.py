@@ -8,6 +8,7 @@ from torch import nn
 from hymba_lightning.model.config import HymbaConfig
 from hymba_lightning.model.layers import Linear, TimeStepProjection
 from hymba_lightning.model.roles import Role, roles_of
+from hymba_lightning.ops.threads import one_torch_thread
 
 # Smaller matrices keep the uniform start: too few rows or columns for an orthogonal one to mean much.
 ORTHO_MIN_SIDE = 16
@@ -24,7 +25,9 @@ def initialise(net: nn.Module, config: HymbaConfig) -> None:
         if isinstance(module, Linear) and module.zero_init:
             nn.init.zeros_(module.weight)
         elif config.ortho_init and min(module.weight.shape) >= ORTHO_MIN_SIDE:
-            nn.init.orthogonal_(module.weight)
+            # Threads would make other digits of it, by their number, and on busy cores wait for each other for seconds.
+            with one_torch_thread():
+                nn.init.orthogonal_(module.weight)
         if isinstance(module, TimeStepProjection) and config.dt_init == "mamba":
             module.draw_bias(config.dt_min, config.dt_max)
     if config.dynamics_dtype == "bfloat16":

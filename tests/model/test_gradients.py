@@ -52,6 +52,21 @@ def test_gradients_add_up_until_they_are_cleared(net):
     assert_grads(net, autograds(net, third))
 
 
+def test_the_forward_sees_one_layout_however_the_inputs_lie(net):
+    """A recording's inputs are dense: for others a compiled forward would be compiled again while it is recorded."""
+    seen = []
+
+    def forward(inputs, targets):
+        seen.append((inputs.stride(), targets.stride()))
+        return net(inputs, targets)
+
+    gradients, (inputs, targets) = Gradients(forward, list(net.parameters()), record=False), batch(0)
+    assert not inputs.is_contiguous()
+    gradients.add(inputs, targets)
+    gradients.add(inputs.clone(), targets.clone())
+    assert seen[0] == seen[1] == ((32, 1), (32, 1))
+
+
 def test_an_optimizer_that_drops_the_gradients_finds_them_again(net):
     gradients = Gradients(net, list(net.parameters()), record=False)
     for seed in range(2):

@@ -126,6 +126,20 @@ def test_the_time_step_starts_log_uniform_between_its_bounds():
     assert 0.5 < float(plain.mean()) < 0.9
 
 
+def test_a_fresh_network_is_the_same_on_any_number_of_threads():
+    """Matrices are made orthogonal by factors that several threads would round in another order."""
+    before, starts = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            starts.append(Hymba(HymbaConfig(**(SMALL | {"d_model": 64, "n_heads": 4, "n_kv_heads": 2}))).state_dict())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert [name for name in starts[0] if not torch.equal(starts[0][name], starts[1][name])] == []
+
+
 def test_starts_orthogonal_and_zero():
     torch.manual_seed(0)
     net = Hymba(HymbaConfig(**SMALL))
