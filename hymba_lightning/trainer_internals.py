@@ -101,6 +101,11 @@ def rewind_to_accumulation_window(trainer: pl.Trainer) -> None:
         fetcher.fetched -= surplus
 
 
+def started_ranks(trainer: pl.Trainer) -> list[Any]:
+    """The processes of ranks 1, 2 … of this node, where this one has started them."""
+    return getattr(trainer.strategy.launcher, "procs", [])
+
+
 def when_ranks_have_met(trainer: pl.Trainer, call: Callable[[pl.Trainer], None]) -> None:
     """Has `call(trainer)` made on every rank of each fit, validation or test as soon as they can talk."""
     met = trainer.strategy.setup_environment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -141,6 +142,26 @@ def test_a_killed_rank_ends_a_run_that_lightning_launched(tmp_path, config, dead
         os.kill(main.pid if dead == 0 else child, 9)
         wait_for(lambda: not _alive(child) and main.poll() is not None, timeout=60)
     assert f"rank {dead} of 2 died" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_a_stopped_rank_that_lightning_launched_is_ended_too(tmp_path, config):
+    run, log = tmp_path / "run", open(tmp_path / "log", "w")  # noqa: SIM115
+    code = "import injected; injected.rank_1_stands_still(0); from hymba_lightning.__main__ import main; main()"
+    options = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "100000"]
+    script = tmp_path / "fit.py"
+    script.write_text(code)
+    command = [sys.executable, str(script), *typed(config, run, *options)[3:]]
+    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parents[1]}"}
+    with subprocess.Popen(command, stdout=log, stderr=log, env=environment) as main:
+        wait_for((run / "checkpoints" / "last.ckpt").is_file, timeout=120)
+        child = int(
+            subprocess.run(["pgrep", "-P", str(main.pid)], capture_output=True, text=True, check=True).stdout.split()[0]
+        )
+        os.kill(child, signal.SIGSTOP)
+        wait_for(lambda: not _alive(child) and main.poll() is not None, timeout=60)
+    assert "rank 1 of 2 died (its process has stood still" in (tmp_path / "log").read_text()
 
 
 def test_a_rank_ends_soon_after_the_process_that_started_it(tmp_path):

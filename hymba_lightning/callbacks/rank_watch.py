@@ -13,6 +13,7 @@ import secrets
 import selectors
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from hymba_lightning import signals
 from hymba_lightning.errors import all_is_told
 from hymba_lightning.signals import Stopped
+from hymba_lightning.trainer_internals import started_ranks
 
 log = logging.getLogger("hymba_lightning")
 
@@ -57,6 +59,8 @@ class RankWatch(pl.Callback):
             raise ValueError(f"still_seconds is {still_seconds}; it must be over {2 * BEAT_SECONDS:.0f}")
         self.grace_seconds, self.still_seconds = grace_seconds, still_seconds
         self._rank, self._size = 0, 1
+        self._started: list[subprocess.Popen] = []
+        """The ranks after this one, where it has started them."""
         self._peers: dict[socket.socket, int] = {}
         self._sending = threading.Lock()
         self._news, self._heard = threading.Event(), threading.Event()
@@ -77,7 +81,7 @@ class RankWatch(pl.Callback):
         if trainer.world_size < 2 or not (dist.is_available() and dist.is_initialized()):
             return
         self._close()
-        self._rank, self._size = trainer.global_rank, trainer.world_size
+        self._rank, self._size, self._started = trainer.global_rank, trainer.world_size, started_ranks(trainer)
         self._news, self._heard, self._peers, self._stopped = threading.Event(), threading.Event(), {}, {}
         self._leaving, self._closing, self._own_text = threading.Event(), threading.Event(), ""
         environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -173,8 +177,12 @@ class RankWatch(pl.Callback):
                 passed, looked = min(now - looked, 1.0), now
                 for connection in still:
                     still[connection] += passed
-                    if still[connection] > self.still_seconds:
-                        self._report({"rank": self._peers[connection], "text": STANDS_STILL.format(self.still_seconds)})
+                    if still[connection] > self.still_seconds and not self._news.is_set():
+                        rank = self._peers[connection]
+                        self._report({"rank": rank, "text": STANDS_STILL.format(self.still_seconds)})
+                        # It would stay as it is, with all its memory, when nobody is left to wait for it.
+                        if 1 <= rank <= len(self._started):
+                            self._started[rank - 1].kill()
                 if now - beaten > BEAT_SECONDS:
                     beaten = now
                     self._tell({"beat": True})
