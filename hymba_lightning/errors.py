@@ -182,12 +182,12 @@ def _lacks_compiler(error: BaseException) -> str | None:
     if type(inner).__name__ == "InvalidCxxCompiler":
         return (
             "torch.compile works through a C++ compiler, and there is none: install g++, name yours in CXX, or set "
-            "model.compile and model.ttt.compile to false"
+            "model.compile to false"
         )
     if type(inner).__name__ == "CppCompileError":
         return (
             "torch.compile works through a C++ compiler, and that of this system failed: install g++ and Python's "
-            "headers (python3-dev), name another in CXX, or set model.compile and model.ttt.compile to false"
+            "headers (python3-dev), name another in CXX, or set model.compile to false"
         )
     trace = inner.__traceback__
     while trace is not None and trace.tb_frame.f_globals.get("__name__") != LAUNCHER_BUILD:

@@ -66,9 +66,6 @@ class TTTConfig:
     """Length of the sequences trained on; 0 takes seq_len. Shorter ones make more updates of a chunk."""
     grad_clip: float = 1.0
     """Largest norm of an update's gradient; 0 does not clip."""
-    compile: bool = False
-    """Compile the passes over sequences of full length, of scoring and of training. That takes a minute or more of the
-    time that limit_seconds counts, and pays on a GPU from some tens of millions of tokens on."""
     anchor: float = 0.0
     """After each update, the share of their distance that the weights go back toward the artifact's."""
     reset_at_bos: bool = False

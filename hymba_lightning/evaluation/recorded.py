@@ -54,7 +54,7 @@ class RecordedForward:
     def __call__(self, inputs: Tensor, targets: Tensor, *, state: HymbaState | None = None, **options: Any) -> Any:
         """As `forward`; the result is the caller's own."""
         if self._record_graphs:
-            # As a recording's own: a compiled forward would be compiled again for other strides, which no graph holds.
+            # As a recording's own: kernels may be tuned anew for other strides, which no graph holds.
             inputs, targets, state = owned(inputs), owned(targets), owned(state)
         given = options if state is None else options | {"state": state}
         kind = (tuple(inputs.shape), *options.items(), *_kind_of(state))
@@ -91,8 +91,8 @@ class RecordedForward:
             replay, result = capture(lambda: self._forward(inputs, targets, **given), self._pool)
         except RuntimeError as error:
             raise GraphRecordingError(
-                f"scoring {inputs.size(0)} × {inputs.size(1)} tokens cannot be recorded as a CUDA graph: choose other "
-                f"backends in model.runtime ({error})"
+                f"scoring {inputs.size(0)} × {inputs.size(1)} tokens cannot be recorded as a CUDA graph: set "
+                f"model.cuda_graph to false, or another backend in model.runtime ({error})"
             ) from error
         return _Recording(replay, inputs, targets, state, result)
 

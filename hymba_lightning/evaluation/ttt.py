@@ -19,7 +19,6 @@ from hymba_lightning.data.token_stream import Chunk, TokenStream
 from hymba_lightning.evaluation.adapt import Adapter
 from hymba_lightning.evaluation.carried import CarriedScorer
 from hymba_lightning.evaluation.clock import EvaluationClock
-from hymba_lightning.evaluation.compiled import CompiledForward
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.evaluation.recorded import RecordedForward
 from hymba_lightning.evaluation.score import Score, WindowScorer, world
@@ -60,6 +59,7 @@ class ScoreFirstTTT:
         time_fn: A monotonic clock in seconds.
         started: Its reading when the evaluation began, which `config.limit_seconds` counts from; None for now.
         stream: All tokens that the chunks are cut from; stream[a:b] gives some. None: not known.
+        cuda_graph: On a GPU replay passes that come again from CUDA graphs.
     """
 
     def __init__(
@@ -70,14 +70,11 @@ class ScoreFirstTTT:
         time_fn: Callable[[], float] = time.monotonic,
         started: float | None = None,
         stream: TokenStream | Tensor | None = None,
+        cuda_graph: bool = True,
     ) -> None:
         self.net, self.seq_len, self.config = net, seq_len, config
-        scoring: CompiledForward | Hymba = net
-        self._training: CompiledForward | Hymba = net
-        if config.compile:
-            scoring = CompiledForward(net, seq_len)
-            self._training = CompiledForward(net, config.train_seq_len or seq_len)
-        self._scoring = RecordedForward(scoring, record=self.device.type == "cuda")
+        self._records = cuda_graph and self.device.type == "cuda"
+        self._scoring = RecordedForward(net, record=self._records)
         self.scorer = build_scorer(net, seq_len, config, self._scoring)
         self.adapter = Adapter(net, config) if config.epochs else None
         self.clock = EvaluationClock(config.limit_seconds, net.tok_emb.weight.device, time_fn, started)
@@ -251,7 +248,7 @@ class ScoreFirstTTT:
         assert self.adapter is not None
         self.adapter.clear_gradients()
         if self._gradients is None:
-            self._gradients = Gradients(self._total_nats, self.adapter.weights, record=self.device.type == "cuda")
+            self._gradients = Gradients(self._total_nats, self.adapter.weights, record=self._records)
         self._gradients.clear()
         total = torch.zeros((), device=self.device)
         for same_length in group_equal(mine):
@@ -260,7 +257,7 @@ class ScoreFirstTTT:
         return self.adapter.update(lr, total)
 
     def _total_nats(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self._training(inputs, targets, reduction="sum")
+        return self.net(inputs, targets, reduction="sum")
 
 
 def cut_sequences(tokens: Tensor, seq_len: int, drop_partial: bool) -> list[Tensor]:

@@ -88,7 +88,7 @@ class HymbaModule(pl.LightningModule):
             compile_warmup_steps: Steps run and undone before the clock starts, so that compilation (torch's, Triton's,
                 numba's) costs no budget; null for 8 with `compile` and 2 without, 0 for none.
             cuda_graph: Record forward and backward of a micro-batch once and replay them, so that the host launches one
-                graph instead of some thousand kernels; null for yes on a GPU with `compile`.
+                graph instead of some thousand kernels; null for yes on a GPU, in a fit with `compile` only.
             log_every_n_steps: Optimizer steps between two log lines.
             peak_tflops: Peak of one device in TFLOP/s for the MFU; null looks the GPU up by name.
             on_nan: What a NaN or infinite loss or gradient does: 'stop' ends the run, naming step, shard and offset,
@@ -294,11 +294,12 @@ class HymbaModule(pl.LightningModule):
                 "trainer.validate for a loader of your own"
             )
         with torch.inference_mode(False):  # what is made here is trained
-            self.run.testing = Testing(
-                ScoreFirstTTT(
-                    self.net, data.seq_len, self.ttt_config, started=self.run.started, stream=data.val_stream()
-                )
-            )
+            known = {
+                "started": self.run.started,
+                "stream": data.val_stream(),
+                "cuda_graph": self.cuda_graph is not False,
+            }
+            self.run.testing = Testing(ScoreFirstTTT(self.net, data.seq_len, self.ttt_config, **known))
 
     @property
     def testing(self) -> Testing:

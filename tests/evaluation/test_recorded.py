@@ -59,7 +59,7 @@ def test_a_stream_that_adapts_is_scored_as_by_the_network_itself(mode, recording
 
 
 def test_calls_of_a_kind_see_one_layout_before_and_while_they_are_recorded(recordings, monkeypatch):
-    """For other strides a compiled forward would be compiled again, which no graph holds."""
+    """Kernels may be tuned anew for other strides, which no graph holds."""
     monkeypatch.setattr(carried, "REBASE_AT", 2 * SEQ_LEN)
     net, seen = lively_net(), {}
 
@@ -100,11 +100,12 @@ def test_a_pass_that_no_graph_can_hold_is_told(recordings, monkeypatch):
     forward, ids = RecordedForward(lively_net(), record=True), text(8)[None]
     for _ in range(CALLS_BEFORE_RECORDING):
         forward(ids, ids)
-    with pytest.raises(GraphRecordingError, match=r"1 × 8 tokens cannot be recorded.*model\.runtime"):
+    with pytest.raises(GraphRecordingError, match=r"1 × 8 tokens cannot be recorded.*model\.cuda_graph to false"):
         forward(ids, ids)
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mode", list(MODES))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_graph_gives_the_nats_that_it_was_recorded_from(mode, dtype, monkeypatch):
