@@ -79,8 +79,8 @@ class HymbaModule(pl.LightningModule):
             budget_seconds: Training seconds the run may take in all, resumed parts included; null leaves the end to
                 trainer.max_steps, trainer.max_time (validations included), or a finite loader and trainer.max_epochs.
             reserve_seconds: Part of the budget held back for the export's calibration on training data.
-            average: Average of the weights that is validated and exported: 'ema', exponential; 'uniform', the mean over
-                the end of the run; 'none', the trained weights themselves.
+            average: What is validated and exported: 'ema', an exponential average of the weights; 'uniform', their mean
+                over the end of the run; 'none', the trained weights.
             average_window: Length of the average as a share of the run: of the steps so far, times the learning rates'
                 factor ('ema'), or of the run's end ('uniform').
             ema_decay: Decay of the exponential average per step (the reference has 0.997); null for average_window.
@@ -91,8 +91,8 @@ class HymbaModule(pl.LightningModule):
                 graph instead of some thousand kernels; null for yes on a GPU, in a fit with `compile` only.
             log_every_n_steps: Optimizer steps between two log lines.
             peak_tflops: Peak of one device in TFLOP/s for the MFU; null looks the GPU up by name.
-            on_nan: What a NaN or infinite loss or gradient does: 'stop' ends the run, naming step, shard and offset,
-                with the checkpoint from before kept; 'skip' leaves that gradient out and goes on.
+            on_nan: What NaN or infinity in a loss or gradient does: 'stop' ends the run, naming step, shard and offset,
+                with the checkpoint before kept; 'skip' leaves that gradient out.
         """
         super().__init__()
         # load_from_checkpoint brings back what was saved: plain values.
@@ -290,16 +290,15 @@ class HymbaModule(pl.LightningModule):
         data = datamodule_of(self.trainer)
         if not isinstance(data, HymbaDataModule):
             raise ValueError(
-                "test-time training needs a HymbaDataModule, which hands over the stream in chunks: use "
-                "trainer.validate for a loader of your own"
+                "test-time training needs a HymbaDataModule with its chunks: use trainer.validate for a loader of your own"
             )
         with torch.inference_mode(False):  # what is made here is trained
-            known = {
-                "started": self.run.started,
-                "stream": data.val_stream(),
-                "cuda_graph": self.cuda_graph is not False,
-            }
-            self.run.testing = Testing(ScoreFirstTTT(self.net, data.seq_len, self.ttt_config, **known))
+            stream, records = data.val_stream(), self.cuda_graph is not False
+            self.run.testing = Testing(
+                ScoreFirstTTT(
+                    self.net, data.seq_len, self.ttt_config, started=self.run.started, stream=stream, cuda_graph=records
+                )
+            )
 
     @property
     def testing(self) -> Testing:
