@@ -290,7 +290,7 @@ class HymbaModule(pl.LightningModule):
         data = datamodule_of(self.trainer)
         if not isinstance(data, HymbaDataModule):
             raise ValueError(
-                "test-time training needs a HymbaDataModule with its chunks: use trainer.validate for a loader of your own"
+                "test-time training needs a HymbaDataModule: use trainer.validate for a loader of your own"
             )
         with torch.inference_mode(False):  # what is made here is trained
             stream, records = data.val_stream(), self.cuda_graph is not False
