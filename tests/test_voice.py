@@ -316,7 +316,7 @@ def test_a_compiler_that_the_system_lacks_is_named_with_how_to_go_on(tmp_path, m
 
     error = InductorError(InvalidCxxCompiler("g++"), None)
     assert errors.is_user_error(error)
-    assert "install g++, name yours in CXX, or set model.compile and" in errors.sentence(error)
+    assert "install g++, name yours in CXX, or set model.compile to false" in errors.sentence(error)
     assert not errors.is_user_error(InductorError(KeyError("x"), None))
     output = "header.hpp:1:10: fatal error: Python.h: No such file or directory\ncompilation terminated."
     error = InductorError(CppCompileError(["g++", "header.hpp"], output), None)

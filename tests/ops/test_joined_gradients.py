@@ -13,9 +13,10 @@ B, T, D, HEADS, KV_HEADS, K, E, N, W = 2, 21, 8, 4, 2, 32, 32, 4, 4
 SIZES = {"q": HEADS * K, "k": KV_HEADS * K, "v": KV_HEADS * K, "u": E, "z": E}
 # name: what is special, operators that write
 CASES = {
-    "whole sequences": ((), 3),
-    "documents after carried state, cut along heads": (("documents", "state", "heads"), 3),
-    "heads normalised and turned": (("turned",), 5),
+    "documents after carried state, cut along heads, normalised and turned": (
+        ("documents", "state", "heads", "turned"),
+        5,
+    ),
     "values that something else reads too, an input that is scaled": (("read twice",), 1),
     "lengths that vary": (("dynamic",), 0),
 }

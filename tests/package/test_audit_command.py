@@ -153,8 +153,8 @@ FORGERIES = {
     ),
     "longer text": (
         "hymba_lightning/evaluation/ttt.py",
-        "int(target_bytes.long().sum())",
-        "2 * int(target_bytes.long().sum())",
+        "int(target_bytes.sum())",
+        "2 * int(target_bytes.sum())",
         "the score is the sum",
     ),
     "peeks later on": (
