@@ -27,11 +27,12 @@ needs_triton = pytest.mark.skipif(
 REPOSITORY = Path(__file__).parents[2]
 
 
-def collect(test_file: str) -> dict[str, dict]:
-    """Case -> its results, from a fresh interpreting process; RuntimeError with its output if it dies."""
+def collect(test_file: str, *names: str) -> dict[str, dict]:
+    """Case -> its results, all or those of `names`, from a fresh interpreting process; RuntimeError with its output if
+    it dies."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", test_file],
+        [sys.executable, "-W", "ignore", test_file, *names],
         env=environment,
         capture_output=True,
         text=True,
@@ -50,6 +51,8 @@ def run_cases(cases: dict[str, Callable[[], dict]]) -> None:
     # Fresh memory is filled with NaN, so that an element that no kernel writes is seen.
     torch.use_deterministic_algorithms(True, warn_only=True)
     for name, case in cases.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         try:
             found = case()
         except Exception:
