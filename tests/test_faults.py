@@ -146,6 +146,7 @@ def test_a_killed_rank_ends_a_run_that_lightning_launched(tmp_path, config, dead
 
 @pytest.mark.ddp
 @pytest.mark.slow
+@pytest.mark.more
 def test_a_stopped_rank_that_lightning_launched_is_ended_too(tmp_path, config):
     run, log = tmp_path / "run", open(tmp_path / "log", "w")  # noqa: SIM115
     code = "import injected; injected.rank_1_stands_still(0); from hymba_lightning.__main__ import main; main()"
