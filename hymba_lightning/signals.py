@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+# What this package's processes leave to those that they start: their id.
+STARTER = "HYMBA_STARTED_BY"
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 HANDLED = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 # Repetitions within these seconds are one signal: torchrun passes on what the terminal sent to its workers too.
@@ -49,6 +51,8 @@ class _State:
     request: Callable[[int], None] | None = None
     pass_on: Callable[[int], None] | None = None
     watching: bool = False
+    starter: int = 0
+    """The rank's process that started this one, 0 if none did."""
     lost: bool = False
 
 
@@ -68,6 +72,9 @@ def listen(command: str) -> None:
     threading.Thread(target=_watch, args=(read_end, command), name="hymba-signals", daemon=True).start()
     _raise_again_what_is_lost(write_end)
     if not _state.watching:
+        if int(os.environ.get("LOCAL_RANK") or 0) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            _state.starter = int(os.environ.get(STARTER) or 0)
+        os.environ[STARTER] = str(os.getpid())
         os.register_at_fork(after_in_child=_leave_to_the_system)
         # Run last of all such functions: the interpreter then gives signals back to the system, which would kill a
         # command that is done while its modules are taken down.
@@ -147,8 +154,9 @@ def signal_name(signum: int) -> str:
 
 
 def launched_by_lightning() -> bool:
-    """Whether another rank's process started this one."""
-    return int(os.environ.get("LOCAL_RANK") or 0) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ
+    """Whether another rank's process, which had called `listen` as this one has, started it. Ranks that a user starts,
+    with the same variables, may outlive the shell that did."""
+    return bool(_state.starter)
 
 
 def wait_for_parent(seconds: float = 5.0) -> None:
@@ -164,7 +172,8 @@ def end_with_parent(command: str, seconds: float = 10.0) -> None:
 
     Before the ranks have met, nothing else would end it: it would wait for rank 0 for half an hour.
     """
-    parent = os.getppid()
+    # It may be gone already: importing what this process needs takes seconds.
+    parent = _state.starter or os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -182,6 +182,34 @@ def test_a_rank_ends_soon_after_the_process_that_started_it(tmp_path):
     assert "the process that started this rank is gone" in out.read_text()
 
 
+def test_a_rank_ends_whose_starter_was_gone_before_it_could_look():
+    """Importing what a rank needs takes seconds, in which the one that started it may be killed."""
+    with subprocess.Popen(["true"]) as gone:
+        gone.wait()
+    code = "import time; from hymba_lightning import signals; signals.listen('hymba fit'); "
+    code += "signals.end_with_parent('hymba fit', 0.1); time.sleep(60)"
+    environment = os.environ | {"LOCAL_RANK": "1", signals.STARTER: str(gone.pid)}
+    environment.pop("TORCHELASTIC_RUN_ID", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert "the process that started this rank is gone" in done.stderr
+
+
+@pytest.mark.parametrize("starter", ["a rank", "a shell"])
+def test_only_ranks_that_another_one_started_end_with_their_parent(starter):
+    code = "from hymba_lightning import signals; signals.listen('hymba fit'); print(signals.launched_by_lightning())"
+    start = (
+        f"import os, subprocess, sys; os.environ['LOCAL_RANK'] = '1'; subprocess.run([sys.executable, '-c', {code!r}])"
+    )
+    first = "from hymba_lightning import signals; signals.listen('hymba fit'); " if starter == "a rank" else ""
+    environment = {name: value for name, value in os.environ.items() if name != signals.STARTER}
+    done = subprocess.run(
+        [sys.executable, "-c", first + start], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(starter == "a rank")
+
+
 def _alive(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"

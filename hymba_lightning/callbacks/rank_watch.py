@@ -67,8 +67,8 @@ class RankWatch(pl.Callback):
         """That this rank's end was announced, and that something was heard that will end it."""
         self._stopped: dict[str, Any] = {}
         """What was heard of a rank that got a signal."""
-        self._own_text = ""
-        """What this rank failed with."""
+        self._own_text = self._text = ""
+        """What this rank failed with, and another one."""
         self._leaving, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -84,6 +84,7 @@ class RankWatch(pl.Callback):
         self._rank, self._size, self._started = trainer.global_rank, trainer.world_size, started_ranks(trainer)
         self._news, self._heard, self._peers, self._stopped = threading.Event(), threading.Event(), {}, {}
         self._leaving, self._closing, self._own_text = threading.Event(), threading.Event(), ""
+        self._text = ""
         environment = getattr(trainer.strategy, "cluster_environment", None)
         host = environment.main_address if environment else "127.0.0.1"
         listener, secret = (_listen(host), secrets.token_hex(16)) if self._rank == 0 else (None, "")
@@ -122,6 +123,9 @@ class RankWatch(pl.Callback):
             self._tell({"rank": self._rank, "signal": int(signum), "text": f"stopped by {signal.Signals(signum).name}"})
         elif self._heard.wait(1.0):
             self._end(self._stopped)
+            if self._failed_alike():
+                # The program may catch it, and go on with another fit.
+                faulthandler.cancel_dump_traceback_later()
             if isinstance(exception, RuntimeError):  # of the collective that lacks a rank
                 all_is_told(exception)
         else:
@@ -238,23 +242,28 @@ class RankWatch(pl.Callback):
         if self._news.is_set():
             return
         self._news.set()
+        self._text = news["text"]
         self._heard.set()
         if "signal" in news:
             signals.follow(news["signal"])
         saved = signals.last_saved()
-        # What all ranks refuse together, each says by itself.
-        if not self._own_text or self._own_text not in news["text"]:
-            log.error(
-                "rank %d of %d died (%s). Rank %d ends too%s",
-                news["rank"],
-                self._size,
-                news["text"],
-                self._rank,
-                f"; --ckpt_path last goes on from step {saved.step}" if saved else "",
-            )
+        if self._failed_alike():
+            return
+        log.error(
+            "rank %d of %d died (%s). Rank %d ends too%s",
+            news["rank"],
+            self._size,
+            news["text"],
+            self._rank,
+            f"; --ckpt_path last goes on from step {saved.step}" if saved else "",
+        )
         # Not a Python timer: its thread would need the interpreter, which a rank that stands still in a driver's call
         # may hold for ever. This one needs nothing, and shows where every thread stood.
         faulthandler.dump_traceback_later(max(self.grace_seconds, 0.001), exit=True, file=sys.__stderr__ or 2)
+
+    def _failed_alike(self) -> bool:
+        """Whether what ended another rank is what this one failed with: each says so by itself, and none waits."""
+        return bool(self._own_text) and self._own_text in self._text
 
 
 def _listen(host: str) -> socket.socket:

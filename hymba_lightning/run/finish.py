@@ -245,7 +245,7 @@ class _Ending:
         budget = self.clock.budget_seconds
         if budget is not None and self.clock.elapsed() > budget:
             log.warning(
-                "calibration ended at %.1f s of a budget of %.1f s: raise model.reserve_seconds",
+                "calibration ended at %.2f s of a budget of %.2f s: raise model.reserve_seconds",
                 self.clock.elapsed(),
                 budget,
             )

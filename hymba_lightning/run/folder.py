@@ -39,6 +39,8 @@ LOGGERS = ("events.out.tfevents.*", "hparams.yaml", "lightning_logs/version_*", 
 LOGGER_FILES = ("events.out.tfevents.*", "hparams.yaml", "metrics.csv")
 # Where an old run lies until the new one in its place has made a step.
 ASIDE = ".before"
+# The first line of a config that a fit wrote; one without it was written by hand.
+WRITTEN = "# lightning.pytorch=="
 # What a fit alone leaves.
 SIGNS = ("summary.json", ARTIFACT)
 
@@ -109,24 +111,24 @@ class RunFolder:
             except RecordError:
                 fitted = True
             held = ["record.json", *held] if fitted else held
-        if (self.path / "config.yaml").exists() and (held or not self._config_is_ours()):
+        if (self.path / "config.yaml").exists() and (held or not self._config_is_ours(WRITTEN, "run_dir:")):
             held.append("config.yaml")
         return held
 
-    def _config_is_ours(self) -> bool:
-        """Whether config.yaml is of a fit, rather than of another program."""
+    def _config_is_ours(self, *beginnings: str) -> bool:
+        """Whether config.yaml is of a fit, rather than of another program: some of its lines begin with these words."""
         if self._abandoned if self.is_open else (self.path / OWNER).is_file():
             return True
         with contextlib.suppress(OSError):
-            config = (self.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
-            return any(line.startswith("run_dir:") for line in config.splitlines())
+            lines = (self.path / "config.yaml").read_text(encoding="utf-8", errors="replace").splitlines()
+            return all(any(line.startswith(words) for line in lines) for words in beginnings)
         return False
 
     def _is_a_run(self) -> bool:
         """Whether this package wrote what lies here; other programs have a config.yaml and checkpoints too."""
         if any((self.path / name).exists() for name in ("record.json", ARTIFACT, LOGGED, ASIDE)):
             return True
-        return self._config_is_ours() or has_digest(self.checkpoint)
+        return self._config_is_ours("run_dir:") or has_digest(self.checkpoint)
 
     def check(self, resumed_from: str | Path | None = None) -> None:
         """Whether a fit may write here: into a folder without a run, on from its own checkpoint, or to overwrite it.

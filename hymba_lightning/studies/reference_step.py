@@ -145,15 +145,16 @@ def reference_once(
     """`run_reference`, from an earlier call where reference-<repeat>.json in `out` has it.
 
     Raises:
-        ValueError: that file is of another script, data or size, or damaged.
+        ValueError: that file is of another script, data, size or GPU, or damaged.
     """
     log, kept = out / f"reference-{repeat}.log", out / f"reference-{repeat}.json"
     size = {"seq_len": seq_len, "tokens": tokens, "steps": steps}
     of = {"script": hashlib.sha256(script.read_bytes()).hexdigest(), "data": str(data_dir.resolve()), **size}
+    of["device"] = device_name()
     if kept.is_file():
         found = read_json(kept, keys=["of", "ms"])
         if found["of"] != of:
-            raise ValueError(f"{kept} is of another script, data or size: give a new --out, or delete it")
+            raise ValueError(f"{kept} is of another script, data, size or GPU: give a new --out, or delete it")
         return float(found["ms"])
     ms = run_reference(script, data_dir, data_dir / "tokenizer.model", log, **size)
     write_atomic(kept, json.dumps({"of": of, "ms": ms}) + "\n")
@@ -183,6 +184,11 @@ def run_ours(
         ["--config", config, *options(values), *extra],
     )
     return 1000 * summary["train_seconds"] / summary["steps"]
+
+
+def device_name() -> str:
+    """The GPU's, or CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def table(pairs: list[Pair]) -> str:
@@ -234,7 +240,7 @@ def main(args: list[str]) -> None:
             flush=True,
         )
     print(
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}, "
+        f"{device_name()}, torch {torch.__version__}, "
         f"{given.steps} steps of {given.tokens:,} tokens, sequences of {given.seq_len:,}"
     )
     print(table(pairs))

@@ -111,5 +111,17 @@ def test_what_the_kernels_do_not_take_is_refused(width, dtype, rows, monkeypatch
         rotary_norm(torch.zeros(rows, 20, 2, width, dtype=dtype), None, cos, sin, 1e-6, backend="triton")
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch", "auto"])
+@pytest.mark.parametrize(
+    ("positions", "gains", "said"), [(19, 2, "19 and 19 positions"), (1, 2, "1 and"), (20, 1, "2 heads")]
+)
+def test_tables_and_gains_of_another_size_are_refused(backend, positions, gains, said, monkeypatch):
+    """Kernels would go on behind their ends."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    table = rope_table(0, positions, 32, 10000.0, torch.device("cpu"))
+    with pytest.raises(ValueError, match=said):
+        rotary_norm(torch.zeros(1, 20, 2, 32), torch.ones(gains), *table, 1e-6, backend=backend)
+
+
 if __name__ == "__main__":
     run_cases(CASES | {"compiled": compile_and_check})

@@ -88,9 +88,15 @@ def test_a_config_alone_shows_that_a_run_began_there(tmp_path):
     assert not (tmp_path / "config.yaml").exists(), "this run came to nothing, too"
 
 
+def test_a_config_written_by_hand_is_not_overwritten(tmp_path):
+    (tmp_path / "config.yaml").write_text("# my notes on the rates\nseed_everything: 1\nrun_dir: null\n")
+    with pytest.raises(RunExistsError, match=r"already holds a run \(config\.yaml\)"):
+        RunFolder(tmp_path).check()
+
+
 def test_a_run_that_failed_before_it_saved_anything_is_begun_again(tmp_path):
     # A rank that ends because another one died gives its claim back, and leaves no owner's note.
-    (tmp_path / "config.yaml").write_text("seed_everything: 1\nrun_dir: null\n")
+    (tmp_path / "config.yaml").write_text("# lightning.pytorch==2.6.6\nseed_everything: 1\nrun_dir: null\n")
     run = RunFolder(tmp_path)
     run.check()
     run.claim("hymba fit")

@@ -109,5 +109,8 @@ def test_a_run_of_the_reference_that_ended_is_not_made_again(tmp_path, shards, m
     main([*options, "--steps", "60", "--repeats", "2"])
     assert made == ["reference-1.log"]
     assert "run 2: reference 7.0" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"reference-0\.json is of another script, data or size"):
+    with pytest.raises(ValueError, match=r"reference-0\.json is of another script, data, size or GPU"):
         main([*options, "--steps", "80", "--repeats", "1"])
+    monkeypatch.setattr(reference_step, "device_name", lambda: "a faster one")
+    with pytest.raises(ValueError, match=r"reference-0\.json is of another script, data, size or GPU"):
+        main([*options, "--steps", "60", "--repeats", "1"])

@@ -20,7 +20,7 @@ def rotary_norm(
     x_BTHK: Tensor, gain_H: Tensor | None, cos: Tensor, sin: Tensor, eps: float, *, backend: str = "auto"
 ) -> Tensor:
     """rotate(gain·x / sqrt(mean(x²) + eps)) of each head, by the tables of `model.attention.rope_table`; no gain is 1.
-    Raises as `registry.implementation` does."""
+    Raises as `registry.implementation` does, and ValueError for tables or a gain of another size."""
     width, alike = x_BTHK.size(-1), cos.dim() == 4
     compute = registry.implementation(
         "rotary_norm",
@@ -32,4 +32,9 @@ def rotary_norm(
         and width >= 32
         and width & (width - 1) == 0,
     )
+    # Kernels would read beyond them.
+    if alike and not cos.size(0) == sin.size(0) == x_BTHK.size(1):
+        raise ValueError(f"the tables are of {cos.size(0)} and {sin.size(0)} positions for {x_BTHK.size(1)} tokens")
+    if gain_H is not None and gain_H.shape != x_BTHK.shape[2:3]:
+        raise ValueError(f"the gain is of shape {tuple(gain_H.shape)} for {x_BTHK.size(2)} heads")
     return compute(x_BTHK, gain_H, cos, sin, eps)
