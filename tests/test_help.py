@@ -230,6 +230,7 @@ def test_help_is_made_once_and_then_answers_without_torch(help_of):
     assert help_of(*help_text.COMMANDS) == (live, False)
 
 
+@pytest.mark.more
 def test_help_is_live_where_nothing_can_be_kept(help_of, tmp_path):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     text, imported = help_of("validate", folder=tmp_path / "file")

@@ -56,6 +56,7 @@ def test_training_goes_on_when_nobody_reads_it(tmp_path, fit):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.more
 def test_training_goes_on_when_the_disk_of_its_log_is_full(tmp_path, fit):
     with open("/dev/full", "wb") as full:
         assert subprocess.run(fit, stdout=full, stderr=full, check=False, timeout=200).returncode == 0

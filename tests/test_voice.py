@@ -341,6 +341,7 @@ def test_a_sentence_is_one_line_that_names_the_file():
     assert "micro_batch_size" in errors.sentence(MemoryError())
 
 
+@pytest.mark.more
 def test_a_config_of_a_run_is_yaml_with_every_letter(work):
     """A config with letters beyond ASCII is read in a C locale, too, and written back as it was."""
     config = work / "letters.yaml"
@@ -369,9 +370,8 @@ def test_a_config_of_a_run_is_yaml_with_every_letter(work):
     assert yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["run_dir"] == str(run)
 
 
-@pytest.mark.parametrize(
-    "backend", ["module://matplotlib_inline.backend_inline", pytest.param("no_such_backend", marks=pytest.mark.more)]
-)
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no_such_backend"])
+@pytest.mark.more
 def test_a_plotting_backend_that_does_not_exist_is_none_of_ours(work, backend):
     """A notebook's kernel leaves its backend's name in the environment of what it starts."""
     environment = os.environ | {"MPLBACKEND": backend}

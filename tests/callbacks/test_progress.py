@@ -47,6 +47,7 @@ def test_the_bar_of_training_ends_at_100_percent_whatever_the_last_step_showed(m
     assert shown == [("training", 1.0)]
 
 
+@pytest.mark.more
 def test_bars_end_at_100_percent_and_leave_log_lines_alone(tmp_path):
     config = write_config(tmp_path)
     code, text = on_a_terminal(

@@ -25,6 +25,7 @@ def net():
     return net.eval()
 
 
+@pytest.mark.more
 def test_every_recipe_is_written_scored_and_not_run_again(net, tmp_path):
     data = tiny_data(write_data(tmp_path / "data"))
     batches = [batch.inputs for batch in data.calibration_batches(2)]

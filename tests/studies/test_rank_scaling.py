@@ -31,6 +31,7 @@ def timed(ranks, *, gradient=40.0, reduction=0.0, optimizer=2.0, alone=0.0, late
     )
 
 
+@pytest.mark.more
 def test_two_ranks_make_the_step_of_a_fit(tmp_path, capsys):
     """In processes of their own: groups of one and of two, and one micro-batch and two."""
     options = "--ranks 1 2 --predict 4 --seq_len 32 --tokens 64 --steps 3 --warmup 1 --compile false --trace true"

@@ -36,6 +36,7 @@ def test_caches_are_in_the_folder_inside_alone(tmp_path, monkeypatch):
     assert (os.environ[CACHES[0]], os.environ.get(CACHES[1])) == ("elsewhere", None)
 
 
+@pytest.mark.more
 def test_a_cold_fit_and_a_warm_one_are_told(tmp_path, capsys):
     write_data(tmp_path / "data")
     net = [part for name, value in NET.items() for part in (f"--model.net.{name}", str(value))]
