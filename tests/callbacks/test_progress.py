@@ -8,6 +8,7 @@ import re
 import subprocess
 from types import SimpleNamespace
 
+import pytest
 from fit_process import typed, write_config
 
 from hymba_lightning.callbacks import progress
