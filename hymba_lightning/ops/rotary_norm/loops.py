@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hymba_lightning.ops.lanes import LANES, f32, load, splat, store, total
 from hymba_lightning.ops.native import flat, native_loop, rows, run_items
-from hymba_lightning.ops.operators import Contract, make_operator
+from hymba_lightning.ops.rotary_norm.operator import make_rotary_op
 
 # Tokens of a work item.
 RUN = 256
@@ -114,16 +114,4 @@ def _backward_numba(
     return g_x, g_x.new_empty(0) if gain is None else g_gain.sum(0)
 
 
-rotary_norm_numba = make_operator(
-    "rotary_norm_numba",
-    Contract(
-        operands="Tensor x, Tensor? gain, Tensor cos, Tensor sin, float eps",
-        results="out",
-        n_differentiable=1,
-        kept="x gain cos sin eps",
-        gradients="x gain",
-    ),
-    _forward_numba,
-    _backward_numba,
-    lambda x, gain, cos, sin, eps: torch.empty(x.shape, dtype=x.dtype, device=x.device),
-)
+rotary_norm_numba = make_rotary_op("rotary_norm_numba", _forward_numba, _backward_numba)

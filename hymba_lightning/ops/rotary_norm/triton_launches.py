@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hymba_lightning.ops.operators import Contract, make_operator
+from hymba_lightning.ops.rotary_norm.operator import make_rotary_op
 from hymba_lightning.ops.rotary_norm.triton_kernels import norm_and_turn, norm_and_turn_backward
 from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS
 from hymba_lightning.ops.triton_sums import sum_channels
@@ -104,17 +104,4 @@ def _backward(
     return g_x, g_gain
 
 
-rotary_norm_triton_op = make_operator(
-    "rotary_norm_triton",
-    Contract(
-        operands="Tensor x, Tensor? gain, Tensor cos, Tensor sin, float eps",
-        results="out",
-        n_differentiable=1,
-        kept="x gain cos sin eps",
-        gradients="x gain",
-    ),
-    _forward,
-    _backward,
-    lambda x, gain, cos, sin, eps: torch.empty(x.shape, dtype=x.dtype, device=x.device),
-    into="x",
-)
+rotary_norm_triton_op = make_rotary_op("rotary_norm_triton", _forward, _backward, into="x")
