@@ -24,6 +24,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("HYMBA_NO_SKIPS") == "1" and reporter is not None and reporter.stats.get("skipped"):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if os.environ.get("HYMBA_SKIPPED") and reporter is not None:
+        # The tests and files skipped for lack of a package, for scripts/test_extras.
+        skipped = {
+            report.nodeid
+            for report in reporter.stats.get("skipped", [])
+            if isinstance(report.longrepr, tuple)
+            and any(said in report.longrepr[2] for said in ("could not import", "is not installed: pip install"))
+        }
+        Path(os.environ["HYMBA_SKIPPED"]).write_text("".join(f"{node}\n" for node in sorted(skipped)))
 
 
 @pytest.fixture(scope="session")
