@@ -14,10 +14,10 @@ from hymba_lightning.ops.rotary_norm.triton_kernels import norm_and_turn, norm_a
 from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS
 from hymba_lightning.ops.triton_sums import sum_channels
 
-# Tokens of a program, and its warps: a thread then holds 16 bytes of each half of a bfloat16 head of 64.
-ROWS, WARPS = 32, 4
-# Programs of the backward kernel, each of which leaves a part of the gain's sums: twice what a large GPU holds at once.
-TARGET_PROGRAMS = 1024
+# Numbers of a tile, and its warps: a thread then holds 16 bytes of each half of two bfloat16 heads.
+TILE, WARPS = 4096, 4
+# Programs of the backward kernel, each of which leaves a part of the gain's sums: as many as a Hopper holds at once.
+TARGET_PROGRAMS = 792
 
 
 def _tokens_apart(x_BTHK: Tensor) -> Tensor:
@@ -31,15 +31,15 @@ def _forward(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor, eps: floa
     batch, length, heads, width = x.shape
     x, cos, sin = _tokens_apart(x), cos.contiguous(), sin.contiguous()
     out = torch.empty((batch, length, heads, width), dtype=x.dtype, device=x.device)
-    tokens = batch * length
+    rows = max(1, TILE // width)
     with torch.cuda.device_of(x):
-        norm_and_turn[(triton.cdiv(tokens, ROWS),)](
+        norm_and_turn[(triton.cdiv(length * heads, rows) * batch,)](
             x,
             x if gain is None else gain.contiguous(),
             cos,
             sin,
             out,
-            tokens,
+            batch,
             length,
             x.stride(0),
             eps,
@@ -49,7 +49,7 @@ def _forward(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor, eps: floa
             H=heads,
             HALF=width // 2,
             HAS_GAIN=gain is not None,
-            ROWS=ROWS,
+            ROWS=rows,
             **COMPILE_OPTIONS | {"num_warps": WARPS},
         )
     return out
@@ -68,9 +68,10 @@ def _backward(
     g_out, x, cos, sin = _tokens_apart(g_out), _tokens_apart(x), cos.contiguous(), sin.contiguous()
     g_x = torch.empty((batch, length, heads, width), dtype=x.dtype, device=x.device) if into is None else into
     g_gain = torch.empty(0 if gain is None else heads, dtype=x.dtype if gain is None else gain.dtype, device=x.device)
-    tokens = batch * length
-    tiles = max(1, tokens // (ROWS * TARGET_PROGRAMS))
-    programs = triton.cdiv(tokens, ROWS * tiles)
+    padded = triton.next_power_of_2(heads)
+    rows = max(padded, TILE // width)
+    of_sequence = min(triton.cdiv(length * padded, rows), max(1, TARGET_PROGRAMS // batch))
+    programs = of_sequence * batch
     parts = torch.empty((programs if gain is not None else 0, 1, heads), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         norm_and_turn_backward[(programs,)](
@@ -81,9 +82,9 @@ def _backward(
             sin,
             g_x,
             parts,
-            tokens,
+            batch,
             length,
-            tiles,
+            of_sequence * rows,
             g_out.stride(0),
             x.stride(0),
             g_x.stride(0),
@@ -94,9 +95,10 @@ def _backward(
             COS_ROW=cos.stride(0),
             SIN_ROW=sin.stride(0),
             H=heads,
+            HEADS=padded,
             HALF=width // 2,
             HAS_GAIN=gain is not None,
-            ROWS=ROWS,
+            ROWS=rows,
             **COMPILE_OPTIONS | {"num_warps": WARPS},
         )
         if gain is not None:
