@@ -14,10 +14,11 @@ from hymba_lightning.ops.rotary_norm.triton_kernels import norm_and_turn, norm_a
 from hymba_lightning.ops.triton_launch import COMPILE_OPTIONS
 from hymba_lightning.ops.triton_sums import sum_channels
 
-# Numbers of a tile, and its warps: a thread then holds 16 bytes of each half of two bfloat16 heads.
-TILE, WARPS = 4096, 4
+# Numbers of a tile, and its warps: the fastest of 21 forward and 18 backward on an H200 at the training shapes.
+FORWARD = (1024, 2)
+BACKWARD = (4096, 8)
 # Programs of the backward kernel, each of which leaves a part of the gain's sums: as many as a Hopper holds at once.
-TARGET_PROGRAMS = 792
+TARGET_PROGRAMS = 528
 
 
 def _tokens_apart(x_BTHK: Tensor) -> Tensor:
@@ -31,7 +32,8 @@ def _forward(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor, eps: floa
     batch, length, heads, width = x.shape
     x, cos, sin = _tokens_apart(x), cos.contiguous(), sin.contiguous()
     out = torch.empty((batch, length, heads, width), dtype=x.dtype, device=x.device)
-    rows = max(1, TILE // width)
+    tile, warps = FORWARD
+    rows = max(1, tile // width)
     with torch.cuda.device_of(x):
         norm_and_turn[(triton.cdiv(length * heads, rows) * batch,)](
             x,
@@ -50,7 +52,7 @@ def _forward(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor, eps: floa
             HALF=width // 2,
             HAS_GAIN=gain is not None,
             ROWS=rows,
-            **COMPILE_OPTIONS | {"num_warps": WARPS},
+            **COMPILE_OPTIONS | {"num_warps": warps},
         )
     return out
 
@@ -69,7 +71,8 @@ def _backward(
     g_x = torch.empty((batch, length, heads, width), dtype=x.dtype, device=x.device) if into is None else into
     g_gain = torch.empty(0 if gain is None else heads, dtype=x.dtype if gain is None else gain.dtype, device=x.device)
     padded = triton.next_power_of_2(heads)
-    rows = max(padded, TILE // width)
+    tile, warps = BACKWARD
+    rows = max(padded, tile // width)
     of_sequence = min(triton.cdiv(length * padded, rows), max(1, TARGET_PROGRAMS // batch))
     programs = of_sequence * batch
     parts = torch.empty((programs if gain is not None else 0, 1, heads), dtype=torch.float32, device=x.device)
@@ -99,7 +102,7 @@ def _backward(
             HALF=width // 2,
             HAS_GAIN=gain is not None,
             ROWS=rows,
-            **COMPILE_OPTIONS | {"num_warps": WARPS},
+            **COMPILE_OPTIONS | {"num_warps": warps},
         )
         if gain is not None:
             sum_channels(parts, g_gain, g_gain)
