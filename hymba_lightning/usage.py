@@ -89,7 +89,11 @@ NOT_NAMED = 6
 _QAT = "late quantization-aware training made artifacts no better at 4 or 6 bits; leave it out"
 # Options of earlier versions: the value that did nothing, with which the config of an old run is still taken, and why
 # they are gone.
-REMOVED: dict[str, tuple[Any, str]] = {"model.qat_start": (1.0, _QAT), "model.runtime.qat_bits": (0, _QAT)}
+REMOVED: dict[str, tuple[Any, str]] = {
+    "model.qat_start": (1.0, _QAT),
+    "model.runtime.qat_bits": (0, _QAT),
+    "model.ttt.compile": (False, "compiling took longer than any stream gains by it; leave it out"),
+}
 MISSING = {
     "fit": "nothing says what to train on and what ends the run: give --config with a file, such as "
     "demo.yaml, which comes with the package, or --data.data_dir and one of --model.budget_seconds and "

@@ -164,7 +164,10 @@ def test_a_thing_in_anothers_place_is_told_with_what_may_be_meant(args, told, tm
 
 def test_the_config_of_an_old_run_loses_only_what_did_nothing():
     idle = {"model": {"qat_start": 1.0, "compile": False, "runtime": {"qat_bits": 0, "loss_backend": "auto"}}}
-    assert usage.without_removed(idle) == {"model": {"compile": False, "runtime": {"loss_backend": "auto"}}}
+    idle["model"]["ttt"] = {"compile": False, "epochs": 1}
+    assert usage.without_removed(idle) == {
+        "model": {"compile": False, "runtime": {"loss_backend": "auto"}, "ttt": {"epochs": 1}}
+    }
     used = {"model": {"qat_start": 0.85, "runtime": {"qat_bits": 4}}}
     assert usage.without_removed(used) == {"model": {"qat_start": 0.85, "runtime": {"qat_bits": 4}}}
     assert usage.without_removed({"model": None}) == {"model": None}

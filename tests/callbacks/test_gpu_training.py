@@ -45,7 +45,8 @@ class SleepyModule(TinyModule):
 
 
 def test_the_clock_tells_the_gpus_time(tmp_path):
-    # The first step, which sets the GPU up, is soon forgotten.
+    # A first step in a fresh process compiles kernels, for seconds on a slow disk: not on this clock.
+    make_trainer(tmp_path / "first", [], accelerator="gpu", max_steps=1).fit(SleepyModule(), datamodule=TinyData())
     module, clock = SleepyModule(), WallClock(2.5, recent_steps=3)
     trainer = make_trainer(tmp_path, [clock], accelerator="gpu")
     trainer.fit(module, datamodule=TinyData())

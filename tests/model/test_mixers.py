@@ -30,7 +30,6 @@ from hymba_lightning.training.optim import OptimizerConfig, build_optimizer
 SMALL = SMALL_NETWORK | {"n_layers": 2, "tied_embed_std": 0.3}
 # Every mixer as it is, and what options of its own change.
 VARIANTS = [({"mixer": name}) for name in MIXERS if name != "official"] + [
-    {"mixer": "mamba", "mixer_options": {"state_tokens": 64}},
     {"mixer": "mamba2", "mixer_options": {"groups": 2, "head_dim": 4}, "expand": 2, "merge": "concat"},
     {"mixer": "mamba2", "mixer_options": {"head_dim": 16}, "dynamics_norm": True, "dt_init": "mamba", "d_conv": 2},
     {
@@ -248,9 +247,7 @@ def test_the_evaluations_code_has_the_artifacts_mixer_and_no_other(mixer):
     ("changes", "message"),
     [
         ({"mixer": "rwkv"}, "mixer='rwkv' is unknown: choose from .*mamba, mamba2"),
-        ({"mixer_options": {"groups": 2}}, "mixer_options has groups, and 'mamba' takes state_tokens"),
-        ({"mixer_options": {"state_tokens": 0.5}}, "state_tokens=0.5 is neither 0 nor 1 or more"),
-        ({"mixer_options": {"state_tokens": -3}}, "state_tokens=-3 is neither 0 nor 1 or more"),
+        ({"mixer_options": {"groups": 2}}, "mixer_options has groups, and 'mamba' takes none"),
         ({"mixer": "mamba2", "mixer_options": {"group": 2}}, "mixer_options has group, and 'mamba2' takes head_dim, g"),
         ({"mixer": "mamba2", "mixer_options": {"groups": 3}}, "groups=3 does not divide the 4 heads"),
         ({"mixer": "mamba2", "mixer_options": {"head_dim": 5}}, "head_dim=5 does not divide d_inner=32"),
@@ -269,16 +266,3 @@ def test_options_of_a_mixer_survive_a_file_and_nothing_else_passes_for_them():
     for options in ([1], {"groups": "2"}, {"groups": [2]}, {"groups": 1e300}, {3: 2}):
         with pytest.raises(ValueError, match="mixer_options="):
             HymbaConfig.from_dict(config.to_dict() | {"mixer_options": options})
-
-
-def test_the_slowest_state_of_a_channel_starts_so_many_times_as_long_as_its_fastest():
-    times = {}
-    for tokens in (0, 1, 100):
-        torch.manual_seed(0)
-        net = Hymba(HymbaConfig(**SMALL, mixer_options={"state_tokens": tokens}))
-        times[tokens] = net.blocks[0].attn.decay_times(torch.randn(1, 50, SMALL["d_model"]))
-    ratios = {tokens: decay_EN[:, -1] / decay_EN[:, 0] for tokens, decay_EN in times.items()}
-    torch.testing.assert_close(ratios[100], torch.full_like(ratios[100], 100.0))
-    torch.testing.assert_close(ratios[1], torch.ones_like(ratios[1]))
-    torch.testing.assert_close(ratios[0], torch.full_like(ratios[0], 1 / SMALL["d_state"]))
-    torch.testing.assert_close(times[100][:, 0], times[0][:, 0])  # the fastest is Mamba's slowest

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,12 +16,7 @@ class Mixer(HybridMixer):
     """Convolution, input-dependent dt, B and C, and the gated selective scan: a decay for each channel and state.
 
     Its state: the convolution's tail (B, E, W-1) and the scan's state (B, E, N), float32.
-
-    mixer_options: `state_tokens`, 1 or more: how many times as long as the fastest state of a channel its slowest one
-    lasts at first, the others in equal ratios between (A from 1 to 1 / state_tokens). 0: Mamba's A, 1 … N.
     """
-
-    options: ClassVar[dict[str, int | float]] = {"state_tokens": 0}
 
     def input_widths(self, options: dict[str, int | float]) -> list[int]:
         """Of u and of the gate z."""
@@ -32,9 +24,6 @@ class Mixer(HybridMixer):
             raise ValueError(
                 f"d_state={self.config.d_state} is over 64, the most that the scan's kernels hold in registers"
             )
-        self.state_tokens = float(options["state_tokens"])
-        if self.state_tokens and not 1 <= self.state_tokens < math.inf:
-            raise ValueError(f"mixer_options.state_tokens={self.state_tokens:g} is neither 0 nor 1 or more")
         return [self.config.d_inner] * 2
 
     def make_branch(self) -> None:
@@ -44,10 +33,7 @@ class Mixer(HybridMixer):
         self.conv1d = DepthwiseConv(e, config.d_conv)
         self.x_proj = Linear(e, rank + 2 * n)
         self.dt_proj = TimeStepProjection(rank, e)
-        log_A_N = torch.arange(1, n + 1, dtype=torch.float32).log()
-        if self.state_tokens:
-            log_A_N = torch.linspace(0, -math.log(self.state_tokens), n)
-        self.A_log = parameter(log_A_N.repeat(e, 1), Role.DYNAMICS)
+        self.A_log = parameter(torch.arange(1, n + 1, dtype=torch.float32).log().repeat(e, 1), Role.DYNAMICS)
         self.D = parameter(torch.ones(e), Role.CONTROL)
 
     def branch(
