@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from hymba_lightning.evaluation.score import sum_over_ranks
 from hymba_lightning.model import Hymba
 from hymba_lightning.quantization import QuantizationConfig
 from hymba_lightning.quantization.schemes import Calibration, calibrate
@@ -29,8 +30,8 @@ MARGIN = 1.5
 def calibrate_in_time(
     net: Hymba, config: QuantizationConfig, batches: Iterable[Tensor], clock: Clock
 ) -> tuple[Calibration, int]:
-    """The mean of `calibrate` over `batches` of token ids (B, T), and over how many: at least one, and no more than end
-    inside the budget of the running `clock`."""
+    """The mean of `calibrate` over all ranks' `batches` of token ids (B, T), and over how many: on each rank at least
+    one, and no more than end inside the budget of the running `clock`."""
     total: Calibration | None = None
     done, slowest = 0, 0.0
     began = clock.elapsed()
@@ -42,15 +43,17 @@ def calibrate_in_time(
         if total is None:
             total = found
         else:
-            for mean, tensor in zip(total.tensors(), found.tensors(), strict=True):
-                mean.add_(tensor)
+            for added, tensor in zip(total.tensors(), found.tensors(), strict=True):
+                added.add_(tensor)
         if batch.is_cuda:
             torch.cuda.synchronize(batch.device)
         done, slowest, began = done + 1, max(slowest, clock.elapsed() - began), clock.elapsed()
     if total is None:
         raise ValueError("there is no training batch to calibrate on")
+    # Ranks may have had time for unlike numbers of batches.
+    done = int(sum_over_ranks(torch.tensor(done, device=batch.device)))
     for tensor in total.tensors():
-        tensor.div_(done)
+        sum_over_ranks(tensor).div_(done)
     return total, done
 
 
@@ -79,13 +82,13 @@ def rehearse(trainer: pl.Trainer, module: pl.LightningModule, config: Quantizati
     fits = 1 + int((given - MARGIN * seconds) // seconds) if given >= MARGIN * seconds else 0
     if not fits:
         clock.reserve_seconds = min(MARGIN * seconds, clock.budget_seconds / 2)
-    if fits < share:
+    if fits < share and trainer.is_global_zero:
         log.warning(
             "model.reserve_seconds holds back %.1f s of the budget%s, and calibrating on a batch takes about %.2f s: "
             "some %d of %d batches will be used; raise it for more",
             given,
             "" if fits else f", {clock.reserve_seconds:.1f} s from now on",
             seconds,
-            max(fits, 1),
-            share,
+            max(fits, 1) * trainer.world_size,
+            share * trainer.world_size,
         )

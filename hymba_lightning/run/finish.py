@@ -24,7 +24,7 @@ from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.evaluation.batches import score_batches
-from hymba_lightning.evaluation.score import Score, sum_over_ranks
+from hymba_lightning.evaluation.score import Score
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model import Hymba
 from hymba_lightning.quantization import (
@@ -217,7 +217,7 @@ class _Ending:
             logger.log_metrics({f"{FINAL}{stage}_bpb": record.bpb}, step=self.trainer.global_step)
 
     def calibrate(self) -> Calibration:
-        """What rounding has to know, averaged over the ranks, on the CPU; training batches count as training time."""
+        """What rounding has to know, the mean over all ranks' batches, on the CPU; they count as training time."""
         quantization = self.settings.quantization
         if not quantization.calibrated:
             return calibrate(self.net, quantization, []).cpu()
@@ -232,15 +232,16 @@ class _Ending:
         with self.clock.charged():
             batches = (batch.inputs.to(self.module.device) for batch in self.data.calibration_batches(share))
             calibration, done = calibrate_in_time(self.net, quantization, batches, self.clock)
-            for tensor in calibration.tensors():
-                sum_over_ranks(tensor).div_(world_size)
             calibration = calibration.cpu()
-        if done < share:
+        if not self.trainer.is_global_zero:
+            return calibration
+        wanted = share * world_size
+        if done < wanted:
             log.warning(
                 "calibrated on %d of %d training batches, those that the budget left time for: raise "
                 "model.reserve_seconds for more",
                 done,
-                share,
+                wanted,
             )
         budget = self.clock.budget_seconds
         if budget is not None and self.clock.elapsed() > budget:

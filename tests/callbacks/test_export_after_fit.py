@@ -102,6 +102,19 @@ def test_calibration_takes_the_batches_that_end_inside_the_budget(monkeypatch, b
     assert found.sensitivities["a"][0] == pytest.approx(10 * (done - 1) / 2)
 
 
+def test_ranks_that_calibrated_on_unlike_numbers_of_batches_count_by_them(monkeypatch):
+    clock = Clock(600.0, 590.0, [4.0] * 16)
+    monkeypatch.setattr(calibration, "calibrate", clock.calibrate)
+    # Another rank had time for three batches, of sum 12 each.
+    others = iter([3, 36.0, 36.0])
+    monkeypatch.setattr(calibration, "sum_over_ranks", lambda tensor: tensor.add_(next(others)))
+    batches = (torch.tensor(float(i)) for i in range(16))
+    found, used = calibrate_in_time(None, QuantizationConfig(), batches, clock)
+    assert used == 5  # two here: 0 and 1
+    assert found.hessians["a"][0] == pytest.approx((0 + 1 + 36) / 5)
+    assert found.sensitivities["a"][0] == pytest.approx((0 + 10 + 36) / 5)
+
+
 def test_a_run_on_a_slow_machine_ends_inside_its_budget_with_fewer_batches(tmp_path, caplog, monkeypatch, recwarn):
     """A batch takes 0.4 s and the reserve is 1 s: the warning is of the calibration, and no step was too slow."""
     calibrated = calibration.calibrate
