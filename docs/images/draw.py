@@ -1,4 +1,4 @@
-"""Draws block.svg, run.svg, way.svg and memory_27m.png beside this file: `python docs/images/draw.py`.
+"""Draws block.svg, run.svg, way.svg, memory_27m.png and context_27m.png beside this file: `python docs/images/draw.py`.
 
 All have a light ground of their own, so that they read on light and dark pages.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.figure import Figure
 
 from hymba_lightning.probes.copying import Copy
 from hymba_lightning.probes.picture import draw
@@ -198,8 +201,74 @@ def draw_memory() -> None:
     draw([], copies, recalls, [], 15, here / "memory_27m.png")
 
 
+# Of #914, on 8 H100 and the challenge's text: bits per byte, ms a step.
+REFERENCE = {8192: (1.1507, 79.0), 16384: (1.1491, 80.1), 32768: (1.1478, 80.6), 65536: (1.1477, 82.8)}
+# Ours on one H200 (docs/results.md, commit aafdd09).
+MILLISECONDS = {8192: 39.5, 32768: 40.0, 65536: 39.9}
+
+
+def draw_context() -> None:
+    """What a longer context costs and gains, on two texts and beside #914."""
+    here = Path(__file__).parent
+    results = here.parents[1] / "results"
+    study = json.loads((results / "context_h200.json").read_text())
+    default = [
+        row for row in json.loads((results / "table_h200.json").read_text())["runs"] if row["variant"] == "default"
+    ]
+    base = {row["seed"]: row["bpb"]["raw"] for row in default}
+    lengths = sorted(REFERENCE)
+    web = {
+        length: [1000 * (row["bpb"]["raw"] - base[row["seed"]]) for row in study["runs"] if row["seq_len"] == length]
+        for length in lengths
+    }
+    web[32768] = [0.0]
+    errors = [stdev(rows) / len(rows) ** 0.5 if len(rows) > 1 else 0.0 for rows in web.values()]
+    books = {row["seq_len"]: row["bpb"]["raw"] for row in study["books"]}
+    figure = Figure(figsize=(10, 3.6), dpi=130, layout="constrained")
+    worth, cost = figure.subplots(1, 2)
+    worth.errorbar(
+        lengths, [mean(web[length]) for length in lengths], errors, marker="o", capsize=3, label="web text, n = 3"
+    )
+    worth.plot(
+        lengths,
+        [1000 * (books[length] - books[32768]) for length in lengths],
+        marker="s",
+        color="C1",
+        label="books, n = 1",
+    )
+    worth.plot(
+        lengths,
+        [1000 * (REFERENCE[length][0] - REFERENCE[32768][0]) for length in lengths],
+        marker="^",
+        linestyle="--",
+        color="C2",
+        label="#914, the challenge's text",
+    )
+    worth.axhline(0, color=FAINT, linewidth=0.8)
+    worth.set(title="what it is worth", ylabel="thousandths of a bit per byte\nagainst 32,768 (less is better)")
+    cost.plot(list(MILLISECONDS), list(MILLISECONDS.values()), marker="o", label="one H200")
+    cost.plot(
+        lengths,
+        [REFERENCE[length][1] for length in lengths],
+        marker="^",
+        linestyle="--",
+        color="C2",
+        label="#914, each of 8 H100",
+    )
+    cost.set(title="what it costs", ylabel="ms a step of 65,536 tokens a GPU", ylim=(0, 95))
+    for axis in (worth, cost):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axis.minorticks_off()
+        axis.set_xlabel("tokens of context, trained and scored with")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False)
+    figure.savefig(here / "context_27m.png")
+
+
 if __name__ == "__main__":
     draw_memory()
+    draw_context()
     draw_block()
     draw_run()
     draw_architecture()
