@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from hymba_lightning.model.hymba import Hymba
 from hymba_lightning.model.layers import Linear
 from hymba_lightning.model.mixer import HybridMixer
 from hymba_lightning.model.roles import Role
+from hymba_lightning.ops.native import native_loop
 from hymba_lightning.ops.threads import spread_torch
 from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.rows import (
@@ -86,34 +88,61 @@ def inverse_factor(hessian_CC: Tensor, damping: float, act_order: bool) -> tuple
         else torch.arange(len(diagonal_C), device=diagonal_C.device)
     )
     filled_CC = hessian_CC + torch.diag(torch.where(diagonal_C > 0, damping * mean, mean))
-    lower_CC, failed = torch.linalg.cholesky_ex(filled_CC[order_C][:, order_C])
+    # From the last column to the first: H = R Rᵀ with R upper triangular, so H⁻¹ = Uᵀ U with U = R⁻¹.
+    backward_C = order_C.flip(0)
+    lower_CC, failed = torch.linalg.cholesky_ex(filled_CC[backward_C][:, backward_C])
     if failed:
         raise SingularHessianError("the Hessian is not positive definite")
-    upper_CC, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_CC), upper=True)
-    if failed or not torch.isfinite(upper_CC).all():
-        raise SingularHessianError("the Hessian's inverse is not positive definite")
+    upper_CC = inverse_of_lower(lower_CC).flip(0, 1)
+    if not torch.isfinite(upper_CC).all():
+        raise SingularHessianError("the Hessian's inverse is not finite")
     return upper_CC, order_C
 
 
+def inverse_of_lower(lower_CC: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, by halves: mostly products, where a solve would also work on zeros."""
+    if len(lower_CC) <= 128:
+        eye_CC = torch.eye(len(lower_CC), dtype=lower_CC.dtype, device=lower_CC.device)
+        return torch.linalg.solve_triangular(lower_CC, eye_CC, upper=False)
+    half = len(lower_CC) // 2
+    inverse_CC = torch.zeros_like(lower_CC)
+    first, last = inverse_of_lower(lower_CC[:half, :half]), inverse_of_lower(lower_CC[half:, half:])
+    inverse_CC[:half, :half], inverse_CC[half:, half:] = first, last
+    inverse_CC[half:, :half] = last @ (lower_CC[half:, :half] @ first).neg_()
+    return inverse_CC
+
+
 def round_columns(rows_RC: Tensor, upper_CC: Tensor, scale_R: Tensor, q_max: int, block: int) -> Tensor:
-    """Rounds columns from left to right with correction, `block` at a time; q as float32 (R, C).
+    """Rounds columns of a float32 matrix from left to right with correction, `block` at a time; q as float32 (R, C).
 
     Inside a block each column corrects the block's rest at once; the columns beyond it get one matrix product.
     """
-    rows_RC, columns = rows_RC.clone(), rows_RC.shape[1]
-    q_RC = torch.empty_like(rows_RC)
+    # A column is a row of memory here. Once it is rounded, its error stands in its place.
+    work_CR = rows_RC.T.clone(memory_format=torch.contiguous_format).cpu()
+    upper_CC, scale_R = upper_CC.contiguous().cpu(), scale_R.contiguous().cpu()
+    q_CR = torch.empty_like(work_CR)
+    arrays = [tensor.numpy() for tensor in (work_CR, upper_CC, scale_R, q_CR)]
+    columns = len(work_CR)
     for start in range(0, columns, block):
         end = min(start + block, columns)
-        errors = torch.empty_like(rows_RC[:, start:end])
-        for column in range(start, end):
-            value_R = rows_RC[:, column]
-            q_R = (value_R / scale_R).round_().clamp_(-q_max, q_max)
-            q_RC[:, column] = q_R
-            error_R = (value_R - q_R * scale_R) / upper_CC[column, column]
-            rows_RC[:, column:end].addr_(error_R, upper_CC[column, column:end], alpha=-1)
-            errors[:, column - start] = error_R
-        rows_RC[:, end:].addmm_(errors, upper_CC[start:end, end:], alpha=-1)
-    return q_RC
+        round_block(start, end, np.float32(q_max), *arrays)
+        work_CR[end:].addmm_(upper_CC[start:end, end:].T, work_CR[start:end], alpha=-1)
+    return q_CR.T.to(rows_RC.device)
+
+
+@native_loop
+def round_block(start, end, q_max, work, upper, scale, q):
+    """Columns `start` … `end` of work (C, R), which become their errors; q (C, R). Without the GIL: torch's operators,
+    six small ones a column, would have the threads of all tensors wait for it."""
+    for column in range(start, end):
+        for row in range(scale.size):
+            code = min(max(np.rint(work[column, row] / scale[row]), -q_max), q_max)
+            q[column, row] = code
+            work[column, row] = (work[column, row] - code * scale[row]) / upper[column, column]
+        for later in range(column + 1, end):
+            factor = upper[column, later]
+            for row in range(scale.size):
+                work[later, row] -= factor * work[column, row]
 
 
 def collect_hessians(net: Hymba, batches: Iterable[Tensor]) -> dict[str, Tensor]:

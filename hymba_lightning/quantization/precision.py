@@ -284,7 +284,8 @@ def encode_mixed(
     """
     for name, tensor in state_dict.items() if sensitivities is not None else ():
         given = sensitivities.get(name) if sensitivities else None
-        if given is None or given.shape != tensor.shape or not (torch.isfinite(given) & (given >= 0)).all():
+        # Least and largest are NaN where any is.
+        if given is None or given.shape != tensor.shape or not (given.amin() >= 0 and given.amax() < math.inf):
             raise ValueError(f"{name} has no finite sensitivities of its shape {list(tensor.shape)}")
     leaders: dict[tuple, str] = {}
     leader_of = {

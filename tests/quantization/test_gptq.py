@@ -12,6 +12,7 @@ from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.gptq import (
     SingularHessianError,
     collect_hessians,
+    inverse_factor,
     quantize_gptq,
     quantize_with_hessians,
 )
@@ -60,6 +61,17 @@ def test_equals_the_dense_statement(bits, act_order, block):
     expected = dense_gptq(weight, damped, scale, 2 ** (bits - 1) - 1, order)
     # A float32 tie may fall the other way and carry on to the columns after it.
     assert (result.q != expected).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("columns", [1, 128, 301])
+def test_the_factor_of_a_wide_layer_is_that_of_its_inverse_hessian(columns):
+    _, inputs = problem(columns=columns)
+    hessian = (inputs.T @ inputs).double()
+    upper, order = inverse_factor(hessian, 0.01, True)
+    damped = (hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns))[order][:, order]
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(columns, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert (upper.diagonal() > 0).all()
 
 
 @pytest.mark.parametrize(("bits", "gain"), [(4, 0.6), (6, 0.5)])
