@@ -222,6 +222,33 @@ def test_loss_is_the_cross_entropy_of_the_logits(changes):
             small(RuntimeConfig(loss_backend="fused"), **changes)(inputs, targets)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint16], ids=str)
+def test_token_ids_of_any_integers_mean_the_same(dtype):
+    # The bigram hash of such ids does not fit into 32 bits.
+    net = small(vocab_size=30_000).eval()
+    inputs = torch.randint(25_000, 30_000, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(net(inputs.to(dtype), inputs.to(dtype)), net(inputs, inputs))
+
+
+def test_inputs_that_cannot_be_are_refused_by_name():
+    net, ids = small(), torch.randint(0, 64, (3, 12))
+    _, state = net(ids, return_state=True)
+    for call, message in (
+        (lambda: net(ids[0]), r"inputs must be integer token ids \(sequences, tokens\).* not \(12,\) of torch.int64"),
+        (lambda: net(ids.tolist()), "inputs must be integer token ids.* not list"),
+        (lambda: net(ids.float()), "inputs must be .* of torch.float32"),
+        (lambda: net(ids[:0]), r"at least one of each, not \(0, 12\)"),
+        (lambda: net(ids[:, :0], ids[:, :0]), r"at least one of each, not \(3, 0\)"),
+        (lambda: net(ids, ids.float()), "targets must be integer token ids"),
+        (lambda: net(ids, ids.T), r"targets \(12, 3\) must have one token for each of inputs \(3, 12\)"),
+        (lambda: net(ids[:2], state=state), r"the state is of 3 sequences and inputs \(2, 12\) of 2"),
+        (lambda: net(ids + 60), "token ids must be 0 to 63"),
+    ):
+        with pytest.raises((ValueError, IndexError), match=message):
+            call()
+
+
 def test_bfloat16_stays_close_and_keeps_float32_weights_and_loss():
     torch.manual_seed(0)
     inputs, targets = torch.randint(0, 64, (2, 33)), torch.randint(0, 64, (2, 33))
