@@ -155,6 +155,13 @@ def triton_backend(load: Callable[[], Callable[..., Any]], **entry: Any) -> Back
     return Backend(load=load, **defaults | entry)
 
 
+def settled(condition: bool) -> bool:
+    """A condition on lengths, for `choose`: one that a compiler lets vary is decided, and guarded, here."""
+    if condition:
+        return True
+    return False  # noqa: SIM103 - `bool` leaves it undecided
+
+
 def is_one_step(x_BTE: Tensor) -> bool:
     """Whether a recurrence makes one step on a CPU, without gradient: its definition is then its cheapest form."""
     return x_BTE.size(1) == 1 and x_BTE.device.type == "cpu" and not torch.is_grad_enabled()
