@@ -1,6 +1,5 @@
 """A config's values are of its fields' types, whoever gives them: a checkpoint of others could be written, not read."""
 
-import dataclasses
 import numbers
 import operator
 import types
@@ -14,8 +13,9 @@ OTHER = object()
 
 
 def settle(config: Any, prefix: str = "") -> None:
-    """Makes every field of a dataclass a plain value of its type: numpy's numbers Python's, tuples lists where lists are
-    declared, and the other way around. Raises ValueError naming the field, with `prefix`, whose value is of another."""
+    """Makes each field of a dataclass a plain value of its type: numpy's numbers Python's, and tuples lists where those
+    are declared, or the other way around. Raises ValueError naming the field whose value is of another, with `prefix`.
+    """
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
         plain = _plain(value, hint)

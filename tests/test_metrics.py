@@ -89,7 +89,7 @@ def test_shapes_must_agree() -> None:
 
 def test_bytes_in_the_place_of_nats_are_refused() -> None:
     with pytest.raises(
-        ValueError, match="target_bytes counts bytes, as integers, and is torch.float32: nats come first"
+        ValueError, match=r"target_bytes counts bytes, as integers, and is torch\.float32: nats come first"
     ):
         BitsPerByte().update(torch.tensor([1, 2]), torch.tensor([0.5, 0.25]))
 

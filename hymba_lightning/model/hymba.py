@@ -27,6 +27,9 @@ from hymba_lightning.ops.documents import document_positions
 from hymba_lightning.ops.scaled_sum import scaled_sum
 from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
 
+# Far from any id.
+NO_TARGET = -(2**62)
+
 
 def _pretrained() -> Any:
     # Above this layer, where artifacts are read; and nothing of it belongs to the code that a score is made with.
@@ -149,7 +152,8 @@ class Hymba(Module):
         """Cross-entropy (N,) float32 of logits before the softcap."""
         cap = self.config.logit_softcap
         if not cap:
-            return F.cross_entropy(raw_logits_NV.float(), targets_N, reduction="none")
+            # torch's own -100 would leave targets out of the sum, and not out of the mean.
+            return F.cross_entropy(raw_logits_NV.float(), targets_N, reduction="none", ignore_index=NO_TARGET)
         return softcapped_cross_entropy(raw_logits_NV, targets_N, cap=cap, backend=self.runtime.loss_backend)
 
     def raw_logits(self, hidden_BTD: Tensor) -> Tensor:

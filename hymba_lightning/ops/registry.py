@@ -157,9 +157,9 @@ def triton_backend(load: Callable[[], Callable[..., Any]], **entry: Any) -> Back
 
 def settled(condition: bool) -> bool:
     """A condition on lengths, for `choose`: one that a compiler lets vary is decided, and guarded, here."""
-    if condition:
+    if condition:  # noqa: SIM103 - `bool` leaves it undecided
         return True
-    return False  # noqa: SIM103 - `bool` leaves it undecided
+    return False
 
 
 def is_one_step(x_BTE: Tensor) -> bool:

@@ -105,6 +105,8 @@ def check_fit(trainer: pl.Trainer, budget_seconds: float | None, measures_more: 
             "automatic_optimization is False, but warm-up, clock, average and checkpoints follow Lightning's own "
             "optimizer steps: leave it True, and return an optimizer of your own from configure_optimizers"
         )
+    if not any(parameter.requires_grad for parameter in trainer.lightning_module.parameters()):
+        raise ValueError("nothing would be trained: requires_grad is False for every parameter of the module")
     check_end(trainer, budget_seconds)
     check_validations(trainer)
     check_monitors(trainer, measures_more)

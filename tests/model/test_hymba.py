@@ -316,7 +316,8 @@ def test_a_config_that_cannot_be_names_its_field(changes, message):
 def test_values_as_users_write_them_are_plain_in_what_is_saved(given, plain):
     config = HymbaConfig(**(SMALL | given))
     saved = config.to_dict()
-    assert saved[next(iter(given))] == plain and type(saved[next(iter(given))]) is type(plain)
+    value = saved[next(iter(given))]
+    assert (value, type(value)) == (plain, type(plain))
     assert HymbaConfig.from_dict(saved) == config
 
 
