@@ -255,6 +255,25 @@ def test_inputs_that_cannot_be_are_refused_by_name():
             call()
 
 
+def test_gradients_per_sequence_and_along_a_direction_by_torch_func():
+    net, inputs = small(), torch.randint(0, 64, (2, 20))
+    weights = {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+    def loss(weights, inputs_T):
+        return torch.func.functional_call(net, weights, (inputs_T[None], inputs_T[None]))
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, inputs)
+    for row, inputs_T in enumerate(inputs):
+        net.zero_grad()
+        net(inputs_T[None], inputs_T[None]).backward()
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(each[name][row], parameter.grad, atol=1e-6, rtol=1e-4)
+    directions = {name: torch.randn_like(value) for name, value in weights.items()}
+    _, slope = torch.func.jvp(lambda weights: loss(weights, inputs[1]), (weights,), (directions,))
+    expected = sum((each[name][1] * directions[name]).sum() for name in weights)
+    torch.testing.assert_close(slope, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_bfloat16_stays_close_and_keeps_float32_weights_and_loss():
     torch.manual_seed(0)
     inputs, targets = torch.randint(0, 64, (2, 33)), torch.randint(0, 64, (2, 33))
