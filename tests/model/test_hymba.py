@@ -274,6 +274,13 @@ def test_gradients_per_sequence_and_along_a_direction_by_torch_func():
     torch.testing.assert_close(slope, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_second_derivative_that_there_is_not_is_told_with_the_way_to_one():
+    net, inputs = small(), torch.randint(0, 64, (2, 20))
+    (slope,) = torch.autograd.grad(net(inputs, inputs), net.skip_weights, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"has no second derivative: take it by torch\.func"):
+        slope.sum().backward()
+
+
 def test_bfloat16_stays_close_and_keeps_float32_weights_and_loss():
     torch.manual_seed(0)
     inputs, targets = torch.randint(0, 64, (2, 33)), torch.randint(0, 64, (2, 33))
