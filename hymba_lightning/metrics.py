@@ -37,13 +37,16 @@ class BitsPerByte(Metric):
         """Add targets: their nats (any shape, float) and UTF-8 bytes (same shape, integer). None at all is fine.
 
         Raises:
-            ValueError: The shapes differ.
+            ValueError: The shapes differ, or the bytes are no integers.
         """
         if nats.shape != target_bytes.shape:
             raise ValueError(f"nats {tuple(nats.shape)} and target_bytes {tuple(target_bytes.shape)} differ in shape")
-        self.nats += self._sum(nats)
-        self.n_bytes += self._sum(target_bytes)
-        self.n_tokens += nats.numel()
+        if target_bytes.is_floating_point():
+            raise ValueError(f"target_bytes counts bytes, as integers, and is {target_bytes.dtype}: nats come first")
+        # Not in place: sums begun in inference mode go on outside of it.
+        self.nats = self.nats + self._sum(nats)
+        self.n_bytes = self.n_bytes + self._sum(target_bytes)
+        self.n_tokens = self.n_tokens + nats.numel()
 
     def compute(self) -> Tensor:
         """Bits per byte, float64 (). Sets `score`.

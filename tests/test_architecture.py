@@ -17,6 +17,7 @@ LEVELS = {
     "device": 0,
     "errors": 0,
     "files": 0,
+    "field_types": 0,
     "imports": 0,
     "signals": 0,
     "streams": 0,

@@ -87,6 +87,21 @@ def test_shapes_must_agree() -> None:
         BitsPerByte().update(torch.ones(2, 3), torch.ones(3, 2, dtype=torch.int16))
 
 
+def test_bytes_in_the_place_of_nats_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"target_bytes counts bytes, as integers, and is torch\.float32: nats come first"
+    ):
+        BitsPerByte().update(torch.tensor([1, 2]), torch.tensor([0.5, 0.25]))
+
+
+def test_sums_begun_in_inference_mode_go_on_outside_of_it() -> None:
+    with torch.inference_mode():
+        metric = BitsPerByte()
+        metric.update(torch.tensor([2.0]), torch.tensor([1]))
+    metric.update(torch.tensor([4.0]), torch.tensor([1]))
+    assert float(metric.compute()) == pytest.approx(3 / math.log(2))
+
+
 def test_score_is_of_the_last_compute() -> None:
     metric = BitsPerByte()
     assert metric.score is None

@@ -182,7 +182,10 @@ class WeightAverage(Callback):
             self._swap_out(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """An exception during validation must not leave the average where the trained weights belong."""
+        """An exception must not leave the average of a validation, nor what a test adapted, where the trained weights
+        belong."""
+        if trainer.state.fn == TrainerFn.TESTING:
+            pl_module.on_test_end()
         if trainer.state.fn == TrainerFn.FITTING and self.averaged_inside:
             self._swap_out(pl_module)
 

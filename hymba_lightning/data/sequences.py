@@ -62,8 +62,11 @@ def known_ids(ids: Tensor, vocab_size: int) -> Tensor:
     """Any integers as int64 ids of tokens. A look at those of a GPU waits for it.
 
     Raises:
+        TypeError: they are no integers.
         ValueError: naming an id that no token has.
     """
+    if ids.dtype in NO_IDS:
+        raise TypeError(f"a batch holds {_description(ids)}, and token ids are integers")
     lowest, highest = (int(end) for end in ids.aminmax()) if ids.numel() else (0, 0)
     if lowest < 0 or highest >= vocab_size:
         raise ValueError(

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from hymba_lightning.field_types import settle
+
 MODES = ("cold", "sliding", "carried")
 PARAMETERS = ("all", "mlp", "scalars", "low_rank")
 OPTIMIZERS = ("sgd", "muon")
@@ -73,6 +75,7 @@ class TTTConfig:
     training takes the chunk's tokens from its last document start on."""
 
     def __post_init__(self) -> None:
+        settle(self, "ttt.")
         for name in (
             "epochs",
             "lr",
@@ -86,8 +89,8 @@ class TTTConfig:
             "rest_lr",
             "update_seqs",
         ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"ttt.{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"ttt.{name} must be finite and not negative, got {getattr(self, name)}")
         for name in ("batch_seqs", "score_batch_seqs", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ttt.{name} must be at least 1, got {getattr(self, name)}")
@@ -122,7 +125,7 @@ class TTTConfig:
             )
         if self.anchor > 1:
             raise ValueError(f"ttt.anchor is a share of a distance and at most 1, got {self.anchor}")
-        if self.limit_seconds is not None and self.limit_seconds <= 0:
+        if self.limit_seconds is not None and not self.limit_seconds > 0:
             raise ValueError(f"ttt.limit_seconds must be positive, or null for none; got {self.limit_seconds}")
 
     def lr_at(self, chunk: int, n_chunks: int) -> float:

@@ -6,6 +6,7 @@ no token is scored after an update that has seen it. One left-to-right pass; not
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -102,6 +103,10 @@ class ScoreFirstTTT:
         tokens, target_bytes = self._part_to_score(chunk)
         nats, context = self.scorer.score(tokens)
         score = Score(float(nats.double().sum()), nats.numel(), int(target_bytes.sum()))
+        if not math.isfinite(score.nats):
+            cause = "training on those before it made the weights useless: lower ttt.lr"
+            cause = cause if any(self.epochs_done) else "the weights are no finite numbers, or far too large"
+            raise ValueError(f"chunk {chunk.index} scores {score.nats} nats: {cause}")
         self.n_scored += 1
         self._position += chunk.tokens.numel() - 1
         self._last = chunk._replace(tokens=chunk.tokens.clone())
@@ -141,11 +146,14 @@ class ScoreFirstTTT:
         for parameter in self.adapter.weights:
             parameter.requires_grad_(True)
         losses: list[Tensor] = []
-        with torch.enable_grad():
-            self._train(sequences, lr, chunk, losses)
-        for parameter, before in required:
-            parameter.requires_grad_(before)
-        self.net.train(was_training)
+        try:
+            with torch.enable_grad():
+                self._train(sequences, lr, chunk, losses)
+        finally:
+            # Also after an interrupt: a network that nobody can train any more would not tell.
+            for parameter, before in required:
+                parameter.requires_grad_(before)
+            self.net.train(was_training)
         if not losses:
             return None
         self.scorer.weights_changed()

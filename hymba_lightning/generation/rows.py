@@ -6,6 +6,7 @@ B rows, T tokens, P kept keys.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import cast
@@ -45,6 +46,36 @@ def without_padding(ids_BT: Tensor, mask_BT: Tensor) -> list[list[int]]:
     first_B, length_B = row_lengths(mask_BT)
     starts, lengths = first_B.tolist(), length_B.tolist()
     return [row[start : start + n] for row, start, n in zip(ids_BT.tolist(), starts, lengths, strict=True)]
+
+
+def prompt_rows(prompts: list[list[int]] | Tensor, mask: Tensor | None, vocab_size: int) -> list[list[int]]:
+    """The tokens of prompts: sequences of integers, or a tensor (B, T) with a mask (B, T) of its padding.
+
+    Raises ValueError for what is none of these, a prompt without tokens, or an id that is not under `vocab_size`.
+    """
+    if isinstance(prompts, Tensor):
+        mask = torch.ones_like(prompts) if mask is None else mask
+        if prompts.dim() != 2 or mask.shape != prompts.shape:
+            raise ValueError(
+                f"prompts {tuple(prompts.shape)} and mask {tuple(mask.shape)} must both be (prompts, tokens)"
+            )
+        prompts = without_padding(prompts, mask)
+    elif mask is not None:
+        raise ValueError("a mask is for a tensor of prompts: lists hold no padding")
+    try:
+        rows = [list(map(operator.index, row.tolist() if hasattr(row, "tolist") else row)) for row in prompts]
+    except TypeError as error:
+        raise ValueError(
+            f"each prompt is a list of token ids: encode texts with the tokenizer first ({error})"
+        ) from None
+    if not rows or not all(rows):
+        raise ValueError("each prompt needs at least one token: begin with the document start (BOS)")
+    wrong = next((token for row in rows for token in (min(row), max(row)) if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise ValueError(
+            f"a prompt has the id {wrong}, and the network's vocab_size is {vocab_size}: use its tokenizer"
+        )
+    return rows
 
 
 def read_rows(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hymba_lightning.generation.rows import join, read_rows, without_padding
+from hymba_lightning.field_types import settle
+from hymba_lightning.generation.rows import join, prompt_rows, read_rows
 from hymba_lightning.generation.steps import Steps
 from hymba_lightning.model import Hymba
 from hymba_lightning.model.hymba import HymbaState
@@ -38,10 +39,11 @@ class SamplingConfig:
     """Prompt tokens read in one forward pass: the memory's bound."""
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("max_new_tokens", "prefill_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature < 0 or self.top_k < 0:
+        if not self.temperature >= 0 or self.top_k < 0:
             raise ValueError(f"temperature={self.temperature} and top_k={self.top_k} must not be negative")
         if not -(2**63) <= self.seed < 2**62:
             raise ValueError(f"seed={self.seed} does not fit into 63 bits")
@@ -106,19 +108,16 @@ def generate(
         last of its row. Rows that have ended cost nothing any more.
 
     Raises:
-        ValueError: a prompt is empty, or the mask marks more than padding on one side.
+        ValueError: a prompt is empty or no token ids of the network's, or the mask marks more than padding on one side.
     """
-    if isinstance(prompts, Tensor):
-        prompts = without_padding(prompts, torch.ones_like(prompts) if mask is None else mask)
-    if not prompts or not all(prompts):
-        raise ValueError("each prompt needs at least one token: begin with the document start (BOS)")
+    rows = prompt_rows(prompts, mask, net.config.vocab_size)
     device = net.tok_emb.weight.device
-    generators = [torch.Generator().manual_seed(config.seed + row) for row in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(config.seed + row) for row in range(len(rows))]
     was_training = net.training
     net.eval()
     try:
-        ids = [torch.tensor(prompt, device=device) for prompt in prompts]
-        logits_BV, states = read_rows(net, ids, [None] * len(prompts), config.prefill_tokens)
+        ids = [torch.tensor(row, device=device) for row in rows]
+        logits_BV, states = read_rows(net, ids, [None] * len(rows), config.prefill_tokens)
         yield from _draw_on(net, logits_BV, join(states), config, generators, ended)
     finally:
         net.train(was_training)

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from hymba_lightning.field_types import settle
 from hymba_lightning.model.mixers import MIXERS
 
 # Far beyond any network, and sizes made of a few such numbers still fit into 64 bits for the most part.
@@ -120,6 +121,7 @@ class HymbaConfig:
     them in bfloat16, about 13 thousandths of a bit per byte in another's measurement)."""
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in (
             "vocab_size",
             "n_layers",
@@ -384,6 +386,7 @@ class RuntimeConfig:
     """Generation on a GPU replays a token's step from a CUDA graph, so that the host does not launch every kernel."""
 
     def __post_init__(self) -> None:
+        settle(self)
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"compute_dtype={self.compute_dtype!r} is unknown: choose float32 or bfloat16")
 

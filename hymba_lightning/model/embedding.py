@@ -8,6 +8,11 @@ from torch import Tensor
 from hymba_lightning.model.layers import Embedding, Linear
 from hymba_lightning.model.roles import Module, Role, parameter
 
+# Dtypes of token ids. The smaller ones would overflow in the bigram hash.
+INTEGERS = {
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+}
 # Multiplier of the bigram hash: row = (previous id * 92821 + id) mod buckets.
 BIGRAM_MULTIPLIER = 92821
 
@@ -42,6 +47,14 @@ class SmearGate(Module):
         return gate_D * x_BTD + (1 - gate_D) * previous_BTD
 
 
+def token_ids(ids_BT: Tensor, name: str) -> Tensor:
+    """Token ids (B, T) of any integers as int64. Raises ValueError for anything else, and where there are none."""
+    if not isinstance(ids_BT, Tensor) or ids_BT.dim() != 2 or ids_BT.dtype not in INTEGERS or 0 in ids_BT.shape:
+        given = f"{tuple(ids_BT.shape)} of {ids_BT.dtype}" if isinstance(ids_BT, Tensor) else type(ids_BT).__name__
+        raise ValueError(f"{name} must be integer token ids (sequences, tokens), at least one of each, not {given}")
+    return ids_BT.to(torch.int64)
+
+
 def shift_ids(ids_BT: Tensor, last_B1: Tensor | None, bos_id: int | None) -> Tensor:
     """Each position's previous id: `last_B1` (or 0) for the first; 0 in front of `bos_id` where one is given."""
     first_B1 = torch.zeros_like(ids_BT[:, :1]) if last_B1 is None else last_B1
@@ -72,7 +85,10 @@ def embed_tokens(
     Returns the sequence (B, T, D), not yet normalised, and the last token's vector before smearing (B, 1, D), which the
     next piece of the same sequence needs. With a `bos_id`, nothing reaches across that token.
     """
-    x_BTD = tok_emb(ids_BT).to(dtype)
+    try:
+        x_BTD = tok_emb(ids_BT).to(dtype)
+    except IndexError as error:  # on a CPU; a GPU does not say where
+        raise IndexError(f"token ids must be 0 to {tok_emb.num_embeddings - 1} (vocab_size): {error}") from error
     if bigram is not None:
         x_BTD = x_BTD + bigram(ids_BT, shift_ids(ids_BT, last_id_B1, bos_id), dtype)
     last_B1D = x_BTD[:, -1:]

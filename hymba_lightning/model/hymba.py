@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from hymba_lightning.model.attention import rope_table, rope_table_of_rows
 from hymba_lightning.model.block import Block
 from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
-from hymba_lightning.model.embedding import BigramHash, SmearGate, embed_tokens
+from hymba_lightning.model.embedding import BigramHash, SmearGate, embed_tokens, token_ids
 from hymba_lightning.model.init import initialise
 from hymba_lightning.model.layers import Embedding, Linear, rms_norm, table_of
 from hymba_lightning.model.mixer import LayerState, own
@@ -26,6 +26,9 @@ from hymba_lightning.model.roles import Module, Role, parameter
 from hymba_lightning.ops.documents import document_positions
 from hymba_lightning.ops.scaled_sum import scaled_sum
 from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
+
+# Far from any id.
+NO_TARGET = -(2**62)
 
 
 def _pretrained() -> Any:
@@ -123,11 +126,18 @@ class Hymba(Module):
         return_state: bool = False,
         reduction: str = "mean",
     ) -> Tensor | tuple[Tensor, HymbaState]:
-        """inputs (B, T) int64 → logits (B, T, V), or with targets (B, T) the cross-entropy in nats.
+        """inputs (B, T) integers → logits (B, T, V), or with targets (B, T) the cross-entropy in nats.
 
-        The loss is float32: a scalar for reduction 'mean' or 'sum', (B, T) for 'none'; any other raises ValueError.
-        `state` continues an earlier call on the same sequences; `return_state` adds the new state to the result.
+        The loss is float32: a scalar for reduction 'mean' or 'sum', (B, T) for 'none'; any other raises ValueError, and
+        so do targets of another shape than inputs. `state` continues an earlier call on the same sequences;
+        `return_state` adds the new state to the result.
         """
+        if targets is not None:
+            inputs, targets = token_ids(inputs, "inputs"), token_ids(targets, "targets")
+            if targets.shape != inputs.shape:
+                raise ValueError(
+                    f"targets {tuple(targets.shape)} must have one token for each of inputs {tuple(inputs.shape)}"
+                )
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
         hidden_BTD, new_state = self.hidden(inputs, state, return_state)
@@ -142,7 +152,8 @@ class Hymba(Module):
         """Cross-entropy (N,) float32 of logits before the softcap."""
         cap = self.config.logit_softcap
         if not cap:
-            return F.cross_entropy(raw_logits_NV.float(), targets_N, reduction="none")
+            # torch's own -100 would leave targets out of the sum, and not out of the mean.
+            return F.cross_entropy(raw_logits_NV.float(), targets_N, reduction="none", ignore_index=NO_TARGET)
         return softcapped_cross_entropy(raw_logits_NV, targets_N, cap=cap, backend=self.runtime.loss_backend)
 
     def raw_logits(self, hidden_BTD: Tensor) -> Tensor:
@@ -168,7 +179,15 @@ class Hymba(Module):
     def hidden(
         self, inputs: Tensor, state: HymbaState | None = None, return_state: bool = False
     ) -> tuple[Tensor, HymbaState | None]:
-        """inputs (B, T) → the last block's output (B, T, D) and, when asked, the state after the last token."""
+        """inputs (B, T) → the last block's output (B, T, D) and, when asked, the state after the last token.
+
+        Raises ValueError for inputs that are no token ids, or a state of another number of sequences."""
+        inputs = token_ids(inputs, "inputs")
+        if state is not None and state.last_id.size(0) != inputs.size(0):
+            raise ValueError(
+                f"the state is of {state.last_id.size(0)} sequences and inputs {tuple(inputs.shape)} of "
+                f"{inputs.size(0)}: continue the sequences that it was made of"
+            )
         x_BTD, last_vector = embed_tokens(
             inputs,
             self.tok_emb,

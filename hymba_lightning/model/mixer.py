@@ -17,6 +17,7 @@ from hymba_lightning.model.config import HymbaConfig, RuntimeConfig
 from hymba_lightning.model.layers import Linear, fused_linear, is_plain, rms_norm
 from hymba_lightning.model.roles import Module, Role, parameter
 from hymba_lightning.model.watch import has_hooks
+from hymba_lightning.ops.registry import is_transformed
 
 
 class LayerState(NamedTuple):
@@ -27,6 +28,12 @@ class LayerState(NamedTuple):
     values: Tensor  # (B, P, G, K)
     recurrent: tuple[Tensor, ...]  # the branch's own, of a size that does not grow
     hidden: Tensor | None = None  # (B,) int64: so many of a row's first keys are padding; None: none of any row
+
+
+def merged(a_BTD: Tensor, s_BTD: Tensor, alpha: Tensor) -> Tensor:
+    """sigmoid(α)·a + (1-sigmoid(α))·s of a and s (B, T, D), with one α or one per channel (D,)."""
+    weight = torch.sigmoid(alpha).to(a_BTD.dtype)
+    return weight * a_BTD + (1 - weight) * s_BTD
 
 
 class Merge(torch.autograd.Function):
@@ -41,8 +48,7 @@ class Merge(torch.autograd.Function):
         """The two branches, α (1,) or (D,), and a divisor of D → (B, T, D)."""
         ctx.save_for_backward(a_BTD, s_BTD, alpha)
         ctx.unit = unit
-        weight = torch.sigmoid(alpha).to(a_BTD.dtype)
-        return weight * a_BTD + (1 - weight) * s_BTD
+        return merged(a_BTD, s_BTD, alpha)
 
     @staticmethod
     def backward(ctx, g_BTD):  # type: ignore[no-untyped-def]
@@ -215,7 +221,10 @@ class HybridMixer(Module):
         if self.merge_alpha is None:
             out_BTD = self.proj(torch.cat([attended_BTD, scanned_BTD], dim=-1))
         else:
-            out_BTD = self.proj(Merge.apply(attended_BTD, scanned_BTD, self.merge_alpha, self.head_dim))
+            if is_transformed():
+                out_BTD = self.proj(merged(attended_BTD, scanned_BTD, self.merge_alpha))
+            else:
+                out_BTD = self.proj(Merge.apply(attended_BTD, scanned_BTD, self.merge_alpha, self.head_dim))
         return out_BTD if scale_D is None else out_BTD * scale_D.to(out_BTD.dtype)
 
     @property

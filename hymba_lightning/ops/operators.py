@@ -94,6 +94,14 @@ def make_operator(
         return empties if len(empties) > 1 else empties[0]
 
     gradient.register_fake(gradient_shapes)
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError(
+            f"hymba::{name} has no second derivative: take it by torch.func, e.g. jvp of grad, where backend 'auto' "
+            "takes operators that have one, or name such backends"
+        )
+
+    gradient.register_autograd(refuse)
     if into is not None:
         _add_writer(gradient, f"{name}_backward_into", words, backward, gradient_shapes, list(likes).index(into), adds)
 

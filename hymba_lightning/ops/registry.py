@@ -50,6 +50,8 @@ class Backend:
     """Device type -> why it cannot run there, None where it can; instead of the look at devices and package."""
     refuses: tuple[tuple[Callable[[Any], bool], str], ...] = ()
     """What it cannot serve: whether a call, by what the op says of it, is of this kind; the reason, with the remedy."""
+    plain: bool = False
+    """Torch's own operators alone, which torch.func's transforms go through; under one, 'auto' takes no other."""
     auto: Mapping[str, int] = field(default_factory=dict)
     """Device type, or "any", -> place in the order in which 'auto' tries, highest first; without one it never does."""
 
@@ -106,7 +108,7 @@ def register_folder(op: str, package: str, definition: Callable[..., Any] | None
     """
     backends = {}
     if definition is not None:
-        backends["naive"] = Backend("its definition, slow", lambda: definition, auto={"any": 0})
+        backends["naive"] = Backend("its definition, slow", lambda: definition, plain=True, auto={"any": 0})
     folder = importlib.import_module(package).__path__
     for name in sorted(module.name for module in pkgutil.iter_modules(folder)):
         if name.startswith(PREFIX):
@@ -155,6 +157,20 @@ def triton_backend(load: Callable[[], Callable[..., Any]], **entry: Any) -> Back
     return Backend(load=load, **defaults | entry)
 
 
+def settled(condition: bool) -> bool:
+    """A condition on lengths, for `choose`: one that a compiler lets vary is decided, and guarded, here."""
+    if condition:  # noqa: SIM103 - `bool` leaves it undecided
+        return True
+    return False
+
+
+# While compiling it is known: a transform inside of what is compiled is traced, too.
+@torch.compiler.assume_constant_result
+def is_transformed() -> bool:
+    """Whether the call is within torch.func's `grad`, `vmap`, `jvp`, …, which an autograd.Function of ours stops."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def is_one_step(x_BTE: Tensor) -> bool:
     """Whether a recurrence makes one step on a CPU, without gradient: its definition is then its cheapest form."""
     return x_BTE.size(1) == 1 and x_BTE.device.type == "cpu" and not torch.is_grad_enabled()
@@ -193,6 +209,9 @@ def implementation(op: str, backend: str, device_type: str, **call: Any) -> Call
 def _choose_automatically(op: str, backends: Mapping[str, Backend], device_type: str, call: Mapping[str, Any]) -> str:
     missing = []
     ordered = [(place, name) for name, entry in backends.items() if (place := entry.place(device_type)) is not None]
+    if is_transformed():
+        # Slow definitions last.
+        ordered = [(name != "naive", name) for name, entry in backends.items() if entry.plain]
     for _, name in sorted(ordered, key=lambda item: -item[0]):
         reason = backends[name].missing(device_type)
         if reason is not None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hymba_lightning.field_types import settle
+
 if TYPE_CHECKING:
     from hymba_lightning.model.roles import Role
 
@@ -60,6 +62,7 @@ class QuantizationConfig:
     """Most bytes that the artifact and the code for its evaluation may have together; decimal."""
 
     def __post_init__(self) -> None:
+        settle(self)
         if self.scheme == "int6":
             if self.bits != 6:
                 raise ValueError(f"the scheme 'int6' rounds to 6 bits, not to bits={self.bits}: give the scheme 'rows'")

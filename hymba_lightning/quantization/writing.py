@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hymba_lightning.files import write_atomic
 from hymba_lightning.model.config import HymbaConfig
-from hymba_lightning.model.hymba import outline
+from hymba_lightning.model.hymba import Hymba, outline
 from hymba_lightning.model.roles import Role, roles_of
 from hymba_lightning.quantization import format, frames
 from hymba_lightning.quantization.artifact import Parts
@@ -49,9 +49,10 @@ def save_artifact(
     `config`, `tokenizer` and `metadata` are plain JSON values. `hessians` (of `collect_hessians`) are what GPTQ needs,
     `sensitivities` (of `collect_sensitivities`) what the scheme 'mixed' goes by; `quantized` has tensors that are
     rounded already; `roles` are those of the config's network unless given; `code_bytes` of the scheme's limit are left
-    to the evaluation's code. Raises ValueError naming the tensor or field that cannot be stored or is none of the
-    network's, OSError where the file cannot be written (an earlier file at `path` is then untouched). An artifact that
-    cannot be brought under its limit is written all the same: refusing it is `check_limit`'s part.
+    to the evaluation's code. Raises ValueError naming the tensor or field that cannot be stored, is none of the
+    network's or, unless `roles` are given, is missing or of another shape; OSError where the file cannot be written
+    (an earlier file at `path` is then untouched). An artifact that cannot be brought under its limit is written all the
+    same: refusing it is `check_limit`'s part.
     """
     if not state_dict:
         raise ValueError("there are no tensors to export")
@@ -83,17 +84,29 @@ def save_artifact(
         compress = partial(compress_in_earnest, level=scheme.zstd_level) if exact else frames.draft
         return len(lay_out_file(encoded, scheme, compress)[0]) + HEADER_SLACK
 
-    if roles is None:
-        roles = roles_of(outline(HymbaConfig.from_dict(config)))
+    net = outline(HymbaConfig.from_dict(config)) if roles is None else None
+    roles = roles_of(net) if roles is None and net is not None else roles or {}
     strange = [name for name in state_dict if name not in roles]
     if strange:
         raise ValueError(f"the config's network has no tensor {', '.join(strange[:3])}")
+    if net is not None:
+        _check_all_there(state_dict, net)
     budget = scheme.limit_bytes - code_bytes
     weights = Weights(state_dict, quantized or {}, hessians, sensitivities, measure, budget, roles)
     encoded, final = encode_weights(weights, scheme)
     packed, parts = lay_out_file(encoded, final, partial(compress_in_earnest, level=final.zstd_level))
     write_atomic(Path(path), packed)
     return build_report(len(packed), parts)
+
+
+def _check_all_there(state_dict: dict[str, Tensor], net: Hymba) -> None:
+    """Raises ValueError for a tensor of the network's that is missing or has another shape: nobody could load it."""
+    for name, parameter in net.named_parameters():
+        if name not in state_dict:
+            raise ValueError(f"the config's network has a tensor {name}, and the weights do not")
+        shape = tuple(state_dict[name].shape)
+        if shape != tuple(parameter.shape):
+            raise ValueError(f"{name} is {shape}, and in the config's network {tuple(parameter.shape)}")
 
 
 def check_limit(artifact_bytes: int, code_bytes: int, limit: int, report: ArtifactReport | None = None) -> None:

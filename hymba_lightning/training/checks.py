@@ -40,6 +40,12 @@ OPTIONS = ("net", "optimizer", "budget_seconds", "average", "average_window", "e
 MEASURED = ("val/bpb", "val/loss")
 
 
+def is_endless(data: object) -> bool:
+    """Whether training reads the package's shards, which have no end; a subclass may have a loader of its own."""
+    own = getattr(type(data), "train_dataloader", None)
+    return isinstance(data, HymbaDataModule) and own is HymbaDataModule.train_dataloader
+
+
 def check_options(trainer: pl.Trainer) -> None:
     """
     Raises:
@@ -105,6 +111,8 @@ def check_fit(trainer: pl.Trainer, budget_seconds: float | None, measures_more: 
             "automatic_optimization is False, but warm-up, clock, average and checkpoints follow Lightning's own "
             "optimizer steps: leave it True, and return an optimizer of your own from configure_optimizers"
         )
+    if not any(parameter.requires_grad for parameter in trainer.lightning_module.parameters()):
+        raise ValueError("nothing would be trained: requires_grad is False for every parameter of the module")
     check_end(trainer, budget_seconds)
     check_validations(trainer)
     check_monitors(trainer, measures_more)
@@ -131,7 +139,7 @@ def check_validations(trainer: pl.Trainer) -> None:
     """
     interval, limited = trainer.val_check_interval, isinstance(trainer.limit_train_batches, int)
     share = isinstance(interval, float) and interval < 1.0
-    if share and not limited and isinstance(datamodule_of(trainer), HymbaDataModule):
+    if share and not limited and is_endless(datamodule_of(trainer)):
         raise ValueError(
             f"trainer.val_check_interval is {interval}, a share of a pass over the data, which are read without end: "
             "give a number of batches, such as 100, or a time, such as 00:00:01:00"
@@ -152,7 +160,7 @@ def check_end(trainer: pl.Trainer, budget_seconds: float | None) -> None:
         raise ValueError("nothing would be trained: trainer.max_time is 0 seconds")
     limited = isinstance(trainer.limit_train_batches, int)  # overfit_batches sets it
     ends = budget_seconds is not None or trainer.max_steps >= 0 or timer is not None
-    endless = isinstance(datamodule_of(trainer), HymbaDataModule) and not limited
+    endless = is_endless(datamodule_of(trainer)) and not limited
     if not ends and (endless or trainer.max_epochs == -1):
         raise ValueError(NO_END)
 
@@ -180,7 +188,7 @@ def check_monitors(trainer: pl.Trainer, measures_more: bool = False) -> None:
         # 1.0 is a whole pass over data without end, 1 is every batch.
         interval = trainer.val_check_interval
         never = isinstance(interval, float) and not isinstance(trainer.limit_train_batches, int)
-        if never and isinstance(datamodule_of(trainer), HymbaDataModule):
+        if never and is_endless(datamodule_of(trainer)):
             log.warning(
                 "%s waits for validations, of which none is made in training: set trainer.val_check_interval to a "
                 "number of batches",

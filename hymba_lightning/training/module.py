@@ -335,8 +335,8 @@ class HymbaModule(pl.LightningModule):
     def on_test_end(self) -> None:
         """Puts the weights back: a tested module is the one that was handed in, not the adapted one."""
         with torch.no_grad():
-            for name, parameter in self.net.named_parameters():
-                parameter.copy_(self._weights_before_test[name])
+            for name, before in self._weights_before_test.items():
+                self.net.get_parameter(name).copy_(before)
         self._weights_before_test = {}
 
     # Checkpoints -------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Settings of the optimizer and of its schedule."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from hymba_lightning.field_types import settle
 from hymba_lightning.muon import iteration_coefficients
 from hymba_lightning.run.run import ClockReading
 from hymba_lightning.training.optimizers import OPTIMIZERS
@@ -99,6 +101,7 @@ class OptimizerConfig:
     oversight."""
 
     def __post_init__(self) -> None:
+        settle(self, "optimizer.")
         if self.name not in OPTIMIZERS:
             raise ValueError(f"optimizer.name is {self.name!r}; use one of {', '.join(OPTIMIZERS)}")
         for name in (
@@ -112,12 +115,11 @@ class OptimizerConfig:
             "embed_decay",
         ):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"optimizer.{name} is {value}; it must be 0 or positive")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"optimizer.{name} is {value}; it must be 0 or positive, and finite")
         for name in ("muon_momentum", "muon_momentum_start", "muon_neuron_beta"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        self.adam_betas = tuple(self.adam_betas)  # type: ignore[assignment] # its length is checked next
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"optimizer.adam_betas is {self.adam_betas}; it must be two numbers in [0, 1)")
         if not self.adam_eps > 0:

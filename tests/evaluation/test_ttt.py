@@ -1,6 +1,7 @@
 """Score-first test-time training: the reference's numbers, the rules of the score, and any number of ranks."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,31 @@ def test_order_is_enforced(golden):
     ttt.adapt_chunk(chunks[0])
     with pytest.raises(ValueError, match="adapt once"):
         ttt.adapt_chunk(chunks[0])
+
+
+def test_an_interrupted_update_leaves_a_network_that_can_be_trained(golden):
+    vectors, values = golden
+    net, chunks = network(values["cfg"], vectors).eval(), ttt_chunks(vectors, values["chunk_tokens"])
+    ttt = ScoreFirstTTT(net, values["seq_len"], ttt_config(values))
+    ttt.score_chunk(chunks[0])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = net.blocks[-1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ttt.adapt_chunk(chunks[0])
+    hook.remove()
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert not net.training
+
+
+def test_a_rate_that_drives_the_weights_away_is_named(golden):
+    vectors, values = golden
+    chunks = ttt_chunks(vectors, values["chunk_tokens"])
+    config = dataclasses.replace(ttt_config(values), lr=1e30)
+    with pytest.raises(ValueError, match=r"^chunk 1 scores nan nats: training on those before .* lower ttt.lr$"):
+        score_first_ttt(network(values["cfg"], vectors), chunks, values["seq_len"], config)
 
 
 def test_the_last_chunk_is_not_trained_on(golden):

@@ -6,6 +6,7 @@ import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
@@ -114,6 +115,30 @@ def test_draws_follow_the_distribution(net):
 def test_settings_that_cannot_be_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         SamplingConfig(**change)
+
+
+def test_prompts_of_arrays_and_tensors_are_those_of_lists(net):
+    expected = rows(net, [[1, 5, 9], [1]], GREEDY)
+    assert rows(net, [np.array([1, 5, 9]), torch.tensor([1])], GREEDY) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompts", "mask", "message"),
+    [
+        ([1, 5, 9], None, "each prompt is a list of token ids"),
+        (["Once"], None, "encode texts with the tokenizer first"),
+        ([[1, 1 << 20]], None, f"a prompt has the id {1 << 20}, and the network's vocab_size is"),
+        ([[1, -2]], None, "a prompt has the id -2"),
+        (torch.ones(3, dtype=torch.int64), None, r"prompts \(3,\) and mask \(3,\) must both be \(prompts, tokens\)"),
+        # Rows were cut to the mask's columns.
+        (torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 2), r"prompts \(2, 3\) and mask \(2, 2\)"),
+        ([[1, 2], [3]], torch.tensor([[1, 1], [0, 1]]), "a mask is for a tensor of prompts"),
+    ],
+    ids=str,
+)
+def test_prompts_that_cannot_be_are_refused_by_name(net, prompts, mask, message):
+    with pytest.raises(ValueError, match=message):
+        next(generate(net, prompts, GREEDY, mask))
 
 
 def test_an_empty_prompt_is_refused(net):

@@ -2,14 +2,19 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from small_network import SMALL
 
+from hymba_lightning.evaluation.config import TTTConfig
+from hymba_lightning.generation.sampler import SamplingConfig
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.costs import matmul_params, train_flops_per_token
 from hymba_lightning.model.hymba import outline
 from hymba_lightning.ops.testing import rms_ratio
+from hymba_lightning.quantization import QuantizationConfig
+from hymba_lightning.training.optim_config import OptimizerConfig
 
 
 def small(runtime: RuntimeConfig | None = None, **changes) -> Hymba:
@@ -222,6 +227,60 @@ def test_loss_is_the_cross_entropy_of_the_logits(changes):
             small(RuntimeConfig(loss_backend="fused"), **changes)(inputs, targets)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint16], ids=str)
+def test_token_ids_of_any_integers_mean_the_same(dtype):
+    # The bigram hash of such ids does not fit into 32 bits.
+    net = small(vocab_size=30_000).eval()
+    inputs = torch.randint(25_000, 30_000, (2, 9))
+    with torch.no_grad():
+        assert torch.equal(net(inputs.to(dtype), inputs.to(dtype)), net(inputs, inputs))
+
+
+def test_inputs_that_cannot_be_are_refused_by_name():
+    net, ids = small(), torch.randint(0, 64, (3, 12))
+    _, state = net(ids, return_state=True)
+    for call, message in (
+        (lambda: net(ids[0]), r"inputs must be integer token ids \(sequences, tokens\).* not \(12,\) of torch.int64"),
+        (lambda: net(ids.tolist()), "inputs must be integer token ids.* not list"),
+        (lambda: net(ids.float()), "inputs must be .* of torch.float32"),
+        (lambda: net(ids[:0]), r"at least one of each, not \(0, 12\)"),
+        (lambda: net(ids[:, :0], ids[:, :0]), r"at least one of each, not \(3, 0\)"),
+        (lambda: net(ids, ids.float()), "targets must be integer token ids"),
+        (lambda: net(ids, ids.T), r"targets \(12, 3\) must have one token for each of inputs \(3, 12\)"),
+        (lambda: net(ids[:2], state=state), r"the state is of 3 sequences and inputs \(2, 12\) of 2"),
+        (lambda: net(ids + 60), "token ids must be 0 to 63"),
+        (lambda: small(logit_softcap=0.0)(ids, torch.full_like(ids, -100)), "Target -100 is out of bounds"),
+    ):
+        with pytest.raises((ValueError, IndexError), match=message):
+            call()
+
+
+def test_gradients_per_sequence_and_along_a_direction_by_torch_func():
+    net, inputs = small(), torch.randint(0, 64, (2, 20))
+    weights = {name: parameter.detach() for name, parameter in net.named_parameters()}
+
+    def loss(weights, inputs_T):
+        return torch.func.functional_call(net, weights, (inputs_T[None], inputs_T[None]))
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, inputs)
+    for row, inputs_T in enumerate(inputs):
+        net.zero_grad()
+        net(inputs_T[None], inputs_T[None]).backward()
+        for name, parameter in net.named_parameters():
+            torch.testing.assert_close(each[name][row], parameter.grad, atol=1e-6, rtol=1e-4)
+    directions = {name: torch.randn_like(value) for name, value in weights.items()}
+    _, slope = torch.func.jvp(lambda weights: loss(weights, inputs[1]), (weights,), (directions,))
+    expected = sum((each[name][1] * directions[name]).sum() for name in weights)
+    torch.testing.assert_close(slope, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_second_derivative_that_there_is_not_is_told_with_the_way_to_one():
+    net, inputs = small(), torch.randint(0, 64, (2, 20))
+    (slope,) = torch.autograd.grad(net(inputs, inputs), net.skip_weights, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"has no second derivative: take it by torch\.func"):
+        slope.sum().backward()
+
+
 def test_bfloat16_stays_close_and_keeps_float32_weights_and_loss():
     torch.manual_seed(0)
     inputs, targets = torch.randint(0, 64, (2, 33)), torch.randint(0, 64, (2, 33))
@@ -273,6 +332,42 @@ def test_recomputation_changes_no_gradient():
 def test_a_config_that_cannot_be_names_its_field(changes, message):
     with pytest.raises(ValueError, match=message):
         HymbaConfig(**(SMALL | changes))
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [({"global_layers": (0, 2)}, [0, 2]), ({"d_model": np.int64(64)}, 64), ({"qk_gain": np.float32(1.5)}, 1.5)],
+    ids=str,
+)
+def test_values_as_users_write_them_are_plain_in_what_is_saved(given, plain):
+    config = HymbaConfig(**(SMALL | given))
+    saved = config.to_dict()
+    value = saved[next(iter(given))]
+    assert (value, type(value)) == (plain, type(plain))
+    assert HymbaConfig.from_dict(saved) == config
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "message"),
+    [
+        (HymbaConfig, {"window": 8.5}, r"^window must be a whole number, got '8.5' \(float\)$"),
+        (HymbaConfig, {"tie_embeddings": "no"}, r"^tie_embeddings must be True or False, got 'no' \(str\)$"),
+        (HymbaConfig, {"global_layers": [0.5]}, r"^global_layers must be text or a list, of a whole number each"),
+        (RuntimeConfig, {"activation_checkpointing": "off"}, "^activation_checkpointing must be True or False"),
+        (TTTConfig, {"epochs": 1.5}, r"^ttt.epochs must be a whole number"),
+        (TTTConfig, {"lr": math.nan}, "^ttt.lr must be finite and not negative, got nan$"),
+        (TTTConfig, {"limit_seconds": math.nan}, "^ttt.limit_seconds must be positive"),
+        (OptimizerConfig, {"matrix_lr": "0.02"}, r"^optimizer.matrix_lr must be a number or None, got '0.02' \(str\)$"),
+        (OptimizerConfig, {"weight_decay": math.inf}, "^optimizer.weight_decay is inf; it must be 0 or positive, and"),
+        (QuantizationConfig, {"name_bits": {"tok_emb": 4.5}}, "^name_bits must be a dictionary of names, with a whole"),
+        (SamplingConfig, {"stop_ids": 5}, r"^stop_ids must be a list, of a whole number each, got '5' \(int\)$"),
+        (SamplingConfig, {"temperature": math.nan}, "^temperature=nan"),
+    ],
+    ids=str,
+)
+def test_a_config_of_values_of_other_types_is_refused_by_name(config, given, message):
+    with pytest.raises(ValueError, match=message):
+        config(**given)
 
 
 def test_config_survives_a_round_trip_and_names_unknown_fields():

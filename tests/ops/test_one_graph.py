@@ -7,6 +7,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from hymba_lightning.ops.causal_conv1d import causal_conv1d
+from hymba_lightning.ops.scaled_sum import scaled_sum
 from hymba_lightning.ops.selective_scan import selective_scan
 from hymba_lightning.ops.sliding_window import sliding_window_attention
 from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
@@ -69,6 +70,21 @@ def test_compiled_graph_has_no_break_and_the_same_gradients(scan_backend, conv_b
     assert not counters["graph_break"]
     for actual, expected in zip(compiled, eager, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_a_length_that_varies_breaks_no_graph():
+    def parts(x_BTD):
+        q_BTHK = x_BTD.unflatten(-1, (-1, 32))
+        summed, _ = scaled_sum(x_BTD, x_BTD, None, torch.ones(64))
+        return summed, sliding_window_attention(q_BTHK, q_BTHK, q_BTHK, window=5)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(parts, fullgraph=True, backend="eager")
+    # From the second length on the compiler takes it for a variable.
+    for length in (20, 33, 47):
+        x_BTD = random(2, length, 64)
+        for actual, expected in zip(compiled(x_BTD), parts(x_BTD), strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 def _scan_operands(gated):

@@ -10,7 +10,9 @@ import torch
 from any_tensors import inspect_any, load_any
 
 import hymba_lightning.quantization.frames as frames
-from hymba_lightning.model.roles import Role
+from hymba_lightning.model.config import HymbaConfig
+from hymba_lightning.model.hymba import outline
+from hymba_lightning.model.roles import Role, roles_of
 from hymba_lightning.quantization import (
     ArtifactError,
     ArtifactTooLargeError,
@@ -47,7 +49,10 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
 
 def save(path, state_dict=None, scheme=SMALL, **changes):
     arguments = {"config": {"d_model": 16}, "tokenizer": {"sha256": "ab"}, "metadata": {"step": 3}} | changes
-    return save_artifact(path, weights() if state_dict is None else state_dict, scheme=scheme, **arguments)
+    tensors = weights() if state_dict is None else state_dict
+    # Roles: these are some of a network's tensors, of other shapes.
+    arguments.setdefault("roles", roles_of(outline(HymbaConfig.from_dict(arguments["config"]))))
+    return save_artifact(path, tensors, scheme=scheme, **arguments)
 
 
 def test_round_trip_keeps_each_tensor_as_its_rule_says(tmp_path):

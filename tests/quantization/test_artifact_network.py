@@ -244,7 +244,10 @@ def test_tensors_that_are_missing_or_too_many_are_named(tmp_path):
         ({name: tensor for name, tensor in tensors.items() if name != "blocks.1.attn.D"}, r"blocks\.1\.attn\.D"),
         (tensors | {"skip_weights": torch.ones(1, 2, 32)}, "skip_weights"),
     ):
-        write(tmp_path / "a", tensors=changed)
+        with pytest.raises(ValueError, match=f"^the config's network has a tensor {match}, |^{match} is "):
+            write(tmp_path / "b", tensors=changed)
+        assert not (tmp_path / "b").exists()
+        write(tmp_path / "a", tensors=changed, roles=dict.fromkeys(tensors, Role.MATRIX))
         with pytest.raises(ArtifactError, match=f"its tensor {match} has the shape"):
             load_artifact(tmp_path / "a")
     with pytest.raises(ValueError, match="the config's network has no tensor extra"):

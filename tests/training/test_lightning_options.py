@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tiny import NET, tiny_data, tiny_module, tiny_trainer, write_data
 from torch.utils.data import DataLoader, TensorDataset
 
+from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.model import HymbaConfig
 from hymba_lightning.run import Run
 from hymba_lightning.training.module import HymbaModule
@@ -62,6 +63,19 @@ def test_a_subclass_trains_with_an_optimizer_and_a_scheduler_of_its_own(folder, 
     trainer.save_checkpoint(tmp_path / "own.ckpt")
     again = OwnOptimizer.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True)
     assert (again.extra, again.net.config) == (5, module.net.config)
+
+
+class OwnLoader(HymbaDataModule):
+    """As users write it: the package's validation, and training data that end."""
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*torch.randint(0, 1024, (2, 8, 64))), batch_size=2)
+
+
+def test_a_datamodule_with_a_loader_of_its_own_that_ends_may_end_the_run(folder, tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=-1, max_epochs=2, val_check_interval=0.5, check_val_every_n_epoch=1)
+    trainer.fit(tiny_module(), OwnLoader(str(folder), seq_len=64, micro_batch_size=2))
+    assert (trainer.global_step, len(Run.of(trainer).history.val)) == (8, 4)
 
 
 class OwnStep(HymbaModule):

@@ -9,7 +9,7 @@ from tiny import tiny_data, tiny_module, tiny_trainer, write_data
 
 from hymba_lightning.callbacks.average import WeightAverage
 from hymba_lightning.callbacks.wall_clock import WallClock
-from hymba_lightning.evaluation import score_tokens
+from hymba_lightning.evaluation import TTTConfig, score_tokens
 from hymba_lightning.model import RuntimeConfig
 from hymba_lightning.training.module import HymbaModule
 
@@ -93,6 +93,30 @@ def test_test_scores_the_stream_adapts_and_gives_the_weights_back(fitted):
     )  # chunks of 192 = 3 sequences: only adaptation differs
     for name, parameter in module.net.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+def test_an_interrupted_test_gives_the_weights_back(folder, tmp_path):
+    class Interrupt(pl.Callback):
+        def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            if batch_idx == 2:
+                raise RuntimeError("interrupted")
+
+    module = tiny_module(ttt=TTTConfig(lr=0.1))
+    before = {name: p.detach().clone() for name, p in module.net.named_parameters()}
+    with pytest.raises(RuntimeError, match="interrupted"):
+        tiny_trainer(tmp_path, callbacks=[Interrupt()]).test(module, tiny_data(folder), verbose=False)
+    assert module.testing.ttt.n_adapted == 2
+    for name, parameter in module.net.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_what_cannot_be_trained_or_read_is_said(folder, tmp_path):
+    module = tiny_module()
+    with pytest.raises(TypeError, match="a batch holds a tensor of float32"):
+        tiny_trainer(tmp_path).predict(module, torch.ones(2, 1, 9))
+    module.net.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing would be trained: requires_grad is False for every parameter"):
+        tiny_trainer(tmp_path).fit(module, tiny_data(folder))
 
 
 def test_lengths_of_another_run_are_told_once_with_the_remedy(folder, tmp_path, caplog):

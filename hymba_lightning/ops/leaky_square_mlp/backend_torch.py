@@ -13,4 +13,4 @@ def leaky_square_mlp_torch(x: Tensor, w_in_FD: Tensor, w_out_DF: Tensor, slope: 
     return F.linear(F.leaky_relu(F.linear(x, w_in_FD), slope).square(), w_out_DF)
 
 
-BACKEND = Backend("plain PyTorch", lambda: leaky_square_mlp_torch, auto={"any": 10})
+BACKEND = Backend("plain PyTorch", lambda: leaky_square_mlp_torch, plain=True, auto={"any": 10})

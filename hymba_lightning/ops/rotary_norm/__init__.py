@@ -26,7 +26,7 @@ def rotary_norm(
         "rotary_norm",
         backend,
         x_BTHK.device.type,
-        loops=x_BTHK.dtype == torch.float32 and width % 32 == 0 and x_BTHK.size(1) > 16 and alike,
+        loops=x_BTHK.dtype == torch.float32 and width % 32 == 0 and registry.settled(x_BTHK.size(1) > 16) and alike,
         kernels=x_BTHK.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and alike
         and width >= 32

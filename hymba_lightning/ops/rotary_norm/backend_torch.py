@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hymba_lightning.ops.registry import Backend
+from hymba_lightning.ops.registry import Backend, is_transformed
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -18,6 +18,12 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     # Not put together from its halves: a compiler would write those out in the backward pass.
     halves = x_BTHK.unflatten(-1, (2, -1))
     return (halves * cos.to(x_BTHK.dtype) + halves.flip(-2) * sin.to(x_BTHK.dtype)).flatten(-2)
+
+
+def rotated_norm(x_BTHK: Tensor, gain_H: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """rotate(gain·rms_norm(x)) of x (B, T, H, K), with one gain per head (H,) or None."""
+    normed_BTHK = F.rms_norm(x_BTHK, x_BTHK.shape[-1:], eps=eps)
+    return rotate(normed_BTHK if gain_H is None else normed_BTHK * gain_H.to(x_BTHK.dtype)[:, None], cos, sin)
 
 
 class RotaryNorm(torch.autograd.Function):
@@ -32,8 +38,7 @@ class RotaryNorm(torch.autograd.Function):
         """x, its gain and the tables of `rope_table` → (B, T, H, K)."""
         ctx.save_for_backward(x_BTHK, gain_H, cos, sin)
         ctx.eps = eps
-        normed_BTHK = F.rms_norm(x_BTHK, x_BTHK.shape[-1:], eps=eps)
-        return rotate(normed_BTHK if gain_H is None else normed_BTHK * gain_H.to(x_BTHK.dtype)[:, None], cos, sin)
+        return rotated_norm(x_BTHK, gain_H, cos, sin, eps)
 
     @staticmethod
     def backward(ctx, g_BTHK):
@@ -51,4 +56,11 @@ class RotaryNorm(torch.autograd.Function):
         return (scale * (g_normed - normed * (along_BTH1 / x.size(-1)))).to(x_BTHK.dtype), g_gain, None, None, None
 
 
-BACKEND = Backend("plain PyTorch", lambda: RotaryNorm.apply, auto={"any": 10})
+def rotary_norm_torch(x_BTHK: Tensor, gain_H: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """By `RotaryNorm`, or its forward pass alone for torch.func to differentiate."""
+    if not is_transformed():
+        return RotaryNorm.apply(x_BTHK, gain_H, cos, sin, eps)  # type: ignore[no-untyped-call]
+    return rotated_norm(x_BTHK, gain_H, cos, sin, eps)
+
+
+BACKEND = Backend("plain PyTorch", lambda: rotary_norm_torch, plain=True, auto={"any": 10})

@@ -16,4 +16,4 @@ def scaled_sum_torch(
     return out, out if eps is None else F.rms_norm(out, out.shape[-1:], eps=eps)
 
 
-BACKEND = Backend("plain PyTorch", lambda: scaled_sum_torch, auto={"any": 10})
+BACKEND = Backend("plain PyTorch", lambda: scaled_sum_torch, plain=True, auto={"any": 10})

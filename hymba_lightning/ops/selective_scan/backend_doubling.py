@@ -50,4 +50,6 @@ def selective_scan_doubling(
     return y_BTE.to(u_BTE.dtype), state_BTEN[:, -1]
 
 
-BACKEND = Backend("plain PyTorch, differentiable twice and under torch.func", lambda: selective_scan_doubling)
+BACKEND = Backend(
+    "plain PyTorch, differentiable twice and under torch.func", lambda: selective_scan_doubling, plain=True
+)

@@ -56,8 +56,8 @@ def sliding_window_attention(
         windowed=window is not None,
         hidden=hidden_B is not None,
         documents=doc_position_BT is not None,
-        one_query=n_queries == 1,
-        offset_on_cpu=n_keys > n_queries > 1 and device_type == "cpu",
+        one_query=registry.settled(n_queries == 1),
+        offset_on_cpu=registry.settled(n_keys > n_queries > 1) and device_type == "cpu",
         half_precision=q_BTHK.dtype in (torch.bfloat16, torch.float16),
         head_dim=int(head_dim),
     )
