@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
@@ -25,6 +26,11 @@ ENDLESS = 1 << 39
 def is_trial(trainer: pl.Trainer) -> bool:
     """Whether the Trainer only tries its loops (`fast_dev_run`): nothing is to be written then."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def trains_elsewhere(trainer: pl.Trainer) -> bool:
+    """Whether all ranks are processes that this one starts, as those of `ddp_spawn` and `ddp_fork` are."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:
