@@ -152,6 +152,10 @@ def test_every_option_whose_words_hold_the_given_one_is_named_and_those_of_the_n
             ["audit", "{}/run", "--data_dir", "{}/none"],
             r"--data_dir .*none is no folder: give one that `hymba prepare`",
         ),
+        (["export", "--ckpt", "x", "--out", "y", ""], r"an argument is empty: a shell makes that of a variable"),
+        (["prepare", "{}", "--out", ""], r"out is empty: a shell makes that of a variable that is not set; name"),
+        (["report", "{}/run", ""], r"run is empty: a shell"),
+        (["sample", "{}/run", "--data.tokenizer", ""], r"data\.tokenizer is empty: a shell"),
     ],
 )
 def test_a_thing_in_anothers_place_is_told_with_what_may_be_meant(args, told, tmp_path):
