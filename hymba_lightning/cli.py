@@ -35,6 +35,7 @@ from hymba_lightning.quantization import is_artifact, load_artifact
 from hymba_lightning.run import Run, RunFolder, RunRecord
 from hymba_lightning.run.run import new_folder
 from hymba_lightning.trainer_internals import (
+    agree_on_rank,
     is_trial,
     leave_signals_to_us,
     make_folders_optional,
@@ -223,6 +224,7 @@ class HymbaCLI(LightningCLI):
         kwargs["default_root_dir"] = str(self.folder.path)
         trainer = super().instantiate_trainer(**kwargs)
         leave_signals_to_us(trainer)
+        agree_on_rank(trainer)
         run = Run.of(trainer)
         run.folder, run.command_started = self.folder, self._started
         return trainer

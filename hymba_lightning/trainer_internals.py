@@ -15,6 +15,7 @@ from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from hymba_lightning import signals
@@ -26,6 +27,11 @@ ENDLESS = 1 << 39
 def is_trial(trainer: pl.Trainer) -> bool:
     """Whether the Trainer only tries its loops (`fast_dev_run`): nothing is to be written then."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def agree_on_rank(trainer: pl.Trainer) -> None:
+    """Has Lightning's loggers and messages take the Trainer's rank, where a variable of a launcher's is left over."""
+    rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
 
 
 def trains_elsewhere(trainer: pl.Trainer) -> bool:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from hymba_lightning import help_text, usage
+from hymba_lightning import errors, help_text, usage
 from hymba_lightning.commands import run_command
+from hymba_lightning.errors import UsageError
 from hymba_lightning.options import with_config_files
 from hymba_lightning.signals import Saved
 from hymba_lightning.studies import STUDIES
+from hymba_lightning.terminal import set_up_messages
 
 HYMBA = [sys.executable, "-m", "hymba_lightning"]
 
@@ -164,6 +167,26 @@ def test_a_thing_in_anothers_place_is_told_with_what_may_be_meant(args, told, tm
     command, *rest = (arg.replace("{}", str(tmp_path)) for arg in args)
     with pytest.raises((OSError, ValueError), match=told):
         run_command(command, rest)
+
+
+def test_what_a_launcher_left_in_the_environment_silences_and_stops_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert errors.report(UsageError("no such thing"), "hymba fit") == 2
+    assert capsys.readouterr().err == "hymba fit: no such thing\n"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert errors.report(UsageError("no such thing"), "hymba fit") == 2
+    assert capsys.readouterr().err == "", "rank 0 says it"
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(UsageError, match="RANK is 'first' in the environment, and has to be a whole number"):
+        usage.check_environment()
+
+
+def test_what_a_library_warns_of_ends_no_command(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_up_messages()
+        warnings.warn("it will change", DeprecationWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: it will change\n"
 
 
 def test_the_config_of_an_old_run_loses_only_what_did_nothing():

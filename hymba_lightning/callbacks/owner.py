@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from hymba_lightning.run.record import RunRecord
 from hymba_lightning.run.run import Run
-from hymba_lightning.trainer_internals import is_trial
+from hymba_lightning.trainer_internals import agree_on_rank, is_trial
 
 
 class FolderOwner(pl.Callback):
@@ -23,6 +23,7 @@ class FolderOwner(pl.Callback):
             OSError: it cannot be made.
         """
         super().setup(trainer, pl_module, stage)
+        agree_on_rank(trainer)
         run = Run.of(trainer)
         folder = run.folder_of(trainer)
 

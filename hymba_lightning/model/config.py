@@ -120,6 +120,9 @@ class HymbaConfig:
     them in bfloat16, about 13 thousandths of a bit per byte in another's measurement)."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and abs(value) > MAX_INTEGER:
+                raise ValueError(f"{name} is {value}; it must lie within ±{MAX_INTEGER}")
         for name in (
             "vocab_size",
             "n_layers",

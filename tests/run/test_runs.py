@@ -7,6 +7,7 @@ import json
 import lightning.pytorch as pl
 import pytest
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 from tiny_runs import copied, hymba
 
 from hymba_lightning.claim import FolderClaim, FolderInUseError
@@ -145,8 +146,12 @@ def test_a_folder_of_test_results_takes_a_fit(work, fitted, tmp_path):
     assert RunRecord.load(folder).tested() is None, "it is of other weights"
 
 
-def test_without_checkpoints_none_is_written(work, tmp_path):
-    folder = hymba(work, "fit", tmp_path / "run", "--trainer.enable_checkpointing", "false")
+def test_without_checkpoints_none_is_written(work, tmp_path, monkeypatch):
+    # A variable that a launcher left makes Lightning take a lone process for another rank.
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    options = ["--trainer.enable_checkpointing", "false", "--trainer.logger", "TensorBoardLogger"]
+    folder = hymba(work, "fit", tmp_path / "run", *options)
+    assert list(folder.glob("events.out.tfevents.*"))
     assert (folder / "artifact.hymba").is_file()
     assert not (folder / "checkpoints").exists()
 
