@@ -21,6 +21,10 @@ from hymba_lightning.training.schedule import (
 MUON_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
+# Of a rate: far beyond use, and within float32.
+LARGEST = 1_000_000
+
+
 @dataclass
 class OptimizerConfig:
     """Learning rates, momentum, decay, their schedule and the choice of groups.
@@ -112,8 +116,8 @@ class OptimizerConfig:
             "embed_decay",
         ):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"optimizer.{name} is {value}; it must be 0 or positive")
+            if value is not None and not 0 <= value <= LARGEST:
+                raise ValueError(f"optimizer.{name} is {value}; it must lie in 0 … {LARGEST:,}")
         for name in ("muon_momentum", "muon_momentum_start", "muon_neuron_beta"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
