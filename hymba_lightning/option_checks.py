@@ -15,6 +15,7 @@ from hymba_lightning.yaml_text import load_yaml
 # Options that are a file or a folder. Empty they would be the current folder, or none.
 PATHS = frozenset(("ckpt", "ckpt_path", "data_dir", "dirpath", "file", "out", "path", "report", "run", "run_dir"))
 PATHS |= {"start_from", "tokenizer", "train_gpt", "weights"}
+LARGEST = 1 << 62
 UNSET = "a shell makes that of a variable that is not set"
 
 
@@ -57,17 +58,20 @@ def check_empty(parser: Any, config: Any) -> None:
                 check_empty(inner, config[name])
 
 
-def check_paths(config: Any, inside: str = "") -> None:
+def check_values(config: Any, inside: str = "") -> None:
     """
     Raises:
-        UsageError: a file or folder has no name.
+        UsageError: a file or folder has no name, or a number is larger than machines count.
     """
     for key, value in vars(config).items():
+        name = f"{inside}{key}"
         if isinstance(value, Namespace):
-            check_paths(value, f"{inside}{key}.")
+            # Options of a subcommand have names of their own.
+            check_values(value, "" if name in ("fit", "validate", "test") else f"{name}.")
         elif key in PATHS and "" in (value if isinstance(value, list) else [value]):
-            name = f"{inside}{key}".removeprefix("fit.").removeprefix("validate.").removeprefix("test.")
             raise UsageError(f"{name} is empty: {UNSET}; name a file or folder, or leave it out")
+        elif type(value) is int and abs(value) >= LARGEST:
+            raise UsageError(f"{name} is {value}, and larger than numbers can be here: give one below 2^62")
 
 
 def _empty(content: dict[str, Any], inside: str = "") -> Iterator[str]:

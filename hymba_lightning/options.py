@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 from hymba_lightning.errors import UsageError, refused
 from hymba_lightning.model import RuntimeConfig
 from hymba_lightning.model.mixers import MIXERS
-from hymba_lightning.option_checks import UNSET, check_empty, check_groups, check_paths, option_names
+from hymba_lightning.option_checks import UNSET, check_empty, check_groups, check_values, option_names
 from hymba_lightning.plain import OBJECT, refusal
 from hymba_lightning.training.optimizers import OPTIMIZERS
 from hymba_lightning.usage import unknown
@@ -128,7 +128,7 @@ class OneSentence:
             raise UsageError(told) from error
         check_groups(self, config)
         check_empty(self, config)
-        check_paths(config)
+        check_values(config)
         return _at_home(config)
 
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:

@@ -158,6 +158,7 @@ def test_every_option_whose_words_hold_the_given_one_is_named_and_those_of_the_n
         (["export", "--ckpt", "x", "--out", "y", ""], r"an argument is empty: a shell makes that of a variable"),
         (["prepare", "{}", "--out", ""], r"out is empty: a shell makes that of a variable that is not set; name"),
         (["report", "{}/run", ""], r"run is empty: a shell"),
+        (["sample", "{}/run", "--seed", str(1 << 63)], r"seed is \d+, and larger than numbers can be here"),
         (["sample", "{}/run", "--data.tokenizer", ""], r"data\.tokenizer is empty: a shell"),
     ],
 )

@@ -258,6 +258,16 @@ def test_ids_beyond_the_tokenizers_vocabulary_are_refused(folder: Path, tmp_path
         _data(copy).setup("validate")
 
 
+def test_a_validation_text_without_a_byte_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "data")
+    write_shard(copy / "x_val_000000.bin", np.array([1, 1, 1, 301]))
+    _data(copy).setup("validate")
+    with pytest.raises(
+        ValueError, match=r"the 2 validation tokens .* stand for 0 bytes .* raise data\.val_tokens_limit"
+    ):
+        _data(copy, val_tokens_limit=2).setup("validate")
+
+
 def test_training_shards_are_not_needed_for_a_test(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "data")
     for path in copy.glob("*_train_*"):
