@@ -158,6 +158,14 @@ def test_every_option_whose_words_hold_the_given_one_is_named_and_those_of_the_n
         (["export", "--ckpt", "x", "--out", "y", ""], r"an argument is empty: a shell makes that of a variable"),
         (["prepare", "{}", "--out", ""], r"out is empty: a shell makes that of a variable that is not set; name"),
         (["report", "{}/run", ""], r"run is empty: a shell"),
+        (
+            ["prepare", "{}", "--exclude", "abc.py"],
+            r"--exclude: expected a list, got 'abc\.py'; did you mean \[abc\.py\]\?",
+        ),
+        (
+            ["prepare", "{}/empty.txt", "--out", "{}/o"],
+            r"to train a tokenizer on \(file without a document: .*empty\.txt\)",
+        ),
         (["sample", "{}/run", "--seed", str(1 << 63)], r"seed is \d+, and larger than numbers can be here"),
         (["sample", "{}/run", "--data.tokenizer", ""], r"data\.tokenizer is empty: a shell"),
     ],
@@ -165,6 +173,7 @@ def test_every_option_whose_words_hold_the_given_one_is_named_and_those_of_the_n
 def test_a_thing_in_anothers_place_is_told_with_what_may_be_meant(args, told, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "artifact.hymba").touch()
+    (tmp_path / "empty.txt").touch()
     command, *rest = (arg.replace("{}", str(tmp_path)) for arg in args)
     with pytest.raises((OSError, ValueError), match=told):
         run_command(command, rest)

@@ -243,10 +243,18 @@ def test_impossible_numbers_are_refused_at_once(folder: Path, arguments: dict[st
         ({"seq_len": 1000}, ValueError, r"data\.seq_len=1000 needs at least 1,001 training tokens.*hold 1,000; lower"),
         ({"train_files": "*_trian_*"}, FileNotFoundError, r"no shard matches .*_trian_.*hymba prepare"),
         ({"tokenizer": "/nowhere/t.model"}, FileNotFoundError, r"no tokenizer at /nowhere/t\.model.*data\.tokenizer"),
+        (
+            {"tokenizer": "{folder}"},
+            IsADirectoryError,
+            r"a tokenizer's file is needed .did you mean .*/tokenizer\.model",
+        ),
         ({"train_files": "*.bin"}, ValueError, r"x_val_000000\.bin matches data\.train_files='\*\.bin' and"),
     ],
 )
 def test_impossible_data_are_refused_before_any_work(folder, arguments, error, message: str) -> None:
+    arguments = {
+        name: str(value).format(folder=folder) if name == "tokenizer" else value for name, value in arguments.items()
+    }
     with pytest.raises(error, match=message):
         _trainer(1).fit(Recorder(), datamodule=_data(folder, **arguments))
 
