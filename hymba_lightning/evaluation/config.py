@@ -88,6 +88,8 @@ class TTTConfig:
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"ttt.{name} must not be negative, got {getattr(self, name)}")
+        if max(self.lr, self.rest_lr) > 1e6:
+            raise ValueError(f"ttt.lr={self.lr} and ttt.rest_lr={self.rest_lr} must be at most 1e6")
         for name in ("batch_seqs", "score_batch_seqs", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ttt.{name} must be at least 1, got {getattr(self, name)}")
