@@ -5,6 +5,8 @@ import importlib.util
 import inspect
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from hymba_lightning.callbacks.checkpoint import TrainingCheckpoint
 from hymba_lightning.callbacks.export import ExportArtifact
+from hymba_lightning.callbacks.owner import claim_folder
 from hymba_lightning.callbacks.progress import BudgetProgressBar
 from hymba_lightning.callbacks.summary import RunSummary
 from hymba_lightning.checkpoints import check_tokenizer
@@ -29,9 +32,16 @@ from hymba_lightning.generation.loading import load_network
 from hymba_lightning.model import Hymba
 from hymba_lightning.options import read_help, with_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
-from hymba_lightning.run import Run, RunFolder
+from hymba_lightning.run import Run, RunFolder, RunRecord
 from hymba_lightning.run.run import new_folder
-from hymba_lightning.trainer_internals import leave_signals_to_us, make_folders_optional, read_whole_numbers_as_such
+from hymba_lightning.trainer_internals import (
+    agree_on_rank,
+    is_trial,
+    leave_signals_to_us,
+    make_folders_optional,
+    read_whole_numbers_as_such,
+    trains_elsewhere,
+)
 from hymba_lightning.training.memory import check_memory, estimate_memory, free_memory
 from hymba_lightning.training.module import HymbaModule
 from hymba_lightning.training_options import TrainingParser
@@ -214,6 +224,7 @@ class HymbaCLI(LightningCLI):
         kwargs["default_root_dir"] = str(self.folder.path)
         trainer = super().instantiate_trainer(**kwargs)
         leave_signals_to_us(trainer)
+        agree_on_rank(trainer)
         run = Run.of(trainer)
         run.folder, run.command_started = self.folder, self._started
         return trainer
@@ -265,25 +276,39 @@ class HymbaCLI(LightningCLI):
                 model.net.config, model.net.runtime, datamodule.seq_len, datamodule.micro_batch_size
             )
             check_memory(estimate, free_memory(), self.trainer.num_devices)
-        self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs, **SAFE)
+        with self._claimed():
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs, **SAFE)
 
     def validate(
         self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None, **kwargs: Any
     ) -> None:
         """Scores a checkpoint or an artifact on the validation stream."""
         ckpt_path = self._load_weights(model, datamodule, ckpt_path)
-        self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=True, **kwargs, **SAFE)
+        with self._claimed():
+            self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=True, **kwargs, **SAFE)
 
     def test(
         self, model: HymbaModule, datamodule: HymbaDataModule, ckpt_path: str | None = None, **kwargs: Any
     ) -> None:
         """Scores a checkpoint or an artifact chunk by chunk with test-time training in between."""
         ckpt_path = self._load_weights(model, datamodule, ckpt_path)
-        self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, **kwargs, **SAFE)
+        with self._claimed():
+            self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, **kwargs, **SAFE)
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Claims the run's folder before the Trainer's loggers open their files there: what is refused leaves none."""
+        if self.trainer.is_global_zero and not is_trial(self.trainer) and not trains_elsewhere(self.trainer):
+            claim_folder(self.trainer, f"hymba {self._command}")
+        try:
+            yield
+        finally:
+            self.folder.close()
 
     def artifact(self) -> Path | None:
         """The file that the fit exported, None where it exported none."""
-        record = Run.of(self.trainer).record.artifact
+        # From the file: the ranks may have been processes that this one only started.
+        record = RunRecord.load(self.folder.path).artifact
         return None if record is None else self.folder / record.file
 
     def _last(self) -> str:

@@ -85,6 +85,7 @@ def _run(args: list[str], command: str, started: float) -> None:
         print(usage.versions())
         return
     usage.check_command(command, args[1:])
+    usage.check_environment()
     set_up_messages(quiet=command in FILTERS)
     text = quick_help(args)
     if text is not None:
@@ -122,8 +123,7 @@ def _say_what_is_next(cli: Any) -> None:
 
 def _stopped(args: list[str], title: str, signum: int) -> int:
     """Last words after a signal: what was saved, and what goes on from there."""
-    rank = int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
-    if not rank:
+    if not any(signals.ranks()):
         name = signals.signal_name(signum)
         print(f"{title}: {usage.after_stop(args, name, signals.last_saved())}", file=sys.stderr)
     if signals.launched_by_lightning():

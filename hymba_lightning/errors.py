@@ -14,6 +14,7 @@ import sys
 import traceback
 from types import TracebackType
 
+from hymba_lightning.signals import ranks
 from hymba_lightning.text import printable
 
 USER_ERROR, FAULT = 2, 1
@@ -94,10 +95,12 @@ def is_user_error(error: BaseException) -> bool:
         return True
     if _lacks_compiler(error):
         return True
-    if type(error).__name__ in ("MisconfigurationException", "BackendUnavailableError", "OutOfMemoryError"):
+    if type(error).__name__ in ("MisconfigurationException", "BackendUnavailableError"):
+        return True
+    if _out_of_memory(error):
         return True
     # What pathlib makes of ELOOP before CPython 3.13.
-    if isinstance(error, MemoryError) or (type(error) is RuntimeError and str(error).startswith("Symlink loop from ")):
+    if type(error) is RuntimeError and str(error).startswith("Symlink loop from "):
         return True
     module, raised = _origin(error.__traceback__)
     if module in READERS:
@@ -121,7 +124,7 @@ def refused(error: OSError) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if _out_of_memory(error):
         return (
             f"out of memory{_detail(error)}: take fewer data.micro_batch_size, a shorter data.seq_len, "
             "model.runtime.activation_checkpointing true, or a smaller network"
@@ -144,7 +147,7 @@ def report(error: BaseException, command: str, debug: bool = False) -> int:
 
     Bad input is the same for every process of a node, so that only its first one speaks.
     """
-    rank, local_rank = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK"))
+    rank, local_rank = ranks()
     user = is_user_error(error)
     if user and local_rank:
         return USER_ERROR
@@ -198,6 +201,12 @@ def _lacks_compiler(error: BaseException) -> str | None:
         "Triton's kernels are started by a small C module, which could not be built: install gcc and Python's headers "
         "(python3-dev), or name your compiler in CC"
     )
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # torch has a class of its own for a GPU's memory, and none for the machine's.
+    on_cpu = type(error) is RuntimeError and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _inside(module: str, packages: tuple[str, ...]) -> bool:

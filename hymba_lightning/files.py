@@ -16,8 +16,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes `content` beside `path` and moves it there in one step; the old file stays whole until then.
 
     Raises OSError (a full disk, no permission) that names `path`; the old file is then untouched, the temporary one
-    removed.
+    removed. So is a device or a pipe, which a file would replace for every program: /dev/null, say.
     """
+    check_place(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     with naming(path):
@@ -32,6 +33,18 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
+
+
+def check_place(path: Path) -> None:
+    """
+    Raises:
+        OSError: a file at `path` would take the place of a device, a pipe or a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, and a file is written there: name a file")
+    # /dev/stdout is a link, perhaps to a file.
+    if path.parent.resolve() == Path("/dev") or (path.exists() and not path.is_file()):
+        raise FileExistsError(f"{path} is a device or a pipe, whose place a file would take: name a file of its own")
 
 
 def not_a_file(named: str, path: str | Path, wanted: str) -> FileNotFoundError:

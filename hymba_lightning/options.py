@@ -7,17 +7,18 @@ import difflib
 import importlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
 from hymba_lightning.errors import UsageError, refused
 from hymba_lightning.model import RuntimeConfig
 from hymba_lightning.model.mixers import MIXERS
+from hymba_lightning.option_checks import UNSET, check_empty, check_groups, check_values, option_names
 from hymba_lightning.plain import OBJECT, refusal
 from hymba_lightning.training.optimizers import OPTIMIZERS
 from hymba_lightning.usage import unknown
@@ -94,7 +95,9 @@ class OneSentence:
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         command = parser.prog.replace(" [options]", "")
         if message.startswith("unrecognized arguments: "):
-            name = message.split()[2].partition("=")[0]
+            name = message.removeprefix("unrecognized arguments: ").split(" ")[0].partition("=")[0]
+            if not name:
+                raise UsageError(f"an argument is empty: {UNSET}; leave it out") from ex
             kind = "option" if name.startswith("-") else "argument"
             required = [action for action in parser._actions if action.required and action.option_strings]
             if kind == "argument" and required:
@@ -102,12 +105,12 @@ class OneSentence:
                 raise UsageError(
                     f"{name} stands alone: did you mean {option} {name}? `{command} --help` explains"
                 ) from ex
-            raise unknown(kind, name, _names(parser), command) from ex
+            raise unknown(kind, name, option_names(parser), command) from ex
         group = re.fullmatch(r"Group '(\S+)' does not accept option '(\S+)'", message)
         key = re.fullmatch(r"(?:Subcommand '\S+' does not accept option|Option) '(\S+?)'( is not accepted.*)?", message)
         if group or key:
             name = ".".join(group.groups()) if group else key[1] if key else ""
-            raise unknown("key", name, _names(parser), command) from ex
+            raise unknown("key", name, option_names(parser), command) from ex
         raise UsageError(refusal(message, ex, parser)) from ex
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,8 +126,9 @@ class OneSentence:
             if told is None:
                 raise
             raise UsageError(told) from error
-        _check_groups(self, config)
-        _check_empty(self, config)
+        check_groups(self, config)
+        check_empty(self, config)
+        check_values(config)
         return _at_home(config)
 
     def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
@@ -314,52 +318,6 @@ def _kind(path: Path) -> str:
     return next((kind for kind, is_one in kinds.items() if is_one()), "")
 
 
-def _check_groups(parser: Any, config: Any) -> None:
-    """
-    Raises:
-        UsageError: a group of options, such as `trainer`, was given something that holds no options.
-    """
-    dests = [action.dest for action in parser._actions if not action.dest.endswith(".help")]
-    own = {action.dest for action in parser._actions if hasattr(action, "_typehint")}
-    groups = {".".join(parts[:end]) for parts in (dest.split(".") for dest in dests) for end in range(1, len(parts))}
-    for group in sorted(groups - own):
-        value = config.get(group, {})
-        if not isinstance(value, Namespace | dict):
-            example = next(dest for dest in dests if dest.startswith(f"{group}."))
-            given = "null" if value is None else value
-            raise UsageError(f"{group} is {given!r}, and has to be a mapping of options, such as {example}, to values")
-    for action in parser._actions:
-        for name, inner in (getattr(action, "_name_parser_map", None) or {}).items():
-            if name in config:
-                _check_groups(inner, config[name])
-
-
-def _check_empty(parser: Any, config: Any) -> None:
-    """
-    Raises:
-        UsageError: a config's file has an unknown name without a value, which the parser would drop silently.
-    """
-    dests = [action.dest for action in parser._actions]
-    objects = [action.dest for action in parser._actions if hasattr(action, "_typehint")]
-    files = [action.dest for action in parser._actions if isinstance(action, ActionConfigFile)]
-    for path in [path for dest in files for path in config.get(dest) or []]:
-        for name in _empty(load_yaml(Path(str(path)).read_text(encoding="utf-8"))):
-            known = any(f"{dest}.".startswith(f"{name}.") for dest in dests)
-            if not known and not any(name.startswith(f"{dest}.") for dest in objects):
-                raise unknown("key", name, _names(parser), parser.prog.replace(" [options]", ""))
-    for action in parser._actions:
-        for name, inner in (getattr(action, "_name_parser_map", None) or {}).items():
-            if name in config:
-                _check_empty(inner, config[name])
-
-
-def _empty(content: dict[str, Any], inside: str = "") -> Iterator[str]:
-    """Dotted names of the empty mappings."""
-    for key, value in content.items():
-        if isinstance(value, dict):
-            yield from _empty(value, f"{inside}{key}.") if value else [f"{inside}{key}"]
-
-
 def _at_home(value: Any) -> Any:
     """The same with every text that begins as a path in a user's folder written out: shells do so only at the start of
     a word, which the value in `--run_dir=~/a` or in a file is not.
@@ -382,11 +340,3 @@ def _at_home(value: Any) -> Any:
     if path == value:
         raise UsageError(f"{value} lies in the folder of a user who is not known here: write ./{value} if it does not")
     return path
-
-
-def _names(parser: Any) -> list[str]:
-    names = [name for name in parser._option_string_actions if name.startswith("--")]
-    for action in parser._actions:  # a parser of subcommands knows none of their options
-        for inner in (getattr(action, "_name_parser_map", None) or {}).values():
-            names += _names(inner)
-    return [name for name in names if not name.endswith((".help", "+"))]

@@ -30,6 +30,7 @@ NAMES: dict[Any, str] = {
     dict: "a mapping",
     Any: "anything",
 }
+QUOTES = "'\""
 LISTS = (list, tuple, set, collections.abc.Iterable, collections.abc.Sequence)
 
 
@@ -75,7 +76,10 @@ def refusal(message: str, error: BaseException | None, parser: Any) -> str:
         return f"--{name}: {_with_types(KEY.split(text)[-1].lstrip(' :'))}"
     if _classes(hint) and "class_path" not in str(hint):
         return _of_an_object(name, hint, message, error)
-    return f"--{name}: expected {describe(hint)}, got {_value(_given(message))}"
+    expected, value = describe(hint), _value(_given(message))
+    # What one thing is given for is a list of one.
+    as_list = f"; did you mean [{value.strip(QUOTES)}]?" if expected == "a list" and value[:1] in QUOTES else ""
+    return f"--{name}: expected {expected}, got {value}{as_list}"
 
 
 def _of_an_object(name: str, hint: Any, message: str, error: BaseException | None) -> str:

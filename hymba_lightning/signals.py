@@ -59,6 +59,19 @@ class _State:
 _state = _State()
 
 
+def number(name: str, default: int = 0) -> int:
+    """A variable of the environment as a whole number; the default where it is none."""
+    try:
+        return int(os.environ.get(name) or default)
+    except ValueError:
+        return default
+
+
+def ranks() -> tuple[int, int]:
+    """This process among those of its run, and among those of its node; a variable left over makes no other."""
+    return (number("RANK"), number("LOCAL_RANK")) if number("WORLD_SIZE", 1) > 1 else (0, 0)
+
+
 def listen(command: str) -> None:
     """Takes over the signals for the rest of this process, except those it was started to ignore (`nohup`, `&`).
 
@@ -72,8 +85,8 @@ def listen(command: str) -> None:
     threading.Thread(target=_watch, args=(read_end, command), name="hymba-signals", daemon=True).start()
     _raise_again_what_is_lost(write_end)
     if not _state.watching:
-        if int(os.environ.get("LOCAL_RANK") or 0) > 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
-            _state.starter = int(os.environ.get(STARTER) or 0)
+        if number("LOCAL_RANK") > 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            _state.starter = number(STARTER)
         os.environ[STARTER] = str(os.getpid())
         os.register_at_fork(after_in_child=_leave_to_the_system)
         # Run last of all such functions: the interpreter then gives signals back to the system, which would kill a

@@ -75,6 +75,9 @@ def set_up_messages(quiet: bool = False) -> None:
         root.addHandler(handler)
     logging.getLogger("hymba_lightning").setLevel(logging.WARNING if quiet else logging.INFO)
     warnings.showwarning = _show_warning
+    # Python's -W error is for one's own code: what libraries warn of would end a command in the middle.
+    if any(entry[0] == "error" for entry in warnings.filters):
+        warnings.simplefilter("default")
     for message in QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=FutureWarning)

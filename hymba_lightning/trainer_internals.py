@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from hymba_lightning import signals
@@ -25,6 +27,16 @@ ENDLESS = 1 << 39
 def is_trial(trainer: pl.Trainer) -> bool:
     """Whether the Trainer only tries its loops (`fast_dev_run`): nothing is to be written then."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def agree_on_rank(trainer: pl.Trainer) -> None:
+    """Has Lightning's loggers and messages take the Trainer's rank, where a variable of a launcher's is left over."""
+    rank_zero_only.rank = trainer.global_rank  # type: ignore[attr-defined]
+
+
+def trains_elsewhere(trainer: pl.Trainer) -> bool:
+    """Whether all ranks are processes that this one starts, as those of `ddp_spawn` and `ddp_fork` are."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def datamodule_of(trainer: pl.Trainer) -> pl.LightningDataModule | None:

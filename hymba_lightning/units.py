@@ -7,5 +7,8 @@ from typing import Any
 
 
 def bits_per_byte(nats: Any, n_bytes: Any) -> Any:
-    """A text's loss, summed over its tokens in nats, as bits for each of its UTF-8 bytes; numbers or tensors."""
-    return nats / (math.log(2) * n_bytes)
+    """A text's loss, summed over its tokens in nats, as bits for each of its UTF-8 bytes; numbers or tensors.
+
+    Infinity where a number of tokens stand for no byte, as a document's beginning alone does.
+    """
+    return math.inf if type(n_bytes) in (int, float) and not n_bytes else nats / (math.log(2) * n_bytes)

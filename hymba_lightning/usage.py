@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -86,6 +87,9 @@ OTHER_OPTIONS = {
 MOST_NAMED, MOST_ALIKE = 12, 3
 # Behind all places among the near misses.
 NOT_NAMED = 6
+# Whole numbers by which launchers tell a process which of several it is.
+LAUNCHERS = ["RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_PORT"]
+LAUNCHERS += ["SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"]
 _QAT = "late quantization-aware training made artifacts no better at 4 or 6 bits; leave it out"
 # Options of earlier versions: the value that did nothing, with which the config of an old run is still taken, and why
 # they are gone.
@@ -145,6 +149,19 @@ def as_meant(args: Sequence[str]) -> list[str]:
     if len(args) == 2 and args[0] in MISSING and args[1] == "help":
         return [args[0], "--help"]
     return args
+
+
+def check_environment() -> None:
+    """
+    Raises:
+        UsageError: what a launcher sets is no number.
+    """
+    for name in LAUNCHERS:
+        value = os.environ.get(name, "")
+        if value and not value.isdecimal():
+            raise UsageError(
+                f"{name} is {value!r} in the environment, and has to be a whole number: set it, or unset it"
+            )
 
 
 def check_command(name: str, args: Sequence[str]) -> None:

@@ -45,6 +45,7 @@ LEVELS = {
     "callbacks": 4,
     "package": 5,
     "training": 5,
+    "option_checks": 6,
     "options": 6,
     "plain": 6,
     "training_options": 6,

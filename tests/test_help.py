@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from hymba_lightning import help_text, usage
+from hymba_lightning import errors, help_text, usage
 from hymba_lightning.commands import run_command
+from hymba_lightning.errors import UsageError
 from hymba_lightning.options import with_config_files
 from hymba_lightning.signals import Saved
 from hymba_lightning.studies import STUDIES
+from hymba_lightning.terminal import set_up_messages
 
 HYMBA = [sys.executable, "-m", "hymba_lightning"]
 
@@ -152,14 +155,48 @@ def test_every_option_whose_words_hold_the_given_one_is_named_and_those_of_the_n
             ["audit", "{}/run", "--data_dir", "{}/none"],
             r"--data_dir .*none is no folder: give one that `hymba prepare`",
         ),
+        (["export", "--ckpt", "x", "--out", "y", ""], r"an argument is empty: a shell makes that of a variable"),
+        (["prepare", "{}", "--out", ""], r"out is empty: a shell makes that of a variable that is not set; name"),
+        (["report", "{}/run", ""], r"run is empty: a shell"),
+        (
+            ["prepare", "{}", "--exclude", "abc.py"],
+            r"--exclude: expected a list, got 'abc\.py'; did you mean \[abc\.py\]\?",
+        ),
+        (
+            ["prepare", "{}/empty.txt", "--out", "{}/o"],
+            r"to train a tokenizer on \(file without a document: .*empty\.txt\)",
+        ),
+        (["sample", "{}/run", "--seed", str(1 << 63)], r"seed is \d+, and larger than numbers can be here"),
+        (["sample", "{}/run", "--data.tokenizer", ""], r"data\.tokenizer is empty: a shell"),
     ],
 )
 def test_a_thing_in_anothers_place_is_told_with_what_may_be_meant(args, told, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "artifact.hymba").touch()
+    (tmp_path / "empty.txt").touch()
     command, *rest = (arg.replace("{}", str(tmp_path)) for arg in args)
     with pytest.raises((OSError, ValueError), match=told):
         run_command(command, rest)
+
+
+def test_what_a_launcher_left_in_the_environment_silences_and_stops_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert errors.report(UsageError("no such thing"), "hymba fit") == 2
+    assert capsys.readouterr().err == "hymba fit: no such thing\n"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert errors.report(UsageError("no such thing"), "hymba fit") == 2
+    assert capsys.readouterr().err == "", "rank 0 says it"
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(UsageError, match="RANK is 'first' in the environment, and has to be a whole number"):
+        usage.check_environment()
+
+
+def test_what_a_library_warns_of_ends_no_command(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_up_messages()
+        warnings.warn("it will change", DeprecationWarning, stacklevel=1)
+    assert capsys.readouterr().err == "warning: it will change\n"
 
 
 def test_the_config_of_an_old_run_loses_only_what_did_nothing():

@@ -111,7 +111,7 @@ FIT = ("fit", "--config", "{}/tiny.yaml", "--run_dir", "{}/run")
         ((*FIT, "--config"), ["--config needs a file"]),
         (("fit", "--config", "/dev/null"), ["--config /dev/null is empty", "names with values"]),
         ((*FIT, "--run_dir", "~nobody_of_this_name/a"), ["a user who is not known here", "./~nobody_of_this_name/a"]),
-        ((*FIT, "--model.budget_seconds", ".inf"), ["budget_seconds is inf; it must be positive, or null"]),
+        ((*FIT, "--model.budget_seconds", ".inf"), ["budget_seconds is inf; it must be positive", "or null"]),
         ((*FIT, "--model.net", "3"), ["--model.net: '3' is no YAML file, and no mapping of options"]),
         ((*FIT, "--model.net", '{"window": "x"}'), ["--model.net.window: expected a whole number, got 'x'"]),
         ((*FIT, "--model.net.window", "null"), ["--model.net.window: expected a whole number, got null"]),
@@ -280,6 +280,7 @@ def error_of(code: str, module: str) -> BaseException:
         ("open('/nowhere/x')", "torch.serialization", True),
         ("raise TimeoutError('gloo')", "torch.distributed", False),
         ("raise KeyError('x')", "hymba_lightning.cli", False),
+        ("import torch; torch.empty(1 << 60)", "hymba_lightning.model.config", True),
     ],
 )
 def test_whose_fault_an_exception_is_follows_from_its_class_and_origin(code, module, users):
@@ -339,6 +340,7 @@ def test_a_sentence_is_one_line_that_names_the_file():
     assert errors.sentence(raised.value) == "/nowhere/at/all: No such file or directory"
     assert errors.sentence(ValueError("one\n  two")) == "one two"
     assert "micro_batch_size" in errors.sentence(MemoryError())
+    assert "micro_batch_size" in errors.sentence(error_of("import torch; torch.empty(1 << 60)", "torch"))
 
 
 @pytest.mark.more

@@ -5,6 +5,7 @@ import os
 import lightning.pytorch as pl
 
 from hymba_lightning.callbacks.owner import FolderOwner, settle
+from hymba_lightning.files import check_place
 from hymba_lightning.quantization import QuantizationConfig
 from hymba_lightning.run.calibration import rehearse
 from hymba_lightning.run.finish import ExportSettings, finish
@@ -59,6 +60,7 @@ class ExportArtifact(FolderOwner):
         """
         Raises:
             ValueError: the artifact would take the place of a folder or of another file of the run.
+            OSError: of a device or a pipe.
         """
         path = (folder / self.settings.filename).resolve()
         name = str(path.relative_to(folder.path.resolve())) if folder.path.resolve() in path.parents else ""
@@ -68,6 +70,7 @@ class ExportArtifact(FolderOwner):
                 f"export.filename is {self.settings.filename!r}, which is a folder or another file of the "
                 "run: give the artifact a name of its own, e.g. artifact.hymba"
             )
+        check_place(folder / self.settings.filename)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """On a GPU, calibrates once before the clock starts, since compiling for it would not fit into the reserve."""

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from hymba_lightning.run.record import RunRecord
 from hymba_lightning.run.run import Run
-from hymba_lightning.trainer_internals import is_trial
+from hymba_lightning.trainer_internals import agree_on_rank, is_trial
 
 
 class FolderOwner(pl.Callback):
@@ -23,12 +23,12 @@ class FolderOwner(pl.Callback):
             OSError: it cannot be made.
         """
         super().setup(trainer, pl_module, stage)
+        agree_on_rank(trainer)
         run = Run.of(trainer)
         folder = run.folder_of(trainer)
 
         def claim() -> None:
-            folder.log_dirs = [Path(path) for logger in trainer.loggers if (path := getattr(logger, "log_dir", None))]
-            folder.claim(f"hymba {TrainerFn(trainer.state.fn).value}")
+            claim_folder(trainer, f"hymba {TrainerFn(trainer.state.fn).value}")
             if stage != "fit":
                 run.record = RunRecord.load(folder.path)
 
@@ -73,6 +73,19 @@ class FolderOwner(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         _close(trainer)
+
+
+def claim_folder(trainer: pl.Trainer, work: str) -> None:
+    """Claims the folder of the Trainer's run for this process, with those that its loggers write to.
+
+    Raises:
+        FolderInUseError: another process writes to the folder.
+        OSError: it cannot be made.
+    """
+    folder = Run.of(trainer).folder
+    assert folder is not None
+    folder.log_dirs = [Path(path) for logger in trainer.loggers if (path := getattr(logger, "log_dir", None))]
+    folder.claim(work)
 
 
 def _on_rank_0(trainer: pl.Trainer, work: Callable[[], None]) -> None:

@@ -4,7 +4,6 @@ Time is rank 0's, sent to all ranks once per optimizer step over gloo, which nee
 that follows from it (learning rate, progress, the decision to stop) is therefore the same on all ranks.
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,6 +22,8 @@ from hymba_lightning.checkpoints import check_clock_state
 from hymba_lightning.run.run import ClockReading, Run
 from hymba_lightning.trainer_internals import say_that_data_are_endless, step_limit, time_limit
 
+# Of a budget: over thirty years.
+MOST_SECONDS = 1_000_000_000
 NO_END = (
     "nothing ends this run: set model.budget_seconds, trainer.max_steps, trainer.max_time, or trainer.max_epochs for a "
     "loader that ends"
@@ -60,8 +61,11 @@ class WallClock(Callback):
         recent_steps: int = 20,
         time_fn: Callable[[], float] = time.monotonic,
     ) -> None:
-        if budget_seconds is not None and not 0 < budget_seconds < math.inf:
-            raise ValueError(f"budget_seconds is {budget_seconds}; it must be positive, or null for no budget")
+        if budget_seconds is not None and not 0 < budget_seconds <= MOST_SECONDS:
+            raise ValueError(
+                f"budget_seconds is {budget_seconds}; it must be positive and at most {MOST_SECONDS:,}, or null for "
+                "no budget"
+            )
         if not reserve_seconds >= 0:
             raise ValueError(f"reserve_seconds is {reserve_seconds}; it must be 0 or positive")
         if budget_seconds is not None and reserve_seconds >= budget_seconds:

@@ -228,7 +228,9 @@ def _check_split(
 def unread(reader: DocumentReader) -> str:
     """What was not read, in parentheses, for the message that too little was."""
     state = reader.skips.state()
-    return f" ({state['count']:,} could not: {'; '.join(state['first'][:3])})" if state["count"] else ""
+    empty = [f"{kind}: {entry['first'][0]}" for kind, entry in state["notes"].items()]
+    parts = [f"{state['count']:,} could not: {'; '.join(state['first'][:3])}"] if state["count"] else []
+    return f" ({'; '.join(parts + empty)})" if parts or empty else ""
 
 
 def tokenizer_sample(reader: DocumentReader, sample_bytes: int, splitter: Splitter) -> list[str]:

@@ -27,7 +27,7 @@ from hymba_lightning.data.position import ReadPosition
 from hymba_lightning.data.sequences import Batch, TrainSpans, ValSequences, first_span
 from hymba_lightning.data.shards import find_shards
 from hymba_lightning.data.token_bytes import TokenBytes
-from hymba_lightning.data.token_stream import Chunk, TokenStream, chunk_at
+from hymba_lightning.data.token_stream import Chunk, TokenStream, check_scorable, chunk_at
 from hymba_lightning.data.token_stream import n_chunks as count_chunks
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
 from hymba_lightning.trainer_internals import rewind_to_accumulation_window
@@ -231,11 +231,7 @@ class HymbaDataModule(pl.LightningDataModule):
         # The first token is context only, hence one more than the tokens to score.
         limit = None if self.val_tokens_limit is None else self.val_tokens_limit + 1
         stream = TokenStream(find_shards(self.val_files, self.data_dir), self.vocab_size, limit)
-        if stream.n_tokens < 2:
-            raise ValueError(
-                f"the shards that match data.val_files={self.val_files!r} hold {stream.n_tokens} token; scoring needs "
-                "at least 2, one of them as context"
-            )
+        check_scorable(stream, self.token_bytes, self.val_files)
         if limit is not None:
             log.info("validation and test score the first %s tokens only", f"{stream.n_tokens - 1:,}")
         return stream

@@ -72,6 +72,20 @@ class InputFile(NamedTuple):
         return not self.on_hub and self.path.name.lower().endswith(suffixes)
 
 
+class _LeftOut:
+    """Paths that are not read, counted once however many inputs lead to them."""
+
+    def __init__(self, skips: Skips) -> None:
+        self.skips = skips
+        self._told: set[str] = set()
+
+    def add(self, kind: str, path: str | Path, why: str = "") -> None:
+        place = os.path.realpath(path)
+        if place not in self._told:
+            self._told.add(place)
+            self.skips.add(kind, f"{shown(path)}: {why}" if why else shown(path))
+
+
 def find_inputs(
     inputs: Sequence[str], exclude: Sequence[str], seed: int, out: Path, skips: Skips | None = None
 ) -> list[InputFile]:
@@ -89,7 +103,7 @@ def find_inputs(
         FileNotFoundError: An input matches no file of a known kind.
         ValueError: A named file is of no known kind.
     """
-    skips = Skips() if skips is None else skips
+    left_out = _LeftOut(Skips() if skips is None else skips)
     found: dict[Path, InputFile] = {}
     target = out.resolve()
     known = ", ".join(KNOWN_SUFFIXES)
@@ -100,14 +114,15 @@ def find_inputs(
         if given.startswith(HUB_PREFIX):
             found.setdefault(Path(given), InputFile(Path(given), given))
             continue
-        files = list(_expand(given, exclude, target, skips))
+        files = list(_expand(given, exclude, target, left_out))
         if not files:
-            left_out = "; ".join(
-                f"{entry['count']:,} × {kind}: {entry['first'][0]}" for kind, entry in skips.state()["kinds"].items()
+            kinds = "; ".join(
+                f"{entry['count']:,} × {kind}: {entry['first'][0]}"
+                for kind, entry in left_out.skips.state()["kinds"].items()
             )
             raise FileNotFoundError(
                 f"input {given!r} matches no file that can be read"
-                + (f" ({left_out})" if left_out else "")
+                + (f" ({kinds})" if kinds else "")
                 + f"; inputs are files, folders or globs of {known}"
             )
         for file in files:
@@ -189,7 +204,7 @@ def head_and_tail(file: InputFile, val_fraction: float) -> list[InputFile]:
     return [file]
 
 
-def _expand(given: str, exclude: Sequence[str], out: Path, skips: Skips) -> Iterator[InputFile]:
+def _expand(given: str, exclude: Sequence[str], out: Path, skips: _LeftOut) -> Iterator[InputFile]:
     if given == PYTHON_STDLIB and not os.path.exists(given):
         stdlib = Path(sysconfig.get_path("stdlib"))
         yield from _walk(stdlib, (*exclude, *STDLIB_EXCLUDED_FOLDERS), (".py",), out, None)
@@ -202,7 +217,7 @@ def _expand(given: str, exclude: Sequence[str], out: Path, skips: Skips) -> Iter
 
 
 def _walk(
-    root: Path, exclude: Sequence[str], suffixes: tuple[str, ...], out: Path, skips: Skips | None
+    root: Path, exclude: Sequence[str], suffixes: tuple[str, ...], out: Path, skips: _LeftOut | None
 ) -> Iterator[InputFile]:
     """Files below `root`. A folder that links lead to more than once is searched once. None counts nothing."""
 
@@ -211,7 +226,7 @@ def _walk(
 
     def unreadable(error: OSError) -> None:
         if skips is not None:
-            skips.add("cannot be opened", f"{shown(error.filename)}: {error.strerror}")
+            skips.add("cannot be opened", error.filename, str(error.strerror))
 
     seen: set[tuple[int, int]] = set()
     for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
@@ -231,23 +246,23 @@ def _walk(
                 continue
             if not name.lower().endswith(suffixes):
                 if skips is not None:
-                    skips.add(_unknown_kind(path), shown(path))
+                    skips.add(_unknown_kind(path), path)
             elif skips is None or _can_be_read(path, skips):
                 yield InputFile(path, path.relative_to(root).as_posix())
 
 
-def _can_be_read(path: Path, skips: Skips) -> bool:
+def _can_be_read(path: Path, skips: _LeftOut) -> bool:
     try:
         os.fspath(path).encode()
         status = path.stat()
     except UnicodeEncodeError:
-        skips.add("file name is not UTF-8", f"{shown(path)}: its name is not UTF-8; rename it")
+        skips.add("file name is not UTF-8", path, "its name is not UTF-8; rename it")
         return False
     except OSError as error:
-        skips.add("cannot be opened", f"{shown(path)}: {error.strerror}")
+        skips.add("cannot be opened", path, str(error.strerror))
         return False
     if not stat.S_ISREG(status.st_mode):
-        skips.add("not a file", f"{shown(path)}: a pipe, socket or device")
+        skips.add("not a file", path, "a pipe, socket or device")
         return False
     return True
 

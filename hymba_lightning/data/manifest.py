@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hymba_lightning.data.digests import FileDigest, file_digests, remember
-from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256
+from hymba_lightning.data.tokenizer import TOKENIZER_FILE, check_is_there, file_sha256
 from hymba_lightning.files import write_atomic
 
 MANIFEST_FILE = "manifest.json"
@@ -113,6 +113,7 @@ def _check_used(folder: Path, manifest: dict[str, Any], used: dict[str, Path], t
                 f"{path} is damaged: its SHA-256 is {digest}, its manifest says {listed[name]['sha256']}; "
                 "copy it again, or prepare the data again, with overwrite"
             )
+    check_is_there(tokenizer)
     if checked and file_sha256(tokenizer) != manifest["tokenizer"]["sha256"]:
         raise ValueError(
             f"{tokenizer} is not the tokenizer that made the shards in {folder}; "

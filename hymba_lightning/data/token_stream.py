@@ -18,6 +18,8 @@ from torch import Tensor
 from hymba_lightning.data.shards import Shard
 from hymba_lightning.data.token_bytes import TokenBytes
 
+CHECKED_TOKENS = 4096
+
 
 class Chunk(NamedTuple):
     """A piece of the validation stream for score-first test-time training."""
@@ -103,3 +105,23 @@ def chunk_at(stream: TokenStream, token_bytes: TokenBytes, chunk_tokens: int, in
 def target_bytes(token_bytes: TokenBytes, previous: Tensor, targets: Tensor) -> Tensor:
     """Bytes of text of each target, given the token before it: int16, of their shape."""
     return torch.from_numpy(token_bytes.count(previous.numpy(), targets.numpy()))
+
+
+def check_scorable(stream: TokenStream, token_bytes: TokenBytes, files: str) -> None:
+    """
+    Raises:
+        ValueError: a validation text of which no score in bits per byte can be had.
+    """
+    if stream.n_tokens < 2:
+        raise ValueError(
+            f"the shards that match data.val_files={files!r} hold {stream.n_tokens} token; scoring needs at least 2, "
+            "one of them as context"
+        )
+    # Of most texts the first one has some.
+    chunks = (chunk_at(stream, token_bytes, CHECKED_TOKENS, index) for index in range(n_chunks(stream, CHECKED_TOKENS)))
+    if any(int(chunk.target_bytes.sum()) for chunk in chunks):
+        return
+    raise ValueError(
+        f"the {stream.n_tokens - 1:,} validation tokens that are scored stand for 0 bytes of text: raise "
+        "data.val_tokens_limit, or prepare more text"
+    )

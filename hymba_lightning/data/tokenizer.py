@@ -98,8 +98,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> sentencepiece.SentencePieceP
         ValueError: The file is no tokenizer, has no BOS piece, or more pieces than shards have ids.
         ImportError: The library of the file is not installed.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no tokenizer at {path}; `hymba prepare` makes one, or set data.tokenizer to its path")
+    check_is_there(path)
     with open(path, "rb") as file:
         head = file.read(64)
     if not head:
@@ -181,12 +180,24 @@ def _train(texts: list[str], vocab_size: int, character_coverage: float, **more:
         )
     except RuntimeError as error:
         # The library's message begins with the place in its code.
-        cause = str(error).rpartition("] ")[2].strip().rstrip(".")
+        cause = str(error).rpartition("] ")[2].strip().rstrip(".") or "it holds no words"
         raise ValueError(
             f"no tokenizer of vocab_size={vocab_size} can be trained on this text ({cause}); with little text lower "
             "vocab_size, with many scripts raise it or lower character_coverage"
         ) from error
     return model.getvalue()
+
+
+def check_is_there(path: str | os.PathLike[str]) -> None:
+    """
+    Raises:
+        OSError: there is no file of a tokenizer; what may be meant is told.
+    """
+    inside = os.path.join(path, TOKENIZER_FILE)
+    if os.path.isfile(inside):
+        raise IsADirectoryError(f"{path} is a folder, and a tokenizer's file is needed (did you mean {inside}?)")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no tokenizer at {path}; `hymba prepare` makes one, or set data.tokenizer to its path")
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -91,6 +91,8 @@ class TTTConfig:
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"ttt.{name} must be finite and not negative, got {getattr(self, name)}")
+        if max(self.lr, self.rest_lr) > 1e6:
+            raise ValueError(f"ttt.lr={self.lr} and ttt.rest_lr={self.rest_lr} must be at most 1e6")
         for name in ("batch_seqs", "score_batch_seqs", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ttt.{name} must be at least 1, got {getattr(self, name)}")

@@ -78,7 +78,13 @@ def score_texts(
     texts: Iterable[tuple[str, str]],
     batch_tokens: int = 8192,
 ) -> Iterator[DocumentScore]:
-    """The scores of (name, text) pairs, in order. Texts without a byte are left out."""
+    """The scores of (name, text) pairs, in order. Texts without a byte are left out.
+
+    Raises:
+        ValueError: batch_tokens is none.
+    """
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens is {batch_tokens}; it must be at least 1")
     encoder = TextEncoder(processor)
     waiting: list[tuple[str, int, list[int]]] = []
 

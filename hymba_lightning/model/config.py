@@ -122,6 +122,9 @@ class HymbaConfig:
 
     def __post_init__(self) -> None:
         settle(self)
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and abs(value) > MAX_INTEGER:
+                raise ValueError(f"{name} is {value}; it must lie within ±{MAX_INTEGER}")
         for name in (
             "vocab_size",
             "n_layers",

@@ -64,6 +64,8 @@ class Backend:
             return f"it runs on {' and '.join(self.devices)} tensors, these are on {device_type}{remedy}"
         if self.package and not is_installed(self.package):
             return f"the package {self.package} is not installed: {self.install}"
+        if self.package == "numba" and os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+            return "NUMBA_DISABLE_JIT keeps numba from compiling: unset it"
         return None
 
     def refusal(self, call: Mapping[str, Any]) -> str | None:

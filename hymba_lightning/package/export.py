@@ -18,7 +18,7 @@ from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.device import device_of
-from hymba_lightning.files import not_a_file
+from hymba_lightning.files import check_place, not_a_file
 from hymba_lightning.generation.loading import find_tokenizer, load_network
 from hymba_lightning.model import Hymba, RuntimeConfig
 from hymba_lightning.quantization import (
@@ -115,6 +115,7 @@ def export(
         raise ValueError("GPTQ needs training batches: give --data_dir, or another scheme")
     if calibration_batches < 1:
         raise ValueError(f"calibration_batches={calibration_batches} must be at least 1")
+    check_place(Path(out))
     where = device_of(device)
     source = read_source(Path(ckpt), tokenizer, runtime, where)
     started, fingerprint = time.monotonic(), source.fingerprint

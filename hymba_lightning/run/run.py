@@ -105,7 +105,8 @@ class Testing:
     def __init__(self, ttt: ScoreFirstTTT) -> None:
         self.ttt = ttt
         self.scores: list[Score] = []
-        """Of the chunks of which something was scored; a last one shorter than a sequence may have been dropped."""
+        """Of the chunks of which something was scored; a last one under a sequence may have been dropped, and one
+        without a byte of text is part of another."""
         self.n_chunks = 0
         self.chunk: ChunkScore | None = None
         """The chunk that was scored last."""
@@ -115,7 +116,9 @@ class Testing:
         self.chunk = chunk
         self.n_chunks += 1
         if chunk.score.n_tokens:
-            self.scores.append(chunk.score)
+            # What stands for no byte of text counts with the chunk beside it.
+            alone = not self.scores or (chunk.score.n_bytes and self.scores[-1].n_bytes)
+            self.scores.append(chunk.score if alone else self.scores.pop() + chunk.score)
 
     def total(self) -> Score:
         """Sum over all chunks so far."""

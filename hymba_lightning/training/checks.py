@@ -135,8 +135,14 @@ def check_start(trainer: pl.Trainer) -> None:
 def check_validations(trainer: pl.Trainer) -> None:
     """
     Raises:
-        ValueError: validations at shares of a pass over data that have no end.
+        ValueError: validations after no batches, or at shares of a pass over data that have no end.
     """
+    for option in ("val_check_interval", "check_val_every_n_epoch"):
+        if getattr(trainer, option) == 0:
+            raise ValueError(
+                f"trainer.{option} is 0: leave it out for no validation before the end of training, and set "
+                "trainer.limit_val_batches to 0 for none at all"
+            )
     interval, limited = trainer.val_check_interval, isinstance(trainer.limit_train_batches, int)
     share = isinstance(interval, float) and interval < 1.0
     if share and not limited and is_endless(datamodule_of(trainer)):

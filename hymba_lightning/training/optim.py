@@ -103,7 +103,7 @@ class HymbaOptimizer(Optimizer):
         """Restore the state; settings of the groups stay what they are here.
 
         Raises:
-            ValueError: the groups' names or sizes are not those of this optimizer.
+            ValueError: the groups' names, sizes or algorithms are not those of this optimizer.
         """
         ours = [(group["name"], len(group["params"])) for group in self.param_groups]
         theirs = [(group.get("name"), len(group["params"])) for group in state_dict["param_groups"]]
@@ -112,6 +112,12 @@ class HymbaOptimizer(Optimizer):
                 f"the checkpoint's optimizer groups {theirs} are not this run's {ours}; "
                 "resume with the network and optimizer switches that the checkpoint was made with"
             )
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if saved.get("algorithm", group["algorithm"]) != group["algorithm"]:
+                raise ValueError(
+                    f"the checkpoint's optimizer updates {group['name']} by {saved['algorithm']}, this run's by "
+                    f"{group['algorithm']}: resume with the model.optimizer.name that it was made with"
+                )
         # State comes from the checkpoint; rates, decay and kernels are this run's: a resumed run does what it was told.
         self._choose_kernels()
         state_dict = copy(state_dict)

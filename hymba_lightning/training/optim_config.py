@@ -1,6 +1,5 @@
 """Settings of the optimizer and of its schedule."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +20,10 @@ from hymba_lightning.training.schedule import (
 )
 
 MUON_DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+# Of a rate: far beyond use, and within float32.
+LARGEST = 1_000_000
 
 
 @dataclass
@@ -115,8 +118,8 @@ class OptimizerConfig:
             "embed_decay",
         ):
             value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"optimizer.{name} is {value}; it must be 0 or positive, and finite")
+            if value is not None and not 0 <= value <= LARGEST:
+                raise ValueError(f"optimizer.{name} is {value}; it must lie in 0 … {LARGEST:,}")
         for name in ("muon_momentum", "muon_momentum_start", "muon_neuron_beta"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")

@@ -212,6 +212,7 @@ def test_lower_limits_are_refused(tmp_path, options):
     ("arguments", "message"),
     [
         ({"budget_seconds": 0.0}, "budget_seconds is 0"),
+        ({"budget_seconds": 1e308}, r"at most 1,000,000,000"),
         ({"budget_seconds": 10.0, "reserve_seconds": 10.0}, "leaves nothing"),
         ({"reserve_seconds": -1.0}, "reserve_seconds is -1"),
         ({"margin": 0.5}, "margin is 0.5"),

@@ -243,10 +243,18 @@ def test_impossible_numbers_are_refused_at_once(folder: Path, arguments: dict[st
         ({"seq_len": 1000}, ValueError, r"data\.seq_len=1000 needs at least 1,001 training tokens.*hold 1,000; lower"),
         ({"train_files": "*_trian_*"}, FileNotFoundError, r"no shard matches .*_trian_.*hymba prepare"),
         ({"tokenizer": "/nowhere/t.model"}, FileNotFoundError, r"no tokenizer at /nowhere/t\.model.*data\.tokenizer"),
+        (
+            {"tokenizer": "{folder}"},
+            IsADirectoryError,
+            r"a tokenizer's file is needed .did you mean .*/tokenizer\.model",
+        ),
         ({"train_files": "*.bin"}, ValueError, r"x_val_000000\.bin matches data\.train_files='\*\.bin' and"),
     ],
 )
 def test_impossible_data_are_refused_before_any_work(folder, arguments, error, message: str) -> None:
+    arguments = {
+        name: str(value).format(folder=folder) if name == "tokenizer" else value for name, value in arguments.items()
+    }
     with pytest.raises(error, match=message):
         _trainer(1).fit(Recorder(), datamodule=_data(folder, **arguments))
 
@@ -256,6 +264,16 @@ def test_ids_beyond_the_tokenizers_vocabulary_are_refused(folder: Path, tmp_path
     write_shard(copy / "x_val_000000.bin", np.array([1, 1024, 3]))
     with pytest.raises(ShardError, match=r"x_val_000000\.bin: token 1 has id 1024, but the tokenizer has only 1024"):
         _data(copy).setup("validate")
+
+
+def test_a_validation_text_without_a_byte_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "data")
+    write_shard(copy / "x_val_000000.bin", np.array([1, 1, 1, 301]))
+    _data(copy).setup("validate")
+    with pytest.raises(
+        ValueError, match=r"the 2 validation tokens .* stand for 0 bytes .* raise data\.val_tokens_limit"
+    ):
+        _data(copy, val_tokens_limit=2).setup("validate")
 
 
 def test_training_shards_are_not_needed_for_a_test(folder: Path, tmp_path: Path) -> None:

@@ -50,7 +50,10 @@ def test_what_is_not_read_is_counted_by_kind(tmp_path, tokenizer):
     for name in ("1.pdf", "2.PDF", "3.png", "LICENSE", ".hidden", "x.jsonl.bz2"):
         (tmp_path / "in" / name).write_text("x")
     os.mkfifo(tmp_path / "in" / "pipe.txt")
-    summary = run(tmp_path / "in", tmp_path / "out", tokenizer)
+    (tmp_path / "again").symlink_to("in")
+    # Each is counted once, however many inputs lead to it.
+    ways = [str(tmp_path / name) for name in ("in", "in", "again")]
+    summary = run(ways, tmp_path / "out", tokenizer)
     kinds = {kind: entry["count"] for kind, entry in summary.manifest["skipped"]["kinds"].items()}
     assert kinds == {
         ".pdf file, which is not read": 2,

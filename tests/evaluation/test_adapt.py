@@ -200,6 +200,7 @@ def test_dequantized_weights_are_what_adapts(tmp_path):
         ({"limit_seconds": 0.0}, "limit_seconds"),
         ({"rank": 0}, "rank"),
         ({"lr": -1.0}, "lr"),
+        ({"lr": 1e300}, "at most 1e6"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(config, message):

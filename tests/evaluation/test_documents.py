@@ -50,6 +50,8 @@ def test_bytes_are_of_utf_8(tmp_path):
     (tmp_path / "t.model").write_bytes(train_tokenizer(["some words of text, more words\n"] * 200, 280))
     processor = load_tokenizer(tmp_path / "t.model")
     net = lively(HymbaConfig(**(NET | {"vocab_size": 280})))
+    with pytest.raises(ValueError, match="batch_tokens is 0; it must be at least 1"):
+        list(score_texts(net, processor, [("x", "y")], batch_tokens=0))
     (scored,) = score_texts(net, processor, [("x", "Grüße 世界 🙂")])
     assert scored.score.n_bytes == len("Grüße 世界 🙂".encode())
 

@@ -316,6 +316,8 @@ def test_recomputation_changes_no_gradient():
         ({"n_heads": 3}, "n_heads"),
         ({"n_kv_heads": 3}, "n_kv_heads"),
         ({"window": 0}, "window"),
+        ({"d_model": 1 << 63}, "d_model"),
+        ({"mlp_slope": 1e300}, "mlp_slope"),
         ({"d_model": 36, "n_heads": 4}, "odd"),
         ({"global_layers": "all"}, "global_layers"),
         ({"global_layers": [9]}, "global_layers"),

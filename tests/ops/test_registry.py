@@ -63,6 +63,14 @@ def test_named_backend_is_taken_or_refused(toy):
         registry.choose(toy, "near", "cpu")
 
 
+def test_native_loops_are_missing_where_numba_is_not_to_compile(monkeypatch):
+    assert registry.native_loops(lambda: print).missing("cpu") is None
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    assert (
+        registry.native_loops(lambda: print).missing("cpu") == "NUMBA_DISABLE_JIT keeps numba from compiling: unset it"
+    )
+
+
 def test_available_are_those_that_are_not_missing(toy):
     assert registry.available_backends(toy, "cpu") == ("picky", "plain")
 

@@ -1,5 +1,8 @@
 """`hymba export`: the averaged weights of any checkpoint, by any scheme, and one line where that cannot be."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import TOKENIZER, write_data
@@ -9,6 +12,7 @@ from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.commands import run_command
 from hymba_lightning.data.tokenizer import train_tokenizer
 from hymba_lightning.errors import is_user_error
+from hymba_lightning.files import check_place, write_atomic
 from hymba_lightning.package.export import export
 from hymba_lightning.quantization import (
     ArtifactTooLargeError,
@@ -156,6 +160,17 @@ def test_options_that_cannot_be_met_are_named(last, tmp_path, options, message):
     with pytest.raises((ValueError, OSError)) as error:
         run_command("export", ["--ckpt", str(last), "--out", str(tmp_path / "a"), *options])
     assert message in str(error.value)
+
+
+def test_no_file_takes_the_place_of_a_device(last, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match=r"pipe is a device or a pipe, whose place a file would take: name a file"):
+        run_command("export", ["--ckpt", str(last), "--out", str(tmp_path / "pipe")])
+    with pytest.raises(OSError, match="is a device or a pipe"):
+        write_atomic(tmp_path / "pipe", "text")
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(OSError, match="is a device or a pipe"):
+        check_place(Path("/dev/stdout"))
 
 
 def test_data_of_another_tokenizer_is_refused(last, tmp_path):

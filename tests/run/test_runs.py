@@ -7,8 +7,10 @@ import json
 import lightning.pytorch as pl
 import pytest
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 from tiny_runs import copied, hymba
 
+from hymba_lightning.claim import FolderClaim, FolderInUseError
 from hymba_lightning.cli import run as cli_run
 from hymba_lightning.run import Run, RunRecord
 from hymba_lightning.run.folder import RunExistsError
@@ -114,9 +116,10 @@ def test_what_fails_before_its_first_step_leaves_the_old_run(work, fitted, tmp_p
     [
         ("fit", ["--model.net.vocab_size", "512"]),
         ("fit", ["--model.runtime.scan_backend", "triton"]),
+        ("fit", ["--data.data_dir", "nowhere"]),
         ("test", ["--model.net.d_model", "64"]),
     ],
-    ids=["in the setup", "before the first step", "a test of another network"],
+    ids=["in the setup", "before the first step", "before the callbacks", "a test of another network"],
 )
 def test_what_is_refused_leaves_no_folder(work, fitted, tmp_path, logger, command, options):
     if command == "test":
@@ -124,6 +127,14 @@ def test_what_is_refused_leaves_no_folder(work, fitted, tmp_path, logger, comman
     with pytest.raises(Exception):  # noqa: B017, PT011 - what each says is tested where it is raised
         hymba(work, command, tmp_path / "runs" / "a", "--trainer.logger", logger, *options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_fit_leaves_nothing_beside_the_firsts_files(work, tmp_path):
+    with FolderClaim(tmp_path / "run", "hymba fit"):
+        before = {path.name for path in (tmp_path / "run").iterdir()}
+        with pytest.raises(FolderInUseError):
+            hymba(work, "fit", tmp_path / "run", "--trainer.logger", "CSVLogger")
+        assert {path.name for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_a_folder_of_test_results_takes_a_fit(work, fitted, tmp_path):
@@ -135,8 +146,12 @@ def test_a_folder_of_test_results_takes_a_fit(work, fitted, tmp_path):
     assert RunRecord.load(folder).tested() is None, "it is of other weights"
 
 
-def test_without_checkpoints_none_is_written(work, tmp_path):
-    folder = hymba(work, "fit", tmp_path / "run", "--trainer.enable_checkpointing", "false")
+def test_without_checkpoints_none_is_written(work, tmp_path, monkeypatch):
+    # A variable that a launcher left makes Lightning take a lone process for another rank.
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    options = ["--trainer.enable_checkpointing", "false", "--trainer.logger", "TensorBoardLogger"]
+    folder = hymba(work, "fit", tmp_path / "run", *options)
+    assert list(folder.glob("events.out.tfevents.*"))
     assert (folder / "artifact.hymba").is_file()
     assert not (folder / "checkpoints").exists()
 

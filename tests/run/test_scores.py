@@ -6,10 +6,14 @@ import json
 import shutil
 
 import numpy as np
+import torch
 from tiny_runs import copied, hymba
 
 from hymba_lightning.data.shard_writing import write_shard
+from hymba_lightning.evaluation.score import Score
+from hymba_lightning.evaluation.ttt import ChunkScore
 from hymba_lightning.run import RunRecord
+from hymba_lightning.run.run import Testing
 
 
 def test_a_test_of_a_part_is_not_the_runs_score(work, fitted, tmp_path):
@@ -69,3 +73,12 @@ def test_tokens_are_those_that_were_trained_on(work, tmp_path):
     )
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["steps"], summary["tokens"]) == (3, 7 * 128)
+
+
+def test_a_chunk_without_a_byte_of_text_counts_with_the_one_beside_it():
+    testing, empty = Testing(None), torch.empty(0)
+    for nats, n_bytes in ((1.0, 0), (2.0, 4), (4.0, 0), (8.0, 3)):
+        testing.add(ChunkScore(empty, empty, Score(nats, 1, n_bytes)))
+        assert testing.total().bpb > 0, "infinity, but a number"
+    assert testing.scores == [Score(7.0, 3, 4), Score(8.0, 1, 3)]
+    assert testing.total() == Score(15.0, 4, 7)

@@ -154,6 +154,9 @@ def test_validations_at_shares_of_endless_data_are_refused(folder, tmp_path):
     options = {"val_check_interval": 0.25, "check_val_every_n_epoch": 1}
     with pytest.raises(ValueError, match=r"val_check_interval is 0\.25, a share .* give a number of batches"):
         tiny_trainer(tmp_path, **options).fit(tiny_module(), tiny_data(folder))
+    for option in ("val_check_interval", "check_val_every_n_epoch"):
+        with pytest.raises(ValueError, match=rf"trainer\.{option} is 0: leave it out"):
+            tiny_trainer(tmp_path, **{option: 0}).fit(tiny_module(), tiny_data(folder))
     trainer = tiny_trainer(tmp_path, limit_train_batches=8, max_steps=-1, max_epochs=1, **options)
     trainer.fit(tiny_module(), tiny_data(folder))
     assert [row.step for row in Run.of(trainer).history.val] == [2, 4, 6, 8]

@@ -184,6 +184,17 @@ def test_other_groups_are_refused():
         optimizer.load_state_dict(defective.state_dict())
 
 
+@pytest.mark.parametrize(("first", "then"), [("muon", "adamw"), ("adamw", "lion"), ("lion", "muon")])
+def test_another_optimizers_state_is_refused(first, then):
+    net, optimizer = make(OptimizerConfig(warmdown_iters=4, name=first))
+    gradients(net, 0)
+    optimizer.step()
+    with pytest.raises(
+        ValueError, match=r"updates matrices by \w+, this run's by \w+: resume with the model.optimizer"
+    ):
+        make(OptimizerConfig(warmdown_iters=4, name=then))[1].load_state_dict(optimizer.state_dict())
+
+
 def test_schedule_scales_every_group_and_sets_only_muons_momentum():
     _, optimizer = make()
     optimizer.set_schedule(0.25, 0.9)
@@ -253,6 +264,7 @@ def test_lightning_counts_steps_accumulates_and_clips(tmp_path, options):
     [
         ("matrix_lr", -1.0),
         ("embed_lr", float("nan")),
+        ("matrix_lr", 1e300),
         ("muon_momentum", 1.0),
         ("adam_betas", (0.9,)),
         ("adam_eps", 0.0),
