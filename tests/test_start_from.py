@@ -62,6 +62,21 @@ def test_another_tokenizers_weights_are_refused(fitted_run, tmp_path):
     assert "tokenizer" in (tmp_path / "log").read_text()
 
 
+def test_a_run_that_goes_on_did_start_there_or_is_refused(fitted_run, tmp_path):
+    begun, other = tmp_path / "begun", tmp_path / "other.hymba"
+    artifact = fitted_run / "artifact.hymba"
+    other.write_bytes(artifact.read_bytes())
+    first = fit(fitted_run, begun, "--start_from", str(artifact))
+    assert finish([start(first, tmp_path / "log")]) == [0], (tmp_path / "log").read_text()
+    on = ["--ckpt_path", "last", "--trainer.max_steps", "2"]
+    assert finish([start([*fit(fitted_run, begun, "--start_from", str(other)), *on], tmp_path / "log")]) == [2]
+    assert (
+        f"goes on with a run that did not start from {other}: leave out --start_from" in (tmp_path / "log").read_text()
+    )
+    assert finish([start([*first, *on], tmp_path / "log")]) == [0], (tmp_path / "log").read_text()
+    assert RunRecord.load(begun).trained.steps == 2
+
+
 def test_a_missing_start_is_one_sentence(fitted_run, tmp_path):
     assert finish([start(fit(fitted_run, tmp_path / "run", "--start_from", "nowhere"), tmp_path / "log")]) == [2]
     assert (tmp_path / "log").read_text().strip().endswith("a checkpoint or a folder of save_pretrained")

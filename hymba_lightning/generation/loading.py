@@ -125,6 +125,16 @@ def _tokenizer_beside(weights: str | Path) -> Path | None:
         raise ValueError(f"{config}, which would name the tokenizer, is damaged ({why}): give --tokenizer") from error
 
 
+def started_from(weights: str | Path) -> str | None:
+    """The --start_from of the run whose checkpoint this is, by the config.yaml beside; None without one."""
+    config = _config_beside(Path(weights).expanduser())
+    try:
+        found = config and load_yaml(config.read_text(encoding="utf-8")).get("start_from")
+    except DAMAGED:
+        return None
+    return found if isinstance(found, str) else None
+
+
 def trained_seq_len(weights: str | Path) -> int | None:
     """Tokens of the sequences that a run trained on, by the config.yaml beside its weights; None without one."""
     config = _config_beside(Path(weights).expanduser())

@@ -5,6 +5,7 @@ B batch, T sequence, D d_model, V vocab_size.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,6 +25,7 @@ from hymba_lightning.model.mixer import LayerState, own
 from hymba_lightning.model.mixers import network_class
 from hymba_lightning.model.roles import Module, Role, parameter
 from hymba_lightning.ops.documents import document_positions
+from hymba_lightning.ops.registry import check_name
 from hymba_lightning.ops.scaled_sum import scaled_sum
 from hymba_lightning.ops.softcapped_cross_entropy import softcapped_cross_entropy
 
@@ -69,6 +71,9 @@ class Hymba(Module):
         super().__init__()
         self.config = config
         self.runtime = runtime or RuntimeConfig()
+        for field in dataclasses.fields(self.runtime):
+            if "op" in field.metadata:
+                check_name(field.metadata["op"], getattr(self.runtime, field.name))
         d, n_layers = config.d_model, config.n_layers
         std = config.tied_embed_std if config.tie_embeddings else 1.0
         self.tok_emb = Embedding(config.vocab_size, d, std, Role.EMBEDDING)

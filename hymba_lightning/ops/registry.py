@@ -184,6 +184,12 @@ def available_backends(op: str, device: torch.device | str) -> tuple[str, ...]:
     return tuple(name for name, backend in OPERATIONS[op].items() if backend.missing(device_type) is None)
 
 
+def check_name(op: str, backend: str) -> None:
+    """Raises ValueError where `op` has no such backend, nor is it 'auto'."""
+    if backend != "auto" and backend not in OPERATIONS[op]:
+        raise ValueError(f"{op} has no backend {backend!r}; choose auto or one of {', '.join(OPERATIONS[op])}")
+
+
 # Under torch.compile this runs once, while tracing: the graph holds only the backend that was chosen.
 @torch.compiler.assume_constant_result
 def choose(op: str, backend: str, device_type: str, **call: Any) -> str:
@@ -195,8 +201,7 @@ def choose(op: str, backend: str, device_type: str, **call: Any) -> str:
     backends = OPERATIONS[op]
     if backend == "auto":
         return _choose_automatically(op, backends, device_type, call)
-    if backend not in backends:
-        raise ValueError(f"{op} has no backend {backend!r}; choose auto or one of {', '.join(backends)}")
+    check_name(op, backend)
     reason = backends[backend].missing(device_type) or backends[backend].refusal(call)
     if reason is not None:
         raise BackendUnavailableError(f"{op}: backend {backend!r} cannot serve this call: {reason}")

@@ -16,6 +16,7 @@ import torch
 
 from hymba_lightning.checkpoints import weights_sha256
 from hymba_lightning.data.datamodule import HymbaDataModule
+from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.device import device_of
 from hymba_lightning.files import write_atomic
 from hymba_lightning.generation.loading import find_tokenizer, load_network, trained_seq_len
@@ -37,6 +38,7 @@ class Probe:
     """What was measured, and on what."""
 
     file: str
+    file_sha256: str
     weights_sha256: str
     data: str
     """Digest of the validation text and its tokenizer."""
@@ -178,6 +180,7 @@ def probe(
     folder = Path(out).expanduser() if out else path.parent.parent if path.parent.name == "checkpoints" else path.parent
     found = Probe(
         file=path.name,
+        file_sha256=file_sha256(path),
         weights_sha256=weights_sha256(net.state_dict()),
         data=data.data_digest("val"),
         seq_len=seq_len,

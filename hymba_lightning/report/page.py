@@ -13,6 +13,7 @@ from hymba_lightning.files import write_atomic
 from hymba_lightning.quantization import ArtifactReport
 from hymba_lightning.report import charts, treemap
 from hymba_lightning.report.charts import Chart, Series
+from hymba_lightning.report.memory import memory_charts, memory_rows
 from hymba_lightning.report.runs import STAGES, Run, differences, load_runs
 from hymba_lightning.report.style import CSS
 from hymba_lightning.text import as_html, printable
@@ -152,6 +153,7 @@ def build_charts(runs: Sequence[Run]) -> list[Chart]:
                 for color, run in numbered
             ],
         ),
+        *memory_charts(numbered),
     ]
 
 
@@ -172,7 +174,12 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
         f'<span class="chip">{_key(color, len(runs))}{as_html(run.name)}</span>' for color, run in enumerate(runs)
     )
     keys = "".join(f'<span class="key">{_key(color, len(runs))}</span>' for color in range(len(runs)))
-    figures = "".join(_figure(chart, keys if len(runs) > 1 else "") for chart in drawn)
+    shown = [(chart.name.startswith("memory_"), _figure(chart, keys if len(runs) > 1 else "")) for chart in drawn]
+    figures, memory = ("".join(figure for one, figure in shown if one == kind) for kind in (False, True))
+    parts = memory_rows(runs)
+    if parts:
+        unit = "<p class=muted>Thousandths of a bit a byte worse, ± one standard error over the sequences.</p>"
+        memory = unit + _run_table("without", runs, parts, numbers=True) + f'<div class="grid2">{memory}</div>'
     maps = "".join(_map(run.name, run.artifact, run.artifact_config) for run in runs if run.artifact)
     notes = "".join(f"<li><b>{as_html(run.name)}</b>: {as_html(note)}</li>" for run in runs for note in run.notes)
     environment = _environment(runs)
@@ -181,6 +188,7 @@ def build_page(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
         f"<p class=muted>hymba_lightning, written {written}</p></header>",
         f"<section><h2>Results</h2>{_results(runs)}</section>",
         f'<section><h2>Curves</h2><div class="grid2">{figures}</div></section>' if figures else "",
+        f"<section><h2>What the memory is worth</h2>{memory}</section>" if memory else "",
         f'<section><h2>Where the artifact\'s bytes are</h2>{_legend()}<div class="grid2">{maps}</div></section>'
         if maps
         else "",

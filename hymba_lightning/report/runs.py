@@ -10,6 +10,7 @@ from typing import Any
 from hymba_lightning.checkpoints import CheckpointError, read_checkpoint
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.quantization import ArtifactError, ArtifactReport, inspect_artifact
+from hymba_lightning.report.memory import read_probe
 from hymba_lightning.report.reading import is_number, read_json, read_yaml, take_numbers, take_rows
 from hymba_lightning.report.scores import fitted_data, is_of, tested_score
 from hymba_lightning.run.record import FILE as RECORD
@@ -63,6 +64,8 @@ class Run:
     """Wall-clock seconds of the fit by phase."""
     train: list[dict[str, float]] = field(default_factory=list)
     val: list[dict[str, float]] = field(default_factory=list)
+    probe: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """What `hymba probe` measured of its weights."""
     artifact: ArtifactReport | None = None
     artifact_config: dict[str, Any] = field(default_factory=dict)
     """Of the network in the artifact."""
@@ -171,6 +174,9 @@ def _load(folder: Path, name: str) -> Run:
     run.train = take_rows(history.get("train"), TRAIN_FIELDS, "the training history", run.notes)
     run.val = take_rows(history.get("val"), VAL_FIELDS, "the history of validations", run.notes)
     _take_artifact(run)
+    weights = {score.weights for score in run.record.scores}
+    weights |= {sha for sha in (run.record.artifact and run.record.artifact.sha256, run.artifact_sha256) if sha}
+    run.probe = read_probe(read_json(folder / "probe.json", run.notes), weights, run.notes)
     run.notes = [printable(without_folders(note, folder), 600) for note in run.notes]
     return run
 

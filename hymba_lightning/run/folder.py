@@ -17,7 +17,8 @@ from hymba_lightning.run.record import RecordError, RunRecord
 ARTIFACT = "artifact.hymba"
 # Names the folders below the run's in which loggers wrote for it.
 LOGGED = ".loggers.json"
-# Everything that a fit, validate or test writes. Logger files are those of loggers that write to the folder itself.
+# Everything that a fit, validate, test or probe writes. Logger files are those of loggers that write to the folder
+# itself.
 OURS = (
     "record.json",
     "summary.json",
@@ -30,6 +31,8 @@ OURS = (
     "ttt.png",
     "context.png",
     "nats.npy",
+    "probe.json",
+    "probe.png",
     LOGGED,
     ARTIFACT,
     "checkpoints",

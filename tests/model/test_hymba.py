@@ -1,5 +1,6 @@
 """The network: cut-anywhere state, options, starts, bfloat16. Parity with the reference is in tests/interop."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -395,3 +396,9 @@ def test_flops_follow_the_parameters():
     )
     shared = outline(HymbaConfig(kv_share_every=7, tie_embeddings=False))
     assert matmul_params(shared) == matmul_params(net), "what several layers share is multiplied in each"
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(RuntimeConfig) if "op" in field.metadata])
+def test_a_backend_that_is_none_is_refused_before_it_is_asked_for(field):
+    with pytest.raises(ValueError, match="has no backend 'fast'; choose auto or one of "):
+        Hymba(HymbaConfig(**SMALL), RuntimeConfig(**{field: "fast"}))

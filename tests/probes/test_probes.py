@@ -207,6 +207,7 @@ def test_the_command_writes_what_it_prints(fitted_run, tmp_path, capsys):
     assert f"{found['curves'][0]['bpb']:.4f}" in printed
     record = json.loads((fitted_run / "record.json").read_text())
     assert found["data"] == record["scores"][0]["data"]["digest"]
+    assert found["file_sha256"] == record["artifact"]["sha256"]
     assert trained_seq_len(fitted_run / "artifact.hymba") == 64
     assert trained_seq_len(tmp_path / "artifact.hymba") is None
     with pytest.raises(ValueError, match="validation tokens are less than two sequences of 4,096"):

@@ -19,6 +19,8 @@ def fill(folder):
         "summary.json",
         "test_summary.json",
         "ttt.png",
+        "probe.json",
+        "probe.png",
         "small.bin",
         "events.out.tfevents.1",
         "notes.txt",
