@@ -14,7 +14,8 @@ def check(only: str | None = None, quick: bool = False, *, timings: bool = True,
     """Checks, then times, and prints both. Returns whether every kernel is right.
 
     Args:
-        only: "streams" (scan, convolution, loss) or "products" (attention, MLP, Newton-Schulz); None for both.
+        only: "streams" (scan, convolution, loss, heads' norm and turn) or "products" (attention, MLP, Newton-Schulz,
+            Muon's passes); None for both.
         quick: fewer shapes, bfloat16 only: each compiles its kernels.
         timings: leave them out under compute-sanitizer.
         sweep: also time other launch constants.

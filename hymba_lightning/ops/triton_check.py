@@ -1,6 +1,7 @@
-"""Checks scan, convolution and loss on a GPU against their definitions, then compares their times with the bytes moved.
+"""Checks scan, convolution, loss and the heads' norm and turn on a GPU against their definitions, then compares times
+of the first three with the bytes moved.
 
-B batch, T sequence, E channels, N states, W taps; of the loss N tokens, V vocabulary.
+B batch, T sequence, E channels, N states, W taps; of the loss N tokens, V vocabulary; H heads, K head_dim.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from hymba_lightning.ops.causal_conv1d import causal_conv1d
 from hymba_lightning.ops.causal_conv1d.naive import causal_conv1d_naive
 from hymba_lightning.ops.registry import is_installed
+from hymba_lightning.ops.rotary_norm import rotary_norm
 from hymba_lightning.ops.selective_scan import selective_scan
 from hymba_lightning.ops.selective_scan import triton_launches as scan_triton
 from hymba_lightning.ops.selective_scan.backend_chunked import selective_scan_chunked
@@ -31,7 +33,9 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3}
 ODD_SCANS = ((2, 63, 60, 5), (1, 1, 4, 1), (3, 257, 96, 16), (1, 130, 512, 33), (2, 1000, 130, 64))
 ODD_CONVS = ((2, 63, 60, 4), (1, 1, 4, 8), (3, 257, 130, 3), (1, 40, 6, 1))
 ODD_LOSSES = ((63, 60), (1, 1), (700, 1023), (40, 50257))
+ODD_HEADS = ((2, 63, 3, 32), (1, 1, 2, 64), (3, 257, 5, 128), (1, 2000, 8, 64))
 TRAINING = (2, 32768, 512, 8)
+TRAINING_HEADS = (2, 32768, 8, 64)
 VOCAB = 1024
 # What a sweep tries: programs for each multiprocessor, channels of a forward program, registers of a backward thread.
 SWEEP = {
@@ -131,6 +135,23 @@ def run_loss(i: Any, backend: str = "triton") -> tuple[Tensor]:
     return (softcapped_cross_entropy(i["logits"], targets, cap=30.0, backend=backend),)
 
 
+def head_inputs(batch: int, length: int, heads: int, width: int, dtype: torch.dtype) -> Inputs:
+    """Random heads, the second half of a wider tensor's columns, and a gain for each."""
+    wide = torch.randn(batch, length, 2 * heads * width, device="cuda")
+    return {"wide": wide.to(dtype), "gain": 1 + torch.randn(heads, device="cuda")}
+
+
+def run_heads(i: Any, backend: str = "triton") -> tuple[Tensor]:
+    """Heads normalised and turned, by the tables of `model.attention.rope_table`."""
+    heads = i["gain"].numel()
+    x_BTHK = i["wide"].chunk(2, dim=-1)[1].unflatten(-1, (heads, -1))
+    half = x_BTHK.size(-1) // 2
+    position_T = torch.arange(x_BTHK.size(1), device=x_BTHK.device, dtype=torch.float32)
+    angle = torch.outer(position_T, 10000.0 ** (-torch.arange(half, device=x_BTHK.device) / half))[:, None, None]
+    table = angle.cos(), torch.cat((angle.sin(), -angle.sin()), dim=-2)
+    return (rotary_norm(x_BTHK, i["gain"], *table, 1e-6, backend=backend),)
+
+
 def results(run: Run, inputs: Inputs, gradients: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """Output, state where there is one, and the gradient of every input, by name."""
     leaves = {name: x.detach().clone().requires_grad_() if x is not None else None for name, x in inputs.items()}
@@ -189,6 +210,14 @@ def check(quick: bool = False) -> bool:
                 run_loss,
                 functools.partial(run_loss, backend="naive"),
                 loss_inputs(tokens, vocab, dtype),
+                dtype,
+            )
+        for shape in (*ODD_HEADS[:first], TRAINING_HEADS):
+            passed &= compare(
+                f"heads {shape} {label}",
+                run_heads,
+                functools.partial(run_heads, backend="torch"),
+                head_inputs(*shape, dtype),
                 dtype,
             )
         passed &= compare(

@@ -24,7 +24,7 @@ def main(args: list[str]) -> None:
     parser.add_argument(
         "--only",
         choices=["streams", "products"],
-        help="streams: scan, convolution, loss; products: attention, MLP, Newton-Schulz",
+        help="streams: scan, convolution, loss, heads' norm and turn; products: attention, MLP, Muon",
     )
     options = parser.read(args)
     if options.resources:
