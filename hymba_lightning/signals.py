@@ -67,9 +67,14 @@ def number(name: str, default: int = 0) -> int:
         return default
 
 
+# Lightning takes the variable out of the environment when a Trainer ends.
+_WORLD_AT_START = number("WORLD_SIZE", 1)
+
+
 def ranks() -> tuple[int, int]:
     """This process among those of its run, and among those of its node; a variable left over makes no other."""
-    return (number("RANK"), number("LOCAL_RANK")) if number("WORLD_SIZE", 1) > 1 else (0, 0)
+    world = max(_WORLD_AT_START, number("WORLD_SIZE", 1))
+    return (number("RANK"), number("LOCAL_RANK")) if world > 1 else (0, 0)
 
 
 def listen(command: str) -> None:

@@ -19,7 +19,6 @@ from hymba_lightning.model.hymba import Hymba
 from hymba_lightning.model.layers import Linear
 from hymba_lightning.model.mixer import HybridMixer
 from hymba_lightning.model.roles import Role
-from hymba_lightning.ops.native import native_loop
 from hymba_lightning.ops.threads import spread_torch
 from hymba_lightning.quantization.config import QuantizationConfig
 from hymba_lightning.quantization.rows import (
@@ -117,6 +116,9 @@ def round_columns(rows_RC: Tensor, upper_CC: Tensor, scale_R: Tensor, q_max: int
 
     Inside a block each column corrects the block's rest at once; the columns beyond it get one matrix product.
     """
+    # numba is imported when it is needed, which in a fit is at the end.
+    from hymba_lightning.quantization.gptq_loops import round_block
+
     # A column is a row of memory here. Once it is rounded, its error stands in its place.
     work_CR = rows_RC.T.clone(memory_format=torch.contiguous_format).cpu()
     upper_CC, scale_R = upper_CC.contiguous().cpu(), scale_R.contiguous().cpu()
@@ -128,21 +130,6 @@ def round_columns(rows_RC: Tensor, upper_CC: Tensor, scale_R: Tensor, q_max: int
         round_block(start, end, np.float32(q_max), *arrays)
         work_CR[end:].addmm_(upper_CC[start:end, end:].T, work_CR[start:end], alpha=-1)
     return q_CR.T.to(rows_RC.device)
-
-
-@native_loop
-def round_block(start, end, q_max, work, upper, scale, q):
-    """Columns `start` … `end` of work (C, R), which become their errors; q (C, R). Without the GIL: torch's operators,
-    six small ones a column, would have the threads of all tensors wait for it."""
-    for column in range(start, end):
-        for row in range(scale.size):
-            code = min(max(np.rint(work[column, row] / scale[row]), -q_max), q_max)
-            q[column, row] = code
-            work[column, row] = (work[column, row] - code * scale[row]) / upper[column, column]
-        for later in range(column + 1, end):
-            factor = upper[column, later]
-            for row in range(scale.size):
-                work[later, row] -= factor * work[column, row]
 
 
 def collect_hessians(net: Hymba, batches: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -361,7 +361,7 @@ def test_values_as_users_write_them_are_plain_in_what_is_saved(given, plain):
         (TTTConfig, {"lr": math.nan}, "^ttt.lr must be finite and not negative, got nan$"),
         (TTTConfig, {"limit_seconds": math.nan}, "^ttt.limit_seconds must be positive"),
         (OptimizerConfig, {"matrix_lr": "0.02"}, r"^optimizer.matrix_lr must be a number or None, got '0.02' \(str\)$"),
-        (OptimizerConfig, {"weight_decay": math.inf}, "^optimizer.weight_decay is inf; it must be 0 or positive, and"),
+        (OptimizerConfig, {"weight_decay": math.inf}, "^optimizer.weight_decay is inf; it must lie in 0 … 1,000,000"),
         (QuantizationConfig, {"name_bits": {"tok_emb": 4.5}}, "^name_bits must be a dictionary of names, with a whole"),
         (SamplingConfig, {"stop_ids": 5}, r"^stop_ids must be a list, of a whole number each, got '5' \(int\)$"),
         (SamplingConfig, {"temperature": math.nan}, "^temperature=nan"),
