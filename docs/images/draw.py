@@ -1,4 +1,4 @@
-"""Draws block.svg, run.svg, way.svg, memory_27m.png, probe_27m.png and context_27m.png beside this file: `python docs/images/draw.py`.
+"""Draws block.svg, run.svg, way.svg, memory_27m.png, probe_27m.png and context_27m.png: `python docs/images/draw.py`.
 
 All have a light ground of their own, so that they read on light and dark pages.
 """
