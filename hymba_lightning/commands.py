@@ -121,7 +121,7 @@ def run_sample(args: list[str]) -> None:
         nargs="?",
         help="Artifact, checkpoint of `hymba fit`, folder of `hymba publish`, hf:OWNER/NAME",
     )
-    parser.add_argument("texts", type=str, nargs="*", help="Texts to continue, as --prompt")
+    parser.add_argument("texts", type=str, nargs="*", default=[], help="Texts to continue, as --prompt")
     parser.add_argument("--ckpt_path", type=str | None, default=None, help="The weights, as `hymba test` calls them")
     parser.add_argument(
         "--prompt",

@@ -46,6 +46,12 @@ def test_an_option_before_the_command_is_named():
     assert "--config comes before a command" in done.stderr
 
 
+def test_what_may_be_left_out_of_a_sample_is_not_called_required(capsys):
+    with pytest.raises(SystemExit):
+        run_command("sample", ["--help"])
+    assert "required" not in capsys.readouterr().out
+
+
 def test_versions_are_told_without_importing_what_they_are_of():
     done = subprocess.run([*HYMBA, "--version"], capture_output=True, text=True, check=True, timeout=60)
     first, second = done.stdout.splitlines()

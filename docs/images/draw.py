@@ -1,4 +1,4 @@
-"""Draws block.svg, run.svg, way.svg, memory_27m.png and context_27m.png beside this file: `python docs/images/draw.py`.
+"""Draws block.svg, run.svg, way.svg, memory_27m.png, probe_27m.png and context_27m.png: `python docs/images/draw.py`.
 
 All have a light ground of their own, so that they read on light and dark pages.
 """
@@ -12,7 +12,9 @@ from statistics import mean, stdev
 from matplotlib.figure import Figure
 
 from hymba_lightning.probes.copying import Copy
+from hymba_lightning.probes.decay import Memory
 from hymba_lightning.probes.picture import draw
+from hymba_lightning.probes.positions import Bin, Curve
 from hymba_lightning.probes.recall import Recall
 
 GROUND, LINE, INK, FAINT = "#fbfaf7", "#56606b", "#1d2329", "#5b6570"
@@ -194,11 +196,13 @@ def draw_way(
 
 
 def draw_memory() -> None:
-    """Copying and recall by the 27M network, by distance: what its 32,768 tokens are worth."""
+    """What the 27M network's 32,768 tokens are worth: copying and recall by distance, and the whole probe."""
     here = Path(__file__).parent
     probe = json.loads((here.parents[1] / "results/probe_h200.json").read_text())
     copies, recalls = [Copy(**row) for row in probe["copies"]], [Recall(**row) for row in probe["recalls"]]
     draw([], copies, recalls, [], 15, here / "memory_27m.png")
+    curves = [Curve(**row | {"bins": [Bin(**point) for point in row["bins"]]}) for row in probe["curves"]]
+    draw(curves, copies, recalls, [Memory(**row) for row in probe["memory"]], 15, here / "probe_27m.png")
 
 
 # Of #914, on 8 H100 and the challenge's text: bits per byte, ms a step.

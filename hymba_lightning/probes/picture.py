@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = (BLUE, ORANGE, "#3b8c5a", "#8a4fa3", "#b3372f", "#5c7080", "#b8962e", "#2f9aa8", "#d0729b")
+# Of a bin that doubles, from its start, on a logarithmic axis.
+MIDDLE = 2**0.5
 
 
 def draw(
@@ -27,6 +29,11 @@ def draw(
     path: Path,
 ) -> Path:
     """Writes a PNG of the panels that there is something for; distances go up to 2^log_length tokens."""
+    # A last bin that ends behind its middle holds a target or two a sequence: noise, and it would leave the panel.
+    curves = [
+        curve._replace(bins=[point for point in curve.bins if MIDDLE * point.at_least <= 2.0**log_length])
+        for curve in curves
+    ]
     drawers: list[tuple[Callable[[Axes, Any], None], Sequence[Any]]] = [
         (_draw_worse, curves),
         (_draw_copies, copies),
@@ -47,7 +54,7 @@ def draw(
 def _draw_worse(axis: Axes, curves: Sequence[Curve]) -> None:
     """What each part is worth: bits per byte lost without it, by position."""
     for curve, color in zip(curves[1:], COLORS * 2, strict=False):
-        middle = [1.41 * point.at_least for point in curve.bins]
+        middle = [MIDDLE * point.at_least for point in curve.bins]
         worse = [1000 * point.worse for point in curve.bins]
         errors = [2000 * point.worse_error for point in curve.bins]
         axis.errorbar(

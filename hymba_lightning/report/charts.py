@@ -53,6 +53,8 @@ class Chart:
     """Names of the places 0, 1, … on the x axis."""
     bars: bool = False
     """Draw amounts as bars from zero at those places, a group of all series at each."""
+    share: bool = False
+    """The y axis goes from 0 to 1, so that chance looks like chance."""
 
     @property
     def empty(self) -> bool:
@@ -108,6 +110,8 @@ def _limits(chart: Chart) -> tuple[float, float, float, float]:
         y_high = min(y_high, sorted(ys)[int(0.985 * (len(ys) - 1))])
     if chart.bars:
         return -0.5, len(chart.categories) - 0.5, 0.0, 1.06 * max(y_high, 1e-9)
+    if chart.share:
+        y_low, y_high = min(0.0, y_low), max(1.0, y_high)
     margin = 0.06 * (y_high - y_low) or 0.05 * abs(y_high) or 1.0
     if chart.categories:
         return -0.3, len(chart.categories) - 0.7, y_low - margin, y_high + margin
@@ -195,7 +199,15 @@ def _x_ticks(chart: Chart, low: float, high: float) -> list[tuple[float, str]]:
     if powers:
         return [(2.0**power, _power_label(2.0**power)) for power in powers[:: max(len(powers) // 6, 1)]]
     places = ticks(low, high)
+    if _counts(chart):
+        places = [place for place in places if float(place).is_integer()] or [low]
     return list(zip(places, tick_labels(places), strict=True))
+
+
+def _counts(chart: Chart) -> bool:
+    """Whether there is nothing between two whole numbers of the x axis, as between two layers."""
+    places = {float(x) for series in chart.series for x, _ in series.finite()}
+    return len(places) > 1 and all(place.is_integer() for place in places)
 
 
 def to_png(chart: Chart, path: Path) -> Path:
@@ -223,6 +235,7 @@ def to_png(chart: Chart, path: Path) -> Path:
         )
     if chart.log_x:
         axis.set_xscale("log", base=2)
+    if chart.log_x or (_counts(chart) and not chart.categories):
         places, labels = zip(*_x_ticks(chart, *_limits(chart)[:2]), strict=True)
         axis.set_xticks(places, labels)
     if chart.categories:

@@ -121,6 +121,7 @@ def memory_charts(numbered: Sequence[tuple[int, Run]]) -> list[Chart]:
             by_distance("recalls", "right", pairs=1),
             log_x=True,
             note="After a short training on it.",
+            share=True,
         ),
         Chart(
             "memory_decay",

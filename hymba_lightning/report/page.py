@@ -94,6 +94,8 @@ def build_charts(runs: Sequence[Run]) -> list[Chart]:
             [
                 Series(run.name, [(row["tokens"], row["bpb"]) for row in run.val], color, markers=True)
                 for color, run in numbered
+                # The validation at the end alone is no curve; it stands among the stages.
+                if any(len(one.val) > 1 for one in runs)
             ],
             note="Averaged weights on the validation stream.",
         ),

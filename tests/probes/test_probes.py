@@ -11,11 +11,11 @@ from tiny import NET
 from hymba_lightning.commands import run_command
 from hymba_lightning.generation.loading import trained_seq_len
 from hymba_lightning.model import Hymba, HymbaConfig
-from hymba_lightning.probes import positions
+from hymba_lightning.probes import picture, positions
 from hymba_lightning.probes.copying import copy_gain, distances
 from hymba_lightning.probes.cuts import narrower_window, nats_of, without_attention, without_recurrence
 from hymba_lightning.probes.decay import QUANTILES, decay_times
-from hymba_lightning.probes.positions import by_position
+from hymba_lightning.probes.positions import Bin, Curve, by_position
 from hymba_lightning.probes.recall import KEY, VALUE, _sequence, nats_of_values, recall
 
 SECRET_EVERY, WINDOW, LENGTH = 4, 2, 64
@@ -118,6 +118,18 @@ def test_bins_hold_every_target_once_and_average_to_the_whole(carrier):
     assert whole.bpb == pytest.approx(float(nats.sum()) / int(n_bytes.sum()) / math.log(2))
     third = slice(3, 7)  # predicted from 4 to 7 tokens
     assert whole.bins[2].bpb == pytest.approx(float(nats[:, third].sum()) / int(n_bytes[:, third].sum()) / math.log(2))
+
+
+@pytest.mark.parametrize("length", [64, 100])
+def test_every_point_of_the_picture_lies_within_its_panel(monkeypatch, tmp_path, length):
+    drawn = []
+    monkeypatch.setattr(picture, "save_figure", lambda figure, path: drawn.extend(figure.axes))
+    curve = Curve("attention off", 1.0, 0.1, 0.0, [Bin(2**power, 8, 1.0, 0.1, 0.1, 0.1) for power in range(7)])
+    picture.draw([curve, curve], [], [], [], math.log2(length), tmp_path / "probe.png")
+    (panel,) = drawn
+    left, right = panel.get_xlim()
+    for curve in panel.containers:
+        assert all(left < x < right for x in curve.lines[0].get_xdata())
 
 
 def test_one_sequence_has_no_spread(carrier):

@@ -17,7 +17,7 @@ from hymba_lightning.claim import FolderClaim, FolderInUseError
 from hymba_lightning.commands import run_command
 from hymba_lightning.report import charts, treemap
 from hymba_lightning.report.charts import Chart, Series, ticks
-from hymba_lightning.report.page import write_report
+from hymba_lightning.report.page import build_charts, write_report
 from hymba_lightning.report.runs import differences, load_runs
 from hymba_lightning.text import printable
 
@@ -93,6 +93,18 @@ def test_every_figure_is_there_twice_as_svg_and_png(runs, report):
     ttt = text.partition("<b>Test-time training</b>")[2].partition("</svg>")[0]
     assert ttt.count("<polyline") == 4
     assert ttt.count("stroke-dasharray") == 2
+
+
+def test_one_validation_alone_is_no_curve(runs):
+    run = load_runs([runs[0]])[0]
+    run.val[:] = run.val[-1:]
+    other = load_runs([runs[1]])[0]
+    assert len(other.val) > 1
+    drawn = {chart.name: chart.empty for chart in build_charts([run])}
+    assert drawn["validation"]
+    assert not drawn["stages"]
+    (both,) = (chart for chart in build_charts([run, other]) if chart.name == "validation")
+    assert [len(series.points) for series in both.series] == [1, len(other.val)]
 
 
 def test_the_running_score_ends_at_the_tests(runs):

@@ -1,6 +1,7 @@
 """The report's section on memory: what `hymba probe` wrote about this run's weights, and of no other."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -58,6 +59,16 @@ def test_what_was_probed_of_each_run_stands_beside_the_others(runs, tmp_path):
     state = found.partition("<b>The recurrent state, emptied</b>")[2].partition("</svg>")[0]
     assert state.count("<polyline") == 2
     assert found.partition("<b>A repeated passage</b>")[2].partition("</svg>")[0].count("<polyline") == 1
+
+
+def test_layers_are_whole_numbers_and_a_share_is_seen_as_one(runs, tmp_path):
+    run = probed(runs[0], tmp_path / "run", memory=[{"layer": n, "tokens": [1, n], "longest": 9} for n in range(4)])
+    found = section(write_report([str(run)], str(tmp_path / "report")).read_text())
+    layers = found.partition("<b>How long states last</b>")[2].partition("</svg>")[0]
+    assert re.findall(r'text-anchor="middle">([\d.]+)<', layers) == ["0", "1", "2", "3"]
+    passkey = found.partition("<b>A passkey looked up</b>")[2].partition("</svg>")[0]
+    shares = re.findall(r'text-anchor="end">([\d.]+)<', passkey)
+    assert (float(shares[0]), float(shares[-1])) == (0, 1)
 
 
 @pytest.mark.parametrize(
