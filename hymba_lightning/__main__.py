@@ -4,10 +4,6 @@ import os
 import signal
 from types import FrameType
 
-# So often a thread of libgomp, on which torch's CPU operators run, looks for work before it sleeps: some 0.1 ms. The
-# 300,000 times of its own keep a core from the threads of native loops, and from other programs, for about 15 ms.
-SPINS = "2000"
-
 
 def main() -> None:
     """Runs the command line in sys.argv, as `command_line.main` does."""
@@ -15,9 +11,6 @@ def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(signum, _not_begun)
-    # libgomp reads it once, when torch is imported.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     from hymba_lightning import command_line
 
     command_line.main()

@@ -1,4 +1,4 @@
-"""On a CPU, torch's OpenMP threads give their cores up soon after an operator, as the command sets it."""
+"""On a CPU, torch's OpenMP threads give their cores up soon after an operator, as the package sets it."""
 
 import os
 import subprocess
@@ -15,6 +15,14 @@ class Stand:
 sys.modules["hymba_lightning.command_line"] = Stand
 __main__.main()
 """
+
+
+@pytest.mark.parametrize(("first", "seen"), [("hymba_lightning", "2000"), ("torch", "None")])
+def test_the_package_sets_it_only_where_torch_has_not_read_it_yet(first, seen):
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = f"import {first}, hymba_lightning, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == seen
 
 
 @pytest.mark.parametrize(
