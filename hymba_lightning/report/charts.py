@@ -57,7 +57,11 @@ class Chart:
     @property
     def empty(self) -> bool:
         """Nothing to draw."""
-        return not any(series.finite() for series in self.series)
+        return not any(self.points(series) for series in self.series)
+
+    def points(self, series: Series) -> list[tuple[float, float]]:
+        """Those of a series that have a place on the axes."""
+        return [(x, y) for x, y in series.finite() if x > 0 or not self.log_x]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
