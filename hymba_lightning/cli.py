@@ -28,7 +28,7 @@ from hymba_lightning.checkpoints import check_tokenizer
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.errors import UsageError
 from hymba_lightning.files import not_a_file, write_atomic
-from hymba_lightning.generation.loading import load_network, started_from
+from hymba_lightning.generation.loading import began_elsewhere, load_network
 from hymba_lightning.model import Hymba
 from hymba_lightning.options import read_help, with_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
@@ -268,7 +268,7 @@ class HymbaCLI(LightningCLI):
             )
         self.folder.check(ckpt_path)
         given = self._get(self.config_init, "start_from")
-        if given is not None and ckpt_path is not None and started_from(ckpt_path) != given:
+        if given is not None and ckpt_path is not None and began_elsewhere(ckpt_path, given):
             raise ValueError(
                 f"--ckpt_path {ckpt_path} goes on with a run that did not start from {given}: leave out --start_from, "
                 "or --ckpt_path for a run of its own"

@@ -85,7 +85,7 @@ def _run(args: list[str], command: str, started: float) -> None:
         print(usage.versions())
         return
     usage.check_command(command, args[1:])
-    usage.check_environment()
+    usage.check_environment(command)
     set_up_messages(quiet=command in FILTERS)
     text = quick_help(args)
     if text is not None:

@@ -1,10 +1,12 @@
 """A config's values are of its fields' types, whoever gives them: a checkpoint of others could be written, not read."""
 
-import numbers
-import operator
+import functools
+import inspect
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from fractions import Fraction
 from typing import Any, Literal, Union
 
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
@@ -13,10 +15,11 @@ OTHER = object()
 
 
 def settle(config: Any, prefix: str = "") -> None:
-    """Makes each field of a dataclass a plain value of its type: numpy's numbers Python's, and tuples lists where those
-    are declared, or the other way around. Raises ValueError naming the field whose value is of another, with `prefix`.
+    """Makes each field of a dataclass a plain value of its type: numbers of numpy and torch Python's, whole ones
+    integers, and collections lists or tuples, as declared. Raises ValueError naming the field whose value is of another
+    type, with `prefix`. Fields that a class outside the package adds or declares anew are its own.
     """
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in _hints(config.__class__).items():
         value = getattr(config, name)
         plain = _plain(value, hint)
         if plain is OTHER:
@@ -25,12 +28,29 @@ def settle(config: Any, prefix: str = "") -> None:
         object.__setattr__(config, name, plain)
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        own = inspect.get_annotations(base)
+        known = typing.get_type_hints(base) if base.__module__.startswith("hymba_lightning.") else {}
+        hints = {name: hint for name, hint in hints.items() if name not in own}
+        hints |= {name: known[name] for name in own if name in known}
+    return hints
+
+
 def _plain(value: Any, hint: Any) -> Any:
     kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if hasattr(value, "tolist"):  # numpy's and torch's
+        value = value.tolist()
+    if type(value) is kind and not inner:
+        return value
     if kind in (Union, types.UnionType):
+        if type(value) in inner:
+            return value
         return next((plain for one in inner if (plain := _plain(value, one)) is not OTHER), OTHER)
     if kind in (list, tuple):
-        if not isinstance(value, list | tuple):
+        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
             return OTHER
         parts = [_plain(part, inner[0]) for part in value]
         return OTHER if OTHER in parts else kind(parts)
@@ -39,17 +59,18 @@ def _plain(value: Any, hint: Any) -> Any:
             return OTHER
         pairs = {_plain(key, inner[0]): _plain(part, inner[1]) for key, part in value.items()}
         return OTHER if OTHER in pairs or OTHER in pairs.values() else pairs
-    if type(value) is kind or (kind is Literal and isinstance(value, str)):
-        return value
-    if isinstance(value, bool):
+    if isinstance(value, str):
+        # Not str(value), which of an enumeration's member is another text.
+        return str.__str__(value) if kind in (str, Literal) else OTHER
+    if kind is bool:
+        return bool(value) if type(value) is int and value in (0, 1) else OTHER
+    if isinstance(value, bool) or not isinstance(value, int | float | Fraction):
         return OTHER
-    if kind is int and hasattr(value, "__index__") and isinstance(value, numbers.Integral):
-        return operator.index(value)
-    if kind is float and isinstance(value, numbers.Real):
-        return value if type(value) is int else float(value)
-    if kind is bool and type(value).__name__ in ("bool", "bool_"):  # numpy's
-        return bool(value)
-    return str(value) if kind is str and isinstance(value, str) else OTHER
+    if isinstance(value, int):
+        return int(value) if kind in (int, float) else OTHER
+    if kind is float:
+        return float(value)
+    return int(value) if kind is int and math.isfinite(value) and value == int(value) else OTHER
 
 
 def _words(hint: Any) -> str:

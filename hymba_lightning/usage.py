@@ -151,14 +151,16 @@ def as_meant(args: Sequence[str]) -> list[str]:
     return args
 
 
-def check_environment() -> None:
+def check_environment(command: str) -> None:
     """
     Raises:
         UsageError: what a launcher sets is no number.
     """
     for name in LAUNCHERS:
         value = os.environ.get(name, "")
-        if value and not value.isdecimal():
+        # -1 says to some programs that there are no ranks: what has none takes it.
+        digits = value if command in ("fit", "validate", "test") else value.removeprefix("-")
+        if value and not digits.isdecimal():
             raise UsageError(
                 f"{name} is {value!r} in the environment, and has to be a whole number: set it, or unset it"
             )

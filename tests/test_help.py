@@ -194,7 +194,11 @@ def test_what_a_launcher_left_in_the_environment_silences_and_stops_nothing(monk
     assert capsys.readouterr().err == "", "rank 0 says it"
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(UsageError, match="RANK is 'first' in the environment, and has to be a whole number"):
-        usage.check_environment()
+        usage.check_environment("prepare")
+    monkeypatch.setenv("RANK", "-1")
+    usage.check_environment("inspect")
+    with pytest.raises(UsageError, match="RANK is '-1'"):
+        usage.check_environment("fit")
 
 
 def test_what_a_library_warns_of_ends_no_command(capsys):

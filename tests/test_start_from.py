@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import official_statement as statement
 import pytest
@@ -12,6 +13,7 @@ from tiny import TOKENIZER
 
 from hymba_lightning.data.tokenizer import train_tokenizer
 from hymba_lightning.generation import load_network
+from hymba_lightning.generation.loading import began_elsewhere
 from hymba_lightning.interop import official
 from hymba_lightning.run.record import RunRecord
 from hymba_lightning.training.optim_config import OptimizerConfig
@@ -75,6 +77,26 @@ def test_a_run_that_goes_on_did_start_there_or_is_refused(fitted_run, tmp_path):
     )
     assert finish([start([*first, *on], tmp_path / "log")]) == [0], (tmp_path / "log").read_text()
     assert RunRecord.load(begun).trained.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "given", "other"),
+    [
+        ("a.hymba", "./a.hymba", False),
+        ("a.hymba", "{here}/a.hymba", False),
+        ("there/a.hymba", "a.hymba", False),
+        (None, "a.hymba", False),
+        ("b.hymba", "a.hymba", True),
+        ("null", "a.hymba", True),
+    ],
+)
+def test_a_start_is_another_only_where_the_run_says_so(tmp_path, monkeypatch, said, given, other):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.hymba", "b.hymba"):
+        Path(name).touch()
+    if said is not None:
+        Path("config.yaml").write_text(f"start_from: {said}\n")
+    assert began_elsewhere("last.ckpt", given.format(here=tmp_path)) is other
 
 
 def test_a_missing_start_is_one_sentence(fitted_run, tmp_path):

@@ -185,7 +185,8 @@ class WeightAverage(Callback):
         """An exception must not leave the average of a validation, nor what a test adapted, where the trained weights
         belong."""
         if trainer.state.fn == TrainerFn.TESTING:
-            pl_module.on_test_end()
+            # Not on_test_end, which a subclass may end its results with.
+            getattr(pl_module, "put_back_weights", bool)()
         if trainer.state.fn == TrainerFn.FITTING and self.averaged_inside:
             self._swap_out(pl_module)
 

@@ -80,7 +80,6 @@ class TTTConfig:
             "epochs",
             "lr",
             "momentum",
-            "grad_clip",
             "freeze_blocks",
             "stride",
             "warm_tokens",
@@ -91,6 +90,8 @@ class TTTConfig:
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"ttt.{name} must be finite and not negative, got {getattr(self, name)}")
+        if not self.grad_clip >= 0:
+            raise ValueError(f"ttt.grad_clip must not be negative, got {self.grad_clip}")
         if max(self.lr, self.rest_lr) > 1e6:
             raise ValueError(f"ttt.lr={self.lr} and ttt.rest_lr={self.rest_lr} must be at most 1e6")
         for name in ("batch_seqs", "score_batch_seqs", "rank"):

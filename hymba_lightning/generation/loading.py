@@ -125,14 +125,20 @@ def _tokenizer_beside(weights: str | Path) -> Path | None:
         raise ValueError(f"{config}, which would name the tokenizer, is damaged ({why}): give --tokenizer") from error
 
 
-def started_from(weights: str | Path) -> str | None:
-    """The --start_from of the run whose checkpoint this is, by the config.yaml beside; None without one."""
+def began_elsewhere(weights: str | Path, start: str) -> bool:
+    """Whether the config.yaml beside a run's checkpoint says that it did not start from `start`, under any spelling."""
     config = _config_beside(Path(weights).expanduser())
     try:
-        found = config and load_yaml(config.read_text(encoding="utf-8")).get("start_from")
+        found = load_yaml(config.read_text(encoding="utf-8")).get("start_from") if config else start
     except DAMAGED:
-        return None
-    return found if isinstance(found, str) else None
+        return False
+    if not isinstance(found, str):
+        return True
+    begun, given = Path(found).expanduser(), Path(start).expanduser()
+    if begun.exists() and given.exists():
+        return not begun.samefile(given)
+    # Of another working folder, or gone: its name is what is known.
+    return begun.name != given.name
 
 
 def trained_seq_len(weights: str | Path) -> int | None:

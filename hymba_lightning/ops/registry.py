@@ -64,7 +64,7 @@ class Backend:
             return f"it runs on {' and '.join(self.devices)} tensors, these are on {device_type}{remedy}"
         if self.package and not is_installed(self.package):
             return f"the package {self.package} is not installed: {self.install}"
-        if self.package == "numba" and os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        if self.package == "numba" and NUMBA_IS_OFF:
             return "NUMBA_DISABLE_JIT keeps numba from compiling: unset it"
         return None
 
@@ -124,6 +124,10 @@ def register_all() -> None:
     for module in pkgutil.iter_modules(ops.__path__):
         if module.ispkg:
             importlib.import_module(f"{ops.__name__}.{module.name}")
+
+
+# Numba itself looks once, too.
+NUMBA_IS_OFF = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
 
 
 @functools.cache

@@ -59,12 +59,16 @@ class Chart:
     @property
     def empty(self) -> bool:
         """Nothing to draw."""
-        return not any(series.finite() for series in self.series)
+        return not any(self.points(series) for series in self.series)
+
+    def points(self, series: Series) -> list[tuple[float, float]]:
+        """Those of a series that have a place on the axes."""
+        return [(x, y) for x, y in series.finite() if x > 0 or not self.log_x]
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers in [low, high], about `count` of them."""
-    if not high > low:
+    if not high - low > 1e-300:
         return [low]
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
@@ -102,7 +106,7 @@ def _power_label(value: float) -> str:
 
 
 def _limits(chart: Chart) -> tuple[float, float, float, float]:
-    points = [point for series in chart.series for point in series.finite()]
+    points = [point for series in chart.series for point in chart.points(series)]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     x_low, x_high, y_low, y_high = min(xs), max(xs), min(ys), max(ys)
     if len(ys) > 40:
@@ -164,13 +168,13 @@ def to_svg(chart: Chart) -> str:
             )
         return "".join(parts) + "</svg>"
     for series in chart.series:
-        placed = [place(x, y) for x, y in series.finite()]
+        placed = [place(x, y) for x, y in chart.points(series)]
         style = f'class="line c{series.color % len(COLORS)}{" faint" if series.faint else ""}"'
         dash = ' stroke-dasharray="5 4"' if series.dashed else ""
         if len(placed) > 1:
             parts.append(f'<polyline {style}{dash} points="{" ".join(f"{x},{y}" for x, y in placed)}"/>')
         if series.markers or len(placed) == 1:
-            for (x, y), (raw_x, raw_y) in zip(placed, series.finite(), strict=True):
+            for (x, y), (raw_x, raw_y) in zip(placed, chart.points(series), strict=True):
                 parts.append(
                     f'<circle class="dot c{series.color % len(COLORS)}" cx="{x}" cy="{y}" r="3.2"><title>'
                     f"{as_html(series.label)}: {raw_y:.4f} at {short(raw_x)}</title></circle>"
@@ -185,7 +189,7 @@ def _bar_width(chart: Chart) -> float:
 def _bars(chart: Chart) -> Iterator[tuple[Series, float, float]]:
     """Each bar's series, left side and height."""
     for index, series in enumerate(chart.series):
-        for x, y in series.finite():
+        for x, y in chart.points(series):
             yield series, x - 0.4 + index * _bar_width(chart), y
 
 
@@ -222,7 +226,7 @@ def to_png(chart: Chart, path: Path) -> Path:
             color = COLORS[series.color % len(COLORS)]
             lines.append(axis.bar(lefts, heights, _bar_width(chart), align="edge", color=color))
     for series in () if chart.bars else chart.series:
-        points = series.finite()
+        points = chart.points(series)
         lines += axis.plot(
             [x for x, _ in points],
             [y for _, y in points],

@@ -61,9 +61,9 @@ def memory_charts(numbered: Sequence[tuple[int, Run]]) -> list[Chart]:
             Series(
                 run.name,
                 [
-                    (float(curve["name"].removeprefix(what).replace(",", "")), 1000 * curve["worse"])
+                    (float(tokens[1].replace(",", "")), 1000 * curve["worse"])
                     for curve in run.probe.get("curves", [])
-                    if re.fullmatch(f"{what}[0-9,]+", curve["name"])
+                    if (tokens := re.fullmatch(f"{what}([0-9][0-9,]*)", curve["name"]))
                 ],
                 color,
                 markers=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def _check_size(content: Any, most: int) -> None:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return _is_field(value) and math.isfinite(value)
 
 
 def take_numbers(content: dict[str, Any], names: Sequence[str], file: str, notes: list[str]) -> dict[str, Any]:
@@ -84,5 +85,5 @@ def take_rows(rows: Any, fields: Sequence[str], file: str, notes: list[str]) -> 
 
 
 def _is_field(value: Any) -> bool:
-    # A loss may be NaN or infinite: charts leave such points out.
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # A loss may be NaN or infinite: charts leave such points out. No integer of use is beyond a float's numbers.
+    return isinstance(value, float) or (type(value) is int and abs(value) < sys.float_info.max)

@@ -111,11 +111,19 @@ def check_fit(trainer: pl.Trainer, budget_seconds: float | None, measures_more: 
             "automatic_optimization is False, but warm-up, clock, average and checkpoints follow Lightning's own "
             "optimizer steps: leave it True, and return an optimizer of your own from configure_optimizers"
         )
-    if not any(parameter.requires_grad for parameter in trainer.lightning_module.parameters()):
-        raise ValueError("nothing would be trained: requires_grad is False for every parameter of the module")
     check_end(trainer, budget_seconds)
     check_validations(trainer)
     check_monitors(trainer, measures_more)
+
+
+def check_trainable(module: pl.LightningModule) -> None:
+    """Not in `setup`: a subclass may decide in its own, or make parameters in `configure_model`.
+
+    Raises:
+        ValueError: no parameter of the module would be trained.
+    """
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError("nothing would be trained: requires_grad is False for every parameter of the module")
 
 
 def check_start(trainer: pl.Trainer) -> None:
@@ -138,7 +146,7 @@ def check_validations(trainer: pl.Trainer) -> None:
         ValueError: validations after no batches, or at shares of a pass over data that have no end.
     """
     for option in ("val_check_interval", "check_val_every_n_epoch"):
-        if getattr(trainer, option) == 0:
+        if getattr(trainer, option) == 0 and trainer.limit_val_batches:
             raise ValueError(
                 f"trainer.{option} is 0: leave it out for no validation before the end of training, and set "
                 "trainer.limit_val_batches to 0 for none at all"

@@ -190,6 +190,7 @@ class HymbaModule(pl.LightningModule):
             self.run.net = self.net
 
     def configure_optimizers(self) -> HymbaOptimizer:
+        checks.check_trainable(self)
         return build_optimizer(self.net, self.optimizer_config)
 
     # Training ----------------------------------------------------------------------------------------------------
@@ -324,7 +325,6 @@ class HymbaModule(pl.LightningModule):
         # Lightning's inference mode would forbid the adaptation; tensors made under it cannot be trained on, so copy.
         with torch.inference_mode(False):
             chunk = chunk._replace(tokens=chunk.tokens.clone(), target_bytes=chunk.target_bytes.clone())
-            # One chunk's nats at a time: the stream may be longer than memory.
             self.testing.add(self.testing.ttt.score_chunk(chunk))
             self.testing.ttt.adapt_chunk(chunk)
 
@@ -332,12 +332,12 @@ class HymbaModule(pl.LightningModule):
         total = self.testing.total()
         self.log_dict({f"{TEST}bpb": total.bpb, f"{TEST}loss": total.loss}, rank_zero_only=True)
 
-    def on_test_end(self) -> None:
-        """Puts the weights back: a tested module is the one that was handed in, not the adapted one."""
-        with torch.no_grad():
-            for name, before in self._weights_before_test.items():
-                self.net.get_parameter(name).copy_(before)
+    def put_back_weights(self) -> None:
+        """A tested module is the one that was handed in, not the adapted one."""
+        self.net.load_state_dict(self._weights_before_test, strict=False)
         self._weights_before_test = {}
+
+    on_test_end = put_back_weights
 
     # Checkpoints -------------------------------------------------------------------------------------------------
 

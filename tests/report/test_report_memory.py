@@ -91,5 +91,20 @@ def test_a_probe_of_other_weights_or_damaged_is_a_note(runs, tmp_path, changes, 
     assert bool(section(page)) == ("file_sha256" not in changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"copies": [{"distance": 0, "gain": 1.0, "error": 0.1}, {"distance": 8, "gain": 1.0, "error": 0.1}]},
+        {"curves": [{"name": "state emptied every ,", "bpb": 1.0, "worse": 0.1, "worse_error": 0.1}]},
+        {"curves": [{"name": "whole", "bpb": 10**400, "worse": 0.1, "worse_error": 0.1}]},
+        {"memory": [{"layer": layer, "tokens": [1, 2], "longest": 2} for layer in (0, 5e-324)]},
+    ],
+    ids=["no distance", "no number of tokens", "beyond floats", "next to nothing apart"],
+)
+def test_no_number_of_a_probe_ends_the_report(runs, tmp_path, changes):
+    run = probed(runs[0], tmp_path / "run", **changes)
+    assert write_report([str(run)], str(tmp_path / "report")).is_file()
+
+
 def test_a_run_that_was_not_probed_has_no_such_section(runs, tmp_path):
     assert "What the memory is worth" not in write_report([str(runs[0])], str(tmp_path / "report")).read_text()

@@ -110,6 +110,30 @@ def test_an_interrupted_test_gives_the_weights_back(folder, tmp_path):
         assert torch.equal(parameter, before[name]), name
 
 
+class EndsItsTests(HymbaModule):
+    """Unfreezes after our setup, and has results to tell at a test's end."""
+
+    def setup(self, stage):
+        super().setup(stage)
+        self.net.requires_grad_(True)
+
+    def on_test_end(self):
+        super().on_test_end()
+        raise ZeroDivisionError("no results")
+
+
+def test_a_subclass_ends_its_tests_only_at_their_end_and_may_unfreeze_itself(folder, tmp_path):
+    class Interrupt(pl.Callback):
+        def on_test_batch_start(self, *_):
+            raise RuntimeError("interrupted")
+
+    module = EndsItsTests(tiny_module().net.config, budget_seconds=None)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        tiny_trainer(tmp_path, callbacks=[Interrupt()]).test(module, tiny_data(folder), verbose=False)
+    module.net.requires_grad_(False)
+    tiny_trainer(tmp_path, max_steps=1, val_check_interval=0, limit_val_batches=0).fit(module, tiny_data(folder))
+
+
 def test_what_cannot_be_trained_or_read_is_said(folder, tmp_path):
     module = tiny_module()
     with pytest.raises(TypeError, match="a batch holds a tensor of float32"):
