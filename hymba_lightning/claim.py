@@ -82,6 +82,9 @@ class FolderClaim:
         owner = {"work": self.work, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
         # Only for the message to others: the lock holds without it, also on a full disk.
         with contextlib.suppress(OSError):
+            # Of a holder that was killed while it wrote this.
+            for leftover in self.folder.glob(f".{OWNER}.*"):
+                leftover.unlink()
             write_atomic(self.folder / OWNER, json.dumps(owner) + "\n")
 
     def release(self) -> None:
