@@ -377,21 +377,9 @@ def test_a_config_of_a_run_is_yaml_with_every_letter(work):
 def test_a_plotting_backend_that_does_not_exist_is_none_of_ours(work, backend):
     """A notebook's kernel leaves its backend's name in the environment of what it starts."""
     environment = os.environ | {"MPLBACKEND": backend}
+    options = ["--config", str(work / "tiny.yaml"), "--run_dir", str(work / "plots"), "--trainer.max_steps", "5"]
     done = subprocess.run(
-        [
-            *HYMBA,
-            "fit",
-            "--config",
-            str(work / "tiny.yaml"),
-            "--run_dir",
-            str(work / "plots"),
-            "--trainer.max_steps",
-            "5",
-            "--summary.plots",
-            "true",
-            "--overwrite",
-            "true",
-        ],
+        [*HYMBA, "fit", *options, "--summary.plots", "true", "--overwrite", "true"],
         env=environment,
         capture_output=True,
         check=False,
