@@ -80,11 +80,12 @@ class FolderClaim:
                 ) from None
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         owner = {"work": self.work, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
+        # Of holders that were killed while they wrote this.
+        for leftover in self.folder.glob(f".{OWNER}.*"):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
         # Only for the message to others: the lock holds without it, also on a full disk.
         with contextlib.suppress(OSError):
-            # Of a holder that was killed while it wrote this.
-            for leftover in self.folder.glob(f".{OWNER}.*"):
-                leftover.unlink()
             write_atomic(self.folder / OWNER, json.dumps(owner) + "\n")
 
     def release(self) -> None:

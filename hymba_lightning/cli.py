@@ -28,7 +28,7 @@ from hymba_lightning.checkpoints import check_tokenizer
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.errors import UsageError
 from hymba_lightning.files import not_a_file, write_atomic
-from hymba_lightning.generation.loading import began_elsewhere, load_network
+from hymba_lightning.generation.loading import began_elsewhere, load_network, started_from
 from hymba_lightning.model import Hymba
 from hymba_lightning.options import read_help, with_config_files
 from hymba_lightning.quantization import is_artifact, load_artifact
@@ -77,6 +77,8 @@ class RunConfig(SaveConfigCallback):
         self._pending = run.folder_of(trainer).owns(trainer.ckpt_path)
         if self._pending:
             run.before_finish = [partial(self._write_once, trainer)]
+            # Where the run began stays known, also where that is not said again.
+            self.config["start_from"] = self.config.get("start_from") or started_from(trainer.ckpt_path)
             return
         run.before_finish = []
         self._write(trainer, "config.yaml")

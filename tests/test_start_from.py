@@ -75,8 +75,12 @@ def test_a_run_that_goes_on_did_start_there_or_is_refused(fitted_run, tmp_path):
     assert (
         f"goes on with a run that did not start from {other}: leave out --start_from" in (tmp_path / "log").read_text()
     )
+    # Where it began stays known when it goes on without a word of that.
+    plain = [*fit(fitted_run, begun, "--model.net.d_model", "32"), *on]
+    assert finish([start(plain, tmp_path / "log")]) == [0], (tmp_path / "log").read_text()
+    on[-1] = "3"
     assert finish([start([*first, *on], tmp_path / "log")]) == [0], (tmp_path / "log").read_text()
-    assert RunRecord.load(begun).trained.steps == 2
+    assert RunRecord.load(begun).trained.steps == 3
 
 
 @pytest.mark.parametrize(
@@ -88,6 +92,10 @@ def test_a_run_that_goes_on_did_start_there_or_is_refused(fitted_run, tmp_path):
         (None, "a.hymba", False),
         ("b.hymba", "a.hymba", True),
         ("null", "a.hymba", True),
+        ("hf:ours/a.hymba", "hf:ours/a.hymba", False),
+        ("hf:ours/a.hymba", "hf:theirs/a.hymba", True),
+        ("hf:ours/a.hymba", "a.hymba", True),
+        ("x\n- damaged", "a.hymba", False),
     ],
 )
 def test_a_start_is_another_only_where_the_run_says_so(tmp_path, monkeypatch, said, given, other):
@@ -96,6 +104,9 @@ def test_a_start_is_another_only_where_the_run_says_so(tmp_path, monkeypatch, sa
         Path(name).touch()
     if said is not None:
         Path("config.yaml").write_text(f"start_from: {said}\n")
+    Path("elsewhere").mkdir()
+    Path("elsewhere/config.yaml").write_text("- no mapping\n")
+    assert not began_elsewhere("elsewhere/last.ckpt", "a.hymba")
     assert began_elsewhere("last.ckpt", given.format(here=tmp_path)) is other
 
 

@@ -125,15 +125,27 @@ def _tokenizer_beside(weights: str | Path) -> Path | None:
         raise ValueError(f"{config}, which would name the tokenizer, is damaged ({why}): give --tokenizer") from error
 
 
-def began_elsewhere(weights: str | Path, start: str) -> bool:
-    """Whether the config.yaml beside a run's checkpoint says that it did not start from `start`, under any spelling."""
+def started_from(weights: str | Path, unknown: str | None = None) -> str | None:
+    """The --start_from of the run whose checkpoint this is, by the config.yaml beside it; `unknown` where none can be
+    read."""
     config = _config_beside(Path(weights).expanduser())
     try:
-        found = load_yaml(config.read_text(encoding="utf-8")).get("start_from") if config else start
+        content = load_yaml(config.read_text(encoding="utf-8")) if config else None
     except DAMAGED:
-        return False
-    if not isinstance(found, str):
+        content = None
+    if not isinstance(content, dict):
+        return unknown
+    found = content.get("start_from")
+    return found if isinstance(found, str) else None
+
+
+def began_elsewhere(weights: str | Path, start: str) -> bool:
+    """Whether the run whose checkpoint this is did not start from `start`, under any spelling, as far as is known."""
+    found = started_from(weights, unknown=start)
+    if found is None:
         return True
+    if found.startswith("hf:") or start.startswith("hf:"):
+        return found != start
     begun, given = Path(found).expanduser(), Path(start).expanduser()
     if begun.exists() and given.exists():
         return not begun.samefile(given)

@@ -176,7 +176,10 @@ def _load(folder: Path, name: str) -> Run:
     _take_artifact(run)
     weights = {score.weights for score in run.record.scores}
     weights |= {sha for sha in (run.record.artifact and run.record.artifact.sha256, run.artifact_sha256) if sha}
-    run.probe = read_probe(read_json(folder / "probe.json", run.notes), weights, run.notes)
+    probe = read_json(folder / "probe.json", run.notes)
+    if probe and checkpoint.is_file():
+        weights.add(file_sha256(checkpoint))
+    run.probe = read_probe(probe, weights, run.notes)
     run.notes = [printable(without_folders(note, folder), 600) for note in run.notes]
     return run
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.probes.copying import Copy
 from hymba_lightning.probes.decay import Memory
 from hymba_lightning.probes.positions import Bin, Curve
@@ -104,6 +105,14 @@ def test_a_probe_of_other_weights_or_damaged_is_a_note(runs, tmp_path, changes, 
 def test_no_number_of_a_probe_ends_the_report(runs, tmp_path, changes):
     run = probed(runs[0], tmp_path / "run", **changes)
     assert write_report([str(run)], str(tmp_path / "report")).is_file()
+
+
+def test_a_probe_of_the_last_checkpoint_of_a_run_without_scores_is_its_own(runs, tmp_path):
+    checkpoint = runs[0] / "checkpoints" / "last.ckpt"
+    run = probed(runs[0], tmp_path / "killed", file_sha256=file_sha256(checkpoint))
+    for name in ("record.json", "summary.json", "test_summary.json", "artifact.hymba"):
+        (run / name).unlink()
+    assert section(write_report([str(run)], str(tmp_path / "report")).read_text())
 
 
 def test_a_run_that_was_not_probed_has_no_such_section(runs, tmp_path):
