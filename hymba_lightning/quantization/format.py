@@ -4,8 +4,9 @@
 32 SHA-256 of the payload                 32 SHA-256 of everything before it and of the header
 header: JSON, UTF-8, one zstd frame       payload: one zstd frame
 
-The payload's content is four streams, one after the other:
+The payload's content is five streams, one after the other:
     q        one byte per quantized weight, recentred to 0 … 2*q_max; tensors of a kind side by side
+    column   one byte per column of the tensors whose columns have factors: 2^((byte - 128) / 4)
     scale    float16 row scales        float16, float32   kept tensors
 each float stream as byte planes: first every value's highest byte, then every second byte, … High bytes repeat and so
 compress; low ones do not and would only break the runs. A tensor that equals an earlier one is stored as its alias.
@@ -31,7 +32,8 @@ import zstandard
 from hymba_lightning.quantization.frames import ArtifactError, compress, decompress
 
 MAGIC = b"\x89HYMBA\r\n"  # a byte over 127 and a line end: a copy in text mode breaks it visibly
-VERSION = 1
+# Version 1 had no stream of columns.
+VERSION, READABLE = 2, (1, 2)
 PREAMBLE = struct.Struct("<8sIIQ")
 DIGEST_BYTES = 32
 FIXED_BYTES = PREAMBLE.size + 2 * DIGEST_BYTES
@@ -41,11 +43,15 @@ MAX_WEIGHTS_FLOOR, MAX_RATIO = 64 << 20, 64
 
 STREAM_DTYPES: dict[str, np.dtype] = {
     "q": np.dtype("u1"),
+    "column": np.dtype("u1"),
     "scale": np.dtype("<f2"),
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
 }
 MAX_EXPONENT = 200
+# Of a column's byte, in float32: a power of two times the root that is next below, rounded once.
+ROOTS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
+COLUMN_FACTORS = np.array([math.ldexp(ROOTS[byte % 4], byte // 4 - 32) for byte in range(256)], np.float32)
 MAX_DIMENSIONS = 8
 MAX_NAME = 256
 MAX_TENSORS = 65_536
@@ -101,8 +107,10 @@ def read_sections(file: BinaryIO, size: int) -> tuple[dict, bytes]:
     if size < FIXED_BYTES:
         raise ArtifactError(f"it is truncated: {size} bytes, and the fixed part alone has {FIXED_BYTES}")
     _, version, header_bytes, payload_bytes = PREAMBLE.unpack(preamble)
-    if version != VERSION:
-        raise ArtifactError(f"it has format version {version}, and this package reads version {VERSION}")
+    if version not in READABLE:
+        raise ArtifactError(
+            f"it has format version {version}, and this package reads {' and '.join(map(str, READABLE))}"
+        )
     expected = FIXED_BYTES + header_bytes + payload_bytes
     if size != expected:
         state = "truncated" if size < expected else "longer than it says"
@@ -116,7 +124,10 @@ def read_sections(file: BinaryIO, size: int) -> tuple[dict, bytes]:
     payload = file.read(payload_bytes)
     if hashlib.sha256(payload).digest() != payload_digest:
         raise ArtifactError("its payload is damaged: the checksum differs")
-    return parse_header(packed_header), payload
+    header = parse_header(packed_header)
+    if version == 1 and isinstance(header.get("streams"), dict):
+        header["streams"] = header["streams"] | {"column": 0}
+    return header, payload
 
 
 def parse_header(packed_header: bytes) -> dict:
@@ -164,6 +175,7 @@ class Entry:
     exponent: int = 0
     offset: int = 0
     scale_offset: int = 0
+    column_offset: int = -1  # where columns have no factors
     alias_of: str = ""
 
     @property
@@ -175,6 +187,11 @@ class Entry:
         """Scales of a quantized tensor."""
         return self.numel // self.shape[-1] if len(self.shape) > 1 else 1
 
+    @property
+    def columns(self) -> int:
+        """Entries of a row."""
+        return self.shape[-1]
+
     def to_dict(self) -> dict:
         """The fields that this storage uses."""
         values: dict[str, Any] = {"name": self.name, "shape": self.shape, "storage": self.storage}
@@ -183,6 +200,8 @@ class Entry:
         values["offset"] = self.offset
         if self.storage == "int":
             values |= {"bits": self.bits, "exponent": self.exponent, "scale_offset": self.scale_offset}
+            if self.column_offset >= 0:
+                values["column_offset"] = self.column_offset
         return values
 
 
@@ -193,6 +212,7 @@ class Encoded:
     entry: Entry
     values: np.ndarray  # flat, in the dtype of its stream
     scale: np.ndarray | None  # float16, quantized tensors only
+    columns: np.ndarray | None = None  # uint8, where columns have factors
 
 
 def kind_of(name: str) -> tuple[str, list[int]]:
@@ -210,12 +230,14 @@ def lay_out(tensors: list[Encoded]) -> tuple[bytes, dict[str, int], list[Entry]]
         entry = dataclasses.replace(encoded.entry)
         table.append(entry)
         scale = b"" if encoded.scale is None else encoded.scale.tobytes()
+        columns = b"" if encoded.columns is None else encoded.columns.tobytes()
         key = (
             entry.storage,
             entry.bits,
             entry.exponent,
             *entry.shape,
-            hashlib.sha256(encoded.values.tobytes() + scale).digest(),
+            hashlib.sha256(encoded.values.tobytes() + scale + columns).digest(),
+            len(columns),
         )
         if key in first_with:
             entry.storage, entry.alias_of = "alias", first_with[key]
@@ -228,6 +250,10 @@ def lay_out(tensors: list[Encoded]) -> tuple[bytes, dict[str, int], list[Entry]]
         if encoded.scale is not None:
             parts["scale"].append(encoded.scale)
             counts["scale"] += entry.rows
+        if encoded.columns is not None:
+            entry.column_offset = counts["column"]
+            parts["column"].append(encoded.columns)
+            counts["column"] += entry.columns
     content = b"".join(to_planes(np.concatenate(parts[stream])) for stream in STREAM_DTYPES if parts[stream])
     return content, counts, table
 
@@ -282,6 +308,8 @@ def parse_table(header: dict) -> tuple[dict[str, int], list[Entry]]:
             take(used, counts, "q" if entry.storage == "int" else entry.storage, entry.offset, entry.numel, entry.name)
             if entry.storage == "int":
                 take(used, counts, "scale", entry.scale_offset, entry.rows, entry.name)
+                if entry.column_offset >= 0:
+                    take(used, counts, "column", entry.column_offset, entry.columns, entry.name)
         table[entry.name] = entry
     if used != counts:
         raise ArtifactError(f"its streams have {counts} entries, and its tensors use {used}")
@@ -311,7 +339,8 @@ def parse_entry(line: object) -> Entry:
         raise ArtifactError(f"{entry.name} has no shape of 1 to {MAX_DIMENSIONS} positive sizes")
     if entry.storage not in ("int", "float16", "float32", "alias"):
         raise ArtifactError(f"{entry.name} is stored in an unknown way, {entry.storage!r}")
-    if not is_count(entry.offset) or not is_count(entry.scale_offset) or type(entry.alias_of) is not str:
+    places = [entry.offset, entry.scale_offset, *([entry.column_offset] if "column_offset" in line else [])]
+    if not all(map(is_count, places)) or type(entry.alias_of) is not str:
         raise ArtifactError(f"{entry.name} has a malformed offset or alias")
     if entry.storage == "int" and (type(entry.bits) is not int or not 2 <= entry.bits <= 8):
         raise ArtifactError(f"{entry.name} has {entry.bits!r} bits, and 2 to 8 can be read")

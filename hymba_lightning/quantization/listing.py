@@ -71,6 +71,8 @@ def build_report(file_bytes: int, parts: Parts) -> ArtifactReport:
             arrays.append(streams[stream][entry.offset : entry.offset + entry.numel])
         if entry.storage == "int":
             arrays.append(streams["scale"][entry.scale_offset : entry.scale_offset + entry.rows])
+            if entry.column_offset >= 0:
+                arrays.append(streams["column"][entry.column_offset : entry.column_offset + entry.columns])
         raw.append(sum(array.nbytes for array in arrays))
         alone.append(sum(len(coder.compress(to_planes(array))) for array in arrays))
     total = sum(alone)

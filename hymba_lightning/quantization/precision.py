@@ -1,16 +1,15 @@
 """Chooses every tensor's precision so that the file fits its limit with the least predicted loss.
 
-An entropy coder charges for the levels in use, so what is chosen is a row's step, not a width. With s the sensitivity
-of a row's weights, its rounding costs s step² / 24 nats a weight, and half the step takes a bit a weight, whatever the
-row: steps in proportion to s^-½ waste nothing. That settles the rows of a tensor among themselves. The factor on a
-tensor's steps, or float16 or float32 instead, are the options of which `allocate` takes one for each tensor. An
-option's loss and bytes are those of the tensor rounded and coded by itself; what the whole file has decides.
+An entropy coder charges for the levels in use, so what is chosen is a weight's step, not a width. With s a weight's
+sensitivity, its rounding costs s step² / 24 nats, and half the step takes a bit, whatever the weight: steps in
+proportion to s^-½ waste nothing. That settles a tensor's rows among themselves, and its columns: a weight's step is its
+row's times its column's. Rounded by GPTQ, column j matters by 1 / U_jj² instead (what the columns after it cannot make
+good), whose product over the columns is the Hessian's determinant, so that steps in proportion to U_jj bring the mean
+of these numbers down to their geometric mean. The factor on a tensor's steps, or float16 or float32 instead, are the
+options of which `allocate` takes one for each tensor. An option's loss and bytes are those of the tensor rounded and
+coded by itself; what the whole file has decides.
 
-The sensitivity is the diagonal of the Fisher information: weights that move by δ change what the network predicts by
-KL(p ‖ p') ≈ ½ Σ s δ² nats a token, where s is the mean, per token, of the squared gradient of log p(y) with y drawn
-from p itself. Drawn so, the gradients of a sequence's tokens are uncorrelated: the square of their sum is a sample of
-the sum of their squares, and one backward pass a sequence is enough. Terms between two weights drop out as far as their
-rounding errors are independent.
+What a weight's sensitivity is stands in sensitivity.py.
 
 The allocation is by Lagrangian relaxation: at a price λ of a byte the best choice is each tensor's least loss + λ
 bytes, and what those choices are as λ falls is a walk along the tensors' lower convex hulls, steepest step first. At
@@ -23,22 +22,28 @@ import hashlib
 import heapq
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hymba_lightning.model.config import HymbaConfig
-from hymba_lightning.model.hymba import Hymba
 from hymba_lightning.model.roles import Role
 from hymba_lightning.ops.threads import spread_torch
 from hymba_lightning.quantization import frames
 from hymba_lightning.quantization.format import STREAM_DTYPES, Encoded, to_planes
 from hymba_lightning.quantization.gptq import SingularHessianError, inverse_factor, round_columns
-from hymba_lightning.quantization.rows import QuantizedTensor, as_rows, normalise, q_max_of, round_to, search_scale
+from hymba_lightning.quantization.rows import (
+    QuantizedTensor,
+    as_rows,
+    column_factors,
+    normalise,
+    q_max_of,
+    round_to,
+    search_scale,
+)
+from hymba_lightning.quantization.sensitivity import plain_sensitivity
 from hymba_lightning.quantization.tensors import encode_tensor, fits_float16
 
 log = logging.getLogger("hymba_lightning")
@@ -46,7 +51,7 @@ log = logging.getLogger("hymba_lightning")
 LADDER = 4  # factors per octave of the steps
 SMALL = 1024  # entries up to which a tensor stays float
 SAMPLE = 1 << 17  # weights of a tensor on which an option's loss and bytes are counted
-# Share of the tensor's mean sensitivity that every row has at least, since calibration sees only a few sequences.
+# Share of the mean sensitivity that every row and column has at least, since calibration sees only a few sequences.
 SMOOTHING = 0.1
 # Share of the plain sensitivity that is always added: the second-order loss underestimates what it costs to round a
 # tensor to zero.
@@ -56,8 +61,6 @@ Q_MAX = q_max_of(8)
 DAMPING = 0.01
 ATTEMPTS = 12
 AIM, CLOSE = 0.9995, 0.999  # of the budget: where to go, and what is near enough
-# A sequence gives one sample however long it is.
-SPAN = 2048
 
 
 class Measure(Protocol):
@@ -117,90 +120,60 @@ def lower_hull(options: list[Option]) -> list[Option]:
     return hull
 
 
-@torch.enable_grad()
-def collect_sensitivities(net: Hymba, batches: Iterable[Tensor], seed: int = 0) -> dict[str, Tensor]:
-    """The s of every weight, from the first tokens of each sequence in `batches` of token ids (B, T).
-
-    Returns {name: float32 in the weight's shape, on the net's device}; a weight that several layers share is one tensor
-    under each of its names. Touches no gradient that the network holds. Raises ValueError without any batch.
-    """
-    parameters = dict(net.named_parameters())
-    squares = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
-    generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)
-    n_tokens = 0
-    for batch in batches:
-        for inputs in batch[:, :SPAN].split(1):
-            hidden_BTD, _ = net.hidden(inputs)
-            logits_NV = net.logits(hidden_BTD).flatten(0, 1).float()
-            drawn_N = torch.multinomial(logits_NV.detach().softmax(-1), 1, generator=generator)[:, 0]
-            nats = F.cross_entropy(logits_NV, drawn_N, reduction="sum")
-            gradients = torch.autograd.grad(nats, list(parameters.values()), allow_unused=True)
-            for square, gradient in zip(squares.values(), gradients, strict=True):
-                if gradient is not None:
-                    square.addcmul_(gradient.float(), gradient.float())
-            n_tokens += inputs.numel()
-    if not n_tokens:
-        raise ValueError("no batches: there is nothing to measure sensitivities on")
-    by_id = {id(parameter): squares[name].div_(n_tokens) for name, parameter in parameters.items()}
-    return {name: by_id[id(parameter)] for name, parameter in net.named_parameters(remove_duplicate=False)}
-
-
-def random_batches(config: HymbaConfig, n: int = 16, length: int = 1024, seed: int = 0) -> Iterator[Tensor]:
-    """n sequences (1, length) of uniformly drawn ids behind a BOS.
-
-    Sensitivities differ a hundred-thousandfold between tensors, and on random ids they are within some 40 % of those on
-    text: enough to tell where bits belong where there is no text to ask, and no training data is used.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(n):
-        ids = torch.randint(config.vocab_size, (1, length), generator=generator)
-        ids[0, 0] = config.bos_id
-        yield ids
-
-
-def plain_sensitivity(role: Role, weight: Tensor) -> Tensor:
-    """A stand-in where nothing was measured: every tensor's relative squared error counts the same, 100 times as much
-    that of the token table and the head, which every prediction passes through."""
-    importance = 100.0 if role in (Role.EMBEDDING, Role.HEAD) else 1.0
-    energy = float(weight.detach().double().square().sum())
-    return torch.full_like(weight, importance / max(energy, 1e-30), dtype=torch.float32)
-
-
 class Candidate:
-    """A tensor with its options: its rows on a ladder of steps as integers, float16, float32."""
+    """A tensor with its options: its rows on a ladder of steps as integers, float16, float32.
+
+    Rows and sensitivities are in units of the columns' factors, in which all columns of a row want one step.
+    """
 
     def __init__(self, name: str, tensor: Tensor, sensitivity: Tensor, hessian: Tensor | None, role: Role) -> None:
-        self.name, self.tensor, self.hessian = name, tensor.detach().float(), hessian
-        self.rows_RC = as_rows(self.tensor)
-        self.sensitivity_RC = as_rows(sensitivity + LEAST * plain_sensitivity(role, tensor)).to(self.rows_RC)
+        self.name, self.tensor = name, tensor.detach().float()
+        rows_RC = as_rows(self.tensor)
+        sensitivity_RC = as_rows(sensitivity + LEAST * plain_sensitivity(role, tensor)).to(rows_RC)
+        self.columns: Tensor | None = None
+        self.factor: tuple[Tensor, Tensor] | None = None
+        """GPTQ's Cholesky factor and order of columns; None where there is no usable Hessian."""
+        self.gptq_gain = 1.0
+        """What GPTQ leaves of the loss: column j's error counts 1/U_jj² instead of H_jj."""
+        factor_C = torch.ones_like(rows_RC[0])
+        if tensor.ndim > 1 and tensor.numel() > SMALL:
+            matters_C = self._factorise(hessian) if hessian is not None else None
+            if matters_C is None:
+                mean_R = sensitivity_RC.double().mean(dim=1, keepdim=True)
+                matters_C = (sensitivity_RC / (mean_R + SMOOTHING * mean_R.mean())).mean(dim=0)
+                matters_C += SMOOTHING * matters_C.mean()
+            wanted_C = -0.5 * matters_C.log2()
+            self.columns = (LADDER * (wanted_C - wanted_C.mean())).round().clamp(-128, 127).to(torch.int8)
+            factor_C = column_factors(self.columns)
+            if hessian is not None and self.factor is not None:
+                # Columns keep their order.
+                upper_CC, order_C = self.factor
+                self.factor = upper_CC / factor_C[order_C], order_C
+                diagonal = float((hessian.diagonal().double() * factor_C.square()).mean()) * (1 + DAMPING)
+                self.gptq_gain = min(float((matters_C * factor_C.square()).mean()) / diagonal, 1.0)
+        self.rows_RC, self.factor_C = rows_RC / factor_C, factor_C
+        self.sensitivity_RC = sensitivity_RC * factor_C.square()
         mean_R = self.sensitivity_RC.double().mean(dim=1)
         self.step_R = (mean_R + SMOOTHING * mean_R.mean()).rsqrt()
         self.finest_R, self.coarsest_R = self._finest(), 2.01 * self.rows_RC.abs().amax(dim=1).double()
         self.made: dict[tuple[float, bool], QuantizedTensor] = {}
 
+    def _factorise(self, hessian_CC: Tensor) -> Tensor | None:
+        """What each column matters once those after it have made good, 1/U_jj² (C,); None, and told, for a Hessian of
+        no use."""
+        try:
+            self.factor = upper_CC, order_C = inverse_factor(hessian_CC, DAMPING, True)
+        except SingularHessianError as error:
+            log.warning("%s is rounded to nearest instead of by GPTQ: %s", self.name, error)
+            return None
+        matters_C = torch.empty_like(upper_CC.diagonal())
+        matters_C[order_C] = upper_CC.diagonal().pow(-2)
+        return matters_C
+
     def _finest(self) -> Tensor:
         """The steps of plain 8-bit rounding: finer ones would cut off more than they gain."""
         rows_RC, exponent = normalise(self.rows_RC, Q_MAX)
         return search_scale(rows_RC, Q_MAX, 0.999, 9).double() * 2.0**exponent
-
-    @cached_property
-    def factor(self) -> tuple[Tensor, Tensor] | None:
-        """GPTQ's Cholesky factor and order of columns; None where there is no usable Hessian."""
-        if self.hessian is None:
-            return None
-        try:
-            return inverse_factor(self.hessian, DAMPING, True)
-        except SingularHessianError as error:
-            log.warning("%s is rounded to nearest instead of by GPTQ: %s", self.name, error)
-            return None
-
-    @cached_property
-    def gptq_gain(self) -> float:
-        """What GPTQ leaves of the loss: column j's error counts 1/U_jj² instead of H_jj."""
-        if self.hessian is None or self.factor is None:
-            return 1.0
-        diagonal = float(self.hessian.diagonal().double().mean()) * (1 + DAMPING)
-        return min(float(self.factor[0].diagonal().double().pow(-2).mean()) / diagonal, 1.0)
 
     def steps(self, factor: float) -> Tensor:
         """(R,) float64."""
@@ -216,7 +189,9 @@ class Candidate:
             planes = to_planes(half.cpu().flatten().numpy().astype(STREAM_DTYPES["float16"]))
             options.append(
                 Option(
-                    self._loss(as_rows(half.float()) - rows_RC, sensitivity_RC), len(frames.draft(planes)), "float16"
+                    self._loss(as_rows(half.float() - self.tensor) / self.factor_C, sensitivity_RC),
+                    len(frames.draft(planes)),
+                    "float16",
                 )
             )
         if rows_RC.numel() <= SMALL:
@@ -224,6 +199,7 @@ class Candidate:
         n_rows = len(rows_RC)
         picked = torch.linspace(0, n_rows - 1, max(min(n_rows, SAMPLE // rows_RC.shape[1]), 1)).long()
         rows_RC, sensitivity_RC, share = rows_RC[picked], sensitivity_RC[picked], n_rows / len(picked)
+        scales = 2 * n_rows + (0 if self.columns is None else len(self.columns) // 2)
         live_R = self.coarsest_R > 0
         lowest = float((self.finest_R / self.step_R)[live_R].min()) if live_R.any() else 1.0
         highest = float((self.coarsest_R / self.step_R)[live_R].max()) if live_R.any() else 1.0
@@ -233,7 +209,7 @@ class Candidate:
             q_RC = round_to(rows_RC, step_R, Q_MAX)
             loss = self._loss(q_RC * step_R[:, None] - rows_RC, sensitivity_RC) * share * self.gptq_gain
             codes = (q_RC + Q_MAX).to(torch.uint8).cpu().numpy().tobytes()
-            options.append(Option(loss, len(frames.frame(codes, 1)) * share + 2 * n_rows, "int", factor))
+            options.append(Option(loss, len(frames.frame(codes, 1)) * share + scales, "int", factor))
         return options
 
     @staticmethod
@@ -248,23 +224,17 @@ class Candidate:
             exponent = max(math.frexp(float(step_R.max()))[1], -126) - 1 - SCALE_TOP
             scale_R = (step_R * 2.0**-exponent).half().float().clamp_min(2.0**-24)
             rows_RC = (self.rows_RC.double() * 2.0**-exponent).float()
-            q_RC = self._by_gptq(*self.factor, rows_RC, scale_R) if by_gptq and self.factor is not None else None
-            if q_RC is None:
+            if by_gptq and self.factor is not None:
+                upper_CC, order_C = self.factor
+                q_RC = torch.empty_like(rows_RC)
+                q_RC[:, order_C] = round_columns(rows_RC[:, order_C], upper_CC.to(rows_RC), scale_R, Q_MAX, 128)
+            else:
                 q_RC = round_to(rows_RC, scale_R, Q_MAX)
             bits = max(int(q_RC.abs().max()).bit_length() + 1, 2)
-            self.made[factor, by_gptq] = QuantizedTensor(q_RC.to(torch.int8), scale_R.half(), exponent, bits)
+            self.made[factor, by_gptq] = QuantizedTensor(
+                q_RC.to(torch.int8), scale_R.half(), exponent, bits, self.columns
+            )
         return self.made[factor, by_gptq]
-
-    def _by_gptq(self, upper_CC: Tensor, order_C: Tensor, rows_RC: Tensor, scale_R: Tensor) -> Tensor | None:
-        """Float q (R, C). None, and told, where the error outgrows the tensor: in the coarsest steps corrections pile
-        up in directions that calibration hardly saw."""
-        q_RC = torch.empty_like(rows_RC)
-        q_RC[:, order_C] = round_columns(rows_RC[:, order_C], upper_CC.to(rows_RC), scale_R, Q_MAX, 128)
-        error_RC = q_RC * scale_R[:, None] - rows_RC
-        if error_RC.square().sum(dtype=torch.float64) <= rows_RC.square().sum(dtype=torch.float64):
-            return q_RC
-        log.info("%s is rounded to nearest instead of by GPTQ, whose error outgrows it at so few bits", self.name)
-        return None
 
 
 def encode_mixed(

@@ -3,6 +3,9 @@
 A row w becomes q * scale * 2^exponent with |q| <= q_max = 2^(bits-1) - 1. The exponent is one integer per tensor that
 brings the largest row's scale into [2^8, 2^9): float16 then holds the scales of all rows down to 2^-22 of the largest
 at full precision, whatever the tensor's size, and needs no floor; above it is room to make all scales coarser.
+
+Columns may have factors of their own besides, in quarters of an octave: entry (r, c) is then
+q * scale[r] * 2^exponent * 2^(columns[c] / 4).
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from hymba_lightning.quantization.format import COLUMN_FACTORS
 
 SCALE_TOP_EXPONENT = 8
 MAX_COARSEN = 64.0
@@ -25,6 +30,7 @@ class QuantizedTensor(NamedTuple):
     scale: Tensor  # (R,) float16, never negative
     exponent: int  # row scales are scale * 2^exponent
     bits: int
+    columns: Tensor | None = None  # (C,) int8, quarters of an octave: the columns' factors; None for none
 
 
 def q_max_of(bits: int) -> int:
@@ -68,7 +74,13 @@ def quantize_rows(
 def dequantize_rows(tensor: QuantizedTensor) -> Tensor:
     """(R, C) float32."""
     scale_R = (tensor.scale.double() * 2.0**tensor.exponent).float()
-    return tensor.q.float().mul_(scale_R[:, None])
+    rows_RC = tensor.q.float().mul_(scale_R[:, None])
+    return rows_RC if tensor.columns is None else rows_RC.mul_(column_factors(tensor.columns))
+
+
+def column_factors(columns_C: Tensor) -> Tensor:
+    """2^(columns / 4) as float32 (C,), the same on every machine."""
+    return torch.from_numpy(COLUMN_FACTORS)[columns_C.cpu().long() + 128].to(columns_C.device)
 
 
 def normalise(rows_RC: Tensor, q_max: int) -> tuple[Tensor, int]:

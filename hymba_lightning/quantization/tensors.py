@@ -41,7 +41,13 @@ def encode_tensor(name: str, tensor: Tensor, storage: str, quantized: QuantizedT
             raise ValueError(f"{name}: quantized to {list(quantized.q.shape)}, but its rows are {list(rows_RC.shape)}")
         entry = Entry(name, shape, "int", quantized.bits, quantized.exponent)
         recentred = (quantized.q.cpu().to(torch.int16) + q_max_of(quantized.bits)).to(torch.uint8)
-        return Encoded(entry, recentred.flatten().numpy(), quantized.scale.cpu().numpy())
+        columns = None if quantized.columns is None else (quantized.columns.cpu().to(torch.int16) + 128).to(torch.uint8)
+        return Encoded(
+            entry,
+            recentred.flatten().numpy(),
+            quantized.scale.cpu().numpy(),
+            None if columns is None else columns.numpy(),
+        )
     values = tensor.detach().float().cpu().flatten()
     if storage == "float16" and not fits_float16(values):
         storage = "float32"
@@ -64,7 +70,11 @@ def decode_tensor(entry: Entry, streams: dict[str, np.ndarray]) -> Tensor:
         scale = torch.from_numpy(streams["scale"][entry.scale_offset : entry.scale_offset + entry.rows])
         # 0 … 2 q_max as bytes are at most 254: less q_max they wrap round to what int8 holds.
         q_RC = (codes - q_max).view(torch.int8).view(entry.rows, -1)
-        tensor = dequantize_rows(QuantizedTensor(q_RC, scale, entry.exponent, entry.bits))
+        columns = None
+        if entry.column_offset >= 0:
+            stored = torch.from_numpy(streams["column"][entry.column_offset : entry.column_offset + entry.columns])
+            columns = (stored.to(torch.int16) - 128).to(torch.int8)
+        tensor = dequantize_rows(QuantizedTensor(q_RC, scale, entry.exponent, entry.bits, columns))
         # Products that overflow do so where |q| is largest.
         finite = torch.isfinite(scale).all() and all(bool(torch.isfinite(end)) for end in tensor.aminmax())
     else:

@@ -46,13 +46,13 @@ def save_artifact(
 ) -> ArtifactReport:
     """Quantizes, compresses and writes `state_dict`; atomic, and the same bytes for the same arguments.
 
-    `config`, `tokenizer` and `metadata` are plain JSON values. `hessians` (of `collect_hessians`) are what GPTQ needs,
-    `sensitivities` (of `collect_sensitivities`) what the scheme 'mixed' goes by; `quantized` has tensors that are
-    rounded already; `roles` are those of the config's network unless given; `code_bytes` of the scheme's limit are left
-    to the evaluation's code. Raises ValueError naming the tensor or field that cannot be stored, is none of the
-    network's or, unless `roles` are given, is missing or of another shape; OSError where the file cannot be written
-    (an earlier file at `path` is then untouched). An artifact that cannot be brought under its limit is written all the
-    same: refusing it is `check_limit`'s part.
+    `config`, `tokenizer` and `metadata` are plain JSON values. Of `calibrate` are `hessians`, which GPTQ needs, and
+    `sensitivities`, which the scheme 'mixed' goes by; `quantized` has tensors that are rounded already; `roles` are
+    those of the config's network unless given; `code_bytes` of the scheme's limit are left to the evaluation's code.
+    Raises ValueError naming the tensor or field that cannot be stored, is none of the network's or, unless `roles` are
+    given, is missing or of another shape; OSError where the file cannot be written (an earlier file at `path` is then
+    untouched). An artifact that cannot be brought under its limit is written all the same: refusing it is
+    `check_limit`'s part.
     """
     if not state_dict:
         raise ValueError("there are no tensors to export")
@@ -73,8 +73,8 @@ def save_artifact(
         format.check_weights_size(sum(entry.numel for entry in table), len(payload))
         return format.pack(header, payload), Parts(header, counts, table, content, len(payload))
 
-    # What is measured last is mostly what is written.
-    compressed = lru_cache(maxsize=1)(frames.compress)
+    # What is written is mostly among the last that were measured.
+    compressed = lru_cache(maxsize=4)(frames.compress)
 
     def compress_in_earnest(content: bytes, cuts: Sequence[int], level: int) -> bytes:
         return compressed(content, level, tuple(cuts))

@@ -14,7 +14,7 @@ from torch import Tensor
 from hymba_lightning.evaluation.score import sum_over_ranks
 from hymba_lightning.model import Hymba
 from hymba_lightning.quantization import QuantizationConfig
-from hymba_lightning.quantization.schemes import Calibration, calibrate
+from hymba_lightning.quantization.schemes import Calibration, calibrate, look
 from hymba_lightning.run.run import Clock, Run, require_clock
 from hymba_lightning.trainer_internals import datamodule_of
 
@@ -39,7 +39,7 @@ def calibrate_in_time(
         budget = clock.budget_seconds
         if total is not None and budget is not None and clock.elapsed() + MARGIN * slowest > budget:
             break
-        found = calibrate(net, config, [batch], seed=done)
+        found = look(net, config, [batch], seed=done)
         if total is None:
             total = found
         else:
@@ -54,7 +54,7 @@ def calibrate_in_time(
     done = int(sum_over_ranks(torch.tensor(done, device=batch.device)))
     for tensor in total.tensors():
         sum_over_ranks(tensor).div_(done)
-    return total, done
+    return total.with_prior(done * batch.numel()), done
 
 
 def rehearse(trainer: pl.Trainer, module: pl.LightningModule, config: QuantizationConfig, n_batches: int) -> None:

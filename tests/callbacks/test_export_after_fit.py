@@ -74,7 +74,7 @@ class Clock:
     def calibrate(self, net, config, batches, seed):
         (batch,) = batches
         self.now += next(self.seconds)
-        shared = torch.full((2,), float(batch))
+        shared = torch.full((2, 2), float(batch))
         return Calibration({"a": shared, "b": shared}, {"a": torch.full((3,), 10.0 * seed)})
 
 
@@ -91,39 +91,41 @@ class Clock:
 )
 def test_calibration_takes_the_batches_that_end_inside_the_budget(monkeypatch, budget, seconds, done):
     clock = Clock(budget, 590.0, seconds)
-    monkeypatch.setattr(calibration, "calibrate", clock.calibrate)
+    monkeypatch.setattr(calibration, "look", clock.calibrate)
     batches = (torch.tensor(float(i)) for i in range(16))
     found, used = calibrate_in_time(None, QuantizationConfig(), batches, clock)
     assert used == done
     assert clock.now <= (budget or 1e9) or done == 1
     # The mean over the batches, once for a tensor of two names.
     assert found.hessians["a"] is found.hessians["b"]
-    assert found.hessians["a"][0] == pytest.approx((done - 1) / 2)
+    assert found.hessians["a"][0, 1] == pytest.approx((done - 1) / 2)
+    # As if as many inputs as there are columns had been seen besides, once for all batches of a token each.
+    assert found.hessians["a"][0, 0] == pytest.approx((done - 1) / 2 * (1 + 2 / done))
     assert found.sensitivities["a"][0] == pytest.approx(10 * (done - 1) / 2)
 
 
 def test_ranks_that_calibrated_on_unlike_numbers_of_batches_count_by_them(monkeypatch):
     clock = Clock(600.0, 590.0, [4.0] * 16)
-    monkeypatch.setattr(calibration, "calibrate", clock.calibrate)
+    monkeypatch.setattr(calibration, "look", clock.calibrate)
     # Another rank had time for three batches, of sum 12 each.
     others = iter([3, 36.0, 36.0])
     monkeypatch.setattr(calibration, "sum_over_ranks", lambda tensor: tensor.add_(next(others)))
     batches = (torch.tensor(float(i)) for i in range(16))
     found, used = calibrate_in_time(None, QuantizationConfig(), batches, clock)
     assert used == 5  # two here: 0 and 1
-    assert found.hessians["a"][0] == pytest.approx((0 + 1 + 36) / 5)
+    assert found.hessians["a"][0, 1] == pytest.approx((0 + 1 + 36) / 5)
     assert found.sensitivities["a"][0] == pytest.approx((0 + 10 + 36) / 5)
 
 
 def test_a_run_on_a_slow_machine_ends_inside_its_budget_with_fewer_batches(tmp_path, caplog, monkeypatch, recwarn):
     """A batch takes 0.4 s and the reserve is 1 s: the warning is of the calibration, and no step was too slow."""
-    calibrated = calibration.calibrate
+    calibrated = calibration.look
 
     def slow(*args, **kwargs):
         time.sleep(0.4)
         return calibrated(*args, **kwargs)
 
-    monkeypatch.setattr(calibration, "calibrate", slow)
+    monkeypatch.setattr(calibration, "look", slow)
     scheme = QuantizationConfig(scheme="mixed", gptq=True, limit_bytes=BUDGET + evaluation_code_bytes())
     module = tiny_module(budget_seconds=2.5, reserve_seconds=1.0)
     trainer = tiny_trainer(

@@ -17,6 +17,7 @@ import hymba_lightning.quantization.frames as frames
 from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization import ArtifactError, QuantizationConfig, save_artifact
 from hymba_lightning.quantization.artifact import decode, read_verified
+from hymba_lightning.quantization.rows import quantize_rows
 
 N_MUTATIONS = 10_000
 JUNK = [
@@ -59,9 +60,11 @@ def sample(tmp_path_factory):
         "blocks.0.attn.A_log": torch.randn(4, 4, generator=generator),
     }
     path = tmp_path_factory.mktemp("sample") / "sample"
+    columns = torch.arange(-5, 5, dtype=torch.int8)
     save_artifact(
         path,
         tensors,
+        quantized={name: quantize_rows(shared, 6)._replace(columns=columns) for name in tensors if "kv_proj" in name},
         config={"d_model": 4},
         tokenizer={"sha256": "ab"},
         metadata={},
@@ -171,7 +174,7 @@ def forged_header(tensors: list, **streams: int) -> dict:
         "metadata": {},
         "quantization": {},
         "tensors": tensors,
-        "streams": {"q": 0, "scale": 0, "float16": 0, "float32": 0} | streams,
+        "streams": {"q": 0, "column": 0, "scale": 0, "float16": 0, "float32": 0} | streams,
     }
 
 
@@ -245,8 +248,25 @@ def test_a_name_that_stands_twice_in_a_header_is_refused(tmp_path, sample):
 def test_unknown_version_is_named(tmp_path, sample):
     header, payload = split(sample[0])
     packed = frames.compress(json.dumps(header).encode(), 3)
-    with pytest.raises(ArtifactError, match="format version 7, and this package reads version 1"):
+    with pytest.raises(ArtifactError, match="format version 7, and this package reads 1 and 2"):
         load(tmp_path / "a", format.seal(packed, payload, version=7))
+
+
+def test_files_of_version_1_are_read_and_have_no_columns(tmp_path):
+    tensors = {"w": torch.randn(6, 4, generator=torch.Generator().manual_seed(0))}
+    scheme = QuantizationConfig(keep_float_numel=0, float32_names=[], float16_names=[])
+    roles = {"w": Role.MATRIX}
+    save_artifact(tmp_path / "a", tensors, config={}, tokenizer={}, metadata={}, scheme=scheme, roles=roles)
+    header, payload = split((tmp_path / "a").read_bytes())
+    assert header["streams"].pop("column") == 0
+    first = format.seal(frames.compress(json.dumps(header).encode(), 3), payload, version=1)
+    expected = load_any(tmp_path / "a").state_dict["w"]
+    assert torch.equal(load(tmp_path / "b", first).state_dict["w"], expected)
+    with pytest.raises(ArtifactError, match="streams is malformed"):
+        load(tmp_path / "c", format.seal(frames.compress(json.dumps(header).encode(), 3), payload))
+    header["tensors"][0]["column_offset"] = 0
+    with pytest.raises(ArtifactError, match="w lies at 0 … 4 of the column stream of 0 entries"):
+        load(tmp_path / "d", format.seal(frames.compress(json.dumps(header).encode(), 3), payload, version=1))
 
 
 def test_damage_says_what_is_damaged(tmp_path, sample):

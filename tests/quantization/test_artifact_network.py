@@ -263,7 +263,7 @@ def test_tensors_that_are_missing_or_too_many_are_named(tmp_path):
 
 def bomb(path, config: HymbaConfig, shapes: dict[str, list[int]], first: str) -> int:
     """A few thousand bytes that say they hold zeros: one tensor `first`, the others its aliases where shapes allow."""
-    lines, counts = [], {"q": 0, "scale": 0, "float16": 0, "float32": 0}
+    lines, counts = [], {"q": 0, "column": 0, "scale": 0, "float16": 0, "float32": 0}
     for name, shape in sorted(shapes.items(), key=lambda item: item[0] != first):
         if name != first and shape == shapes[first]:
             lines.append({"name": name, "shape": shape, "storage": "alias", "alias_of": first})

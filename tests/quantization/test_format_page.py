@@ -19,13 +19,14 @@ NET = {"vocab_size": 300, "n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_head
 def read(data: bytes) -> tuple[dict, dict[str, np.ndarray]]:
     """Header and weights, by name."""
     magic, version, header_bytes, payload_bytes = struct.unpack("<8sIIQ", data[:24])
-    assert (magic, version, len(data)) == (bytes.fromhex("8948594D42410D0A"), 1, 88 + header_bytes + payload_bytes)
+    assert (magic, version, len(data)) == (bytes.fromhex("8948594D42410D0A"), 2, 88 + header_bytes + payload_bytes)
     packed_header, payload = data[88 : 88 + header_bytes], data[88 + header_bytes :]
     assert hashlib.sha256(payload).digest() == data[24:56]
     assert hashlib.sha256(data[:56] + packed_header).digest() == data[56:88]
     header = json.loads(zstandard.decompress(packed_header))
     content, streams = zstandard.decompress(payload), {}
-    for name, width, dtype in (("q", 1, "u1"), ("scale", 2, "<f2"), ("float16", 2, "<f2"), ("float32", 4, "<f4")):
+    kinds = (("q", 1, "u1"), ("column", 1, "u1"), ("scale", 2, "<f2"), ("float16", 2, "<f2"), ("float32", 4, "<f4"))
+    for name, width, dtype in kinds:
         size = header["streams"][name] * width
         planes = np.frombuffer(content[:size], "u1").reshape(width, -1)
         streams[name] = np.frombuffer(planes[::-1].T.tobytes(), dtype)
@@ -43,6 +44,9 @@ def read(data: bytes) -> tuple[dict, dict[str, np.ndarray]]:
             scale = streams["scale"][line["scale_offset"] :][:rows].astype(np.float64)
             step = (scale * 2.0 ** line["exponent"]).astype(np.float32)
             values = (codes.astype(np.float32) - q_max) * step[:, None]
+            if "column_offset" in line:
+                places = streams["column"][line["column_offset"] :][: shape[-1]].astype(np.float64)
+                values *= (2 ** ((places - 128) / 4)).astype(np.float32)
         else:
             values = streams[storage][line["offset"] :][:count].astype(np.float32)
         weights[line["name"]] = values.reshape(shape)
@@ -69,6 +73,7 @@ def test_the_page_is_enough_to_read_an_artifact(scheme, tmp_path):
     header, weights = read(path.read_bytes())
     expected = load_artifact(path)
     assert {line["storage"] for line in header["tensors"]} >= {"int", "float32", "alias"}
+    assert any("column_offset" in line for line in header["tensors"]) is (scheme.scheme == "mixed")
     assert (header["config"], header["metadata"]) == (expected.config, expected.metadata)
     assert list(weights) == list(expected.state_dict)
     for name, tensor in expected.state_dict.items():

@@ -16,8 +16,7 @@ from hymba_lightning.quantization import (
     load_artifact,
     save_artifact,
 )
-from hymba_lightning.quantization.gptq import round_columns
-from hymba_lightning.quantization.precision import LEAST, Q_MAX, Candidate
+from hymba_lightning.quantization.precision import LEAST, Candidate
 from hymba_lightning.quantization.rows import as_rows, dequantize_rows
 from hymba_lightning.quantization.schemes import calibrate
 
@@ -130,23 +129,37 @@ def test_the_same_arguments_give_the_same_bytes(net, ids, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_gptq_is_left_out_where_its_error_outgrows_the_tensor(caplog):
-    # Inputs of two directions only: what the others' columns are moved by costs nothing that calibration saw.
+def test_few_tokens_of_calibration_cost_no_more_than_none(net, known, tmp_path):
+    scheme = dataclasses.replace(MIXED, gptq=True)
+    few = calibrate(net, scheme, [torch.arange(12)[None]]).hessians
+    save(tmp_path / "gptq", net, scheme, 30_000, **known[1] | {"hessians": few})
+    save(tmp_path / "rounded", net, MIXED, 30_000, **known[1])
+    assert divergence(net, tmp_path / "gptq") < 1.05 * divergence(net, tmp_path / "rounded")
+
+
+def test_columns_that_matter_more_have_finer_steps_in_as_many_bits():
     generator = torch.Generator().manual_seed(0)
-    weight, inputs = torch.randn(32, 64, generator=generator), torch.randn(2, 64, generator=generator)
-    hessian = inputs.T @ inputs + 1e-4 * torch.eye(64)
-    candidate = Candidate("w", weight, torch.ones_like(weight), hessian, Role.MATRIX)
-    coarse, fine = (option.factor for option in (candidate.options()[-1], candidate.options()[-12]))
-    upper, order = candidate.factor
-    with caplog.at_level("INFO", logger="hymba_lightning"):
-        by_gptq = candidate.quantize(coarse, True)
-    assert "w is rounded to nearest instead of by GPTQ" in caplog.text
-    scale = by_gptq.scale.float() * 2.0**by_gptq.exponent
-    corrected = torch.empty_like(weight)
-    corrected[:, order] = round_columns(weight[:, order], upper.float(), scale, Q_MAX, 128)
-    assert float((corrected * scale[:, None] - weight).norm()) > float(weight.norm())  # it would
-    assert torch.equal(by_gptq.q, candidate.quantize(coarse, False).q)
-    assert not torch.equal(candidate.quantize(fine, True).q, candidate.quantize(fine, False).q)
+    weight = torch.randn(256, 32, generator=generator)
+    matters = torch.logspace(0, 4, 32, base=2)  # by 16 from the first column to the last
+    candidate = Candidate("w", weight, matters.expand_as(weight).clone(), torch.diag(matters), Role.MATRIX)
+    assert candidate.columns.tolist() == sorted(candidate.columns.tolist(), reverse=True)
+    assert int(candidate.columns[0]) - int(candidate.columns[-1]) == pytest.approx(4 * 2, abs=1)  # two octaves
+    rounded = candidate.quantize(0.5, True)
+    error = (dequantize_rows(rounded) - weight).square() @ matters
+    # The same mean number of levels to a column, with one step for all.
+    plain = rounded._replace(columns=None)
+    step = rounded.scale.float()[:, None] * 2.0**rounded.exponent
+    q = (weight / step).round()
+    assert entropy(q) == pytest.approx(entropy(rounded.q), abs=0.1)
+    without = (dequantize_rows(plain._replace(q=q)) - weight).square() @ matters
+    expected = matters.log().mean().exp() / matters.mean()
+    assert float(error.sum() / without.sum()) == pytest.approx(float(expected), rel=0.15)
+
+
+def entropy(q: torch.Tensor) -> float:
+    """Bits, the mean over the columns."""
+    shares = [torch.unique(column, return_counts=True)[1].double() / len(column) for column in q.T]
+    return float(sum(-(share * share.log2()).sum() for share in shares) / len(shares))
 
 
 def test_the_number_of_threads_changes_no_byte(net, known, tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.model.roles import Role
-from hymba_lightning.quantization.precision import collect_sensitivities, plain_sensitivity, random_batches
+from hymba_lightning.quantization.sensitivity import collect_fisher, plain_sensitivity, random_batches
 
 CONFIG = HymbaConfig(
     vocab_size=12,
@@ -46,9 +46,23 @@ def exact(net: Hymba, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: total / log_p.shape[0] for name, total in sums.items()}
 
 
+def test_tables_have_their_columns_products_and_linears_do_not(net):
+    fisher = collect_fisher(net, [torch.randint(0, 12, (3, 10), generator=torch.Generator().manual_seed(1))])
+    assert {name for name in fisher.columns if "." not in name or "blocks" not in name} == {
+        "tok_emb.weight",
+        "bigram_hash.table.weight",
+    }
+    assert not any(name.endswith(("c_q.weight", "fc.weight")) for name in fisher.columns)
+    for name, product in fisher.columns.items():
+        assert torch.equal(product, product.T)
+        torch.testing.assert_close(product.diagonal(), fisher.sensitivities[name].sum(0))
+    off = fisher.columns["tok_emb.weight"].fill_diagonal_(0)
+    assert float(off.norm()) > 0
+
+
 def test_many_draws_approach_the_exact_fisher_information(net):
     ids = torch.randint(0, 12, (1, 10), generator=torch.Generator().manual_seed(1))
-    measured, expected = collect_sensitivities(net, [ids.expand(250, -1)]), exact(net, ids)
+    measured, expected = collect_fisher(net, [ids.expand(250, -1)]).sensitivities, exact(net, ids)
     for name, tensor in expected.items():
         if tensor.sum() > 0:
             assert float(measured[name].sum()) == pytest.approx(float(tensor.sum()), rel=0.3), name
@@ -61,7 +75,7 @@ def test_many_draws_approach_the_exact_fisher_information(net):
 def test_it_predicts_what_moving_the_weights_does(net):
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, 12, (64, 16), generator=generator)
-    sensitivities = collect_sensitivities(net, [ids])
+    sensitivities = collect_fisher(net, [ids]).sensitivities
     original = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     with torch.no_grad():
         log_p = net(ids).float().log_softmax(-1)
@@ -86,7 +100,7 @@ def test_names_of_one_weight_share_its_sensitivity_and_no_gradient_is_touched(ne
     marker = torch.ones_like(net.tok_emb.weight)
     net.tok_emb.weight.grad = marker
     with torch.no_grad():
-        sensitivities = collect_sensitivities(net, [torch.arange(8)[None]])
+        sensitivities = collect_fisher(net, [torch.arange(8)[None]]).sensitivities
     assert net.tok_emb.weight.grad is marker
     assert torch.equal(marker, torch.ones_like(marker))
     net.tok_emb.weight.grad = None
@@ -96,8 +110,8 @@ def test_names_of_one_weight_share_its_sensitivity_and_no_gradient_is_touched(ne
 
 
 def test_the_same_batches_give_the_same(net):
-    first, again = (collect_sensitivities(net, random_batches(CONFIG, 2, 16)) for _ in range(2))
-    other = collect_sensitivities(net, random_batches(CONFIG, 2, 16, seed=1))
+    first, again = (collect_fisher(net, random_batches(CONFIG, 2, 16)).sensitivities for _ in range(2))
+    other = collect_fisher(net, random_batches(CONFIG, 2, 16, seed=1)).sensitivities
     name = "blocks.0.mlp.fc.weight"
     assert torch.equal(first[name], again[name])
     assert not torch.equal(first[name], other[name])
@@ -114,7 +128,7 @@ def test_random_batches_are_ids_behind_a_bos():
 
 def test_no_batches_are_refused(net):
     with pytest.raises(ValueError, match="no batches"):
-        collect_sensitivities(net, [])
+        collect_fisher(net, [])
 
 
 def test_a_plain_sensitivity_is_that_of_the_relative_error():

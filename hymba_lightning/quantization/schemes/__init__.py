@@ -21,8 +21,9 @@ from hymba_lightning.model.roles import Role
 from hymba_lightning.quantization.config import SCHEMES, QuantizationConfig
 from hymba_lightning.quantization.format import Encoded
 from hymba_lightning.quantization.gptq import collect_hessians, quantize_with_hessians
-from hymba_lightning.quantization.precision import Measure, collect_sensitivities, random_batches
+from hymba_lightning.quantization.precision import Measure
 from hymba_lightning.quantization.rows import MAX_COARSEN, QuantizedTensor, coarsen_rows
+from hymba_lightning.quantization.sensitivity import collect_fisher, random_batches
 from hymba_lightning.quantization.tensors import check_tensor, encode_tensor
 
 log = logging.getLogger("hymba_lightning")
@@ -39,9 +40,9 @@ class Weights:
     quantized: dict[str, QuantizedTensor]
     """Those rounded elsewhere, kept as they are."""
     hessians: dict[str, Tensor] | None
-    """Of `collect_hessians`, for GPTQ."""
+    """Of `calibrate`, for GPTQ."""
     sensitivities: dict[str, Tensor] | None
-    """Of `collect_sensitivities`."""
+    """Of `calibrate`, likewise."""
     measure: Measure
     budget: int
     """Most bytes of the file."""
@@ -65,6 +66,15 @@ class Calibration(NamedTuple):
         """A copy in main memory; names that share a tensor share its copy."""
         moved = {id(tensor): tensor.cpu() for tensor in self.tensors()}
         return Calibration(*(known and {name: moved[id(tensor)] for name, tensor in known.items()} for known in self))
+
+    def with_prior(self, n_tokens: int) -> Calibration:
+        """The Hessians, of `n_tokens` in all, as if as many inputs as a matrix has columns had been seen besides, alike
+        in all directions: few tokens leave directions that look free, and GPTQ pushes all its errors there. In
+        place."""
+        for hessian_CC in {id(hessian): hessian for hessian in (self.hessians or {}).values()}.values():
+            diagonal_C = hessian_CC.diagonal()
+            diagonal_C += len(hessian_CC) / n_tokens * diagonal_C.mean()
+        return self
 
 
 class Scheme:
@@ -169,15 +179,22 @@ def calibrate(net: Hymba, config: QuantizationConfig, batches: list[Tensor], see
 
     Without batches there are no Hessians, and sensitivities come from random ids: no data is used then.
     """
-    scheme, sensitivities = scheme_of(config), None
+    found = look(net, config, batches, seed)
+    return found.with_prior(sum(batch.numel() for batch in batches)) if batches else found
+
+
+def look(net: Hymba, config: QuantizationConfig, batches: list[Tensor], seed: int = 0) -> Calibration:
+    """Like `calibrate`, of a part of the batches: without the prior, which is added once the parts are summed."""
+    scheme, hessians, sensitivities = scheme_of(config), None, None
+    if scheme.needs_hessians(config) and batches:
+        hessians = collect_hessians(net, batches)
     if scheme.measures_sensitivities:
         device = net.tok_emb.weight.device
-        sensitivities = collect_sensitivities(
-            net, batches or (ids.to(device) for ids in random_batches(net.config)), seed
-        )
-    return Calibration(
-        collect_hessians(net, batches) if scheme.needs_hessians(config) and batches else None, sensitivities
-    )
+        fisher = collect_fisher(net, batches or (ids.to(device) for ids in random_batches(net.config)), seed)
+        sensitivities = fisher.sensitivities
+        if hessians is not None:
+            hessians = fisher.columns | hessians
+    return Calibration(hessians, sensitivities)
 
 
 def encode_weights(weights: Weights, config: QuantizationConfig) -> tuple[list[Encoded], QuantizationConfig]:
@@ -193,7 +210,7 @@ def encode_weights(weights: Weights, config: QuantizationConfig) -> tuple[list[E
     if scheme.needs_hessians(config) != (weights.hessians is not None):
         raise ValueError(
             f"the scheme {config.scheme!r} {'needs' if weights.hessians is None else 'takes no'} Hessians: "
-            f"collect_hessians makes them from training batches, for GPTQ only"
+            f"calibrate makes them from training batches, for GPTQ only"
         )
     if weights.sensitivities is not None and not scheme.measures_sensitivities:
         raise ValueError(f"the scheme {config.scheme!r} takes no sensitivities")

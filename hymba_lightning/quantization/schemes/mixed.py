@@ -16,8 +16,8 @@ class Mixed(Rows):
     out of that and rounded by 'rows'."""
 
     summary = (
-        "every tensor's precision, the rows' steps included, solved for so that the file just fits limit_bytes at "
-        "least predicted loss; of the settings below only gptq, name_bits, zstd_level and limit_bytes matter to it"
+        "every tensor's precision, its rows' and columns' steps included, solved for so that the file just fits "
+        "limit_bytes at least predicted loss; of the settings below only gptq, name_bits, zstd_level and limit_bytes matter to it"
     )
     measures_sensitivities = True
 
