@@ -17,7 +17,8 @@ class Mixed(Rows):
 
     summary = (
         "every tensor's precision, its rows' and columns' steps included, solved for so that the file just fits "
-        "limit_bytes at least predicted loss; of the settings below only gptq, name_bits, zstd_level and limit_bytes matter to it"
+        "limit_bytes at least predicted loss; of the settings below only gptq, name_bits, zstd_level and limit_bytes "
+        "matter to it"
     )
     measures_sensitivities = True
 
