@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
 from types import FrameType
 from typing import Any, Union, get_args
 
@@ -141,12 +142,7 @@ def step_limit(trainer: pl.Trainer) -> int | None:
     if epochs is not None and epochs >= 0 and batches < ENDLESS:
         # What a step takes may change at some epochs, by a callback of Lightning's.
         changes = sorted({0, *(c for c in _accumulation(trainer) if c < epochs), epochs})
-        limits.append(
-            sum(
-                -(-int(batches) // _accumulated(trainer, a)) * (b - a)
-                for a, b in zip(changes, changes[1:], strict=False)
-            )
-        )
+        limits.append(sum(-(-int(batches) // _accumulated(trainer, a)) * (b - a) for a, b in pairwise(changes)))
     return min(limits, default=None)
 
 

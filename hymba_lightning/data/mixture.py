@@ -123,16 +123,3 @@ class MixedSpans:
         """Spans first_span … first_span + micro_batch_size - 1 as a training batch."""
         tokens = torch.from_numpy(np.stack([self.tokens(first_span + row) for row in range(micro_batch_size)]))
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.empty(0, dtype=torch.int16))
-
-
-def token_frequencies(sources: Sequence[Source], vocab_size: int) -> np.ndarray | None:
-    """Share of each token id in the training sequences (V,) float64, add-one smoothed; None where a manifest does not
-    count them."""
-    total = np.zeros(vocab_size)
-    for folder, share in sources:
-        manifest = read_manifest(folder)
-        if manifest is None or len(manifest["train_token_counts"]) != vocab_size:
-            return None
-        counts = np.array(manifest["train_token_counts"], dtype=np.float64) + 1
-        total += float(share) * counts / counts.sum()
-    return total

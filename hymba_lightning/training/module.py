@@ -43,6 +43,8 @@ from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, buil
 from hymba_lightning.training.pages import keep_pages
 
 log = logging.getLogger("hymba_lightning")
+# Of the options, what a run is made of and not how a machine runs it.
+KEPT = ("budget_seconds", "reserve_seconds", "average", "average_window", "ema_decay", "log_every_n_steps", "on_nan")
 
 
 class HymbaModule(pl.LightningModule):
@@ -108,17 +110,9 @@ class HymbaModule(pl.LightningModule):
         self.compile_warmup_steps = (8 if compile else 2) if compile_warmup_steps is None else compile_warmup_steps
         self.log_every_n_steps, self.peak_tflops = log_every_n_steps, peak_tflops
         self.on_nan = on_nan
-        # Plain values only: checkpoints are read with weights_only.
-        self.save_hyperparameters(
-            {
-                "net": net.to_dict(),
-                "optimizer": dataclasses.asdict(optimizer),
-                "budget_seconds": budget_seconds,
-                "average": average,
-                "average_window": average_window,
-                "ema_decay": ema_decay,
-            }
-        )
+        # What load_from_checkpoint brings back. Plain values only: checkpoints are read with weights_only.
+        configs = {"optimizer": dataclasses.asdict(optimizer), "ttt": dataclasses.asdict(ttt)}
+        self.save_hyperparameters({"net": net.to_dict(), **configs} | {name: getattr(self, name) for name in KEPT})
         self.bpb = BitsPerByte()
         self._weights_before_test: dict[str, Tensor] = {}
         self._lengths_told = False
