@@ -242,6 +242,14 @@ def _config_file(name: str) -> str:
     return str(path)
 
 
+def settings_file(name: str, folder: str = "configs") -> Path:
+    """The file that is meant: of this name, or else the shipped one in `folder`."""
+    path = Path(name).expanduser()
+    if not path.exists() and path.parent.as_posix() in (".", folder):
+        path = shipped_configs(folder.partition("/")[2]).get(path.name.removesuffix(".yaml"), path)
+    return path
+
+
 def read_settings(
     name: str, option: str, folder: str, example: str, options: bool = False
 ) -> tuple[Path, dict[str, Any]]:
@@ -257,9 +265,7 @@ def read_settings(
     Raises:
         UsageError: there is no such file, it cannot be read, holds no mapping, or a name twice.
     """
-    path, shipped = Path(name).expanduser(), shipped_configs(folder.partition("/")[2])
-    if not path.exists() and path.parent.as_posix() in (".", folder):
-        path = shipped.get(path.name.removesuffix(".yaml"), path)
+    path, shipped = settings_file(name, folder), shipped_configs(folder.partition("/")[2])
     known = f"; the shipped ones are {', '.join(shipped)}" if shipped else ""
     kind = _kind(path)
     if kind:

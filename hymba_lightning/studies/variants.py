@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,10 @@ def options(values: dict[str, Any]) -> list[str]:
             continue
         flat += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return flat
+
+
+def arguments_of(study: Study, variant: str, seed: int, extra: Sequence[str] = ()) -> list[str]:
+    """Options of `hymba fit` for a variant and a seed; `extra` holds for all."""
+    changes = study.variants[variant]
+    files = [part for config in changes.get("config", study.config) for part in ("--config", config)]
+    return [*files, *options(study.common), *options(changes), "--seed_everything", str(seed), *extra]
