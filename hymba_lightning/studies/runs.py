@@ -161,6 +161,26 @@ def artifact_of(run_dir: Path) -> Path | None:
     return None if name is None or not (run_dir / name).is_file() else run_dir / name
 
 
+def check_subject(out: Path, subject: Mapping[str, Any]) -> None:
+    """Keeps, beside the results in `out`, what they are of, for the next call.
+
+    Raises:
+        ValueError: what is there is of something else, and would stand in one table with what is asked for now.
+    """
+    path = out / "measured_on.json"
+    if path.is_file() and (out / "results.json").is_file():
+        before = read_json(path)
+        other = [
+            f"{name} {before.get(name)}, now {subject[name]}" for name in subject if before.get(name) != subject[name]
+        ]
+        if other:
+            raise ValueError(
+                f"{out} holds results of something else ({'; '.join(other)}): give another folder, or delete it"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(subject, indent=1) + "\n")
+
+
 def hardware(environment: dict[str, Any]) -> str:
     """A line that says what the numbers were measured on."""
     return (
