@@ -18,11 +18,11 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 from hymba_lightning.errors import UsageError, refused
 from hymba_lightning.model import RuntimeConfig
 from hymba_lightning.model.mixers import MIXERS
-from hymba_lightning.option_checks import UNSET, check_empty, check_groups, check_values, option_names
+from hymba_lightning.option_checks import UNSET, check_empty, check_groups, check_nulls, check_values, option_names
 from hymba_lightning.plain import OBJECT, refusal
 from hymba_lightning.training.optimizers import OPTIMIZERS
 from hymba_lightning.usage import unknown
-from hymba_lightning.yaml_text import KeyTwiceError, check_keys, load_yaml
+from hymba_lightning.yaml_text import MisleadingError, check_keys, load_yaml
 
 _read_value = get_loader("yaml")
 
@@ -43,7 +43,7 @@ def _read_checked(text: str) -> Any:
     """What the parsers read a value with, or a file that stands for one."""
     try:
         check_keys(text)
-    except KeyTwiceError as error:
+    except MisleadingError as error:
         _twice[text] = error.problem
         raise
     return _read_value(text)
@@ -128,6 +128,7 @@ class OneSentence:
             raise UsageError(told) from error
         check_groups(self, config)
         check_empty(self, config)
+        check_nulls(self, config)
         check_values(config)
         return _at_home(config)
 
@@ -283,7 +284,7 @@ def read_settings(
         raise UsageError(f"{option}{name} cannot be read: {refused(error)}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{option}{name} is no UTF-8 text: {error.reason} at byte {error.start}") from None
-    except KeyTwiceError as error:
+    except MisleadingError as error:
         raise UsageError(f"{option}{name}: {error.problem}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
