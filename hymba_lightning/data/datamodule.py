@@ -30,6 +30,7 @@ from hymba_lightning.data.token_stream import Chunk, TokenStream, check_scorable
 from hymba_lightning.data.token_stream import n_chunks as count_chunks
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
 from hymba_lightning.data.unigram import token_frequencies, unigram_bits_per_byte
+from hymba_lightning.field_types import settled
 from hymba_lightning.trainer_internals import rewind_to_accumulation_window
 
 log = logging.getLogger("hymba_lightning")
@@ -66,6 +67,7 @@ class HymbaDataModule(pl.LightningDataModule):
         ValueError: A number that cannot be.
     """
 
+    @settled("data.")
     def __init__(
         self,
         data_dir: str = "data",
@@ -179,8 +181,7 @@ class HymbaDataModule(pl.LightningDataModule):
         self.opened_in = time.monotonic() - started
 
     def _open(self, stage: str) -> None:
-        # Attributes and files may have changed since the last time.
-        self._check_settings()
+        self._check_settings()  # which may have changed since the last time, as may files
         for name in OPENED:
             self.__dict__.pop(name, None)
         manifest = read_manifest(self.data_dir)
@@ -396,5 +397,4 @@ class HymbaDataModule(pl.LightningDataModule):
         return None if self.trainer is None else self.trainer.strategy.root_device
 
     def _ahead(self) -> int:
-        # Validation batches and chunks are few and big: two in flight hide the reading.
-        return min(self.prefetch_batches, 2)
+        return min(self.prefetch_batches, 2)  # batches and chunks are few and big: two in flight hide the reading

@@ -23,6 +23,7 @@ from hymba_lightning.data.sequences import AnyBatch, as_batch, known_ids
 from hymba_lightning.data.token_stream import Chunk
 from hymba_lightning.evaluation.score import Score
 from hymba_lightning.evaluation.ttt import ScoreFirstTTT, TTTConfig
+from hymba_lightning.field_types import settled
 from hymba_lightning.metrics import BitsPerByte
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import Gradients
@@ -54,6 +55,7 @@ class HymbaModule(pl.LightningModule):
     statistics: they come from `configure_callbacks`, unless the trainer already has a callback of that kind.
     """
 
+    @settled()
     def __init__(
         self,
         net: HymbaConfig = HymbaConfig(),  # noqa: B008 - frozen, so sharing the default is safe
