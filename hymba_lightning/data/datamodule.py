@@ -21,7 +21,7 @@ from hymba_lightning.data.digests import file_digests
 from hymba_lightning.data.inputs import first_common
 from hymba_lightning.data.loader import Loader, ResumableLoader, read_ahead
 from hymba_lightning.data.manifest import SPLITS, check_manifest, read_manifest
-from hymba_lightning.data.mixture import MixedSpans, check_tokenizers, sources_of
+from hymba_lightning.data.mixture import MixedSpans, check_sources, sources_of
 from hymba_lightning.data.position import ReadPosition
 from hymba_lightning.data.sequences import Batch, TrainSpans, ValSequences, first_span
 from hymba_lightning.data.shards import find_shards
@@ -187,7 +187,7 @@ class HymbaDataModule(pl.LightningDataModule):
         manifest = read_manifest(self.data_dir)
         val_paths = find_shards(self.val_files, self.data_dir)
         if stage == "fit":
-            check_tokenizers(self.sources, self.tokenizer)
+            check_sources(self.sources, self.tokenizer)
         trained = [find_shards(self.train_files, folder) for folder, _ in self.sources] if stage == "fit" else []
         train_paths = [path for paths in trained for path in paths]
         both = first_common(train_paths, val_paths)
