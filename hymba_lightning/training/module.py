@@ -117,6 +117,9 @@ class HymbaModule(pl.LightningModule):
         self.save_hyperparameters({"net": net.to_dict(), **configs} | {name: getattr(self, name) for name in KEPT})
         self.bpb = BitsPerByte()
         self._weights_before_test: dict[str, Tensor] = {}
+        # Of this module; its Trainer may run others.
+        self._last_validation: Score | None = None
+        self._testing: Testing | None = None
         self._lengths_told = False
         self._compiled_forward: Callable[..., Tensor] | None = None
         self.cuda_graph = cuda_graph
@@ -265,6 +268,7 @@ class HymbaModule(pl.LightningModule):
         bpb = float(self.bpb.compute())
         score = self.bpb.score
         assert score is not None
+        self._last_validation = score
         self.run.validation = Validation(self.trainer.global_step, score)
         # The value is the same on every rank already; checkpoints and early stopping can monitor it.
         self.log_dict(
@@ -291,7 +295,7 @@ class HymbaModule(pl.LightningModule):
             )
         with torch.inference_mode(False):  # what is made here is trained
             stream, records = data.val_stream(), self.cuda_graph is not False
-            self.run.testing = Testing(
+            self._testing = self.run.testing = Testing(
                 ScoreFirstTTT(
                     self.net, data.seq_len, self.ttt_config, started=self.run.started, stream=stream, cuda_graph=records
                 )
@@ -304,9 +308,9 @@ class HymbaModule(pl.LightningModule):
         Raises:
             RuntimeError: none has started.
         """
-        if self.run.testing is None:
+        if self._testing is None:
             raise RuntimeError("nothing was tested yet")
-        return self.run.testing
+        return self._testing
 
     def test_score(self) -> Score:
         """Sum of the scores of all chunks tested so far."""
@@ -314,8 +318,8 @@ class HymbaModule(pl.LightningModule):
 
     @property
     def last_validation(self) -> Score | None:
-        """The latest validation's sums over all ranks, None before the first."""
-        return None if self.run.validation is None else self.run.validation.score
+        """This module's latest validation's sums over all ranks, None before the first."""
+        return self._last_validation
 
     def test_step(self, chunk: Chunk, batch_idx: int) -> None:
         # Lightning's inference mode would forbid the adaptation; tensors made under it cannot be trained on, so copy.
