@@ -36,7 +36,8 @@ def test_a_finished_run_is_left_as_it_is(work, fitted, tmp_path, caplog):
     assert {path for path in after if after[path] != before.get(path)} <= {folder / ".lock"}
     record = folder / "record.json"
     record.write_text(record.read_text().replace('"ended_by": "max_steps"', '"ended_by": "callback"'))
-    hymba(work, "fit", folder, "--ckpt_path", "last")
+    with caplog.at_level("INFO", "hymba_lightning"):
+        hymba(work, "fit", folder, "--ckpt_path", "last")
     assert re.search(
         r"nothing is left to do; to train on, leave out the callback .*--trainer\.max_epochs 1", caplog.text
     )
