@@ -45,6 +45,9 @@ class TTTStudy:
         """Reads a study. Raises ValueError naming the file and what is wrong with it."""
         try:
             study = cls(**read_settings(str(path), "", SHIPPED, EXAMPLE)[1])
+            for name, values in [("common", study.common), ("recipes", study.recipes), *study.recipes.items()]:
+                if not isinstance(values, dict):
+                    raise ValueError(f"{name} is {values!r}; names with values are needed, or {{}}")
             for name in study.recipes:
                 study.settings(name)
         except UserError:
@@ -59,6 +62,8 @@ class TTTStudy:
         """A recipe's config and its chunk_tokens (None: the data's)."""
         values = self.common | self.recipes[name]
         chunk_tokens = values.pop("chunk_tokens", None)
+        if chunk_tokens is not None and (type(chunk_tokens) is not int or chunk_tokens < 1):
+            raise ValueError(f"chunk_tokens of {name} is {chunk_tokens!r}; a whole number of at least 1 is needed")
         return TTTConfig(**values), chunk_tokens
 
 

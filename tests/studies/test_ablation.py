@@ -300,6 +300,19 @@ def test_the_shipped_studies_are_studies(name):
         ("config: a.yaml\nbaseline: a\nvariants: {a: {}}", "config is 'a.yaml'; a list of files is needed"),
         ("config: [a.yaml]\nbaseline: a\nvariants: [a]", r"variants is \['a'\]; names of options"),
         ("config: [a.yaml]\nbaseline: a\nvariants: {a: 3}", "a is 3; names of options with values are needed"),
+        ("config: [a.yaml]\nbaseline: a\nvariants: {a: {config: b.yaml}}", "config of a is 'b.yaml'; a list of files"),
+        ("config: [a.yaml]\nbaseline: a\nvariants: {a: {seeds: ['0']}}", r"seeds of a is \['0'\]; a list of numbers"),
+        (
+            "config: [a.yaml]\nbaseline: a\nvariants: {a: {seed_everything: 4}}",
+            "a has seed_everything, which the study",
+        ),
+        (
+            "config: [a.yaml]\nbaseline: a\ncommon: {run_dir: x}\nvariants: {a: {}}",
+            "common has run_dir, which the study",
+        ),
+        ("config: [a.yaml]\nbaseline: a\nvariants: {a: {1: 2}}", "a has 1; options go by their names"),
+        ("config: [a.yaml]\nbaseline: a\ntest: 'no'\nvariants: {a: {}}", "test is 'no'; true or false is needed"),
+        ("config: [a.yaml]\nbaseline: a\nstage: [raw]\nvariants: {a: {}}", r"stage \['raw'\] is unknown"),
         ("config: [a.yaml]\nbaseline: a/b\nvariants: {a/b: {}}", "'a/b', which cannot name the folder of its runs"),
     ],
 )

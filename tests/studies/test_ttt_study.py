@@ -78,6 +78,8 @@ def test_a_study_gives_table_plot_and_goes_on_where_it_was(tmp_path, study_file,
     ("change", "message"),
     [
         ({"baseline": "none"}, "baseline 'none'"),
+        ({"recipes": {"cold": None}}, "cold is None; names with values are needed"),
+        ({"recipes": {"cold": {"chunk_tokens": 0}}}, "chunk_tokens of cold is 0; a whole number of at least 1"),
         ({"recipes": {"cold": {"epoch": 1}}}, "no study of recipes"),
         ({"recipes": {"cold": {"mode": "hot"}}}, "hot"),
     ],
