@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ def run_seeds(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be one or more different numbers, got {list(seeds)}")
+    if not all(math.isfinite(number) for number in (*baseline, margin)):
+        raise ValueError(f"--baseline and --margin are numbers, got {list(baseline)} and {margin}")
     if baseline and len(seeds) > 1:
         scipy_stats()
     rows: list[dict] = []

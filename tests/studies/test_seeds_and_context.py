@@ -44,6 +44,8 @@ def test_table_of_seeds(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "seeds.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="different numbers"):
         run_seeds([1, 1], tmp_path, [])
+    with pytest.raises(ValueError, match=r"--baseline and --margin are numbers, got \[nan\]"):
+        run_seeds([1, 2], tmp_path, [], baseline=[float("nan")])
 
 
 @pytest.mark.slow
