@@ -1,11 +1,13 @@
 """A config's values are of its fields' types, whoever gives them: a checkpoint of others could be written, not read."""
 
+import dataclasses
 import functools
 import inspect
 import math
+import os
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
 from typing import Any, Literal, Union
 
@@ -26,6 +28,49 @@ def settle(config: Any, prefix: str = "") -> None:
             given = f"{str(value)[:40]!r} ({type(value).__name__})"
             raise ValueError(f"{prefix}{name} must be {_words(hint)}, got {given}")
         object.__setattr__(config, name, plain)
+
+
+def settled(prefix: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates an `__init__`, whose arguments become plain values of their types, as fields do by `settle`; paths are
+    text. Of other arguments only configs are looked at: each is one, or the dictionary of its fields.
+
+    What it makes raises ValueError naming an argument whose value is of another type, with `prefix`.
+    """
+
+    def decorate(init: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(init)
+
+        @functools.wraps(init)
+        def checked(*args: Any, **kwargs: Any) -> None:
+            given, hints = signature.bind(*args, **kwargs), typing.get_type_hints(init)
+            for name, value in given.arguments.items():
+                given.arguments[name] = _settled_argument(f"{prefix}{name}", value, hints.get(name))
+            init(*given.args, **given.kwargs)
+
+        # Who looks at the arguments (Lightning, where it loads a module) looks no further than this function.
+        checked.__signature__ = signature  # type: ignore[attr-defined]
+        return checked
+
+    return decorate
+
+
+def _settled_argument(name: str, value: Any, hint: Any) -> Any:
+    parts = typing.get_args(hint) or (hint,)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        plain, words = value if isinstance(value, hint | Mapping) else OTHER, f"of the kind {hint.__name__}"
+        fields = [field.name for field in dataclasses.fields(hint)]
+        strange = [key for key in value if key not in fields] if isinstance(value, Mapping) else []
+        # Of a network, and how it is run, older versions' fields are known.
+        if strange and not hasattr(hint, "from_dict"):
+            raise ValueError(f"{name} has no {strange[0]!r}: it has {', '.join(fields)}")
+    elif typing.get_origin(hint) is Literal or all(part in WORDS for part in parts):
+        plain = _plain(os.fspath(value) if isinstance(value, os.PathLike) else value, hint)
+        words = _words(hint)
+    else:
+        return value
+    if plain is OTHER:
+        raise ValueError(f"{name} must be {words}, got {str(value)[:40]!r} ({type(value).__name__})")
+    return plain
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jsonargparse import ActionConfigFile, Namespace
 
@@ -56,6 +56,26 @@ def check_empty(parser: Any, config: Any) -> None:
         for name, inner in (getattr(action, "_name_parser_map", None) or {}).items():
             if name in config:
                 check_empty(inner, config[name])
+
+
+def check_nulls(parser: Any, config: Any) -> None:
+    """
+    Raises:
+        UsageError: an option was given null, which is none of its values. The parser takes it for any.
+    """
+    for action in parser._actions:
+        for name, inner in (getattr(action, "_name_parser_map", None) or {}).items():
+            if name in config:
+                check_nulls(inner, config[name])
+        hint = getattr(action, "_typehint", None)
+        if action.dest == "seed_everything":
+            continue  # Lightning's: null is no seed
+        if hint is None or action.default is None or action.dest not in config or config.get(action.dest) is not None:
+            continue
+        if type(None) not in get_args(hint) and hint is not Any:
+            raise UsageError(
+                f"{action.dest} is null, which is none of its values: leave it out for {action.default!r}, or name one"
+            )
 
 
 def check_values(config: Any, inside: str = "") -> None:

@@ -18,11 +18,11 @@ from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_
 from hymba_lightning.errors import UsageError, refused
 from hymba_lightning.model import RuntimeConfig
 from hymba_lightning.model.mixers import MIXERS
-from hymba_lightning.option_checks import UNSET, check_empty, check_groups, check_values, option_names
+from hymba_lightning.option_checks import UNSET, check_empty, check_groups, check_nulls, check_values, option_names
 from hymba_lightning.plain import OBJECT, refusal
 from hymba_lightning.training.optimizers import OPTIMIZERS
 from hymba_lightning.usage import unknown
-from hymba_lightning.yaml_text import KeyTwiceError, check_keys, load_yaml
+from hymba_lightning.yaml_text import MisleadingError, check_keys, load_yaml
 
 _read_value = get_loader("yaml")
 
@@ -43,7 +43,7 @@ def _read_checked(text: str) -> Any:
     """What the parsers read a value with, or a file that stands for one."""
     try:
         check_keys(text)
-    except KeyTwiceError as error:
+    except MisleadingError as error:
         _twice[text] = error.problem
         raise
     return _read_value(text)
@@ -128,6 +128,7 @@ class OneSentence:
             raise UsageError(told) from error
         check_groups(self, config)
         check_empty(self, config)
+        check_nulls(self, config)
         check_values(config)
         return _at_home(config)
 
@@ -242,6 +243,14 @@ def _config_file(name: str) -> str:
     return str(path)
 
 
+def settings_file(name: str, folder: str = "configs") -> Path:
+    """The file that is meant: of this name, or else the shipped one in `folder`."""
+    path = Path(name).expanduser()
+    if not path.exists() and path.parent.as_posix() in (".", folder):
+        path = shipped_configs(folder.partition("/")[2]).get(path.name.removesuffix(".yaml"), path)
+    return path
+
+
 def read_settings(
     name: str, option: str, folder: str, example: str, options: bool = False
 ) -> tuple[Path, dict[str, Any]]:
@@ -257,9 +266,7 @@ def read_settings(
     Raises:
         UsageError: there is no such file, it cannot be read, holds no mapping, or a name twice.
     """
-    path, shipped = Path(name).expanduser(), shipped_configs(folder.partition("/")[2])
-    if not path.exists() and path.parent.as_posix() in (".", folder):
-        path = shipped.get(path.name.removesuffix(".yaml"), path)
+    path, shipped = settings_file(name, folder), shipped_configs(folder.partition("/")[2])
     known = f"; the shipped ones are {', '.join(shipped)}" if shipped else ""
     kind = _kind(path)
     if kind:
@@ -277,7 +284,7 @@ def read_settings(
         raise UsageError(f"{option}{name} cannot be read: {refused(error)}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{option}{name} is no UTF-8 text: {error.reason} at byte {error.start}") from None
-    except KeyTwiceError as error:
+    except MisleadingError as error:
         raise UsageError(f"{option}{name}: {error.problem}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -79,7 +79,10 @@ def refusal(message: str, error: BaseException | None, parser: Any) -> str:
     expected, value = describe(hint), _value(_given(message))
     # What one thing is given for is a list of one.
     as_list = f"; did you mean [{value.strip(QUOTES)}]?" if expected == "a list" and value[:1] in QUOTES else ""
-    return f"--{name}: expected {expected}, got {value}{as_list}"
+    # A name of digits is a number in YAML.
+    bare = re.fullmatch(r"'?[-+.\d]+(e[-+]?\d+)?'?|true|false|null", value) and expected.startswith("text")
+    quoted = ", which is none in YAML: put it in quotes there" if bare else ""
+    return f"--{name}: expected {expected}, got {value}{as_list}{quoted}"
 
 
 def _of_an_object(name: str, hint: Any, message: str, error: BaseException | None) -> str:

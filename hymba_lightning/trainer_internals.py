@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
 from types import FrameType
 from typing import Any, Union, get_args
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loops.utilities import _block_parallel_sync_behavior
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -101,8 +102,10 @@ def rewind_to_accumulation_window(trainer: pl.Trainer) -> None:
     """Lets Lightning count from the first micro-batch of the accumulation window it was interrupted in.
 
     A checkpoint holds no half-accumulated gradient, so the window's batches are read again; the batch counter must go
-    back with them, or the first optimizer step would see fewer micro-batches than the others.
+    back with them, or the first optimizer step would see fewer micro-batches than the others. How many a window has,
+    Lightning's scheduler only says when an epoch begins, so not to a run that goes on within one.
     """
+    trainer.accumulate_grad_batches = _accumulated(trainer, trainer.current_epoch)
     progress = trainer.fit_loop.epoch_loop.batch_progress
     surplus = progress.current.ready % trainer.accumulate_grad_batches
     progress.total.increment_by(-surplus)
@@ -137,8 +140,22 @@ def step_limit(trainer: pl.Trainer) -> int | None:
     limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if epochs is not None and epochs >= 0 and batches < ENDLESS:
-        limits.append(-(-int(batches) // trainer.accumulate_grad_batches) * epochs)
+        # What a step takes may change at some epochs, by a callback of Lightning's.
+        changes = sorted({0, *(c for c in _accumulation(trainer) if c < epochs), epochs})
+        limits.append(sum(-(-int(batches) // _accumulated(trainer, a)) * (b - a) for a, b in pairwise(changes)))
     return min(limits, default=None)
+
+
+def _accumulation(trainer: pl.Trainer) -> dict[int, int]:
+    """Epoch → micro-batches of a step from there on, where a GradientAccumulationScheduler says so."""
+    schedulers = (each for each in callbacks_of(trainer) if isinstance(each, GradientAccumulationScheduler))
+    return next((scheduler.scheduling for scheduler in schedulers), {})
+
+
+def _accumulated(trainer: pl.Trainer, epoch: int) -> int:
+    """Micro-batches of a step in an epoch."""
+    by_epoch = _accumulation(trainer)
+    return by_epoch[max(start for start in by_epoch if start <= epoch)] if by_epoch else trainer.accumulate_grad_batches
 
 
 def say_that_data_are_endless(trainer: pl.Trainer) -> None:

@@ -1,7 +1,11 @@
-"""YAML in which every key stands once. The library's own loaders let the last of several win in silence."""
+"""YAML in which every key stands once, and a number is what it looks like.
+
+The library's own loaders let the last of several keys win in silence, and read 010 as 8 and 10:00 as 600.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +13,14 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 MERGE = "tag:yaml.org,2002:merge"
+NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
-class KeyTwiceError(yaml.MarkedYAMLError):
+class MisleadingError(yaml.MarkedYAMLError):
+    """What YAML makes of a text is not what whoever wrote it meant."""
+
+
+class KeyTwiceError(MisleadingError):
     """A key stands twice in one mapping, or an option both with dots and in a group."""
 
 
@@ -31,7 +40,7 @@ class UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: i
     def construct_document(self, node: Node) -> Any:
         """
         Raises:
-            KeyTwiceError: a key stands twice.
+            MisleadingError: a key stands twice, or a number looks like another.
         """
         self.check(node)
         return super().construct_document(node)
@@ -40,12 +49,15 @@ class UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: i
         """
         Raises:
             KeyTwiceError: a key stands twice.
+            MisleadingError: a number looks like another one.
         """
         seen: dict[str, ScalarNode] = {}
         before: dict[str, ScalarNode] = {}
         waiting, done = [(root, "")], set()
         while waiting:
             node, path = waiting.pop()
+            if isinstance(node, ScalarNode):
+                self._check_number(node, path)
             # What an alias repeats; it may hold itself.
             if id(node) in done or not isinstance(node, MappingNode | SequenceNode):
                 continue
@@ -71,6 +83,17 @@ class UniqueKeyLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: i
                     before |= {".".join(parts[:end]): key for end in range(1, len(parts))}
             waiting += reversed(inner)
 
+    def _check_number(self, node: ScalarNode, name: str) -> None:
+        text = node.value
+        if not node.style and node.tag in NUMBERS and (":" in text or re.fullmatch(r"[-+]?0[0-7_]+", text)):
+            meant = self.construct_object(node)
+            if ":" in text or int(text.replace("_", "")) != meant:
+                raise MisleadingError(
+                    problem=f"{name or 'the value'} is {text} in line {_line(node)}, which YAML reads as {meant}: "
+                    f"write that, or '{text}' in quotes where a text is meant",
+                    problem_mark=node.start_mark,
+                )
+
     def _keys(self, node: MappingNode, path: str) -> Iterator[tuple[str, ScalarNode, Node]]:
         """Keys, by path too, and values; no key twice. `<<` takes another mapping's, which its own may overrule."""
         found: dict[Any, ScalarNode] = {}
@@ -86,7 +109,7 @@ def load_yaml(text: str, dotted: bool = False) -> Any:
     """The values in a YAML text. `dotted`: as of UniqueKeyLoader.
 
     Raises:
-        yaml.YAMLError: It is none; KeyTwiceError where a key stands twice.
+        yaml.YAMLError: It is none; MisleadingError where it says something else than it seems to.
     """
     loader = UniqueKeyLoader(text, dotted)
     try:
@@ -98,7 +121,7 @@ def load_yaml(text: str, dotted: bool = False) -> Any:
 def check_keys(text: str) -> None:
     """
     Raises:
-        yaml.YAMLError: The text is no YAML; KeyTwiceError where a key stands twice.
+        yaml.YAMLError: The text is no YAML; MisleadingError where it says something else than it seems to.
     """
     loader = UniqueKeyLoader(text)
     try:

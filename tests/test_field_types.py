@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import math
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.evaluation.config import TTTConfig
 from hymba_lightning.field_types import settle
 from hymba_lightning.generation.sampler import SamplingConfig
 from hymba_lightning.model import HymbaConfig, RuntimeConfig
 from hymba_lightning.quantization import QuantizationConfig
+from hymba_lightning.training.module import HymbaModule
 from hymba_lightning.training.optim_config import OptimizerConfig
 
 
@@ -79,3 +82,25 @@ def test_fields_that_a_subclass_adds_are_of_any_type():
     assert Own(place=Path("b")).place == Path("b")
     with pytest.raises(ValueError, match=r"^n_layers must be a whole number, got '1.5'"):
         Own(n_layers=1.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "told"),
+    [
+        (HymbaDataModule, {"seq_len": "64"}, "data.seq_len must be a whole number, got '64'"),
+        (HymbaDataModule, {"ttt_chunk_tokens": None}, "data.ttt_chunk_tokens must be a whole number, got 'None'"),
+        (HymbaDataModule, {"val_files": ["a", "b"]}, "data.val_files must be text"),
+        (HymbaModule, {"compile": "no"}, "compile must be True or False, got 'no'"),
+        (HymbaModule, {"optimizer": "adamw"}, "optimizer must be of the kind OptimizerConfig, got 'adamw'"),
+        (HymbaModule, {"optimizer": {"lr": 1}}, "optimizer has no 'lr': it has name, "),
+    ],
+)
+def test_modules_name_an_argument_of_another_type(kind, given, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        kind(**given)
+
+
+def test_modules_take_paths_and_whole_floats(tmp_path):
+    data = HymbaDataModule(tmp_path, tokenizer=tmp_path / "a.model", seq_len=64.0, val_tokens_limit=np.int64(9))
+    assert (data.data_dir, data.tokenizer) == (tmp_path, tmp_path / "a.model")
+    assert [type(data.seq_len), type(data.val_tokens_limit)] == [int, int]

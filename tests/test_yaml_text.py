@@ -15,7 +15,7 @@ from hymba_lightning.options import CommandParser, with_config_files
 from hymba_lightning.report.reading import read_yaml
 from hymba_lightning.studies.ttt import TTTStudy
 from hymba_lightning.studies.variants import Study
-from hymba_lightning.yaml_text import KeyTwiceError, load_yaml
+from hymba_lightning.yaml_text import KeyTwiceError, MisleadingError, load_yaml
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,42 @@ def test_a_key_that_stands_twice_is_named_with_both_lines(text, told):
 )
 def test_other_texts_are_read_as_the_library_does(text):
     assert load_yaml(text) == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a:\n  b: 010", "a.b is 010 in line 2, which YAML reads as 8"),
+        ("a: [1, 10:00:00:00]", "a[1] is 10:00:00:00 in line 1, which YAML reads as 2160000"),
+    ],
+)
+def test_a_number_that_looks_like_another_is_refused(text, told):
+    with pytest.raises(MisleadingError) as refused:
+        load_yaml(text)
+    assert refused.value.problem.startswith(f"{told}: write that, or '")
+    assert load_yaml("a: '010'\nb: 07\nc: 0x10\nd: 00:00:10:00") == {"a": "010", "b": 7, "c": 16, "d": "00:00:10:00"}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "data: {seq_len: null}",
+            "data.seq_len is null, which is none of its values: leave it out for 32768, or name one",
+        ),
+        ("export: {enabled: ~}", "export.enabled is null, which is none of its values"),
+        (
+            "run_dir: 20261130",
+            "--run_dir: expected text or null, got '20261130', which is none in YAML: put it in quotes",
+        ),
+        ("trainer: {max_steps: 010}", "trainer.max_steps is 010 in line 1, which YAML reads as 8"),
+    ],
+)
+def test_a_value_that_an_option_cannot_have_is_refused_in_a_file(tmp_path, text, told):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UsageError) as refused:
+        run(["fit", "--config", str(tmp_path / "a.yaml"), "--print_config"])
+    assert told in str(refused.value)
 
 
 def test_an_alias_that_holds_itself_ends():

@@ -6,14 +6,13 @@ B is the micro-batch of one rank, T = seq_len, W the number of ranks.
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import sentencepiece
 import torch
 
@@ -22,7 +21,7 @@ from hymba_lightning.data.digests import file_digests
 from hymba_lightning.data.inputs import first_common
 from hymba_lightning.data.loader import Loader, ResumableLoader, read_ahead
 from hymba_lightning.data.manifest import SPLITS, check_manifest, read_manifest
-from hymba_lightning.data.mixture import MixedSpans, check_tokenizers, sources_of, token_frequencies
+from hymba_lightning.data.mixture import MixedSpans, check_sources, sources_of
 from hymba_lightning.data.position import ReadPosition
 from hymba_lightning.data.sequences import Batch, TrainSpans, ValSequences, first_span
 from hymba_lightning.data.shards import find_shards
@@ -30,14 +29,17 @@ from hymba_lightning.data.token_bytes import TokenBytes
 from hymba_lightning.data.token_stream import Chunk, TokenStream, check_scorable, chunk_at
 from hymba_lightning.data.token_stream import n_chunks as count_chunks
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
+from hymba_lightning.data.unigram import token_frequencies, unigram_bits_per_byte
+from hymba_lightning.field_types import settled
 from hymba_lightning.trainer_internals import rewind_to_accumulation_window
-from hymba_lightning.units import bits_per_byte
 
 log = logging.getLogger("hymba_lightning")
 
 # Training ends by clock or step limit, never by running out of batches; the length only has to be out of reach.
 ENDLESS = 1 << 40
 OPTIONAL = ("val_tokens_limit", "shuffle_seed")
+# What is made of the files and kept until they are opened again.
+OPENED = ("processor", "token_bytes", "train_spans", "_val_stream", "unigram_bpb", "val_sequences", "_train_digest")
 POSITIVE = ("seq_len", "micro_batch_size", "val_micro_batch_size", "ttt_chunk_tokens", "prefetch_batches")
 
 
@@ -65,6 +67,7 @@ class HymbaDataModule(pl.LightningDataModule):
         ValueError: A number that cannot be.
     """
 
+    @settled("data.")
     def __init__(
         self,
         data_dir: str = "data",
@@ -91,17 +94,9 @@ class HymbaDataModule(pl.LightningDataModule):
         self.ttt_chunk_tokens = ttt_chunk_tokens
         self.val_tokens_limit = val_tokens_limit
         self.shuffle_seed = shuffle_seed
-        self.sources = sources_of(self.data_dir, mixture or {})
-        if mixture and Path(train_files).is_absolute():
-            raise ValueError(
-                f"data.train_files={train_files!r} is one place, and data.mixture needs one in each folder"
-            )
+        self.mixture = dict(mixture) if isinstance(mixture, Mapping) else mixture or {}
         self.prefetch_batches = prefetch_batches
-        for field in (*POSITIVE, *(["val_tokens_limit"] if val_tokens_limit is not None else [])):
-            if getattr(self, field) < 1:
-                raise ValueError(f"data.{field} is {getattr(self, field)}; it must be at least 1")
-        if shuffle_seed is not None and not 0 <= shuffle_seed < 1 << 32:
-            raise ValueError(f"data.shuffle_seed is {shuffle_seed}; it must lie in 0 … 2^32 - 1")
+        self._check_settings()
         # Lightning would refuse a rank without batches; here every rank has as many as the others.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self._position = ReadPosition()
@@ -109,6 +104,18 @@ class HymbaDataModule(pl.LightningDataModule):
         self._resuming = False
         self.opened_in = 0.0
         """Seconds that the last `setup` took."""
+
+    def _check_settings(self) -> None:
+        self.sources = sources_of(self.data_dir, self.mixture)
+        if self.mixture and Path(self.train_files).is_absolute():
+            raise ValueError(
+                f"data.train_files={self.train_files!r} is one place, and data.mixture needs one in each folder"
+            )
+        for field in (*POSITIVE, *(["val_tokens_limit"] if self.val_tokens_limit is not None else [])):
+            if getattr(self, field) < 1:
+                raise ValueError(f"data.{field} is {getattr(self, field)}; it must be at least 1")
+        if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 1 << 32:
+            raise ValueError(f"data.shuffle_seed is {self.shuffle_seed}; it must lie in 0 … 2^32 - 1")
 
     # What the tokenizer says --------------------------------------------------------------------------------------
 
@@ -174,10 +181,13 @@ class HymbaDataModule(pl.LightningDataModule):
         self.opened_in = time.monotonic() - started
 
     def _open(self, stage: str) -> None:
+        self._check_settings()  # which may have changed since the last time, as may files
+        for name in OPENED:
+            self.__dict__.pop(name, None)
         manifest = read_manifest(self.data_dir)
         val_paths = find_shards(self.val_files, self.data_dir)
         if stage == "fit":
-            check_tokenizers(self.sources, self.tokenizer)
+            check_sources(self.sources, self.tokenizer)
         trained = [find_shards(self.train_files, folder) for folder, _ in self.sources] if stage == "fit" else []
         train_paths = [path for paths in trained for path in paths]
         both = first_common(train_paths, val_paths)
@@ -187,7 +197,7 @@ class HymbaDataModule(pl.LightningDataModule):
                 f"{both[0]} matches data.train_files={self.train_files!r}{same} data.val_files={self.val_files!r}; "
                 "training on validation text makes its score worthless: narrow the patterns"
             )
-        # One process of a node reads samples of the shards again; whole ones are read once, by whoever comes first.
+        # One process of a node reads samples of the shards again; whole ones are read once.
         sample = self.trainer is None or self.trainer.local_rank == 0
         check_manifest(self.data_dir, [*train_paths, *val_paths], self.tokenizer, sample=sample)
         self.val_stream()
@@ -245,19 +255,14 @@ class HymbaDataModule(pl.LightningDataModule):
         """Bits per byte of the scored validation tokens under training frequencies (add-one smoothed).
 
         What a model reaches that knows how frequent each token is and nothing else. None where no manifest counts the
-        training tokens.
+        tokens of the training shards.
         """
-        frequencies = token_frequencies(self.sources, self.vocab_size)
+        frequencies = token_frequencies(self.sources, self.train_files, self.vocab_size)
         if frequencies is None:
             return None
-        nats = -np.log(frequencies)
-        total_nats = total_bytes = 0.0
         stream = self.val_stream()
-        for index in range(count_chunks(stream, self.ttt_chunk_tokens)):
-            chunk = chunk_at(stream, self.token_bytes, self.ttt_chunk_tokens, index)
-            total_nats += float(nats[chunk.tokens[1:].numpy()].sum())
-            total_bytes += int(chunk.target_bytes.sum(dtype=torch.int64))
-        return bits_per_byte(total_nats, total_bytes)
+        chunks = (self._load_chunk(index) for index in range(count_chunks(stream, self.ttt_chunk_tokens)))
+        return unigram_bits_per_byte(frequencies, chunks)
 
     # Training -----------------------------------------------------------------------------------------------------
 
@@ -392,5 +397,4 @@ class HymbaDataModule(pl.LightningDataModule):
         return None if self.trainer is None else self.trainer.strategy.root_device
 
     def _ahead(self) -> int:
-        # Validation batches and chunks are few and big: two in flight hide the reading.
-        return min(self.prefetch_batches, 2)
+        return min(self.prefetch_batches, 2)  # batches and chunks are few and big: two in flight hide the reading

@@ -60,8 +60,12 @@ def split_rank(document: Document, seed: int) -> float:
 
 
 def document_digest(document: Document) -> bytes:
-    """16 bytes that are the same for equal texts, and practically never for different ones (BLAKE2b)."""
-    return hashlib.blake2b(document.utf8, digest_size=16).digest()
+    """16 bytes that are the same for equal texts, and practically never for different ones (BLAKE2b).
+
+    Texts are equal whatever kind of file they lie in: line ends, and white space around them, do not count.
+    """
+    same = document.utf8.replace(b"\r\n", b"\n").replace(b"\r", b"\n").strip()
+    return hashlib.blake2b(same, digest_size=16).digest()
 
 
 def unescaped(separator: str) -> str:
@@ -250,10 +254,8 @@ class DocumentReader:
                 self._skip(file, kind, cause, f":{self._line}")
             elif not header:
                 header = row
-                if self.text_key not in header:
-                    raise SourceError(
-                        "no text column", f"no column {self.text_key!r} among {', '.join(header[:20])}; set text_key"
-                    )
+                if header.count(self.text_key) != 1:
+                    raise SourceError("no text column", _columns(header, self.text_key, delimiter))
             elif len(row) != len(header):
                 self._skip(file, "damaged CSV", f"{len(row)} fields, not {len(header)}", f":{self._line}")
             else:
@@ -344,6 +346,16 @@ def _damage(row: list[str]) -> tuple[str, str]:
     if not all(field.isascii() or SURROGATES.search(field) is None for field in row):
         return "not UTF-8", "not UTF-8 text"
     return "", ""
+
+
+def _columns(header: list[str], text_key: str, delimiter: str) -> str:
+    """Why none of these columns is the text's, and what to do."""
+    if text_key in header:
+        return f"{header.count(text_key)} columns {text_key!r}; give all but the text's another name"
+    other = next((sign for sign in ",;\t|" if text_key in header[0].split(sign)), None)
+    if len(header) == 1 and other is not None and other != delimiter:
+        return f"its columns are cut by {other!r}, not by {delimiter!r}; write it anew with {delimiter!r}"
+    return f"no column {text_key!r} among {', '.join(header[:20])}; set text_key"
 
 
 def _cut_place(text: str, most: int) -> int:

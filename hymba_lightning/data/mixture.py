@@ -7,6 +7,7 @@ which they would come without the others. So nothing has to be remembered to go 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -19,6 +20,8 @@ import torch
 from hymba_lightning.data.manifest import read_manifest
 from hymba_lightning.data.sequences import Batch, TrainSpans
 from hymba_lightning.data.tokenizer import TOKENIZER_FILE, file_sha256, load_tokenizer
+
+log = logging.getLogger("hymba_lightning")
 
 
 class Source(NamedTuple):
@@ -57,8 +60,9 @@ def _share(folder: str, share: float) -> Fraction:
     return Fraction(str(share))
 
 
-def check_tokenizers(sources: Sequence[Source], tokenizer: Path) -> None:
-    """
+def check_sources(sources: Sequence[Source], tokenizer: Path) -> None:
+    """Warns of folders whose training text may hold what is for validation in the first one.
+
     Raises:
         ValueError: A folder was prepared with another tokenizer than `tokenizer`, or does not say with which.
         FileNotFoundError: There is no such folder, or no tokenizer.
@@ -78,6 +82,32 @@ def check_tokenizers(sources: Sequence[Source], tokenizer: Path) -> None:
                 f"{folder} of data.mixture {what}; all folders must be of {tokenizer} (sha256 {own}): prepare it again "
                 f"with `hymba prepare --tokenizer {tokenizer}`"
             )
+    for note in splits_apart(sources):
+        log.warning("%s", note)
+
+
+def splits_apart(sources: Sequence[Source]) -> list[str]:
+    """Sentences on folders whose training text may hold what is for validation in the first one: those that were split
+    in another way, where both were split by their documents' content."""
+    own = _split_of(sources[0].folder)
+    found = []
+    for folder, _ in sources[1:]:
+        other = _split_of(folder)
+        if own and other and (other[0] != own[0] or other[1] < own[1]):
+            found.append(
+                f"{folder} was prepared with seed {other[0]} and val_fraction {other[1]}, {sources[0].folder} with "
+                f"{own[0]} and {own[1]}: a text in both may be trained on and scored. Prepare both with one seed and "
+                "val_fraction"
+            )
+    return found
+
+
+def _split_of(folder: Path) -> tuple[int, float] | None:
+    """Seed and share of the split of a folder's documents, None where it is not known, or was made another way."""
+    arguments = (read_manifest(folder) or {}).get("arguments", {})
+    seed, share = arguments.get("seed"), arguments.get("val_fraction")
+    known = isinstance(seed, int) and isinstance(share, float) and not arguments.get("val_inputs")
+    return (seed, share) if known else None
 
 
 class MixedSpans:
@@ -123,16 +153,3 @@ class MixedSpans:
         """Spans first_span … first_span + micro_batch_size - 1 as a training batch."""
         tokens = torch.from_numpy(np.stack([self.tokens(first_span + row) for row in range(micro_batch_size)]))
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.empty(0, dtype=torch.int16))
-
-
-def token_frequencies(sources: Sequence[Source], vocab_size: int) -> np.ndarray | None:
-    """Share of each token id in the training sequences (V,) float64, add-one smoothed; None where a manifest does not
-    count them."""
-    total = np.zeros(vocab_size)
-    for folder, share in sources:
-        manifest = read_manifest(folder)
-        if manifest is None or len(manifest["train_token_counts"]) != vocab_size:
-            return None
-        counts = np.array(manifest["train_token_counts"], dtype=np.float64) + 1
-        total += float(share) * counts / counts.sum()
-    return total

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from hymba_lightning.closure import ARCHIVE, EVALUATE
 from hymba_lightning.cores import available_cores
+from hymba_lightning.data.manifest import check_manifest
 from hymba_lightning.data.shard_writing import write_shard
 from hymba_lightning.data.shards import find_shards
 from hymba_lightning.data.token_bytes import TokenBytes
@@ -125,7 +126,9 @@ def audit_path(
         raise FileNotFoundError(f"--data_dir {data} is no folder: give one that `hymba prepare` wrote")
     model = Path(tokenizer) if tokenizer else data / "tokenizer.model"
     token_bytes = TokenBytes.from_model(model)
-    stream = TokenStream(find_shards(VAL_FILES, data), token_bytes.vocab_size)
+    shards = find_shards(VAL_FILES, data)
+    check_manifest(data, shards, model)
+    stream = TokenStream(shards, token_bytes.vocab_size)
     if not 16 <= tokens <= len(stream):
         raise ValueError(f"tokens={tokens} must be 16 to the {len(stream)} validation tokens of {data}")
     if answer_seconds is not None and not 0 < answer_seconds < math.inf:

@@ -16,6 +16,8 @@ from hymba_lightning import __version__
 from hymba_lightning.checkpoints import check_tokenizer, read_checkpoint
 from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.data.datamodule import HymbaDataModule
+from hymba_lightning.data.manifest import check_manifest
+from hymba_lightning.data.shards import find_shards
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.device import device_of
 from hymba_lightning.files import check_place, not_a_file
@@ -185,10 +187,11 @@ def read_source(path: Path, tokenizer: str | None, runtime: RuntimeConfig, devic
 
 
 def check_data(source: Source, data: HymbaDataModule) -> str:
-    """Makes sure that the network was trained with the data's tokenizer; returns its SHA-256 in hexadecimal.
+    """Makes sure that the network was trained with the data's tokenizer, which made the training shards; returns its
+    SHA-256 in hexadecimal.
 
     Raises:
-        ValueError: the vocabularies differ in size, or the tokenizers in content.
+        ValueError: the vocabularies differ in size, or the tokenizers in content; a shard is damaged.
     """
     if data.vocab_size != source.net.config.vocab_size:
         raise ValueError(
@@ -198,4 +201,5 @@ def check_data(source: Source, data: HymbaDataModule) -> str:
     fingerprint = data.tokenizer_fingerprint()
     if source.fingerprint is not None:
         check_tokenizer("the network", source.fingerprint, fingerprint, data.tokenizer, "--data_dir or --tokenizer")
+    check_manifest(data.data_dir, find_shards(data.train_files, data.data_dir), data.tokenizer)
     return fingerprint

@@ -75,7 +75,12 @@ def finish(trainer: pl.Trainer, module: pl.LightningModule, settings: ExportSett
     run = Run.of(trainer)
     ending = _Ending(trainer, module, settings, run)
     if ending.is_done():
-        log.info("%s is finished already: nothing is left to do", ending.folder)
+        trained = run.record.trained
+        stopped = trained is not None and trained.ended_by == "callback"
+        # What a callback ended counts as an epoch of its own.
+        epochs = trainer.current_epoch + 1
+        how = f"; to train on, leave out the callback that ended it, with --trainer.max_epochs {epochs}"
+        log.info("%s is finished already: nothing is left to do%s", ending.folder, how if stopped else "")
         return
     for note in run.before_finish:
         note()

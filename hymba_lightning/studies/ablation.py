@@ -17,20 +17,13 @@ from hymba_lightning.errors import is_user_error, sentence
 from hymba_lightning.options import read_settings, shipped_configs
 from hymba_lightning.studies.arguments import StudyParser
 from hymba_lightning.studies.paired import report, scores_of, write_results
-from hymba_lightning.studies.runs import RunFailedError, artifact_of, made_with, run_once
+from hymba_lightning.studies.runs import RunFailedError, artifact_of, made_with, other_options, run_once
 from hymba_lightning.studies.significance import scipy_stats
-from hymba_lightning.studies.variants import EXAMPLE, SHIPPED, Study, options
+from hymba_lightning.studies.variants import EXAMPLE, SHIPPED, Study, arguments_of
 from hymba_lightning.studies.worker import Worker
 
 # Options that a compiled graph depends on.
 GRAPH_OPTIONS = ("model.net", "model.runtime", "data.seq_len", "data.micro_batch_size")
-
-
-def arguments_of(study: Study, variant: str, seed: int, extra: list[str]) -> list[str]:
-    """Options of `hymba fit` for a variant and a seed; `extra` holds for all."""
-    changes = study.variants[variant]
-    files = [part for config in changes.get("config", study.config) for part in ("--config", config)]
-    return [*files, *options(study.common), *options(changes), "--seed_everything", str(seed), *extra]
 
 
 def run_one(
@@ -122,7 +115,7 @@ class StudyQueue:
         run_dir = self.folder / f"{pair[0]}-{pair[1]}"
         if not (run_dir / "summary.json").is_file():
             return False
-        if made_with(run_dir, "fit") not in (None, arguments_of(self.study, *pair, self.extra)):
+        if other_options(made_with(run_dir, "fit"), arguments_of(self.study, *pair, self.extra)):
             return False
         return not (self.study.test and artifact_of(run_dir)) or (run_dir / "test_summary.json").is_file()
 
@@ -177,7 +170,7 @@ def run_study(
                 failures.append(_said(error, *pair))
                 print(failures[-1], flush=True)
             with reporting:
-                write_results(queue.study, folder)
+                write_results(queue.study, folder, extra)
         worker.close()
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +184,12 @@ def run_study(
             raise
     study = queue.study
     ended = any((folder / f"{study.baseline}-{seed}" / "summary.json").is_file() for seed in seeds)
-    table = report(study, folder, seeds, only) if ended else ""
+    table = ""
+    try:
+        table = report(study, folder, seeds, only, extra) if ended else ""
+    except FileNotFoundError:
+        if not failures:  # which say why
+            raise
     if failures:
         head = f"{table}\n{len(failures)} runs failed; the same command tries them again:"
         raise RunFailedError("\n".join([head, *failures]))
@@ -232,7 +230,7 @@ def main(args: list[str]) -> None:
     path, _ = read_settings(options.study, "", SHIPPED, EXAMPLE)
     out = Path(options.out)
     if options.report:
-        print(report(Study.from_yaml(path), out, options.seeds, options.only))
+        print(report(Study.from_yaml(path), out, options.seeds, options.only, parser.fit_options or None))
         return
     devices = options.devices or [None]
     print(

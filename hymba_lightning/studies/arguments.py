@@ -38,8 +38,13 @@ class StudyParser(CommandParser):
         if self.of_fit and "--" in args:
             cut = args.index("--")
             args, self.fit_options = args[:cut], args[cut + 1 :]
-            if any(option.partition("=")[0] == "--run_dir" for option in self.fit_options):
-                raise UsageError("--run_dir behind -- would put every run in one folder: leave it out")
+            refused = {"--run_dir": "put every run in one folder", "--ckpt_path": "have every run go on from one place"}
+            if any(action.dest == "seeds" for action in self._actions):
+                refused["--seed_everything"] = "give every run one seed, whatever --seeds says"
+            for option in self.fit_options:
+                name = option.partition("=")[0]
+                if name in refused:
+                    raise UsageError(f"{name} behind -- would {refused[name]}: leave it out")
         return self.parse_args(positionals_first(self, args))
 
 

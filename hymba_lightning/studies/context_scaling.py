@@ -11,7 +11,7 @@ from hymba_lightning.files import write_atomic
 from hymba_lightning.report.charts import Chart, Series, to_png
 from hymba_lightning.report.runs import load_runs
 from hymba_lightning.studies.arguments import StudyParser
-from hymba_lightning.studies.runs import hardware, run_once
+from hymba_lightning.studies.runs import check_same_text, hardware, run_once
 from hymba_lightning.studies.variants import options
 
 
@@ -33,6 +33,7 @@ def run_lengths(lengths: Sequence[int], tokens: int, steps: int, folder: Path, a
         raise ValueError(f"tokens={tokens} is no multiple of the sequence lengths {wrong}: choose others")
     points = []
     environment: dict = {}
+    texts: dict[Path, dict] = {}
     for length in lengths:
         run_dir = folder / f"seq-{length}"
         values = {
@@ -44,6 +45,8 @@ def run_lengths(lengths: Sequence[int], tokens: int, steps: int, folder: Path, a
         }
         summary = run_once("fit", run_dir, "summary.json", [*arguments, *options(values)])
         environment = summary["environment"]
+        texts[run_dir] = next(iter(summary.get("scores", {}).values()), {})
+        check_same_text(texts)
         times = [milliseconds for _, milliseconds in load_runs([run_dir])[0].step_times()]
         mean = 1000 * summary["train_seconds"] / summary["steps"]
         points.append(

@@ -23,6 +23,7 @@ import torch
 import zstandard
 from torch import Tensor
 
+from hymba_lightning.checkpoints import weights_sha256
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.files import write_atomic
 from hymba_lightning.interop.checkpoint import read_reference_file
@@ -37,7 +38,7 @@ from hymba_lightning.quantization.format import boundaries
 from hymba_lightning.quantization.frames import compress
 from hymba_lightning.quantization.schemes import Calibration, calibrate
 from hymba_lightning.studies.arguments import StudyParser
-from hymba_lightning.studies.runs import read_json
+from hymba_lightning.studies.runs import check_subject, read_json
 from hymba_lightning.units import bits_per_byte
 
 REFERENCE = "reference's file, int6"
@@ -158,10 +159,11 @@ def run_study(
     besides the reference's file. coders: also compress every payload by other coders, which takes
     a minute for a large net. The files stay in `out`.
     """
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
-    results: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
     weights = {name: tensor.detach().float().cpu() for name, tensor in net.state_dict().items()}
+    subject = {"weights": weights_sha256(weights), "validation text": data.data_digest("val"), "seq_len": data.seq_len}
+    check_subject(out, subject | {"tokens": data.val_tokens_limit, "compute_dtype": net.runtime.compute_dtype})
+    results: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
     other = Hymba(net.config, net.runtime).to(device).eval()
     for index, recipe in enumerate(recipes()):
         if recipe.name in results or (only is not None and recipe.series not in (*only, "reference")):

@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.files import write_atomic
+from hymba_lightning.options import settings_file
 from hymba_lightning.studies.worker import Worker
 
 
@@ -35,7 +37,8 @@ def run_once(
         command: "fit" or "test".
         run_dir: The run's folder.
         result: A file in it, which is there when the command has ended well.
-        arguments: Options of the command. They are kept in <run_dir>/<command>_arguments.json.
+        arguments: Options of the command. They are kept in <run_dir>/<command>_arguments.json, with the SHA-256 of each
+            config file.
         beside: More of them, which the result does not depend on.
         worker: Of several runs; without one the command has a process of its own.
 
@@ -45,18 +48,15 @@ def run_once(
     """
     path = run_dir / result
     killed = command == "fit" and (run_dir / "checkpoints" / "last.ckpt").is_file()
-    before = made_with(run_dir, command)
-    if (path.is_file() or killed) and before not in (None, list(arguments)):
-        was, now = _options(before), _options(arguments)
-        gone = " ".join(option for option in was if option not in now) or "nothing"
-        new = " ".join(option for option in now if option not in was) or "nothing"
+    others = other_options(made_with(run_dir, command), arguments)
+    if (path.is_file() or killed) and others:
         raise ValueError(
-            f"{run_dir} holds a run with other options ({gone} where {new} is asked for now): give those again, "
+            f"{run_dir} holds a run with other options ({others} is asked for now): give those again, "
             "another name or folder, or delete it"
         )
     if not path.is_file():
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(run_dir / f"{command}_arguments.json", json.dumps(list(arguments)) + "\n")
+        write_atomic(run_dir / f"{command}_arguments.json", json.dumps(identified(arguments)) + "\n")
         resume: list[str] = []
         if command == "fit":
             resume = ["--ckpt_path", "last"] if killed else ["--overwrite", "true"]
@@ -79,6 +79,28 @@ def made_with(run_dir: Path, command: str) -> list[str] | None:
     return read_json(kept, list) if kept.is_file() else None
 
 
+def identified(arguments: Sequence[str]) -> list[str]:
+    """The arguments with each config file's SHA-256 behind its name: an edited file makes another run."""
+    words = [""]
+    for word in arguments:
+        option, equals, name = word.rpartition("--config=") if word.startswith("--config=") else ("", "", word)
+        path = settings_file(name) if equals or words[-1] == "--config" else None
+        known = path is not None and path.is_file()
+        words.append(f"{option}{equals}{name} (sha256 {file_sha256(path)[:16]})" if path and known else word)
+    return words[1:]
+
+
+def other_options(made: list[str] | None, asked: Sequence[str]) -> str:
+    """How the options that a run was `made` with differ from those that are asked for, "a where b"; "" where they do
+    not, or nobody knows. Runs of before the config files' digests were kept are known by the files' names."""
+    now = identified(asked)
+    if made is None or made in (now, list(asked)):
+        return ""
+    was, new = _options(made), _options(now)
+    gone = " ".join(option for option in was if option not in new) or "nothing"
+    return f"{gone} where {' '.join(option for option in new if option not in was) or 'nothing'}"
+
+
 def _options(arguments: Sequence[str]) -> list[str]:
     """["--a", "1", "--b", "2"] → ["--a 1", "--b 2"]."""
     options: list[str] = []
@@ -88,6 +110,29 @@ def _options(arguments: Sequence[str]) -> list[str]:
         else:
             options[-1] += f" {word}"
     return options
+
+
+def same_text(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two scores, as a summary has them, are of the same text, as far as they say: of the same tokens, or by
+    different tokenizers over as many bytes."""
+    known = all(isinstance(each, Mapping) and each.get("data") for each in (a, b))
+    if known and a.get("tokenizer") != b.get("tokenizer"):
+        return a.get("bytes") == b.get("bytes")
+    return not known or all(a.get(key) == b.get(key) for key in ("data", "tokens"))
+
+
+def check_same_text(scores: Mapping[Path, Mapping[str, Any]]) -> None:
+    """
+    Raises:
+        ValueError: A run, of these folders, was scored on other text than the first one.
+    """
+    (first, score), *others = scores.items()
+    for folder, other in others:
+        if not same_text(score, other):
+            raise ValueError(
+                f"{folder} was scored on other text than {first}, as when data were prepared anew in between: delete "
+                "one of them, or give another folder for the runs"
+            )
 
 
 def _run(line: Sequence[str], log: Path) -> int:
@@ -114,6 +159,26 @@ def artifact_of(run_dir: Path) -> Path | None:
     """The file that a finished fit exported, whatever its name; None where it exported none."""
     name = read_json(run_dir / "summary.json").get("artifact")
     return None if name is None or not (run_dir / name).is_file() else run_dir / name
+
+
+def check_subject(out: Path, subject: Mapping[str, Any]) -> None:
+    """Keeps, beside the results in `out`, what they are of, for the next call.
+
+    Raises:
+        ValueError: what is there is of something else, and would stand in one table with what is asked for now.
+    """
+    path = out / "measured_on.json"
+    if path.is_file() and (out / "results.json").is_file():
+        before = read_json(path)
+        other = [
+            f"{name} {before.get(name)}, now {subject[name]}" for name in subject if before.get(name) != subject[name]
+        ]
+        if other:
+            raise ValueError(
+                f"{out} holds results of something else ({'; '.join(other)}): give another folder, or delete it"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(subject, indent=1) + "\n")
 
 
 def hardware(environment: dict[str, Any]) -> str:

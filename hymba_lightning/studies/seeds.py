@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from hymba_lightning.files import write_atomic
 from hymba_lightning.report.charts import Chart, Series, to_png
 from hymba_lightning.studies.arguments import StudyParser
-from hymba_lightning.studies.runs import hardware, run_once
+from hymba_lightning.studies.runs import check_same_text, hardware, run_once
 from hymba_lightning.studies.significance import better_than, scipy_stats
 
 STAGES = {"raw": "raw weights", "ema": "averaged weights", "artifact": "artifact", "ttt": "after TTT"}
@@ -30,15 +31,21 @@ def run_seeds(
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must be one or more different numbers, got {list(seeds)}")
+    if not all(math.isfinite(number) for number in (*baseline, margin)):
+        raise ValueError(f"--baseline and --margin are numbers, got {list(baseline)} and {margin}")
     if baseline and len(seeds) > 1:
         scipy_stats()
-    rows, environment = [], {}
+    rows: list[dict] = []
+    environment: dict = {}
+    texts: dict[Path, dict] = {}
     for seed in seeds:
         run_dir = folder / f"seed-{seed}"
         options = [*arguments, "--seed_everything", str(seed)]
         summary = run_once("fit", run_dir, "summary.json", options)
         environment = summary["environment"]
         values = dict(summary["bpb"])
+        texts[run_dir] = next(iter(summary.get("scores", {}).values()), {})
+        check_same_text(texts)
         if test:
             weights = ["--ckpt_path", str(run_dir / summary.get("artifact", "checkpoints/last.ckpt"))]
             values["ttt"] = run_once("test", run_dir, "test_summary.json", options, beside=weights)["ttt_bpb"]

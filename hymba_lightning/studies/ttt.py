@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from hymba_lightning.checkpoints import check_tokenizer
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.token_stream import Chunk, chunk_at, n_chunks
+from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.errors import UserError
 from hymba_lightning.evaluation import Score, ScoreFirstTTT, TTTConfig
 from hymba_lightning.files import write_atomic
@@ -24,7 +26,7 @@ from hymba_lightning.options import read_settings
 from hymba_lightning.plots import panels, save_figure
 from hymba_lightning.quantization import load_artifact
 from hymba_lightning.studies.arguments import StudyParser
-from hymba_lightning.studies.runs import read_json
+from hymba_lightning.studies.runs import check_subject, read_json
 from hymba_lightning.studies.variants import SHIPPED
 
 EXAMPLE = "recipes: {cold: {epochs: 0}}"
@@ -43,6 +45,9 @@ class TTTStudy:
         """Reads a study. Raises ValueError naming the file and what is wrong with it."""
         try:
             study = cls(**read_settings(str(path), "", SHIPPED, EXAMPLE)[1])
+            for name, values in [("common", study.common), ("recipes", study.recipes), *study.recipes.items()]:
+                if not isinstance(values, dict):
+                    raise ValueError(f"{name} is {values!r}; names with values are needed, or {{}}")
             for name in study.recipes:
                 study.settings(name)
         except UserError:
@@ -57,6 +62,8 @@ class TTTStudy:
         """A recipe's config and its chunk_tokens (None: the data's)."""
         values = self.common | self.recipes[name]
         chunk_tokens = values.pop("chunk_tokens", None)
+        if chunk_tokens is not None and (type(chunk_tokens) is not int or chunk_tokens < 1):
+            raise ValueError(f"chunk_tokens of {name} is {chunk_tokens!r}; a whole number of at least 1 is needed")
         return TTTConfig(**values), chunk_tokens
 
 
@@ -106,10 +113,23 @@ def run_study(
     runtime: RuntimeConfig | None = None,
     only: list[str] | None = None,
 ) -> str:
-    """Runs the recipes that have no result yet. Returns the table (Markdown), also in out/table.md, with plot.png."""
+    """Runs the recipes that have no result yet. Returns the table (Markdown), also in out/table.md, with plot.png.
+
+    Raises ValueError where the artifact is of another tokenizer, or a result in `out` of another artifact, text, length
+    of sequence or device, or of a recipe that was another then."""
     where = torch.device(device)
+    recorded = load_artifact(artifact).tokenizer.get("sha256")
+    if recorded:
+        own, option = data.tokenizer_fingerprint(), "--tokenizer or --data_dir"
+        check_tokenizer(artifact, recorded, own, data.tokenizer, option)
+    data.setup("validate")
+    subject: dict[str, Any] = {"artifact": file_sha256(artifact), "validation text": data.data_digest("val")}
+    subject |= {"seq_len": data.seq_len, "limit_tokens": data.val_tokens_limit, "device": device}
+    check_subject(out, subject | {"compute_dtype": (runtime or RuntimeConfig()).compute_dtype})
     path = out / "results.json"
     results: dict[str, dict[str, Any]] = read_json(path) if path.is_file() else {}
+    for name in study.recipes:
+        _check_settings(name, results.get(name, {}).get("settings", {}), _settings(study, name, data), path)
     for name in study.recipes:
         if name in results or (only is not None and name not in (*only, study.baseline)):
             continue
@@ -117,10 +137,24 @@ def run_study(
         chunk_tokens = own_chunk or data.ttt_chunk_tokens
         warm_up(load_artifact(artifact).network(runtime).to(where), data, config, chunk_tokens)
         result = run_recipe(load_artifact(artifact).network(runtime).to(where), data, config, chunk_tokens)
-        results[name] = result | {"settings": dataclasses.asdict(config) | {"chunk_tokens": chunk_tokens}}
+        results[name] = result | {"settings": _settings(study, name, data)}
         write_atomic(path, json.dumps(results, indent=1) + "\n")
         print(f"{name}: {result['bpb']:.5f} bpb in {result['seconds']:.1f} s", flush=True)
     return report(study, results, out)
+
+
+def _settings(study: TTTStudy, name: str, data: HymbaDataModule) -> dict[str, Any]:
+    config, own_chunk = study.settings(name)
+    return dataclasses.asdict(config) | {"chunk_tokens": own_chunk or data.ttt_chunk_tokens}
+
+
+def _check_settings(name: str, before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    other = [f"{key} {before[key]}, now {now[key]}" for key in now if key in before and before[key] != now[key]]
+    if other:
+        raise ValueError(
+            f"{path} holds a result of {name} with other settings ({'; '.join(other)}): give the recipe another name, "
+            "or another folder"
+        )
 
 
 def report(study: TTTStudy, results: dict[str, dict[str, Any]], out: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from hymba_lightning.studies.seeds import STAGES
 SHIPPED, EXAMPLE = "configs/studies", "config: [configs/demo.yaml]"
 # What a variant says that is no option of `hymba fit`.
 NO_OPTIONS = ("config", "seeds")
+# What each run gets from the study.
+OWN = ("run_dir", "ckpt_path", "overwrite", "seed_everything")
 
 
 @dataclass(frozen=True)
@@ -37,19 +40,20 @@ class Study:
             study = cls(**values)
         except TypeError as error:
             raise ValueError(f"{path} is no study ({error}): it needs config, baseline, variants") from error
-        if not isinstance(study.config, list) or not study.config:
-            raise ValueError(
-                f"{path}: config is {study.config!r}; a list of files is needed, such as [configs/demo.yaml]"
-            )
+        _check_files(path, "config", study.config)
         for name, values in {"common": study.common, "variants": study.variants, **_mapping(study.variants)}.items():
             if not isinstance(values, dict):
                 raise ValueError(f"{path}: {name} is {values!r}; names of options with values are needed, or {{}}")
+            if values is not study.variants:
+                _check_options(path, name, values)
+        if type(study.test) is not bool:
+            raise ValueError(f"{path}: test is {study.test!r}; true or false is needed")
         for name in study.variants:
             if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
                 raise ValueError(f"{path}: a variant is called {name!r}, which cannot name the folder of its runs")
         if study.baseline not in study.variants:
             raise ValueError(f"{path}: baseline {study.baseline!r} is not among the variants {sorted(study.variants)}")
-        if study.stage not in STAGES:
+        if study.stage not in list(STAGES):
             raise ValueError(f"{path}: stage {study.stage!r} is unknown, choose from {', '.join(STAGES)}")
         return study
 
@@ -59,6 +63,27 @@ class Study:
         if unknown:
             raise ValueError(f"no such variants: {unknown}; choose from {list(self.variants)}")
         return [name for name in self.variants if only is None or name in only or name == self.baseline]
+
+
+def _check_files(path: Path, name: str, files: Any) -> None:
+    if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):
+        raise ValueError(f"{path}: {name} is {files!r}; a list of files is needed, such as [configs/demo.yaml]")
+
+
+def _check_options(path: Path, name: str, values: dict[Any, Any]) -> None:
+    """
+    Raises:
+        ValueError: an option that has no name of one, or that the study gives to each run itself.
+    """
+    for option, value in values.items():
+        if not isinstance(option, str) or option.startswith("-"):
+            raise ValueError(f"{path}: {name} has {option!r}; options go by their names, such as model.net.window")
+        if option in OWN:
+            raise ValueError(f"{path}: {name} has {option}, which the study gives to each run itself: leave it out")
+        if option == "config":
+            _check_files(path, f"config of {name}", value)
+        if option == "seeds" and not (isinstance(value, list) and all(type(seed) is int for seed in value)):
+            raise ValueError(f"{path}: seeds of {name} is {value!r}; a list of numbers is needed, such as [0, 1]")
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -73,3 +98,10 @@ def options(values: dict[str, Any]) -> list[str]:
             continue
         flat += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return flat
+
+
+def arguments_of(study: Study, variant: str, seed: int, extra: Sequence[str] = ()) -> list[str]:
+    """Options of `hymba fit` for a variant and a seed; `extra` holds for all."""
+    changes = study.variants[variant]
+    files = [part for config in changes.get("config", study.config) for part in ("--config", config)]
+    return [*files, *options(study.common), *options(changes), "--seed_everything", str(seed), *extra]

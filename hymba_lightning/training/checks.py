@@ -35,7 +35,7 @@ log = logging.getLogger("hymba_lightning")
 # The Trainer's precisions that leave the weights float32, as the optimizer needs them.
 PRECISIONS = ("32-true", "bf16-mixed")
 # The module's own options that a run is made of; what a subclass keeps beside them may differ from rank to rank.
-OPTIONS = ("net", "optimizer", "budget_seconds", "average", "average_window", "ema_decay")
+OPTIONS = ("net", "optimizer", "ttt", "budget_seconds", "average", "average_window", "ema_decay")
 # What a validation measures.
 MEASURED = ("val/bpb", "val/loss")
 
@@ -68,7 +68,6 @@ def _given(trainer: pl.Trainer) -> dict[str, object]:
     """What every rank must have been given alike, by its name on the command line."""
     hparams = trainer.lightning_module.hparams
     options = {f"model.{name}": repr(hparams[name]) for name in OPTIONS if name in hparams}
-    options["model.ttt"] = repr(getattr(trainer.lightning_module, "ttt_config", None))
     options |= {f"trainer.{name}": getattr(trainer, name) for name in ("max_steps", "accumulate_grad_batches")}
     return options | _checkpoint(Run.of(trainer).weights_from)
 

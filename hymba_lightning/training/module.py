@@ -23,6 +23,7 @@ from hymba_lightning.data.sequences import AnyBatch, as_batch, known_ids
 from hymba_lightning.data.token_stream import Chunk
 from hymba_lightning.evaluation.score import Score
 from hymba_lightning.evaluation.ttt import ScoreFirstTTT, TTTConfig
+from hymba_lightning.field_types import settled
 from hymba_lightning.metrics import BitsPerByte
 from hymba_lightning.model import Hymba, HymbaConfig, RuntimeConfig
 from hymba_lightning.model.gradients import Gradients
@@ -43,6 +44,8 @@ from hymba_lightning.training.optim import HymbaOptimizer, OptimizerConfig, buil
 from hymba_lightning.training.pages import keep_pages
 
 log = logging.getLogger("hymba_lightning")
+# Of the options, what a run is made of and not how a machine runs it.
+KEPT = ("budget_seconds", "reserve_seconds", "average", "average_window", "ema_decay", "log_every_n_steps", "on_nan")
 
 
 class HymbaModule(pl.LightningModule):
@@ -52,6 +55,7 @@ class HymbaModule(pl.LightningModule):
     statistics: they come from `configure_callbacks`, unless the trainer already has a callback of that kind.
     """
 
+    @settled()
     def __init__(
         self,
         net: HymbaConfig = HymbaConfig(),  # noqa: B008 - frozen, so sharing the default is safe
@@ -108,19 +112,14 @@ class HymbaModule(pl.LightningModule):
         self.compile_warmup_steps = (8 if compile else 2) if compile_warmup_steps is None else compile_warmup_steps
         self.log_every_n_steps, self.peak_tflops = log_every_n_steps, peak_tflops
         self.on_nan = on_nan
-        # Plain values only: checkpoints are read with weights_only.
-        self.save_hyperparameters(
-            {
-                "net": net.to_dict(),
-                "optimizer": dataclasses.asdict(optimizer),
-                "budget_seconds": budget_seconds,
-                "average": average,
-                "average_window": average_window,
-                "ema_decay": ema_decay,
-            }
-        )
+        # What load_from_checkpoint brings back. Plain values only: checkpoints are read with weights_only.
+        configs = {"optimizer": dataclasses.asdict(optimizer), "ttt": dataclasses.asdict(ttt)}
+        self.save_hyperparameters({"net": net.to_dict(), **configs} | {name: getattr(self, name) for name in KEPT})
         self.bpb = BitsPerByte()
         self._weights_before_test: dict[str, Tensor] = {}
+        # Of this module; its Trainer may run others.
+        self._last_validation: Score | None = None
+        self._testing: Testing | None = None
         self._lengths_told = False
         self._compiled_forward: Callable[..., Tensor] | None = None
         self.cuda_graph = cuda_graph
@@ -269,6 +268,7 @@ class HymbaModule(pl.LightningModule):
         bpb = float(self.bpb.compute())
         score = self.bpb.score
         assert score is not None
+        self._last_validation = score
         self.run.validation = Validation(self.trainer.global_step, score)
         # The value is the same on every rank already; checkpoints and early stopping can monitor it.
         self.log_dict(
@@ -295,7 +295,7 @@ class HymbaModule(pl.LightningModule):
             )
         with torch.inference_mode(False):  # what is made here is trained
             stream, records = data.val_stream(), self.cuda_graph is not False
-            self.run.testing = Testing(
+            self._testing = self.run.testing = Testing(
                 ScoreFirstTTT(
                     self.net, data.seq_len, self.ttt_config, started=self.run.started, stream=stream, cuda_graph=records
                 )
@@ -308,9 +308,9 @@ class HymbaModule(pl.LightningModule):
         Raises:
             RuntimeError: none has started.
         """
-        if self.run.testing is None:
+        if self._testing is None:
             raise RuntimeError("nothing was tested yet")
-        return self.run.testing
+        return self._testing
 
     def test_score(self) -> Score:
         """Sum of the scores of all chunks tested so far."""
@@ -318,8 +318,8 @@ class HymbaModule(pl.LightningModule):
 
     @property
     def last_validation(self) -> Score | None:
-        """The latest validation's sums over all ranks, None before the first."""
-        return None if self.run.validation is None else self.run.validation.score
+        """This module's latest validation's sums over all ranks, None before the first."""
+        return self._last_validation
 
     def test_step(self, chunk: Chunk, batch_idx: int) -> None:
         # Lightning's inference mode would forbid the adaptation; tensors made under it cannot be trained on, so copy.

@@ -283,3 +283,15 @@ def test_training_shards_are_not_needed_for_a_test(folder: Path, tmp_path: Path)
     _data(copy).setup("test")
     with pytest.raises(FileNotFoundError):
         _data(copy).setup("fit")
+
+
+def test_settings_changed_between_two_runs_hold_for_the_next(folder: Path) -> None:
+    data = _data(folder)
+    _trainer(1, limit_val_batches=0).fit(Recorder(), datamodule=data)
+    data.seq_len, data.val_tokens_limit = 3, 20
+    data.setup("fit")
+    assert next(iter(data.train_dataloader())).inputs.shape == (2, 3)
+    assert sum(batch.targets.numel() for batch in data.val_dataloader()) == 20
+    data.micro_batch_size = 0
+    with pytest.raises(ValueError, match=r"data\.micro_batch_size is 0"):
+        data.setup("fit")

@@ -240,6 +240,20 @@ def test_blank_lines_before_a_csv_header_are_no_header(tmp_path):
     assert read(tmp_path / "a.csv") == (["a"], Skips().state())
 
 
+@pytest.mark.parametrize(
+    ("header", "cause"),
+    [
+        ("text,text", "2 columns 'text'; give all but the text's another name"),
+        ("id;text", "its columns are cut by ';', not by ','; write it anew with ','"),
+    ],
+)
+def test_a_csv_header_that_does_not_say_which_column_is_the_text_is_refused(tmp_path, header, cause):
+    (tmp_path / "a.csv").write_text(f"{header}\n1,two\n")
+    texts, skipped = read(tmp_path / "a.csv")
+    assert texts == []
+    assert skipped["first"][0].endswith(cause)
+
+
 def test_what_is_said_of_a_file_is_short_and_steers_no_terminal(tmp_path):
     """A column's name is the file's own word, and may be anything."""
     (tmp_path / "a.csv").write_text('id,"\x1b[2J\nfree",' + "x" * 100_000 + "\n1,2,3\n")

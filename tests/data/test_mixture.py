@@ -1,5 +1,6 @@
 """Training on several folders by share: exact, in each one's own order, the same after going on, of one tokenizer."""
 
+import json
 import re
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from hymba_lightning.cli import run
 from hymba_lightning.commands import run_command
 from hymba_lightning.data.datamodule import HymbaDataModule
 from hymba_lightning.data.mixture import MixedSpans
+from hymba_lightning.data.prepare import prepare
 from hymba_lightning.data.shard_writing import write_shard
 from hymba_lightning.options import shipped_configs
 
@@ -129,6 +131,21 @@ def test_what_cannot_be_mixed_is_refused(folders, tmp_path):
     shutil.copy(folders[0] / "x_val_000000.bin", folders[2] / "y_train_000000.bin")
     with pytest.raises(ValueError, match="training on validation text"):
         mixed(folders).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [({}, False), ({"val_fraction": 0.3}, False), ({"val_fraction": 0.05}, True), ({"seed": 1}, True)],
+)
+def test_folders_that_were_split_in_another_way_are_told_of(tmp_path, caplog, arguments, told):
+    """A text of both would be trained on in one and scored in the other."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"some text {n} " * 9}) + "\n" for n in range(60)))
+    for name, changed in (("own", {}), ("other", arguments)):
+        options = {"tokenizer": str(TOKENIZER), "val_fraction": 0.2, "workers": 1, "progress": False} | changed
+        prepare([str(tmp_path / "a.jsonl")], out=str(tmp_path / name), **options)
+    data = HymbaDataModule(tmp_path / "own", seq_len=8, mixture={str(tmp_path / "other"): 0.5})
+    data.setup("fit")
+    assert ("a text in both may be trained on and scored" in caplog.text) == told
 
 
 def test_the_shipped_mixture_trains_as_its_header_says(tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ def test_every_document_is_in_one_split_and_decodes_to_itself(tmp_path: Path, te
 
 
 def test_unigram_score_is_that_of_smoothed_training_frequencies(tmp_path: Path, texts: dict[str, str]) -> None:
-    summary = prepare_words(tmp_path)
+    summary = prepare_words(tmp_path, shard_tokens=3000)
     train, val = tokens(tmp_path / "out", "train"), tokens(tmp_path / "out", "val")
     counts = np.bincount(train, minlength=330)
     assert summary.manifest["train_token_counts"] == counts.tolist()
@@ -56,6 +56,10 @@ def test_unigram_score_is_that_of_smoothed_training_frequencies(tmp_path: Path, 
     assert data.unigram_bpb == pytest.approx(expected)
     limited = HymbaDataModule(str(tmp_path / "out"), seq_len=16, val_tokens_limit=100)
     assert limited.unigram_bpb != pytest.approx(expected)
+    # Those of other shards than are trained on are not known.
+    assert len(list((tmp_path / "out").glob("*_train_00000[12].bin"))) == 2
+    part = HymbaDataModule(str(tmp_path / "out"), seq_len=16, train_files="*_train_00000[12].bin")
+    assert part.unigram_bpb is None
 
 
 def test_data_module_reads_what_was_prepared(tmp_path: Path, texts: dict[str, str]) -> None:

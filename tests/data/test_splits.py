@@ -80,6 +80,17 @@ def test_validation_texts_of_their_own(tmp_path, tokenizer):
         run([tmp_path / "train"], tmp_path / "out", tokenizer)
 
 
+def test_a_validation_text_in_another_kind_of_file_is_left_out_of_training_too(tmp_path, tokenizer):
+    """A text file ends with a line end, and its line ends are the same on all systems; a JSON line's text is not."""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": "a\r\n" + text}) + "\n" for text in TEXTS))
+    (tmp_path / "val").mkdir()
+    for number, text in enumerate(TEXTS[:4]):
+        (tmp_path / "val" / f"{number}.txt").write_bytes(f"a\r\n{text}\n".encode())
+    run([tmp_path / "train.jsonl"], tmp_path / "out", tokenizer, val_inputs=[str(tmp_path / "val")])
+    assert len(documents(tmp_path / "out", "val")) == 4
+    assert len(documents(tmp_path / "out", "train")) == len(TEXTS) - 4
+
+
 @pytest.mark.parametrize("way", ["same", "../", "symlink", "hard link", "copy", "folder"])
 def test_a_file_for_both_is_refused(tmp_path, tokenizer, way):
     train = tmp_path / "train" / "a.jsonl"

@@ -1,5 +1,6 @@
 """`hymba export`: the averaged weights of any checkpoint, by any scheme, and one line where that cannot be."""
 
+import json
 import os
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from tiny import TOKENIZER, write_data
 from hymba_lightning.checkpoints import write_checkpoint
 from hymba_lightning.closure import evaluation_code_bytes
 from hymba_lightning.commands import run_command
+from hymba_lightning.data.prepare import prepare
 from hymba_lightning.data.tokenizer import train_tokenizer
 from hymba_lightning.errors import is_user_error
 from hymba_lightning.files import check_place, write_atomic
+from hymba_lightning.package.audit import audit_path
 from hymba_lightning.package.export import export
 from hymba_lightning.quantization import (
     ArtifactTooLargeError,
@@ -184,3 +187,13 @@ def test_data_of_another_tokenizer_is_refused(last, tmp_path):
     with pytest.raises(ValueError, match=r"300 pieces, but the network's vocab_size is 1024"):
         export(str(last), str(tmp_path / "a"), SMALL, data_dir=str(data))
     assert not (tmp_path / "a").exists()
+
+
+def test_shards_of_another_tokenizer_do_not_calibrate(run, last, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"some text {n} " * 9}) + "\n" for n in range(60)))
+    prepare([str(tmp_path / "a.jsonl")], out=str(tmp_path / "data"), vocab_size=300, val_fraction=0.2, progress=False)
+    said = r"sp1024\.model is not the tokenizer that made the shards"
+    with pytest.raises(ValueError, match=said):
+        export(str(last), str(tmp_path / "a"), SMALL, data_dir=str(tmp_path / "data"), tokenizer=str(TOKENIZER))
+    with pytest.raises(ValueError, match=said):
+        audit_path(str(run / "artifact.hymba"), str(tmp_path / "data"), tokenizer=str(TOKENIZER))

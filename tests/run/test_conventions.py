@@ -74,6 +74,16 @@ def test_a_module_comes_back_from_its_checkpoint(fitted):
     assert torch.equal(module(ids), module.net(ids))
 
 
+def test_how_a_module_is_scored_comes_back_too(tmp_path):
+    module = tiny_module(ttt=TTTConfig(mode="carried", lr=0.05), on_nan="skip", budget_seconds=9, reserve_seconds=1)
+    trainer = tiny_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, tiny_data(write_data(tmp_path / "data")))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = HymbaModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert again.ttt_config == module.ttt_config
+    assert (again.on_nan, again.reserve_seconds, again.log_every_n_steps) == ("skip", 1, 1)
+
+
 def test_a_loader_of_pairs_trains_validates_and_predicts(tmp_path):
     ids = torch.arange(300, 340).repeat(40)[:1300].view(20, 65)
     pairs = DataLoader(TensorDataset(ids[:, :-1], ids[:, 1:]), batch_size=4)

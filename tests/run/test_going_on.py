@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 
@@ -33,6 +34,13 @@ def test_a_finished_run_is_left_as_it_is(work, fitted, tmp_path, caplog):
     hymba(work, "fit", folder, "--ckpt_path", "last")
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before.get(path)} <= {folder / ".lock"}
+    record = folder / "record.json"
+    record.write_text(record.read_text().replace('"ended_by": "max_steps"', '"ended_by": "callback"'))
+    with caplog.at_level("INFO", "hymba_lightning"):
+        hymba(work, "fit", folder, "--ckpt_path", "last")
+    assert re.search(
+        r"nothing is left to do; to train on, leave out the callback .*--trainer\.max_epochs 1", caplog.text
+    )
     hymba(work, "fit", folder, "--ckpt_path", "last", "--export.quantization.bits", "4")
     assert RunRecord.load(folder).artifact.settings["quantization"]["bits"] == 4
 

@@ -40,6 +40,7 @@ def calls(monkeypatch):
         if command == "fit" and name == "wide":
             values["artifact"] = "small.hymba"
             (run_dir / "small.hymba").write_bytes(b"")
+        write_atomic(run_dir / f"{command}_arguments.json", json.dumps(arguments))
         write_atomic(run_dir / result, json.dumps(values))  # others read it meanwhile
 
     monkeypatch.setattr(ablation, "run_once", fake)
@@ -231,15 +232,31 @@ def test_report_of_an_interrupted_study(calls, tmp_path):
 
 def test_an_ended_run_whose_options_have_changed_is_not_taken_for_the_new_one(calls, tmp_path):
     run_study(STUDY, [0], tmp_path, [], [None])
-    asked = {name: arguments for command, name, arguments, _ in calls if command == "fit"}
     calls.clear()
-    for name, arguments in asked.items():
-        (tmp_path / name / "fit_arguments.json").write_text(json.dumps(arguments))
     run_study(STUDY, [0], tmp_path, [], [None])
     assert calls == []
     changed = dataclasses.replace(STUDY, variants=STUDY.variants | {"plain": {"model.net.window": 8}})
     run_study(changed, [0], tmp_path, [], [None])
     assert [name for _, name, *_ in calls] == ["plain-0"]  # where the real run_once refuses it
+
+
+def test_a_run_of_other_options_or_text_stands_in_no_table(calls, tmp_path):
+    run_study(STUDY, [0, 1], tmp_path, [], [None])
+    changed = dataclasses.replace(STUDY, variants=STUDY.variants | {"wide": {"model.net.window": 8}})
+    table = report(changed, tmp_path, [0, 1])
+    assert "| plain | 2.0500 ± 0.0707 | – | – | 2 |" in table
+    assert "| wide |" not in table
+    assert "left out: wide-1, of other options (--config a.yaml --config b.yaml --model.net.window 64 where" in table
+    assert {row["variant"] for row in json.loads((tmp_path / "results.json").read_text())} == {"plain"}
+    # One seed's data were prepared anew before the second variant.
+    for name, data in (("plain-0", "a"), ("wide-0", "b"), ("plain-1", "b"), ("wide-1", "b")):
+        path = tmp_path / name / "summary.json"
+        summary = json.loads(path.read_text())
+        scores = {stage: {"data": data, "tokenizer": "t", "tokens": 9, "bytes": 9} for stage in summary["bpb"]}
+        path.write_text(json.dumps(summary | {"scores": scores}))
+    table = report(STUDY, tmp_path, [0, 1])
+    assert "| wide | 2.0600 | -40.0 | – | 1 |" in table
+    assert "left out: wide-0, scored on other text than plain-0 (raw, ema)" in table
 
 
 def test_an_interrupted_study_has_its_runs_save_what_they_have(tmp_path, monkeypatch, ctrl_c):
@@ -283,6 +300,19 @@ def test_the_shipped_studies_are_studies(name):
         ("config: a.yaml\nbaseline: a\nvariants: {a: {}}", "config is 'a.yaml'; a list of files is needed"),
         ("config: [a.yaml]\nbaseline: a\nvariants: [a]", r"variants is \['a'\]; names of options"),
         ("config: [a.yaml]\nbaseline: a\nvariants: {a: 3}", "a is 3; names of options with values are needed"),
+        ("config: [a.yaml]\nbaseline: a\nvariants: {a: {config: b.yaml}}", "config of a is 'b.yaml'; a list of files"),
+        ("config: [a.yaml]\nbaseline: a\nvariants: {a: {seeds: ['0']}}", r"seeds of a is \['0'\]; a list of numbers"),
+        (
+            "config: [a.yaml]\nbaseline: a\nvariants: {a: {seed_everything: 4}}",
+            "a has seed_everything, which the study",
+        ),
+        (
+            "config: [a.yaml]\nbaseline: a\ncommon: {run_dir: x}\nvariants: {a: {}}",
+            "common has run_dir, which the study",
+        ),
+        ("config: [a.yaml]\nbaseline: a\nvariants: {a: {1: 2}}", "a has 1; options go by their names"),
+        ("config: [a.yaml]\nbaseline: a\ntest: 'no'\nvariants: {a: {}}", "test is 'no'; true or false is needed"),
+        ("config: [a.yaml]\nbaseline: a\nstage: [raw]\nvariants: {a: {}}", r"stage \['raw'\] is unknown"),
         ("config: [a.yaml]\nbaseline: a/b\nvariants: {a/b: {}}", "'a/b', which cannot name the folder of its runs"),
     ],
 )

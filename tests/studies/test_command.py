@@ -53,6 +53,11 @@ def test_every_study_explains_its_options(name, capsys):
         (["--out", "x"], ["--out comes before a study"]),
         (["seeds", "--out", "x", "--baselin", "1"], ["option --baselin", "--baseline?", "hymba study seeds --help"]),
         (["seeds", "--seeds", "1", "--", "--config", "demo"], ["--out is required: Folder of the runs"]),
+        (
+            ["ablation", "results", "--out", "x", "--", "--seed_everything", "5"],
+            ["--seed_everything behind -- would give every run one seed, whatever --seeds says: leave it out"],
+        ),
+        (["seeds", "--out", "x", "--", "--ckpt_path=a.ckpt"], ["--ckpt_path behind -- would have every run go on"]),
         (["step", "--runtime.scan_backnd", "x"], ["option --runtime.scan_backnd", "--runtime.scan_backend?"]),
         (["step", "--steps", "x"], ["--steps", "'x'"]),
         (["kernels", "--only", "all"], ["streams"]),

@@ -49,6 +49,8 @@ def test_every_recipe_is_written_scored_and_not_run_again(net, tmp_path):
     for file in tmp_path.glob("*.hymba"):
         file.unlink()
     assert run_study(net, data, calibration, tmp_path, CPU) == text
+    with pytest.raises(ValueError, match=r"results of something else \(validation text \w+, now \w+\)"):
+        run_study(net, tiny_data(write_data(tmp_path / "more", n_val=800)), calibration, tmp_path, CPU)
 
 
 def test_a_network_is_no_distance_from_itself_and_some_from_another(net, tmp_path):

@@ -44,6 +44,8 @@ def test_table_of_seeds(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "seeds.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="different numbers"):
         run_seeds([1, 1], tmp_path, [])
+    with pytest.raises(ValueError, match=r"--baseline and --margin are numbers, got \[nan\]"):
+        run_seeds([1, 2], tmp_path, [], baseline=[float("nan")])
 
 
 @pytest.mark.slow
@@ -109,6 +111,37 @@ def test_an_ended_run_is_not_taken_for_one_with_other_options(tmp_path, monkeypa
         ValueError, match=r"x holds a run with other options \(--trainer.max_steps 5 where --trainer.max_steps 6 is"
     ):
         run_once("fit", tmp_path / "x", "summary.json", ["--trainer.max_steps", "6", "--seed_everything", "1"])
+
+
+def test_an_edited_config_makes_another_run(tmp_path, monkeypatch):
+    def fit(line, log):
+        (tmp_path / "x" / "summary.json").write_text("{}")
+        return 0
+
+    monkeypatch.setattr(runs, "_run", fit)
+    config = tmp_path / "a.yaml"
+    config.write_text("model: {budget_seconds: 1}\n")
+    for options in (["--config", str(config)], [f"--config={config}"], ["--config", "demo.yaml"]):
+        assert run_once("fit", tmp_path / "x", "summary.json", options) == {}
+        assert run_once("fit", tmp_path / "x", "summary.json", options) == {}
+        (tmp_path / "x" / "summary.json").unlink()
+    options = ["--config", str(config), "--seed_everything", "1"]
+    run_once("fit", tmp_path / "x", "summary.json", options)
+    config.write_text("model: {budget_seconds: 2}\n")
+    with pytest.raises(ValueError, match=r"other options \(--config .*a\.yaml \(sha256 \w+\) where --config .*sha256"):
+        run_once("fit", tmp_path / "x", "summary.json", options)
+
+
+def test_seeds_scored_on_different_texts_are_no_mean(tmp_path, monkeypatch):
+    def fake(command, run_dir, result, arguments, *, beside=()):
+        score = {"data": run_dir.name, "tokenizer": "t", "tokens": 9, "bytes": 9}
+        return {"bpb": {"raw": 1.0}, "scores": {"raw": score}, "steps": 1, "environment": ENVIRONMENT}
+
+    monkeypatch.setattr(seeds, "run_once", fake)
+    with pytest.raises(
+        ValueError, match=r"seed-2 was scored on other text than .*seed-1, as when data were prepared anew"
+    ):
+        run_seeds([1, 2], tmp_path, [], test=False)
 
 
 @pytest.fixture

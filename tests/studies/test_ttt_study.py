@@ -1,5 +1,6 @@
 """The study of recipes and the measurement of long generation."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from tiny import NET, tiny_data, write_data
 from hymba_lightning.model import Hymba, HymbaConfig
 from hymba_lightning.options import shipped_configs
 from hymba_lightning.quantization import QuantizationConfig, save_artifact
+from hymba_lightning.studies import ttt
 from hymba_lightning.studies.long_generation import measure, table
 from hymba_lightning.studies.ttt import TTTStudy, run_study
 
@@ -30,17 +32,21 @@ def study_file(tmp_path):
     return tmp_path / "study.yaml"
 
 
-def test_a_study_gives_table_plot_and_goes_on_where_it_was(tmp_path, study_file):
+def export(path, tokenizer):
     torch.manual_seed(0)
     net = Hymba(HymbaConfig(**NET))
     save_artifact(
-        tmp_path / "a.hymba",
+        path,
         net.state_dict(),
         config=net.config.to_dict(),
-        tokenizer={},
+        tokenizer=tokenizer,
         metadata={},
         scheme=QuantizationConfig(),
     )
+
+
+def test_a_study_gives_table_plot_and_goes_on_where_it_was(tmp_path, study_file, monkeypatch):
+    export(tmp_path / "a.hymba", {})
     data = tiny_data(write_data(tmp_path / "data"))
     study = TTTStudy.from_yaml(study_file)
     first = run_study(study, tmp_path / "a.hymba", data, tmp_path, only=["carried"])
@@ -55,14 +61,25 @@ def test_a_study_gives_table_plot_and_goes_on_where_it_was(tmp_path, study_file)
     assert text.splitlines()[2].startswith("| trained |")
     assert text == (tmp_path / "table.md").read_text()
     assert (tmp_path / "plot.png").stat().st_size > 10_000
-    (tmp_path / "a.hymba").unlink()  # nothing is run again
+    monkeypatch.setattr(ttt, "run_recipe", lambda *_: pytest.fail("a recipe was run again"))
     assert run_study(study, tmp_path / "a.hymba", data, tmp_path) == text
+    # What would stand in one table with numbers of something else is refused.
+    other = dataclasses.replace(study, recipes=study.recipes | {"trained": study.recipes["trained"] | {"lr": 0.2}})
+    with pytest.raises(ValueError, match=r"a result of trained with other settings \(lr 0\.1, now 0\.2\)"):
+        run_study(other, tmp_path / "a.hymba", data, tmp_path)
+    with pytest.raises(ValueError, match=r"results of something else \(validation text \w+, now \w+\)"):
+        run_study(study, tmp_path / "a.hymba", tiny_data(write_data(tmp_path / "more", n_val=800)), tmp_path)
+    export(tmp_path / "b.hymba", {"sha256": "0" * 64})
+    with pytest.raises(ValueError, match=r"b\.hymba was made for another tokenizer"):
+        run_study(study, tmp_path / "b.hymba", data, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"baseline": "none"}, "baseline 'none'"),
+        ({"recipes": {"cold": None}}, "cold is None; names with values are needed"),
+        ({"recipes": {"cold": {"chunk_tokens": 0}}}, "chunk_tokens of cold is 0; a whole number of at least 1"),
         ({"recipes": {"cold": {"epoch": 1}}}, "no study of recipes"),
         ({"recipes": {"cold": {"mode": "hot"}}}, "hot"),
     ],

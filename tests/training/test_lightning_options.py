@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
     EMAWeightAveraging,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
     RichProgressBar,
@@ -63,6 +65,25 @@ def test_a_subclass_trains_with_an_optimizer_and_a_scheduler_of_its_own(folder, 
     trainer.save_checkpoint(tmp_path / "own.ckpt")
     again = OwnOptimizer.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True)
     assert (again.extra, again.net.config) == (5, module.net.config)
+
+
+def test_a_run_whose_accumulation_changes_keeps_its_schedule_and_goes_on_alike(folder, tmp_path):
+    class SaveWithin(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 7:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    def trained(path=None):
+        callbacks = [GradientAccumulationScheduler({1: 4}), *([] if path else [SaveWithin()])]
+        trainer = tiny_trainer(tmp_path, max_steps=-1, max_epochs=2, limit_train_batches=6, callbacks=callbacks)
+        trainer.fit(tiny_module(), tiny_data(folder), ckpt_path=path)
+        return trainer.global_step, [(row.step, row.tokens, row.lr_scale) for row in Run.of(trainer).history.train]
+
+    # An epoch of six steps, one of two: the rates fall to the end.
+    steps, rows = trained()
+    assert steps == 8
+    assert rows[-1][2] == pytest.approx(0.1 + 0.9 / 7, abs=0.03)
+    assert trained(tmp_path / "cut.ckpt") == (8, rows)
 
 
 class OwnLoader(HymbaDataModule):

@@ -221,3 +221,16 @@ def test_a_checkpoint_of_another_network_is_refused_with_the_fields(folder, tmp_
         tiny_trainer(tmp_path).validate(
             tiny_module(net={"window": 32}), tiny_data(folder), ckpt_path=tmp_path / "a.ckpt"
         )
+
+
+def test_each_of_two_modules_of_one_trainer_has_its_own_scores(folder, tmp_path):
+    trainer, data = tiny_trainer(tmp_path, max_steps=8), tiny_data(folder)
+    trained, fresh = tiny_module(ttt=TTTConfig(epochs=0)), tiny_module(ttt=TTTConfig(epochs=0))
+    trainer.fit(trained, data)
+    for module in (trained, fresh):
+        assert module is trained or module.last_validation is None
+        trainer.validate(module, data, verbose=False)
+        trainer.test(module, data, verbose=False)
+    assert trained.last_validation.bpb < fresh.last_validation.bpb - 0.05
+    assert trained.test_score().bpb == pytest.approx(trained.last_validation.bpb)
+    assert fresh.test_score().bpb == pytest.approx(fresh.last_validation.bpb)
