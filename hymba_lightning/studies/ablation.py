@@ -146,6 +146,8 @@ def run_study(
     if len(seeds) > 1:
         scipy_stats()
     queue = StudyQueue(source, seeds, folder, only, extra)
+    for note in [] if watch else queue.study.without_seed(seeds, only):
+        print(f"not run: {note}", flush=True)
     failures: list[str] = []
     reporting, stopping = Lock(), Event()
     places = [device for device in devices for _ in range(per_device)]

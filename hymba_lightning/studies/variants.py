@@ -64,6 +64,18 @@ class Study:
             raise ValueError(f"no such variants: {unknown}; choose from {list(self.variants)}")
         return [name for name in self.variants if only is None or name in only or name == self.baseline]
 
+    def without_seed(self, seeds: Sequence[int], only: list[str] | None) -> list[str]:
+        """Sentences on variants that none of `seeds` is for. Raises ValueError where that is so of all of them."""
+        names = self.names(only)
+        idle = [name for name in names if not set(self.variants[name].get("seeds", seeds)) & set(seeds)]
+        notes = [
+            f"{name} is for the seeds {self.variants[name]['seeds']} alone, and --seeds are {list(seeds)}"
+            for name in idle
+        ]
+        if idle == names:
+            raise ValueError(f"there is nothing to run: {'; '.join(notes)}")
+        return notes
+
 
 def _check_files(path: Path, name: str, files: Any) -> None:
     if not isinstance(files, list) or not files or not all(isinstance(file, str) for file in files):

@@ -275,6 +275,18 @@ def test_an_interrupted_study_has_its_runs_save_what_they_have(tmp_path, monkeyp
     assert len(started) == 1  # and nothing that was waiting
 
 
+def test_variants_that_none_of_the_seeds_is_for_are_told(tmp_path):
+    study = dataclasses.replace(STUDY, variants={name: {"seeds": [1337]} for name in STUDY.variants})
+    with pytest.raises(
+        ValueError, match=r"nothing to run: .* is for the seeds \[1337\] alone, and --seeds are \[0, 1\]"
+    ):
+        run_study(study, [0, 1], tmp_path, [], [None])
+    some = dataclasses.replace(study, variants={**study.variants, study.baseline: {}})
+    notes = some.without_seed([0], None)
+    assert len(notes) == len(study.variants) - 1
+    assert not any(note.startswith(study.baseline) for note in notes)
+
+
 @pytest.mark.parametrize("seeds", [[], [1, 1]])
 def test_seeds_are_different_numbers(tmp_path, seeds):
     with pytest.raises(ValueError, match="seeds must be one or more different numbers"):
