@@ -49,7 +49,7 @@ STREAM_DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype("<f4"),
 }
 MAX_EXPONENT = 200
-# Of a column's byte, in float32: a power of two times the root that is next below, rounded once.
+# Of a column's byte, in quarters of octaves: a power of two times the root that is next below, rounded to float32 once.
 ROOTS = (1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429)
 COLUMN_FACTORS = np.array([math.ldexp(ROOTS[byte % 4], byte // 4 - 32) for byte in range(256)], np.float32)
 MAX_DIMENSIONS = 8

@@ -32,7 +32,7 @@ from torch import Tensor
 from hymba_lightning.model.roles import Role
 from hymba_lightning.ops.threads import spread_torch
 from hymba_lightning.quantization import frames
-from hymba_lightning.quantization.format import STREAM_DTYPES, Encoded, to_planes
+from hymba_lightning.quantization.format import ROOTS, STREAM_DTYPES, Encoded, to_planes
 from hymba_lightning.quantization.gptq import SingularHessianError, inverse_factor, round_columns
 from hymba_lightning.quantization.rows import (
     QuantizedTensor,
@@ -135,6 +135,7 @@ class Candidate:
         """GPTQ's Cholesky factor and order of columns; None where there is no usable Hessian."""
         self.gptq_gain = 1.0
         """What GPTQ leaves of the loss: column j's error counts 1/U_jj² instead of H_jj."""
+        hessian = None if hessian is None else hessian.to(rows_RC.device)
         factor_C = torch.ones_like(rows_RC[0])
         if tensor.ndim > 1 and tensor.numel() > SMALL:
             matters_C = self._factorise(hessian) if hessian is not None else None
@@ -143,7 +144,7 @@ class Candidate:
                 matters_C = (sensitivity_RC / (mean_R + SMOOTHING * mean_R.mean())).mean(dim=0)
                 matters_C += SMOOTHING * matters_C.mean()
             wanted_C = -0.5 * matters_C.log2()
-            self.columns = (LADDER * (wanted_C - wanted_C.mean())).round().clamp(-128, 127).to(torch.int8)
+            self.columns = (len(ROOTS) * (wanted_C - wanted_C.mean())).round().clamp(-128, 127).to(torch.int8)
             factor_C = column_factors(self.columns)
             if hessian is not None and self.factor is not None:
                 # Columns keep their order.
