@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from hymba_lightning import __version__
+from hymba_lightning.device import device_of
 from hymba_lightning.errors import UsageError
 from hymba_lightning.options import CommandParser, positionals_first
 from hymba_lightning.studies import STUDIES
+
+# Whole numbers that may be 0, or any.
+LEAST = {"warmup": 0, "layers": 0, "seed": None, "seeds": None}
 
 
 class StudyParser(CommandParser):
@@ -33,7 +37,8 @@ class StudyParser(CommandParser):
         """The study's options; those behind -- are in `fit_options` afterwards.
 
         Raises:
-            UsageError: they cannot be understood.
+            UsageError: they cannot be understood, or a number of something is below 1.
+            ValueError: a device that is not here.
         """
         if self.of_fit and "--" in args:
             cut = args.index("--")
@@ -45,7 +50,15 @@ class StudyParser(CommandParser):
                 name = option.partition("=")[0]
                 if name in refused:
                     raise UsageError(f"{name} behind -- would {refused[name]}: leave it out")
-        return self.parse_args(positionals_first(self, args))
+        given = self.parse_args(positionals_first(self, args))
+        for name, value in vars(given).items():
+            numbers = [number for number in (value if isinstance(value, list) else [value]) if type(number) is int]
+            least = LEAST.get(name, 1)
+            if least is not None and numbers and min(numbers) < least:
+                raise UsageError(f"--{name} must be at least {least}, got {min(numbers)}")
+        if "device" in given:
+            device_of(given.device)
+        return given
 
 
 def source_version() -> str:

@@ -344,8 +344,6 @@ def main(args: list[str]) -> None:
         raise ValueError(f"--ranks asks for {max(given.ranks)} GPUs, and there are {there}")
     if given.predict and (1 not in given.ranks or max(given.ranks) == 1):
         raise ValueError("--predict needs the step on one rank and on several: give --ranks 1 and a larger size")
-    if min(given.predict, default=1) < 1:
-        raise ValueError(f"--predict must be at least 1, got {min(given.predict)}")
     out = Path(given.out)
     request = Request(
         ranks=given.ranks,

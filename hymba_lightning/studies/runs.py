@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hymba_lightning.claim import FolderClaim
 from hymba_lightning.data.tokenizer import file_sha256
 from hymba_lightning.files import write_atomic
 from hymba_lightning.options import settings_file
@@ -44,6 +45,7 @@ def run_once(
 
     Raises:
         RunFailedError: the command failed.
+        FolderInUseError: another process writes to the folder.
         ValueError: what is there already was made with other arguments.
     """
     path = run_dir / result
@@ -56,7 +58,9 @@ def run_once(
         )
     if not path.is_file():
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(run_dir / f"{command}_arguments.json", json.dumps(identified(arguments)) + "\n")
+        kept, given = run_dir / f"{command}_arguments.json", json.dumps(identified(arguments)) + "\n"
+        with FolderClaim(run_dir, "hymba study"):
+            write_atomic(kept, given)
         resume: list[str] = []
         if command == "fit":
             resume = ["--ckpt_path", "last"] if killed else ["--overwrite", "true"]
@@ -69,6 +73,8 @@ def run_once(
             lines = [line for line in text.splitlines() if not line.startswith("frame #")]
             tail = "\n".join(lines[-15:])
             raise RunFailedError(f"hymba {command} in {run_dir} ended with code {code}:\n{tail}")
+        # Another study may have said what it wanted here before its run was refused the folder.
+        write_atomic(kept, given)
         print(f"{run_dir.name}: {command} in {time.monotonic() - started:.0f} s", flush=True)
     return read_json(path)
 

@@ -117,6 +117,9 @@ def run_study(
 
     Raises ValueError where the artifact is of another tokenizer, or a result in `out` of another artifact, text, length
     of sequence or device, or of a recipe that was another then."""
+    unknown = [name for name in only or () if name not in study.recipes]
+    if unknown:
+        raise ValueError(f"no such recipes: {unknown}; choose from {list(study.recipes)}")
     where = torch.device(device)
     recorded = load_artifact(artifact).tokenizer.get("sha256")
     if recorded:

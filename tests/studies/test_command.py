@@ -58,6 +58,8 @@ def test_every_study_explains_its_options(name, capsys):
             ["--seed_everything behind -- would give every run one seed, whatever --seeds says: leave it out"],
         ),
         (["seeds", "--out", "x", "--", "--ckpt_path=a.ckpt"], ["--ckpt_path behind -- would have every run go on"]),
+        (["step", "--steps", "0"], ["--steps must be at least 1, got 0"]),
+        (["context", "--out", "x", "--seq_len", "8", "-8"], ["--seq_len must be at least 1, got -8"]),
         (["step", "--runtime.scan_backnd", "x"], ["option --runtime.scan_backnd", "--runtime.scan_backend?"]),
         (["step", "--steps", "x"], ["--steps", "'x'"]),
         (["kernels", "--only", "all"], ["streams"]),
@@ -76,6 +78,11 @@ def test_what_is_not_understood_is_refused_in_one_sentence(args, parts, tmp_path
     assert len(str(refusal.value).splitlines()) == 1
     for part in parts:
         assert part in str(refusal.value)
+
+
+def test_a_device_that_is_not_here_is_named():
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used"):
+        studies.run(["ops", "--device", "gpu"])
 
 
 def test_what_stands_behind_the_dashes_is_for_fit(tmp_path, monkeypatch):

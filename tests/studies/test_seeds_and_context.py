@@ -8,9 +8,10 @@ import time
 import pytest
 from fit_process import finish, start, write_config
 
+from hymba_lightning.claim import FolderClaim, FolderInUseError
 from hymba_lightning.studies import runs, seeds
 from hymba_lightning.studies.context_scaling import run_lengths
-from hymba_lightning.studies.runs import run_once
+from hymba_lightning.studies.runs import made_with, run_once
 from hymba_lightning.studies.seeds import run_seeds
 from hymba_lightning.studies.significance import better_than
 
@@ -111,6 +112,22 @@ def test_an_ended_run_is_not_taken_for_one_with_other_options(tmp_path, monkeypa
         ValueError, match=r"x holds a run with other options \(--trainer.max_steps 5 where --trainer.max_steps 6 is"
     ):
         run_once("fit", tmp_path / "x", "summary.json", ["--trainer.max_steps", "6", "--seed_everything", "1"])
+
+
+def test_two_studies_in_one_folder_do_not_change_what_a_run_was_made_with(tmp_path, monkeypatch):
+    folder = tmp_path / "x"
+
+    def fit(line, log):
+        (folder / "fit_arguments.json").write_text('["--of", "another"]')
+        (folder / "summary.json").write_text("{}")
+        return 0
+
+    monkeypatch.setattr(runs, "_run", fit)
+    with FolderClaim(folder, "hymba fit"), pytest.raises(FolderInUseError):
+        run_once("fit", folder, "summary.json", ["--mine", "1"])
+    assert made_with(folder, "fit") is None
+    run_once("fit", folder, "summary.json", ["--mine", "1"])
+    assert made_with(folder, "fit") == ["--mine", "1"]
 
 
 def test_an_edited_config_makes_another_run(tmp_path, monkeypatch):

@@ -69,6 +69,8 @@ def test_a_study_gives_table_plot_and_goes_on_where_it_was(tmp_path, study_file,
         run_study(other, tmp_path / "a.hymba", data, tmp_path)
     with pytest.raises(ValueError, match=r"results of something else \(validation text \w+, now \w+\)"):
         run_study(study, tmp_path / "a.hymba", tiny_data(write_data(tmp_path / "more", n_val=800)), tmp_path)
+    with pytest.raises(ValueError, match=r"no such recipes: \['warm'\]; choose from \['carried', 'cold', "):
+        run_study(study, tmp_path / "a.hymba", data, tmp_path, only=["warm"])
     export(tmp_path / "b.hymba", {"sha256": "0" * 64})
     with pytest.raises(ValueError, match=r"b\.hymba was made for another tokenizer"):
         run_study(study, tmp_path / "b.hymba", data, tmp_path)
