@@ -195,6 +195,14 @@ def test_shared_weights_are_stored_once_and_small_ones_as_floats(net, known, tmp
     )
 
 
+@pytest.mark.parametrize("given", [{"bits": 4}, {"float16_names": []}, {"fit_limit": False}, {"coarsen": 2.0}])
+def test_settings_that_it_decides_by_itself_are_refused(given):
+    with pytest.raises(ValueError, match=f"the scheme 'mixed' decides {next(iter(given))} by itself: leave that out"):
+        QuantizationConfig(scheme="mixed", **given)
+    named = {"name_bits": {"tok_emb": 8}, "clip_quantile": 0.99, "coarsen": 1.5}
+    assert QuantizationConfig(scheme="mixed", **named).coarsen == 1.5
+
+
 def test_a_named_width_is_kept(net, known, tmp_path):
     scheme = dataclasses.replace(MIXED, name_bits={"blocks.3.mlp.fc": 8})
     report = save(tmp_path / "a", net, scheme, 50_000, **known[1])

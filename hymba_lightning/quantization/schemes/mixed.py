@@ -10,6 +10,11 @@ from hymba_lightning.quantization.schemes import Weights
 from hymba_lightning.quantization.schemes.rows import Rows
 from hymba_lightning.quantization.tensors import encode_tensor
 
+DEFAULTS = QuantizationConfig()
+# Settings that would be taken for more than they do here, and those that matter to the tensors of name_bits alone.
+DECIDED = ("bits", "float32_names", "float16_names", "fit_limit")
+OF_NAMED = ("clip_quantile", "clip_steps", "coarsen")
+
 
 class Mixed(Rows):
     """Solves for the precision of all tensors at once, so that the file just fits; what config.name_bits names is left
@@ -21,6 +26,20 @@ class Mixed(Rows):
         "matter to it"
     )
     measures_sensitivities = True
+
+    def check(self, config: QuantizationConfig) -> None:
+        """
+        Raises:
+            ValueError: a setting is given that this scheme decides by itself.
+        """
+        super().check(config)
+        unused = DECIDED if config.name_bits else (*DECIDED, *OF_NAMED)
+        given = [name for name in unused if getattr(config, name) != getattr(DEFAULTS, name)]
+        if given:
+            raise ValueError(
+                f"the scheme 'mixed' decides {', '.join(given)} by itself: leave that out, give single tensors their "
+                "widths by name_bits, or take the scheme 'rows'"
+            )
 
     def encode(self, weights: Weights, config: QuantizationConfig) -> tuple[list[Encoded], QuantizationConfig]:
         named = {
