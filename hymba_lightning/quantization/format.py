@@ -126,7 +126,9 @@ def read_sections(file: BinaryIO, size: int) -> tuple[dict, bytes]:
         raise ArtifactError("its payload is damaged: the checksum differs")
     header = parse_header(packed_header)
     if version == 1 and isinstance(header.get("streams"), dict):
-        header["streams"] = {"column": 0} | header["streams"]
+        if "column" in header["streams"]:
+            raise ArtifactError("its header's list of streams is malformed: version 1 has none of columns")
+        header["streams"] = header["streams"] | {"column": 0}
     return header, payload
 
 
