@@ -126,6 +126,8 @@ def read_sections(file: BinaryIO, size: int) -> tuple[dict, bytes]:
         raise ArtifactError("its payload is damaged: the checksum differs")
     header = parse_header(packed_header)
     if version == 1 and isinstance(header.get("streams"), dict):
+        if "column" in header["streams"]:
+            raise ArtifactError("its header's list of streams is malformed: version 1 has none of columns")
         header["streams"] = header["streams"] | {"column": 0}
     return header, payload
 
@@ -342,6 +344,8 @@ def parse_entry(line: object) -> Entry:
     places = [entry.offset, entry.scale_offset, *([entry.column_offset] if "column_offset" in line else [])]
     if not all(map(is_count, places)) or type(entry.alias_of) is not str:
         raise ArtifactError(f"{entry.name} has a malformed offset or alias")
+    if "column_offset" in line and entry.storage != "int":
+        raise ArtifactError(f"{entry.name} is stored as {entry.storage}, and only integers have factors of columns")
     if entry.storage == "int" and (type(entry.bits) is not int or not 2 <= entry.bits <= 8):
         raise ArtifactError(f"{entry.name} has {entry.bits!r} bits, and 2 to 8 can be read")
     if type(entry.exponent) is not int or abs(entry.exponent) > MAX_EXPONENT:

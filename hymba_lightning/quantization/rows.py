@@ -138,6 +138,8 @@ def coarsen_rows(weight: Tensor, tensor: QuantizedTensor, factor: float) -> Quan
     """`weight` rounded again with every row scale of `tensor` times `factor` (1 … 64): fewer levels, fewer bytes."""
     scale_R = coarser_scale(tensor.scale.float(), factor)
     rows_RC = (as_rows(weight.detach()).double() * 2.0**-tensor.exponent).float()
+    if tensor.columns is not None:
+        rows_RC /= column_factors(tensor.columns)
     return tensor._replace(q=round_to(rows_RC, scale_R, q_max_of(tensor.bits)).to(torch.int8), scale=scale_R.half())
 
 

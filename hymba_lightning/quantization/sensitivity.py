@@ -34,7 +34,8 @@ class Fisher(NamedTuple):
     """Its diagonal, in nats a token: float32 in the weight's shape."""
     columns: dict[str, Tensor]
     """Of tables and other matrices of which no `Linear` sees the inputs: the sum over rows of its blocks, float32
-    (C, C). To GPTQ it is what a layer's inputs are to others."""
+    (C, C). To GPTQ it is what a layer's inputs are to others. A sequence is one sample of each row: matrices of fewer
+    rows than columns have none, since it would know a few directions only and call the others free."""
 
 
 @torch.enable_grad()
@@ -48,7 +49,7 @@ def collect_fisher(net: Hymba, batches: Iterable[Tensor], seed: int = 0) -> Fish
     products = {
         name: parameter.new_zeros(parameter.shape[-1], parameter.shape[-1], dtype=torch.float32)
         for name, parameter in parameters.items()
-        if parameter.ndim == 2 and id(parameter) not in seen and min(parameter.shape) > 1
+        if parameter.ndim == 2 and id(parameter) not in seen and parameter.shape[0] >= parameter.shape[1] > 1
     }
     squares = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(seed)

@@ -195,6 +195,7 @@ def forged_header(tensors: list, **streams: int) -> dict:
         (forged_header([entry(storage="int", bits=6, exponent=10**6)], q=4, scale=1), "exponent"),
         (forged_header([entry(storage="alias", alias_of="w")], float32=4), "no earlier tensor"),
         (forged_header([entry(run="os.system")], float32=4), "malformed"),
+        (forged_header([entry(column_offset=0)], float32=4), "w is stored as float32, and only integers have factors"),
         (forged_header([], float32=4), "no table"),
         (forged_header([entry()], float32="4"), "streams is malformed"),
         ({"config": {}}, "no section"),
@@ -264,6 +265,9 @@ def test_files_of_version_1_are_read_and_have_no_columns(tmp_path):
     assert torch.equal(load(tmp_path / "b", first).state_dict["w"], expected)
     with pytest.raises(ArtifactError, match="streams is malformed"):
         load(tmp_path / "c", format.seal(frames.compress(json.dumps(header).encode(), 3), payload))
+    claiming = header | {"streams": header["streams"] | {"column": 4}}
+    with pytest.raises(ArtifactError, match="streams is malformed"):
+        load(tmp_path / "e", format.seal(frames.compress(json.dumps(claiming).encode(), 3), payload, version=1))
     header["tensors"][0]["column_offset"] = 0
     with pytest.raises(ArtifactError, match="w lies at 0 … 4 of the column stream of 0 entries"):
         load(tmp_path / "d", format.seal(frames.compress(json.dumps(header).encode(), 3), payload, version=1))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hymba_lightning.quantization.rows import (
     coarsen_rows,
+    column_factors,
     dequantize_rows,
     quantize_rows,
 )
@@ -142,3 +143,11 @@ def test_coarser_rows_use_fewer_levels_and_keep_the_stored_scale():
     )
     scale = coarse.scale.double()[:, None] * 2.0**coarse.exponent
     assert ((weight.double() / scale).round().clamp(-31, 31) != coarse.q).float().mean() < 1e-3
+
+
+def test_coarser_rows_keep_their_columns_factors():
+    weight, columns = torch.randn(16, 400, generator=torch.Generator().manual_seed(0)), torch.arange(400) % 9 - 4
+    fine = quantize_rows(weight / column_factors(columns), 8)._replace(columns=columns.to(torch.int8))
+    coarse = coarsen_rows(weight, fine, 2.0)
+    assert coarse.columns is fine.columns
+    assert float((dequantize_rows(coarse) - weight).norm()) < 0.1 * float(weight.norm())
