@@ -294,6 +294,9 @@ def encode_mixed(
     # Rounding to nearest and drafts of the file are quick: they find the way, the real ones go the last steps.
     *_, estimate = search(options, partial(encode, False), measure, budget, float(budget))
     encoded, loss, _ = search(options, partial(encode, bool(hessians)), partial(measure, exact=True), budget, estimate)
+    if math.isinf(loss) and hessians:
+        # In the coarsest steps GPTQ leaves codes where rounding to nearest leaves zeros.
+        encoded, loss, _ = search(options, partial(encode, False), partial(measure, exact=True), budget, estimate)
     if math.isinf(loss):
         log.warning("no division of the bytes brings the artifact under its limit: exported at its smallest")
     elif sensitivities is not None:

@@ -122,6 +122,11 @@ def test_with_too_few_bytes_it_is_as_small_as_can_be_and_refused(net, known, tmp
         check_limit(report.bytes, 0, 3_000, report)
 
 
+def test_where_gptq_does_not_fit_rounding_to_nearest_may(net, known, tmp_path, caplog):
+    assert save(tmp_path / "a", net, dataclasses.replace(MIXED, gptq=True), 18_000, **known[0]).bytes <= 18_000
+    assert "exported at its smallest" not in caplog.text
+
+
 def test_the_same_arguments_give_the_same_bytes(net, ids, tmp_path):
     scheme = dataclasses.replace(MIXED, gptq=True)
     for name in "ab":
