@@ -31,6 +31,7 @@ def empty_caches():
     torch._dynamo.reset()
 
 
+@pytest.mark.more
 def test_the_joint_graph_of_forward_and_backward_is_found_again(empty_caches):
     assert compile_anew() == {"miss", "saved"}
     assert compile_anew() == {"hit"}
