@@ -273,6 +273,7 @@ def help_of(tmp_path_factory):
     return ask
 
 
+@pytest.mark.more
 def test_help_is_made_once_and_then_answers_without_torch(help_of):
     live, imported = help_of(*help_text.COMMANDS)
     assert imported

@@ -28,6 +28,7 @@ def resources(monkeypatch, cache):
 
 
 @pytest.mark.slow
+@pytest.mark.more
 def test_production_kernels_do_not_spill_on_hopper(resources, capsys):
     launches = resources.scan_launches(2, 32768, 512, 8, torch.bfloat16)
     names = [launch.kernel.__name__ for launch in launches]
